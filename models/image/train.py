@@ -1,0 +1,143 @@
+"""Trains the image classifier on CIFAR-10.
+
+Reads `cifar10-images.zip` ({train,test}/<class>/NNNN.jpg) in the data directory; downloads CIFAR-10 with torchvision
+where there is none.
+
+    make train MODEL=image
+    python -m models.image.train --data-dir data --epochs 14
+"""
+
+import io
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor, nn
+
+from models import training
+from models.image.model import CLASSES, FOLDER, ImageNet32
+
+RECIPE = training.Recipe(
+    epochs=14, batch_size=256, learning_rate=0.4, weight_decay=5e-4, label_smoothing=0.1, warmup=0.2
+)
+LABELS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def load(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+    """uint8 [N, 3, 32, 32] and int64 [N] of "train" or "test"."""
+    archive = data_dir / "cifar10-images.zip"
+    if not archive.exists():
+        from torchvision.datasets import CIFAR10
+
+        dataset = CIFAR10(data_dir, train=split == "train", download=True)
+        return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)
+    images, targets = [], []
+    with zipfile.ZipFile(archive) as files:
+        names = [name for name in files.namelist() if name.startswith(f"{split}/") and name.endswith(".jpg")]
+        for name in track(names, f"reading {split} images"):
+            images.append(numpy.asarray(Image.open(io.BytesIO(files.read(name))).convert("RGB")))
+            targets.append(LABELS.index(name.split("/")[1]))
+    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(targets)
+
+
+def whitening(patches_of: Tensor, epsilon: float = 5e-4) -> Tensor:
+    """[24, 3, 2, 2]: the eigenvectors of the covariance of 2x2 patches, scaled to unit variance, with both signs.
+
+    Args:
+        patches_of: float32 [N, 3, H, W], normalised images.
+    """
+    patches = nn.functional.unfold(patches_of, 2).transpose(1, 2).reshape(-1, 12).double()
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (values + epsilon).sqrt()).T.reshape(12, 3, 2, 2)
+    return torch.cat([filters, -filters]).float()
+
+
+class Augment:
+    """What photographs from elsewhere differ in: framing, light, sharpness, noise, resolution; and an erased patch.
+
+    Every operation acts on a random part of the batch, each image with its own amount.
+    """
+
+    def __init__(self):
+        from kornia import augmentation as K
+
+        self.geometry = nn.Sequential(
+            K.RandomHorizontalFlip(p=0.5),
+            K.RandomAffine(degrees=8, translate=(0.1, 0.1), scale=(0.85, 1.15), padding_mode="reflection", p=0.8),
+        )
+        self.quality = nn.Sequential(
+            K.ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25, hue=0.03, p=0.5),
+            K.RandomGaussianBlur((3, 3), (0.3, 1.0), p=0.1),
+            K.RandomGaussianNoise(std=0.04, p=0.1),
+            K.RandomGrayscale(p=0.03),
+            K.RandomErasing(scale=(0.05, 0.15), p=0.3),
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, 32, 32] -> uint8 [N, 3, 32, 32]."""
+        with torch.no_grad():
+            altered = self.geometry(images.float() / 255)
+            altered = low_resolution(altered, share=0.08)
+            return (self.quality(altered).clamp(0, 1) * 255).round().byte()
+
+
+def low_resolution(images: Tensor, share: float, size: int = 22) -> Tensor:
+    """A random `share` of the images, shrunk to `size` pixels and enlarged again."""
+    chosen = torch.rand(len(images), device=images.device) < share
+    small = nn.functional.interpolate(images[chosen], size=size, mode="bilinear", antialias=True)
+    images[chosen] = nn.functional.interpolate(small, size=images.shape[-1], mode="bilinear")
+    return images
+
+
+def conditions(images: Tensor) -> dict[str, Tensor]:
+    """The test images (uint8 [N, 3, 32, 32]) as other cameras might have taken them."""
+    from torchvision.io import decode_jpeg, encode_jpeg
+    from torchvision.transforms import functional as F
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator) * 10
+    return {
+        "jpeg_quality_30": torch.stack([decode_jpeg(encode_jpeg(image, 30)) for image in images]),
+        "blur": F.gaussian_blur(images, [3, 3], [0.8, 0.8]),
+        "noise": (images.float() + noise).round().clamp(0, 255).byte(),
+        "dark": F.adjust_brightness(images, 0.6),
+        "low_contrast": F.adjust_contrast(images, 0.6),
+        "grey": F.rgb_to_grayscale(images, 3),
+    }
+
+
+def main() -> None:
+    options = training.arguments(__doc__, RECIPE)
+    recipe = replace(RECIPE, epochs=options.epochs)
+    images, targets = load(options.data_dir, "train")
+    test_images, test_targets = load(options.data_dir, "test")
+
+    model = ImageNet32()
+    model.whiten.weight.data = whitening(model.normalise(images[:5000]))
+    model = model.to(memory_format=torch.channels_last)
+    classifier = training.Classifier(model, recipe, Augment())
+    seconds = training.fit(classifier, training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True))
+
+    model = training.round_weights(model.cpu())
+
+    def figures(inputs: Tensor) -> dict:
+        return training.evaluate(model, training.Batches(inputs, test_targets, batch_size=500, shuffle=False), CLASSES)
+
+    report = {
+        "model": "image",
+        "data": {"name": "CIFAR-10", "train": len(images), "test": len(test_images)},
+        **figures(test_images),
+        "accuracy_under": {name: figures(altered)["accuracy"] for name, altered in conditions(test_images).items()},
+    }
+    out = options.out or FOLDER
+    training.save(out, model, recipe, report, options.seed, seconds)
+    (out / "index_to_name.json").write_text(json.dumps(dict(enumerate(LABELS)), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What the models' training runs share: the loop (Lightning), the figures (TorchMetrics), and the files a run leaves.
+
+A model's own `train.py` says what is its own: where the data comes from, how it is augmented, and the recipe.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+Augmentation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyper-parameters of a run; all of them end up in metrics.json."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    label_smoothing: float = 0.0
+    warmup: float = 0.2  # share of the steps in which the learning rate rises
+    optimizer: str = "sgd"  # "sgd" (Nesterov momentum 0.9) or "adamw"
+
+
+class Batches:
+    """Shuffled batches out of tensors that fit in memory: one index operation a batch, no worker processes.
+
+    Args:
+        tensors: inputs first, targets (int64 [N]) last; all have N as their first dimension.
+        shuffle: a new order every epoch, and a last batch that is not full is dropped.
+    """
+
+    def __init__(self, *tensors: Tensor, batch_size: int, shuffle: bool):
+        self.tensors, self.batch_size, self.shuffle = tensors, batch_size, shuffle
+
+    def __len__(self) -> int:
+        n = len(self.tensors[0])
+        return n // self.batch_size if self.shuffle else -(-n // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        n = len(self.tensors[0])
+        order = torch.randperm(n) if self.shuffle else torch.arange(n)
+        for step in range(len(self)):
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield tuple(tensor[rows] for tensor in self.tensors)
+
+
+class Classifier(lightning.LightningModule):
+    """Cross-entropy training of `model` under a one-cycle learning rate (Smith and Topin 2018).
+
+    Args:
+        model: takes the batch's inputs, returns logits float32 [N, classes].
+        augment: is given the batch's first input on the device and returns what the model is given in its place.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, augment: Augmentation | None = None):
+        super().__init__()
+        self.model, self.recipe, self.augment = model, recipe, augment
+
+    def training_step(self, batch: tuple[Tensor, ...], _: int) -> Tensor:
+        first, *others, target = batch
+        if self.augment is not None:
+            first = self.augment(first)
+        logits = self.model(first, *others)
+        loss = nn.functional.cross_entropy(logits, target, label_smoothing=self.recipe.label_smoothing)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        recipe = self.recipe
+        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},  # decaying biases and norms costs accuracy (He et al. 2018)
+        ]
+        if recipe.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=recipe.learning_rate,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=recipe.warmup,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def figures(classes: int) -> MetricCollection:
+    """Accuracy, macro F1 and the confusion matrix (rows: truth, columns: prediction) over `classes` classes."""
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "macro_f1": MulticlassF1Score(classes, average="macro"),
+            "confusion_matrix": MulticlassConfusionMatrix(classes),
+        }
+    )
+
+
+def arguments(description: str, recipe: Recipe) -> argparse.Namespace:
+    """The options that every train.py has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), help="where the data set is, or is put")
+    parser.add_argument("--epochs", type=int, default=recipe.epochs)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--out", type=Path, default=None, help="folder for weights and metrics; the model's own by default")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lightning.seed_everything(options.seed, verbose=False)
+    return options
+
+
+def fit(classifier: Classifier, batches: Batches) -> float:
+    """Trains, on a GPU where there is one, and returns the seconds it took."""
+    trainer = lightning.Trainer(
+        max_epochs=classifier.recipe.epochs, logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    start = time.monotonic()
+    trainer.fit(classifier, batches)
+    return time.monotonic() - start
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Batches, classes: int) -> dict:
+    """{"accuracy", "macro_f1", "confusion_matrix"} of `model` on `batches`, as plain numbers."""
+    collection = figures(classes)
+    model.eval()
+    for *inputs, target in batches:
+        collection.update(model(*inputs), target)
+    values = collection.compute()
+    return {
+        "accuracy": round(values["accuracy"].item(), 5),
+        "macro_f1": round(values["macro_f1"].item(), 5),
+        "confusion_matrix": values["confusion_matrix"].tolist(),
+    }
+
+
+def commit() -> str:
+    """The commit of the code that runs, with "+changes" if files under version control differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def save(folder: Path, model: nn.Module, recipe: Recipe, report: dict, seed: int, seconds: float) -> None:
+    """Writes weights.safetensors and metrics.json into `folder`, and prints the figures.
+
+    Weights are stored as float16 (half the bytes in git) and rounded to it in `model` first, so that what was
+    measured must be measured after this rounding: call `round_weights` before `evaluate`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    save_file({name: t.contiguous() for name, t in state.items()}, folder / "weights.safetensors")
+    matrix = report.pop("confusion_matrix")
+    metrics = {
+        **report,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "seconds": round(seconds),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    text = json.dumps(metrics, indent=2)
+    rows = ",\n".join("    " + json.dumps(row, separators=(",", ":")) for row in matrix)
+    text = text.removesuffix("\n}") + ',\n  "confusion_matrix": [\n' + rows + "\n  ]\n}\n"
+    (folder / "metrics.json").write_text(text)
+    print({key: value for key, value in metrics.items() if key not in {"labels", "recipe"}})
+
+
+def round_weights(model: nn.Module) -> nn.Module:
+    """Rounds every floating-point weight to what float16 holds, the precision in which weights are stored."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.half())
+    return model
+
+
+def load_weights(model: nn.Module, file: Path) -> nn.Module:
+    """Loads float16 safetensors into `model` (float32), which is returned in evaluation mode."""
+    state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(file).items()}
+    model.load_state_dict(state)
+    return model.eval()
