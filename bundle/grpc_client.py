@@ -1,0 +1,54 @@
+"""Predictions over gRPC: what `POST /predictions/<model>` is over HTTP."""
+
+import functools
+from types import ModuleType
+
+import grpc
+
+# Beside the 4 MiB at which gRPC clients refuse an answer, config.properties allows 16: leave limits to the server.
+_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+class GrpcError(Exception):
+    """The server, or the way to it, answered something else than OK."""
+
+    def __init__(self, address: str, code: grpc.StatusCode, details: str):
+        # The first line is the message; TorchServe appends a Java class name.
+        super().__init__(f"{address}: {code.name}: {details.splitlines()[0] if details else code.value[1]}")
+        self.code = code
+        self.details = details
+
+
+def predict(address: str, model: str, data: bytes, version: str | None = None, timeout: float = 30.0) -> bytes:
+    """The answer of `model` (its default version, unless one is named) to one request.
+
+    A request that the handler refuses with a 4xx comes back here like any answer: TorchServe drops the status
+    that a handler sets per request when it answers over gRPC, so the error body is all there is of it.
+
+    `timeout` is in seconds and always ends the call: a worker that never answers would hold it for ever."""
+    messages, _ = _stubs()
+    # The handler's row has the key "data", as a multipart field of that name has over HTTP.
+    request = messages.PredictionsRequest(model_name=model, model_version=version or "", input={"data": data})
+    return _call(address, "Predictions", request, timeout).prediction
+
+
+def ping(address: str, timeout: float = 5.0) -> str:
+    """The server's health as /ping reports it: "Healthy" says nothing about whether a model is loaded."""
+    from google.protobuf.empty_pb2 import Empty
+
+    return _call(address, "Ping", Empty(), timeout).health
+
+
+def _call(address: str, method: str, request, timeout: float):
+    _, services = _stubs()
+    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
+        try:
+            return getattr(services.InferenceAPIsServiceStub(channel), method)(request, timeout=timeout)
+        except grpc.RpcError as exc:
+            raise GrpcError(address, exc.code(), exc.details() or "") from exc
+
+
+@functools.cache
+def _stubs() -> tuple[ModuleType, ModuleType]:
+    """Compiled in memory at the first call (grpcio-tools): no generated code to keep in step with the proto."""
+    return grpc.protos_and_services("bundle/proto/inference.proto")
