@@ -1,0 +1,188 @@
+"""The template that every handler of the bundle fills in: a batch of requests in, one answer a request out.
+
+A request's way: bytes -> `read` -> `decode` (one input, one small tensor) -> `collate` (one batch) -> one copy to the
+device -> the model -> `reduce` on the device -> one copy back -> `encode` (one output, one JSON value) -> its slot.
+
+A request that cannot be served takes its own slot out of the batch, with its own 4xx; its neighbours go on without
+it. Any other exception is a bug and fails the batch with TorchServe's 503.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from ts.context import Context
+from ts.torch_handler.base_handler import BaseHandler
+
+from handlers.core import payload, settings, topk
+from handlers.core.errors import InvalidOption, NonFiniteOutput, RequestError, ServingError, UnsupportedOperation
+from handlers.core.metrics import HandlerMetrics
+
+logger = logging.getLogger(__name__)
+
+Sample = Tensor | tuple[Tensor, ...]
+
+
+@dataclass
+class Slot:
+    """One request of a batch, on its way through the stages.
+
+    Attributes:
+        samples: its decoded inputs.
+        many: whether it is answered as {"predictions": [...]}.
+        top_k: how many classes it is answered.
+        answer: the JSON value it is answered, once there is one.
+        error: why it is answered an error instead.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    many: bool = False
+    top_k: int = 1
+    answer: dict | None = None
+    error: ServingError | None = None
+
+
+class BatchHandler(BaseHandler):
+    """Serves a TorchScript classifier. A subclass fills in `decode` and `example`, and whatever else differs."""
+
+    Settings = settings.Settings
+
+    # --- what a subclass fills in ------------------------------------------------------------------------------
+
+    def load_assets(self, folder: Path) -> None:
+        """Loads what the archive carries beside model and labels (a tokenizer, say) from the unpacked `folder`."""
+
+    def decode(self, content: payload.Content) -> Sample:
+        """One input, as it was sent, -> one sample on the CPU.
+
+        Raises:
+            RequestError: the input cannot be decoded; it is answered to this request alone.
+        """
+        raise NotImplementedError
+
+    def example(self) -> Sample:
+        """A sample of typical shape, to warm the model up with."""
+        raise NotImplementedError
+
+    def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
+        """Samples -> the model's inputs, the batch as first dimension. By default, samples of one shape are stacked."""
+        columns = zip(*(s if isinstance(s, tuple) else (s,) for s in samples), strict=True)
+        return tuple(torch.stack(column) for column in columns)
+
+    def reduce(self, outputs: Tensor, k: int) -> Tensor:
+        """The model's outputs -> what is copied to the host, on the device, a row an input. By default, the k best."""
+        return topk.rank(outputs, k, self.settings.outputs)
+
+    def encode(self, row: Tensor, top_k: int) -> dict:
+        """One row of `reduce`, on the host -> the JSON value of its answer."""
+        return {"top_k": topk.ranking(row[:top_k], self.mapping)}
+
+    # --- the stages of BaseHandler, once for all -----------------------------------------------------------------
+
+    def initialize(self, context: Context) -> None:
+        """Loads the model onto the worker's device, and runs it at the batch sizes that it will see.
+
+        Raises:
+            pydantic.ValidationError: the `handler:` section of model-config.yaml is wrong.
+            FileNotFoundError: the archive has no index_to_name.json.
+        """
+        self.settings = self.Settings.model_validate((context.model_yaml_config or {}).get("handler") or {})
+        torch.set_num_threads(self.settings.threads)
+        super().initialize(context)
+        if self.mapping is None:
+            raise FileNotFoundError("the archive has no index_to_name.json: a classifier needs its labels")
+        self.context = context
+        self.metrics = HandlerMetrics(context)
+        self.batch_size = max(1, context.system_properties["batch_size"] or 1)
+        self.load_assets(Path(context.system_properties["model_dir"]))
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """TorchScript specialises and fuses in its first runs of a shape: they happen here, not in a request."""
+        for size in sorted({1, self.batch_size}):
+            for _ in range(3):
+                self.inference([self.example()] * size, top_k=1)
+
+    def handle(self, data: list[dict], context: Context) -> list[dict]:
+        """One entry of `data` a request -> one JSON value a request, in the same order."""
+        self.context = context
+        self.metrics.count_batch(len(data))
+        with self.metrics.timed("decode"):
+            slots = self.preprocess(data)
+        samples = [sample for slot in slots for sample in slot.samples]
+        rows: list[Tensor] = []
+        if samples:
+            with self.metrics.timed("inference"):
+                rows = self.inference(samples, max(slot.top_k for slot in slots))
+        with self.metrics.timed("encode"):
+            return self.postprocess(slots, rows)
+
+    def preprocess(self, data: list[dict]) -> list[Slot]:
+        """Decodes each request by itself."""
+        slots = []
+        for index, row in enumerate(data):
+            try:
+                slots.append(self.open_slot(row, self.context.get_all_request_header(index)))
+            except RequestError as error:
+                slots.append(Slot(error=error))
+        return slots
+
+    def open_slot(self, row: dict, headers: dict) -> Slot:
+        # TorchServe mixes predictions, explanations and descriptions in one batch: each says what it is
+        if payload.header(headers, "describe") == "True":
+            return Slot(answer=self.describe())
+        if payload.header(headers, "explain") == "True":
+            raise UnsupportedOperation("This model gives no explanations. Use /predictions.")
+        request = payload.read(row, headers, self.settings.max_instances)
+        top_k = self.check_top_k(request.top_k)
+        return Slot([self.decode(content) for content in request.contents], request.many, top_k)
+
+    def check_top_k(self, asked: int | None) -> int:
+        """How many classes to answer.
+
+        Raises:
+            InvalidOption: more than the model has.
+        """
+        if asked is not None and asked > len(self.mapping):
+            raise InvalidOption(f"top_k must be between 1 and {len(self.mapping)}, the number of classes.")
+        return asked or min(self.settings.top_k, len(self.mapping))
+
+    @torch.inference_mode()
+    def inference(self, samples: list[Sample], top_k: int) -> list[Tensor]:
+        """Runs the samples in batches of at most the configured size, and returns `reduce`'s rows on the host."""
+        rows: list[Tensor] = []
+        for start in range(0, len(samples), self.batch_size):
+            batch = self.collate(samples[start : start + self.batch_size])
+            outputs = self.model(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+            if isinstance(outputs, tuple):  # models with auxiliary outputs return the main one first
+                outputs = outputs[0]
+            rows.extend(self.reduce(outputs, top_k).cpu())
+        return rows
+
+    def postprocess(self, slots: list[Slot], rows: list[Tensor]) -> list[dict]:
+        """Scatters the rows into the slots they came from, and sets each slot's status and content type."""
+        answers = []
+        remaining = iter(rows)
+        for index, slot in enumerate(slots):
+            slot_rows = [next(remaining) for _ in slot.samples]
+            if slot_rows:
+                try:
+                    predictions = [self.encode(row, slot.top_k) for row in slot_rows]
+                    slot.answer = {"predictions": predictions} if slot.many else predictions[0]
+                except NonFiniteOutput as error:
+                    logger.error("%s answered a number that is not finite", self.context.model_name)
+                    slot.error = error
+            self.context.set_response_content_type(index, "application/json")
+            if slot.error is not None:
+                self.metrics.count_rejected(type(slot.error).__name__)
+                self.context.set_response_status(slot.error.code, type(slot.error).__name__, index)
+                answers.append(slot.error.body())
+            else:
+                answers.append(slot.answer)
+        return answers
+
+    def describe(self) -> dict:
+        """What `GET /models/NAME/VERSION?customized=true` shows."""
+        return {"handler": type(self).__name__, "settings": self.settings.model_dump(), "labels": self.mapping}

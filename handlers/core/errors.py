@@ -1,0 +1,125 @@
+"""Every fault that a handler answers for one request of a batch, drawn once.
+
+    ServingError
+    ├── RequestError            4xx: the request's own fault
+    │   ├── MalformedRequest        how the input is wrapped: JSON, fields, base64, options
+    │   │   ├── EmptyInput
+    │   │   ├── InvalidJSON
+    │   │   ├── InvalidBase64
+    │   │   ├── InvalidOption
+    │   │   ├── MissingField
+    │   │   ├── UnknownField
+    │   │   ├── UnsupportedInput
+    │   │   └── UnsupportedOperation
+    │   ├── UndecodableInput        what is in it
+    │   │   ├── UndecodableImage
+    │   │   ├── UndecodableAudio
+    │   │   ├── UndecodableText
+    │   │   └── BlankImage
+    │   └── InputTooLarge           413
+    │       ├── ImageTooLarge
+    │       ├── AudioTooLong
+    │       ├── TextTooLong
+    │       └── TooManyInstances
+    └── NonFiniteOutput         500: the model answered NaN or infinity
+
+Anything else that is raised is a bug: it is not caught, and fails loudly with TorchServe's own 503.
+"""
+
+
+class ServingError(Exception):
+    """Base of the errors that are answered to the one request that caused them.
+
+    Args:
+        message: what was wrong, and what is accepted. It is sent to the client: no paths, no input content.
+    """
+
+    code = 500
+
+    def body(self) -> dict:
+        """The JSON body of the answer."""
+        return {"code": self.code, "type": type(self).__name__, "message": str(self)}
+
+
+class RequestError(ServingError):
+    code = 400
+
+
+class MalformedRequest(RequestError):
+    pass
+
+
+class EmptyInput(MalformedRequest):
+    pass
+
+
+class InvalidJSON(MalformedRequest):
+    pass
+
+
+class InvalidBase64(MalformedRequest):
+    pass
+
+
+class InvalidOption(MalformedRequest):
+    pass
+
+
+class MissingField(MalformedRequest):
+    pass
+
+
+class UnknownField(MalformedRequest):
+    pass
+
+
+class UnsupportedInput(MalformedRequest):
+    pass
+
+
+class UnsupportedOperation(MalformedRequest):
+    pass
+
+
+class UndecodableInput(RequestError):
+    pass
+
+
+class UndecodableImage(UndecodableInput):
+    pass
+
+
+class UndecodableAudio(UndecodableInput):
+    pass
+
+
+class UndecodableText(UndecodableInput):
+    pass
+
+
+class BlankImage(UndecodableInput):
+    pass
+
+
+class InputTooLarge(RequestError):
+    code = 413
+
+
+class ImageTooLarge(InputTooLarge):
+    pass
+
+
+class AudioTooLong(InputTooLarge):
+    pass
+
+
+class TextTooLong(InputTooLarge):
+    pass
+
+
+class TooManyInstances(InputTooLarge):
+    pass
+
+
+class NonFiniteOutput(ServingError):
+    code = 500

@@ -1,0 +1,91 @@
+"""Bytes of an image file -> an upright 8-bit Pillow image. Sizes are checked before a pixel is decoded."""
+
+import io
+import struct
+from typing import Annotated
+
+import numpy
+from PIL import Image, ImageOps
+from pydantic import Field
+
+from handlers.core.errors import ImageTooLarge, UndecodableImage
+from handlers.core.settings import Settings
+
+Image.MAX_IMAGE_PIXELS = None  # max_pixels below is the limit, with an error of ours
+Image.init()
+# EPS starts Ghostscript; the others need programs or libraries that Pillow only stubs
+FORMATS = tuple(sorted(set(Image.OPEN) - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
+
+# what Pillow's decoders raise on broken files
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, OverflowError)
+
+
+class ImageSettings(Settings):
+    max_pixels: Annotated[int, Field(gt=0)] = 50_000_000  # width x height; a 48-megapixel photograph passes
+    min_side: Annotated[int, Field(gt=0)] = 8  # pixels
+
+
+def open_image(content: bytes, settings: ImageSettings) -> Image.Image:
+    """Decodes the first frame, turned upright as its EXIF orientation says.
+
+    Returns:
+        an image of mode "L", "RGB" or "RGBA"; 16-bit and floating-point pixels are scaled to 8 bits.
+
+    Raises:
+        UndecodableImage: not an image, or a broken one, or one smaller than `min_side`.
+        ImageTooLarge: more than `max_pixels`.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except DECODE_ERRORS as exc:
+        raise UndecodableImage(
+            "The input is not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, BMP, TIFF, ...)."
+        ) from exc
+    width, height = image.size
+    if width * height > settings.max_pixels:
+        raise ImageTooLarge(f"The image has {width} x {height} pixels; at most {settings.max_pixels} are accepted.")
+    if min(width, height) < settings.min_side:
+        raise UndecodableImage(
+            f"The image has {width} x {height} pixels; at least {settings.min_side} x {settings.min_side} are needed."
+        )
+    try:
+        image.load()
+        return to_8_bit(ImageOps.exif_transpose(image))
+    except DECODE_ERRORS as exc:
+        raise UndecodableImage("The image is truncated or corrupt.") from exc
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes -> "L", "RGB" or "RGBA"."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(scale_to_8_bit(numpy.asarray(image)))
+    if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
+
+
+def scale_to_8_bit(pixels: numpy.ndarray) -> numpy.ndarray:
+    """uint16, int32 or float32 [H, W] -> uint8 [H, W].
+
+    The white point is that of the smallest customary range that holds the values: 1.0, 255 or 65535.
+    """
+    values = numpy.nan_to_num(pixels.astype(numpy.float32))
+    if pixels.dtype == numpy.uint16:
+        white = 65535.0
+    else:
+        highest = values.max()
+        white = 255.0 if 1.0 < highest <= 255.0 else 65535.0
+        if pixels.dtype == numpy.float32 and highest <= 1.0:
+            white = 1.0
+    return (values / white * 255).round().clip(0, 255).astype(numpy.uint8)
+
+
+def flatten(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """The image as "RGB", what is transparent shown on `background`."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas

@@ -1,0 +1,21 @@
+"""The `handler:` section of model-config.yaml, checked once when the worker starts.
+
+pydantic, because a wrong setting then names itself, what it got and what it takes.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """What every handler can be told. A handler adds its own in a nested `Settings` class."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top_k: PositiveInt = 5  # classes in an answer, unless the request says how many
+    outputs: Literal["logits", "probabilities"] = "logits"  # what the model returns
+    threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
+    max_instances: PositiveInt = 64  # inputs in one {"instances": [...]} request

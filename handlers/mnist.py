@@ -1,0 +1,148 @@
+"""Handwritten digits: an image of one digit -> the three most probable classes."""
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from handlers.core import topk
+from handlers.core.batch import BatchHandler
+from handlers.core.errors import BlankImage, InvalidOption
+from handlers.core.images import ImageSettings, flatten, open_image
+from handlers.core.payload import Content, binary
+
+TOP_K = 3
+
+SIDE, BOX = 28, 20  # MNIST: the digit fits a box of 20 x 20, its centre of mass in the middle of 28 x 28
+WORKING_BOX = 4 * BOX  # resolution at which strokes are measured and thickened
+LARGEST = 512  # pixels of the longer side of what is looked at; more shows nothing new of a digit
+MIN_CONTRAST = 20  # of 255, between ink and background
+MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
+
+
+class MNISTHandler(BatchHandler):
+    """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises by itself) -> logits [N, 10].
+
+    Answers {"top_3_classes": [...], "top_3_probabilities": [...]}.
+    """
+
+    Settings = ImageSettings
+
+    def decode(self, content: Content) -> Tensor:
+        """-> uint8 [1, 28, 28]."""
+        image = open_image(binary(content), self.settings)
+        image.thumbnail((LARGEST, LARGEST))
+        return torch.from_numpy(as_mnist(grey(image))).unsqueeze(0)
+
+    def check_top_k(self, asked: int | None) -> int:
+        if asked not in (None, TOP_K):
+            raise InvalidOption(f"This model always answers its top {TOP_K}.")
+        return TOP_K
+
+    def encode(self, row: Tensor, top_k: int) -> dict:
+        best = topk.ranking(row[:top_k], self.mapping)
+        return {
+            "top_3_classes": [entry["class"] for entry in best],
+            "top_3_probabilities": [entry["probability"] for entry in best],
+        }
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
+
+
+def grey(image: Image.Image) -> numpy.ndarray:
+    """-> float32 [H, W], 0 to 255. Transparent pixels become a background that the ink stands out from."""
+    if image.mode == "RGBA":
+        alpha = numpy.asarray(image.getchannel("A"), dtype=numpy.float32)
+        ink = numpy.asarray(image.convert("L"), dtype=numpy.float32)
+        bright = alpha.any() and numpy.average(ink, weights=alpha) > 127
+        image = flatten(image, (0, 0, 0) if bright else (255, 255, 255))
+    return numpy.asarray(image.convert("L"), dtype=numpy.float32)
+
+
+def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
+    """Makes of any picture of a digit what MNIST was made of (LeCun et al. 1998, section III.A).
+
+    Finds the background, turns the ink bright, crops to it, fits it into the box without distortion, and puts its
+    centre of mass into the middle. An image of MNIST itself comes out as it went in.
+
+    Args:
+        pixels: float32 [H, W], 0 to 255, dark on light or light on dark.
+
+    Returns:
+        uint8 [28, 28].
+
+    Raises:
+        BlankImage: nothing stands out from the background.
+    """
+    ink, noise = separate_ink(pixels)
+    peak = ink.max()
+    if peak < max(MIN_CONTRAST, 2 * noise):
+        raise BlankImage("The image is blank: no digit stands out from its background.")
+    ink = numpy.clip((ink - noise) / (peak - noise), 0, 1)
+    rows, columns = (numpy.flatnonzero((ink > 0.04).any(axis=axis)) for axis in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    if max(ink.shape) != BOX:
+        ink = fit(thicken(fit(ink, WORKING_BOX)), BOX)
+    return centre((ink * (255 / ink.max())).round())
+
+
+def separate_ink(pixels: numpy.ndarray) -> tuple[numpy.ndarray, float]:
+    """-> ink float32 [H, W] (0 on the background), and the background's noise in the same units.
+
+    The background is a plane through the image's frame, so that a shadow across the paper is not ink.
+    """
+    height, width = pixels.shape
+    y, x = numpy.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    frame = numpy.ones_like(pixels, dtype=bool)
+    depth = max(1, min(height, width) // 25)
+    frame[depth:-depth, depth:-depth] = False
+    plane = numpy.stack([x, y, numpy.ones_like(x)], axis=-1)
+    known, values = plane[frame], pixels[frame]
+    background = numpy.array([0, 0, numpy.median(values)])
+    for _ in range(2):
+        error = numpy.abs(values - known @ background)
+        inlier = error <= max(3 * numpy.median(error), 1e-3)
+        background = numpy.linalg.lstsq(known[inlier], values[inlier], rcond=None)[0]
+    error = numpy.abs(values - known @ background)
+    difference = pixels - plane @ background
+    bright, dark = numpy.clip(difference, 0, None), numpy.clip(-difference, 0, None)
+    return (bright if bright.sum() > dark.sum() else dark), 4 * float(numpy.median(error))
+
+
+def fit(ink: numpy.ndarray, box: int) -> numpy.ndarray:
+    """float32 [H, W] in [0, 1] -> the same, its longer side `box` pixels."""
+    height, width = ink.shape
+    scale = box / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resized = numpy.asarray(Image.fromarray(ink.astype(numpy.float32)).resize(size, Image.Resampling.BICUBIC))
+    return numpy.clip(resized, 0, 1)
+
+
+def thicken(ink: numpy.ndarray) -> numpy.ndarray:
+    """Widens strokes that would vanish in the box: a fine pen on a large sheet.
+
+    A stroke's width is its area over half its outline.
+    """
+    mask = numpy.pad(ink > 0.5 * ink.max(), 1)
+    inside = mask[1:-1, 1:-1]
+    neighbours = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    width = 2 * inside.sum() / max(1, (inside & ~neighbours).sum())
+    missing = round((MIN_STROKE * WORKING_BOX / BOX - width) / 2)
+    if missing <= 0:
+        return ink
+    padded = torch.from_numpy(numpy.pad(ink, missing))[None, None]
+    return torch.nn.functional.max_pool2d(padded, 2 * missing + 1, stride=1, padding=missing)[0, 0].numpy()
+
+
+def centre(ink: numpy.ndarray) -> numpy.ndarray:
+    """[H, W], 0 to 255, at most 20 x 20 -> uint8 [28, 28], the centre of mass in the middle."""
+    canvas = numpy.zeros((SIDE, SIDE), dtype=numpy.uint8)
+    corner = []
+    for axis, size in enumerate(ink.shape):
+        mass = ink.sum(axis=1 - axis)
+        middle = (mass * numpy.arange(size)).sum() / mass.sum()
+        corner.append(min(max(round(SIDE / 2 - middle), 0), SIDE - size))
+    top, left = corner
+    canvas[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
+    return canvas
