@@ -1,0 +1,82 @@
+# The bundle's commands. `make` alone lists them.
+#
+# Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
+# MODELS (which to archive and serve), MODEL (which to train), DATA_DIR (where data sets are, or are put).
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+MODELS ?=
+DATA_DIR ?= data
+
+BIN := .venv/bin
+BUNDLE := $(BIN)/python -m bundle
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+# quiet where output goes to a log: pip's progress bars are for people
+QUIET := $(if $(CI),--quiet)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev serve stop status logs archive train add-model test lint lock clean
+
+help:  ## show the commands
+	@echo "usage: make COMMAND [VARIABLE=value ...]"
+	@echo
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+
+setup: .venv/serve.done  ## make .venv with everything that serving needs, a Java runtime included
+
+dev: .venv/dev.done  ## the same and what training and testing need
+
+serve: setup  ## build what is out of date, start TorchServe, return when every model answers (MODELS="mnist text")
+	@$(BUNDLE) serve $(MODELS)
+
+stop: setup  ## stop the server and its workers
+	@$(BUNDLE) stop
+
+status: setup  ## show models, versions, workers
+	@$(BUNDLE) status
+
+logs: setup  ## follow the server's and the workers' logs
+	@$(BUNDLE) logs
+
+archive: setup  ## build the archives into model_store/ (MODELS="mnist text")
+	@$(BUNDLE) archive $(MODELS)
+
+train: dev  ## train a model and write its weights and metrics.json (MODEL=mnist)
+	@test -n "$(MODEL)" || { echo "error: say which: make train MODEL=mnist" >&2; exit 2; }
+	@test -f models/$(MODEL)/train.py || { echo "error: models/$(MODEL) has no train.py" >&2; exit 2; }
+	DATA_DIR=$(DATA_DIR) $(BIN)/python -m models.$(MODEL).train $(ARGS)
+
+add-model: setup  ## make a model folder of a TorchScript file (NAME=... SERIALIZED=model.pt LABELS=labels.json HANDLER=image_topk)
+	@$(BUNDLE) add-model "$(NAME)" --serialized "$(SERIALIZED)" --labels "$(LABELS)" --handler "$(or $(HANDLER),image_topk)" \
+	  $(if $(SIZE),--size $(SIZE)) $(if $(MEAN),--mean $(MEAN)) $(if $(STD),--std $(STD)) $(if $(IMAGE),--image "$(IMAGE)")
+
+test: lint  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock: dev  ## choose the newest versions of requirements/*.in again
+	cd requirements && for set in serve dev; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
+	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
+
+clean: ## stop the server; remove archives and build products (not .venv, not data/)
+	@test ! -x $(BIN)/python || $(BUNDLE) stop
+	rm -rf build lightning_logs
+	find model_store -mindepth 1 ! -name README.md -delete
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 10) and "error: Python 3.10 or newer is needed, 3.11 is tested: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt | .venv/bin/python
+	$(PIP) $(QUIET) -r requirements/serve.txt
+	$(PIP) $(QUIET) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r requirements/torch.txt
+	$(BIN)/python -m bundle.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
+	@touch $@
+
+.venv/dev.done: requirements/dev.txt .venv/serve.done
+	$(PIP) $(QUIET) -r requirements/dev.txt
+	@touch $@

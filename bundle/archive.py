@@ -1,0 +1,122 @@
+"""A model folder -> `model_store/NAME.mar`, built again only when something that goes into it has changed."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from bundle.catalog import CONFIG_NAME, HANDLERS, LABELS_NAME, ROOT, ModelFolder
+from bundle.errors import BundleError
+from bundle.export import export, handler_settings
+from bundle.torchvision_source import labels as torchvision_labels
+
+MODEL_STORE = ROOT / "model_store"
+BUILD = ROOT / "build"
+REQUIREMENTS = HANDLERS / "requirements.txt"
+
+
+@dataclass(frozen=True)
+class Archive:
+    path: Path
+    rebuilt: bool
+
+
+def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False) -> Archive:
+    """Builds the folder's archive where it is missing or out of date.
+
+    Raises:
+        BundleError: something that belongs into it is missing or wrong.
+    """
+    target = store / f"{folder.name}.mar"
+    record = target.with_suffix(".fingerprint")
+    wanted = fingerprint(folder)
+    if not force and target.is_file() and record.is_file() and record.read_text() == wanted:
+        return Archive(target, rebuilt=False)
+    store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"archive-{folder.name}-") as temporary:
+        stage = Path(temporary) / "stage"
+        built = pack(folder, gather(folder, stage), Path(temporary))
+        # a reader of the store never sees half an archive
+        partial = store / f".{folder.name}.mar"
+        shutil.move(built, partial)
+        partial.replace(target)
+    record.write_text(wanted)
+    return Archive(target, rebuilt=True)
+
+
+def gather(folder: ModelFolder, stage: Path) -> Path:
+    """Puts everything that the archive carries into `stage`, laid out as a worker will see it."""
+    export(folder, stage / "model.pt")
+    shutil.copytree(HANDLERS / "core", stage / "handlers" / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(HANDLERS / "__init__.py", stage / "handlers")
+    stage_config(folder, stage / CONFIG_NAME)
+    for file in folder.extra_files:
+        shutil.copy(file, stage)
+    (stage / LABELS_NAME).write_text(json.dumps(dict(enumerate(labels_of(folder))), indent=1, ensure_ascii=False))
+    return stage
+
+
+def stage_config(folder: ModelFolder, target: Path) -> None:
+    """The folder's model-config.yaml; for a torchvision model, with the geometry of its weights' own images."""
+    if folder.bundle.torchvision:
+        target.write_text(yaml.safe_dump(folder.config | {"handler": handler_settings(folder)}, sort_keys=False))
+    else:
+        shutil.copy(folder.path / CONFIG_NAME, target)
+
+
+def labels_of(folder: ModelFolder) -> list[str]:
+    source = folder.bundle.torchvision
+    return torchvision_labels(source) if source else folder.labels()
+
+
+def pack(folder: ModelFolder, stage: Path, temporary: Path) -> Path:
+    """Runs torch-model-archiver over `stage`, and returns the archive."""
+    handler = shutil.copy(folder.handler_file, temporary)
+    serialized = shutil.move(stage / "model.pt", temporary / "model.pt")
+    config = shutil.move(stage / CONFIG_NAME, temporary / CONFIG_NAME)
+    requirements = shutil.copy(REQUIREMENTS, temporary / "requirements.txt")
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--force"]
+    options = {
+        "--model-name": folder.name,
+        "--version": folder.bundle.version,
+        "--serialized-file": serialized,
+        "--handler": handler,
+        "--extra-files": stage,
+        "--config-file": config,
+        "--requirements-file": requirements,
+        "--export-path": temporary,
+    }
+    for option, value in options.items():
+        command += [option, str(value)]
+    # the archiver gathers in a folder of TMPDIR named after the model: a TMPDIR of its own, or two builds would mix
+    scratch = temporary / "scratch"
+    scratch.mkdir()
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(scratch)})
+    built = temporary / f"{folder.name}.mar"
+    if run.returncode or not built.is_file():
+        raise BundleError(f"torch-model-archiver failed for {folder.name}.", run.stdout + run.stderr)
+    return built
+
+
+def fingerprint(folder: ModelFolder) -> str:
+    """A digest of all that decides what is in the archive: the folder, the handlers, the code that builds it."""
+    not_archived = {"train.py", "metrics.json", "make_sample.py", "README.md", folder.bundle.sample}
+    inputs = [folder.handler_file, REQUIREMENTS, HANDLERS / "__init__.py", *(HANDLERS / "core").glob("*.py")]
+    inputs += [file for file in folder.path.rglob("*") if file.is_file() and file.name not in not_archived]
+    inputs += [ROOT / "bundle" / name for name in ("archive.py", "export.py", "torchvision_source.py")]
+    digest = hashlib.sha256()
+    for file in sorted(file for file in inputs if "__pycache__" not in file.parts):
+        name = file.relative_to(folder.path if file.is_relative_to(folder.path) else ROOT)  # folders may move
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{name} {content}\n".encode())
+    for package in ("torch", "torchvision", "torchaudio", "torch-model-archiver"):
+        digest.update(f"{package} {version(package)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""The commands behind `make`."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import requests
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bundle import catalog
+from bundle.catalog import ROOT, ModelFolder
+from bundle.client import WorkerCount, check_sample, curl_lines
+from bundle.errors import BundleError
+from bundle.readiness import wait_until_ready
+from bundle.server import Running, Server
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Models = Annotated[list[str] | None, typer.Argument(help="Names of folders in models/; by default, all but those served on request.")]
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        yield bars
+
+
+@app.command(epilog="Examples: `python -m bundle archive` · `python -m bundle archive mnist --force`")
+def archive(models: Models = None, force: Annotated[bool, typer.Option(help="Build even what is up to date.")] = False) -> None:
+    """Build the models' archives in model_store/, where something that goes into them has changed."""
+    build(catalog.select(models or []), force)
+
+
+def build(folders: list[ModelFolder], force: bool = False) -> None:
+    from bundle.archive import archive as build_archive  # imports torch: seconds that the other commands need not wait
+
+    with progress() as bars:
+        for folder in folders:
+            task = bars.add_task(f"archive {folder.name}", total=1, state="")
+            built = build_archive(folder, force=force)
+            megabytes = built.path.stat().st_size / 1e6
+            bars.update(task, completed=1, state=f"{'built' if built.rebuilt else 'up to date'}, {megabytes:.1f} MB")
+
+
+@app.command(epilog="Examples: `python -m bundle serve` · `python -m bundle serve mnist text` · `TS_INFERENCE_ADDRESS=http://127.0.0.1:9080 python -m bundle serve`")
+def serve(
+    models: Models = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until every worker is READY.")] = 300,
+) -> None:
+    """Build what is out of date, start TorchServe, and return when every model answers its own sample correctly."""
+    folders = catalog.select(models or [])
+    build(folders)
+    server = Server()
+    running = server.running()
+    if running and not server.is_current(running, folders):
+        console.print("The running server is out of date: it is started again.")
+        server.stop()
+        running = None
+    if running is None:
+        start(server, folders, timeout)
+    else:
+        verify(server, folders)
+        console.print(f"Already served by PID {running.pid}; nothing has changed.")
+    console.print("\nTry:")
+    for line in curl_lines(server.settings.client(), folders, ROOT):
+        console.print(f"  {line}", soft_wrap=True)
+
+
+def start(server: Server, folders: list[ModelFolder], timeout: float) -> None:
+    """Starts the server and waits until it serves; whatever goes wrong, Ctrl-C included, nothing is left running."""
+    try:
+        running = server.start(folders)
+        with progress() as bars:
+            tasks = {folder.name: bars.add_task(f"start {folder.name}", total=1, state="") for folder in folders}
+
+            def show(name: str, count: WorkerCount) -> None:
+                bars.update(tasks[name], total=count.wanted, completed=count.ready, state=f"{count.ready}/{count.wanted} workers READY")
+
+            wait_until_ready(server, running, folders, timeout, show)
+        verify(server, folders)
+    except BaseException:
+        server.stop()
+        raise
+    console.print(f"TorchServe is up: PID {running.pid}, logs in {catalog.relative(server.logs)}.")
+
+
+def verify(server: Server, folders: list[ModelFolder]) -> None:
+    for folder in folders:
+        first = check_sample(server.settings.client(), folder)
+        if first is not None:
+            expected = ", as expected" if folder.bundle.expect else ""
+            console.print(f"  {folder.name}: {folder.bundle.sample} is {first!r}{expected}")
+
+
+@app.command()
+def stop() -> None:
+    """Stop the TorchServe that `serve` started, and its workers."""
+    console.print("TorchServe is stopped." if Server().stop() else "TorchServe was not running.")
+
+
+@app.command()
+def status() -> None:
+    """Show what is served, from the management API. Exits 1 where a worker is missing, 3 where no server runs."""
+    server = Server()
+    running = server.running()
+    if running is None:
+        console.print("TorchServe is not running. Start it: make serve")
+        raise typer.Exit(3)
+    table = Table("model", "version", "workers READY", "min", "max", "batch", "delay ms", "queued")
+    healthy = True
+    client = server.settings.client()
+    for name in client.models():
+        model = client.describe(name)
+        ready = sum(worker["status"] == "READY" for worker in model["workers"])
+        healthy &= ready >= model["minWorkers"]
+        queued = model.get("jobQueueStatus", {}).get("pendingRequests", "")
+        cells = (name, model["modelVersion"], ready, model["minWorkers"], model["maxWorkers"], model["batchSize"], model["maxBatchDelay"], queued)
+        table.add_row(*map(str, cells))
+    console.print(table)
+    console.print(describe_process(running))
+    raise typer.Exit(0 if healthy else 1)
+
+
+def describe_process(running: Running) -> str:
+    process = running.process()
+    family = [process, *process.children(recursive=True)]
+    memory = sum(member.memory_info().rss for member in family) / 2**30
+    return f"PID {running.pid}, {len(family) - 1} child processes, {memory:.1f} GiB resident"
+
+
+@app.command()
+def logs(
+    follow: Annotated[bool, typer.Option(help="Go on as lines come.")] = True,
+    lines: Annotated[int, typer.Option(help="How many lines to start with.")] = 40,
+) -> None:
+    """Show the server's and the workers' logs."""
+    files = sorted(Server().logs.glob("*.log"))
+    if not files:
+        raise BundleError("There are no logs yet. Start the server: make serve")
+    try:
+        subprocess.run(["tail", f"--lines={lines}", *(["--follow=name"] if follow else []), *map(str, files)])
+    except KeyboardInterrupt:
+        pass
+
+
+@app.command(epilog="Examples: `python -m bundle predict mnist` · `python -m bundle predict image photo.jpg --grpc`")
+def predict(
+    model: Annotated[str, typer.Argument(help="A model that is served.")],
+    file: Annotated[Path | None, typer.Argument(help="What to send; by default, the model's own sample.")] = None,
+    grpc: Annotated[bool, typer.Option(help="Over gRPC rather than HTTP.")] = False,
+) -> None:
+    """Ask a model that is served for one prediction."""
+    if file is None:
+        [folder] = catalog.select([model])
+        if folder.sample_file is None:
+            raise BundleError(f"{model} has no sample of its own. Name a file to send.")
+        file = folder.sample_file
+    if not file.is_file():
+        raise BundleError(f"There is no file {file}.")
+    settings = Server().settings
+    if grpc:
+        from bundle import grpc_client  # compiles its stubs when it is imported
+
+        address = f"{settings['grpc_inference_address']}:{settings['grpc_inference_port']}"
+        try:
+            answer = json.loads(grpc_client.predict(address, model, file.read_bytes()))
+        except grpc_client.GrpcError as exc:
+            raise BundleError(str(exc)) from exc
+    else:
+        answer = settings.client().predict(model, file.read_bytes()).json()
+    if "code" in answer:  # over gRPC, TorchServe keeps the body of an error and drops its status
+        raise BundleError(f"{model} answered {answer['code']} {answer['type']}: {answer['message']}")
+    console.print_json(data=answer)
+
+
+def main() -> None:
+    """Runs a command. What the user can mend is one line on standard error, and exit status 1."""
+    try:
+        app()
+    except BundleError as error:
+        if error.details:
+            errors.print(error.details.strip(), style="dim", markup=False)
+        errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except requests.ConnectionError as error:
+        errors.print(f"error: no server answers at {error.request.url}. Start it: make serve", style="bold red", markup=False)
+        sys.exit(1)
