@@ -1,0 +1,94 @@
+"""A real TorchServe on free ports, started and stopped by the bundle's own commands."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bundle.client import Client
+from bundle.server import ADDRESSES, GRPC_PORTS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.server)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server of the tests lives: its own ports and its own run folder.
+
+    Attributes:
+        environment: what makes the bundle's commands work on this server.
+        ports: by their keys in config.properties.
+    """
+
+    environment: dict[str, str]
+    ports: dict[str, int]
+
+    @property
+    def client(self) -> Client:
+        return Client(self.url("inference_address"), self.url("management_address"))
+
+    def url(self, key: str) -> str:
+        return f"http://127.0.0.1:{self.ports[key]}"
+
+    def bundle(self, *arguments: str, **overrides: str) -> subprocess.CompletedProcess:
+        """Runs `python -m bundle ...` for this server."""
+        return subprocess.run(
+            [sys.executable, "-m", "bundle", *arguments],
+            cwd=ROOT,
+            env={**self.environment, **overrides},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def new_place(run_dir: Path) -> Place:
+    keys = (*ADDRESSES, *GRPC_PORTS)
+    ports = dict(zip(keys, free_ports(len(keys)), strict=True))
+    overrides = {f"TS_{key.upper()}": f"http://127.0.0.1:{ports[key]}" for key in ADDRESSES}
+    overrides |= {f"TS_{key.upper()}": str(ports[key]) for key in GRPC_PORTS}
+    return Place({**os.environ, **overrides, "RUN_DIR": str(run_dir), "COLUMNS": "160"}, ports)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A server with the four models, shared by the tests; a test leaves it as it found it."""
+    place = new_place(tmp_path_factory.mktemp("served"))
+    started = place.bundle("serve")
+    assert started.returncode == 0, started.stdout + started.stderr
+    try:
+        yield place
+    finally:
+        stopped = place.bundle("stop")
+        assert stopped.returncode == 0, stopped.stderr
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """Room for a server that a test starts by itself."""
+    place = new_place(tmp_path / "run")
+    try:
+        yield place
+    finally:
+        place.bundle("stop")

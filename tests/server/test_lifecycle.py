@@ -1,0 +1,130 @@
+"""The management API, as TorchServe's users know it, on the bundle's archives."""
+
+import time
+
+import pytest
+import requests
+
+from bundle.catalog import select
+from bundle.client import first_class
+
+[MNIST] = select(["mnist"])
+
+
+@pytest.fixture
+def management(served) -> str:
+    return served.client.management
+
+
+@pytest.fixture(autouse=True)
+def as_found(served, management):
+    """Afterwards, mnist is registered once, with one worker."""
+    yield
+    requests.put(f"{management}/models/mnist/1.0/set-default", timeout=60)
+    requests.put(f"{management}/models/mnist", params={"min_worker": 1, "max_worker": 2, "synchronous": "true"}, timeout=60)
+
+
+def wait_for(condition, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.2)
+
+
+def test_scale_and_describe(served, management):
+    asked = requests.put(f"{management}/models/mnist", params={"min_worker": 2, "max_worker": 4}, timeout=60)
+    assert asked.status_code == 202, asked.text
+    wait_for(lambda: served.client.workers("mnist").ready == 2)
+    described = served.client.describe("mnist")
+    assert (described["minWorkers"], described["maxWorkers"]) == (2, 4)
+    assert (described["batchSize"], described["maxBatchDelay"]) == (32, 2)
+    asked = requests.put(f"{management}/models/mnist", params={"min_worker": 1, "max_worker": 1}, timeout=60)
+    assert asked.status_code == 202, asked.text
+    wait_for(lambda: len(served.client.describe("mnist")["workers"]) == 1)
+
+
+def test_register_list_predict_unregister(served, management):
+    """Out of the store, under a name of its own."""
+    asked = requests.post(
+        f"{management}/models",
+        params={"url": "mnist.mar", "model_name": "digits", "initial_workers": 1, "synchronous": "true"},
+        timeout=120,
+    )
+    assert asked.status_code == 200, asked.text
+    try:
+        assert "digits" in served.client.models()
+        wait_for(lambda: served.client.workers("digits").ready == 1)
+        answer = served.client.predict("digits", MNIST.sample_file.read_bytes())
+        assert first_class(answer.json()) == MNIST.bundle.expect
+    finally:
+        gone = requests.delete(f"{management}/models/digits", timeout=60)
+    assert gone.status_code == 200, gone.text
+    assert "digits" not in served.client.models()
+    assert served.client.predict("digits", b"x").status_code == 404
+
+
+def test_versions(served, management, second_version):
+    """A second version beside the first: both answer, the default moves, the old one goes."""
+    asked = requests.post(
+        f"{management}/models", params={"url": second_version, "initial_workers": 1, "synchronous": "true"}, timeout=120
+    )
+    assert asked.status_code == 200, asked.text
+    listed = requests.get(f"{management}/models/mnist/all", timeout=30).json()
+    assert {model["modelVersion"] for model in listed} == {"1.0", "2.0"}
+    content = MNIST.sample_file.read_bytes()
+    for version in ("1.0", "2.0"):
+        url = f"{served.client.inference}/predictions/mnist/{version}"
+        assert requests.post(url, data=content, timeout=30).status_code == 200
+    assert requests.put(f"{management}/models/mnist/2.0/set-default", timeout=30).status_code == 200
+    assert served.client.describe("mnist")["modelVersion"] == "2.0"
+    assert requests.put(f"{management}/models/mnist/1.0/set-default", timeout=30).status_code == 200
+    assert requests.delete(f"{management}/models/mnist/2.0", timeout=60).status_code == 200
+
+
+@pytest.fixture
+def second_version(tmp_path):
+    """The name, in the store, of the MNIST archive as version 2.0."""
+    import json
+    import zipfile
+
+    from bundle.catalog import MODEL_STORE
+
+    target = MODEL_STORE / "mnist-2.0.mar"
+    with zipfile.ZipFile(MODEL_STORE / "mnist.mar") as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename == "MAR-INF/MANIFEST.json":
+                manifest = json.loads(content)
+                manifest["model"]["modelVersion"] = "2.0"
+                content = json.dumps(manifest).encode()
+            new.writestr(entry.filename, content)
+    yield target.name
+    target.unlink()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/evil.mar", "file:///etc/passwd", "../mnist.mar", "nowhere.mar"])
+def test_archives_from_elsewhere_are_refused(management, url):
+    asked = requests.post(f"{management}/models", params={"url": url}, timeout=60)
+    assert 400 <= asked.status_code < 500, asked.text
+
+
+def test_metrics_of_torchserve_and_of_the_bundle(served):
+    for folder in select([]):
+        answer = served.client.predict(folder.name, folder.sample_file.read_bytes())
+        assert answer.status_code == 200
+    assert served.client.predict("mnist", b"no image").status_code == 400
+
+    def scrape() -> str:
+        return requests.get(f"{served.url('metrics_address')}/metrics", timeout=30).text
+
+    def complete() -> bool:
+        text = scrape()
+        own = [
+            f'bundle_{metric}_count{{ModelName="{folder.name}",ModelVersion="1.0",'
+            for folder in select([])
+            for metric in ("batch_size", "decode_seconds", "inference_seconds", "encode_seconds")
+        ]
+        own += ['bundle_rejected_requests_total{ModelName="mnist",ModelVersion="1.0",ErrorType="UndecodableImage"']
+        return all(series in text for series in [*own, "ts_inference_requests_total{", "ts_queue_latency_microseconds{"])
+
+    wait_for(complete, 20)

@@ -1,0 +1,107 @@
+"""`serve`, `stop`, `status`: what they do when all is well, and what they say when it is not."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bundle.catalog import MODELS
+
+
+def test_serving_again_changes_nothing(served):
+    record = json.loads((Path(served.environment["RUN_DIR"]) / "server.json").read_text())
+    again = served.bundle("serve")
+    assert again.returncode == 0, again.stderr
+    assert "nothing has changed" in again.stdout
+    assert "built" not in again.stdout
+    assert json.loads((Path(served.environment["RUN_DIR"]) / "server.json").read_text()) == record
+    assert psutil.Process(record["pid"]).is_running()
+
+
+def test_status(served):
+    shown = served.bundle("status")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert all(name in shown.stdout for name in ("mnist", "image", "audio", "text"))
+
+
+def test_predict_from_the_command_line(served):
+    for arguments in (["mnist"], ["mnist", "--grpc"]):
+        shown = served.bundle("predict", *arguments)
+        assert json.loads(shown.stdout)["top_3_classes"][0] == 3, shown.stderr
+    wrong = served.bundle("predict", "mnist", "README.md")
+    assert wrong.returncode == 1
+    assert "not an image" in wrong.stderr
+
+
+def test_nothing_runs(place):
+    assert place.bundle("status").returncode == 3
+    assert "not running" in place.bundle("stop").stdout
+    asked = place.bundle("predict", "mnist")
+    assert asked.returncode == 1
+    assert "make serve" in asked.stderr
+
+
+def test_a_taken_port_is_named(place):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", place.ports["metrics_address"]))
+        taken.listen()
+        failed = place.bundle("serve", "mnist")
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert f"Port {place.ports['metrics_address']} (metrics_address) is taken by PID {os.getpid()}" in last
+    assert not children_of(place)
+
+
+def test_a_heap_that_does_not_fit_is_shown(place, tmp_path):
+    """Java refuses it before TorchServe can log."""
+    failed = place.bundle("serve", "mnist", JAVA_TOOL_OPTIONS="-Xms900g -Xmx900g")
+    assert failed.returncode == 1
+    assert "did not start" in failed.stderr or "ended while it started" in failed.stderr
+    assert "memory" in failed.stderr.lower() or "heap" in failed.stderr.lower()
+    assert not children_of(place)
+
+
+@pytest.fixture
+def broken_model():
+    """A copy of the MNIST folder whose handler settings are wrong."""
+    folder = MODELS / "broken_for_test"
+    shutil.copytree(MODELS / "mnist", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    config = folder / "model-config.yaml"
+    config.write_text(config.read_text().replace("  threads: 1", "  threads: many"))
+    yield folder.name
+    shutil.rmtree(folder)
+    for file in Path("model_store").glob("broken_for_test*"):
+        file.unlink()
+
+
+def test_a_handler_that_fails_is_shown_and_leaves_nothing(place, broken_model):
+    failed = place.bundle("serve", broken_model)
+    assert failed.returncode == 1
+    assert f"A worker of {broken_model} failed" in failed.stderr.strip().splitlines()[-1]
+    assert "threads" in failed.stderr
+    assert "ValidationError" in failed.stderr
+    assert not children_of(place)
+
+
+def test_an_unknown_model_is_named(place):
+    failed = place.bundle("serve", "nonesuch")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: There is no model 'nonesuch' in models/; there are: ")
+
+
+def children_of(place) -> list[psutil.Process]:
+    """What runs with this place's run folder in its environment, the test's own process aside."""
+    time.sleep(0.5)
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RUN_DIR") == place.environment["RUN_DIR"]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

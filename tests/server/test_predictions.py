@@ -1,0 +1,101 @@
+"""The four models over HTTP and gRPC, in every way that people send inputs."""
+
+import base64
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+from bundle import grpc_client
+from bundle.catalog import ModelFolder, select
+from bundle.client import first_class
+
+MODELS = {folder.name: folder for folder in select([])}
+pytestmark = pytest.mark.parametrize("model", MODELS)
+
+
+def sample(folder: ModelFolder) -> bytes:
+    return folder.sample_file.read_bytes()
+
+
+def as_json(folder: ModelFolder) -> str:
+    """The sample as it stands in JSON: a text as it is, all else as base64."""
+    content = sample(folder)
+    return content.decode() if folder.sample_file.suffix == ".txt" else base64.b64encode(content).decode()
+
+
+def ways(folder: ModelFolder) -> dict[str, dict]:
+    return {
+        "raw body": {"data": sample(folder)},
+        "form file": {"files": {"data": (folder.sample_file.name, sample(folder))}},
+        "form field": {"files": {"data": (None, as_json(folder), "text/plain")}},
+        "JSON": {"json": {"data": as_json(folder)}},
+        "text": {"data": as_json(folder), "headers": {"Content-Type": "text/plain"}},
+        "JSON with charset": {
+            "data": json.dumps({"data": as_json(folder)}),
+            "headers": {"Content-Type": "application/json; charset=utf-8"},
+        },
+    }
+
+
+def test_every_way_of_sending_gives_the_same_answer(served, model):
+    folder = MODELS[model]
+    answers = {}
+    for way, arguments in ways(folder).items():
+        response = requests.post(f"{served.client.inference}/predictions/{model}", **arguments, timeout=30)
+        assert response.status_code == 200, (way, response.text)
+        assert response.headers["content-type"] == "application/json", way
+        answers[way] = first_class(response.json())
+    assert set(answers.values()) == {folder.bundle.expect}, answers
+
+
+def test_instances(served, model):
+    folder = MODELS[model]
+    body = {"instances": [as_json(folder), {"data": as_json(folder)}, as_json(folder)]}
+    response = requests.post(f"{served.client.inference}/predictions/{model}", json=body, timeout=30)
+    assert response.status_code == 200, response.text
+    predictions = response.json()["predictions"]
+    assert [first_class(prediction) for prediction in predictions] == [folder.bundle.expect] * 3
+
+
+def test_top_k_of_the_request(served, model):
+    if model == "mnist":
+        pytest.skip("MNIST always answers its top 3")
+    folder = MODELS[model]
+    for k in (1, 2, len(folder.labels())):
+        body = {"data": as_json(folder), "top_k": k}
+        answer = requests.post(f"{served.client.inference}/predictions/{model}", json=body, timeout=30).json()
+        ranked = answer["top_k"]
+        assert len(ranked) == k
+        probabilities = [entry["probability"] for entry in ranked]
+        assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+
+
+def test_grpc(served, model):
+    folder = MODELS[model]
+    answer = grpc_client.predict(f"127.0.0.1:{served.ports['grpc_inference_port']}", model, sample(folder))
+    assert first_class(json.loads(answer)) == folder.bundle.expect
+
+
+def test_a_poisoned_neighbour_changes_nothing(served, model):
+    """Good and bad requests at the same time share batches: the good ones are answered as they are alone."""
+    folder = MODELS[model]
+    url = f"{served.client.inference}/predictions/{model}"
+
+    def send(content: bytes) -> requests.Response:
+        return requests.post(url, data=content, timeout=30)
+
+    alone = send(sample(folder)).json()
+    poison = b"\xff\xfe\xfd not an input \xff"
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(send, [sample(folder), poison] * 32))
+    for good, bad in zip(answers[::2], answers[1::2], strict=True):
+        assert bad.status_code == 400, bad.text
+        assert good.status_code == 200
+        assert probabilities_of(good.json()) == pytest.approx(probabilities_of(alone), abs=1e-4)
+
+
+def probabilities_of(answer: dict) -> list[float]:
+    return answer.get("top_3_probabilities") or [entry["probability"] for entry in answer["top_k"]]
