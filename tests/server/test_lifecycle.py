@@ -21,7 +21,9 @@ def as_found(served, management):
     """Afterwards, mnist is registered once, with one worker."""
     yield
     requests.put(f"{management}/models/mnist/1.0/set-default", timeout=60)
-    requests.put(f"{management}/models/mnist", params={"min_worker": 1, "max_worker": 2, "synchronous": "true"}, timeout=60)
+    requests.put(
+        f"{management}/models/mnist", params={"min_worker": 1, "max_worker": 2, "synchronous": "true"}, timeout=60
+    )
 
 
 def wait_for(condition, seconds: float = 60):
@@ -125,6 +127,8 @@ def test_metrics_of_torchserve_and_of_the_bundle(served):
             for metric in ("batch_size", "decode_seconds", "inference_seconds", "encode_seconds")
         ]
         own += ['bundle_rejected_requests_total{ModelName="mnist",ModelVersion="1.0",ErrorType="UndecodableImage"']
-        return all(series in text for series in [*own, "ts_inference_requests_total{", "ts_queue_latency_microseconds{"])
+        return all(
+            series in text for series in [*own, "ts_inference_requests_total{", "ts_queue_latency_microseconds{"]
+        )
 
     wait_for(complete, 20)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import socket
-import time
+import threading
 from pathlib import Path
 
 import psutil
@@ -96,7 +96,6 @@ def test_an_unknown_model_is_named(place):
 
 def children_of(place) -> list[psutil.Process]:
     """What runs with this place's run folder in its environment, the test's own process aside."""
-    time.sleep(0.5)
     found = []
     for process in psutil.process_iter():
         try:
@@ -105,3 +104,34 @@ def children_of(place) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def test_workers_that_are_killed_are_told_from_those_that_fail(place):
+    """Out of memory looks like this: the kernel kills a worker, TorchServe starts another, and so on."""
+    ended = threading.Event()
+
+    def kill_workers() -> None:
+        while not ended.wait(0.2):
+            for process in children_of(place):
+                if "model_service_worker" in " ".join(command_line(process)):
+                    process.kill()
+
+    killer = threading.Thread(target=kill_workers)
+    killer.start()
+    try:
+        failed = place.bundle("serve", "mnist")
+    finally:
+        ended.set()
+        killer.join()
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert "Workers of mnist end before they are READY" in last
+    assert "GiB are free" in last
+    assert not children_of(place)
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,93 @@
+"""The README's commands, run as they stand there, answer as they do there."""
+
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+DEFAULT_PORTS = {
+    "inference_address": 8080,
+    "management_address": 8081,
+    "metrics_address": 8082,
+    "grpc_inference_port": 7070,
+}
+
+
+def examples() -> list[tuple[str, str]]:
+    """(command, output) of every `$ ` line in the README's console blocks, in their order."""
+    found = []
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.replace("\\\n", "").partition("\n")
+            found.append((command.strip(), output.strip()))
+    return found
+
+
+def test_make_commands_exist():
+    """`make serve` is what the tests' server was started with; the others are asked for by a dry run."""
+    named = set(re.findall(r"make ([a-z-]+)", README)) & set(re.findall(r"`make ([a-z-]+)", README))
+    assert {"serve"} <= named
+    for target in named:
+        run = subprocess.run(["make", "--dry-run", target, "MODEL=mnist"], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+
+
+def test_files_exist():
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_examples_answer_as_printed(served):
+    """One test, because they build on one another: what is registered is scaled, then removed."""
+    commands = [(command, output) for command, output in examples() if not command.startswith("make ")]
+    assert len(commands) > 10
+    for command, output in commands:
+        run = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", on_ports_of(served, command)],
+            cwd=ROOT,
+            env=served.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert run.returncode == 0, f"{command}\n{run.stderr}"
+        assert_like(run.stdout.strip(), output, command)
+
+
+def on_ports_of(served, command: str) -> str:
+    for key, port in DEFAULT_PORTS.items():
+        command = command.replace(f":{port}", f":{served.ports[key]}")
+    return command.replace("curl ", "curl --silent --show-error ")
+
+
+def assert_like(got: str, printed: str, command: str) -> None:
+    """The same JSON but for the last digits of numbers; where "..." is printed, anything that came."""
+    if printed == "...":
+        assert got, command
+        return
+    try:
+        expected = json.loads(printed)
+    except ValueError:
+        assert got == printed, command
+        return
+    assert alike(json.loads(got), expected), f"{command}\n{got}\nis not as printed:\n{printed}"
+
+
+def alike(got: object, expected: object) -> bool:
+    if isinstance(expected, float):
+        return isinstance(got, (int, float)) and math.isclose(got, expected, abs_tol=0.01)
+    if isinstance(expected, dict):
+        return isinstance(got, dict) and got.keys() == expected.keys() and all(alike(got[k], expected[k]) for k in got)
+    if isinstance(expected, list):
+        return isinstance(got, list) and len(got) == len(expected) and all(map(alike, got, expected))
+    return got == expected
+
+
+@pytest.mark.parametrize(("got", "expected"), [(1.5, 1.6), ({"a": 1}, {"a": 2}), ([1], [1, 2]), ({}, {"a": 1})])
+def test_alike_can_fail(got, expected):
+    assert not alike(got, expected)

@@ -1,0 +1,55 @@
+"""The archives in a TorchServe that has nothing of the bundle but the third-party packages."""
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import requests
+
+from bundle.catalog import MODEL_STORE, select
+from bundle.client import Client, check_sample
+from bundle.java import java_home
+
+
+@pytest.fixture
+def stock(served, place, tmp_path):
+    """TorchServe with its own defaults, but for the ports; `served` has built the archives."""
+    config = tmp_path / "config.properties"
+    lines = [f"{key}=http://127.0.0.1:{place.ports[key]}" for key in place.ports if key.endswith("address")]
+    lines += [f"{key}={place.ports[key]}" for key in place.ports if key.startswith("grpc")]
+    config.write_text("\n".join([*lines, "disable_token_authorization=true", "default_workers_per_model=1"]))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TS_")}
+    environment |= {"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "LOG_LOCATION": str(tmp_path / "logs")}
+    environment |= {"METRICS_LOCATION": str(tmp_path / "logs"), "JAVA_HOME": str(java_home())}
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(config)]
+    command += ["--model-store", str(MODEL_STORE), "--models", *(f"{f.name}={f.name}.mar" for f in select([]))]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    java = psutil.Process(int((tmp_path / ".model_server.pid").read_text()))
+    try:
+        yield Client(
+            f"http://127.0.0.1:{place.ports['inference_address']}",
+            f"http://127.0.0.1:{place.ports['management_address']}",
+        )
+    finally:
+        family = [java, *java.children(recursive=True)]
+        java.terminate()
+        _, left = psutil.wait_procs(family, timeout=30)
+        for process in left:
+            process.kill()
+
+
+def test_every_archive_serves(stock):
+    deadline = time.monotonic() + 180
+    for folder in select([]):
+        while True:
+            try:
+                if stock.workers(folder.name).ready:
+                    break
+            except requests.ConnectionError:
+                pass
+            assert time.monotonic() < deadline, f"{folder.name} has no worker"
+            time.sleep(0.5)
+        assert check_sample(stock, folder) == folder.bundle.expect

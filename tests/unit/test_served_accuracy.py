@@ -1,0 +1,85 @@
+"""The promised accuracy once more, through the archives: files as people send them, decoded by the handlers.
+
+Needs the data sets in DATA_DIR, and is skipped where they are not.
+"""
+
+import importlib
+import io
+import os
+from pathlib import Path
+
+import numpy
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from bundle.archive import archive
+from bundle.catalog import select
+from bundle.client import first_class
+from bundle.dryrun import DryRun
+
+DATA_DIR = Path(os.environ.get("DATA_DIR", "data"))
+INPUTS = 1000
+MARKS = {
+    "mnist": ("MNIST/raw/t10k-images-idx3-ubyte", 0.99),
+    "image": ("cifar10-images.zip", 0.90),
+    "audio": ("speech-commands-12.zip", 0.88),
+    "text": ("clinc150/data_full.json", 0.90),
+}
+
+
+def picture(pixels: torch.Tensor) -> bytes:
+    """uint8 [C, H, W] -> a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def sound(waveform: torch.Tensor) -> bytes:
+    """float32 [samples] at 16 kHz -> a FLAC file."""
+    file = io.BytesIO()
+    soundfile.write(file, waveform.numpy(), 16000, format="FLAC")
+    return file.getvalue()
+
+
+def held_out(model: str) -> tuple[list[bytes], list[str]]:
+    """Files and labels, a random part of the test split."""
+    train = importlib.import_module(f"models.{model}.train")
+    if model == "text":
+        texts, labels = zip(*train.load(DATA_DIR)["test"], strict=True)
+        files = [text.encode() for text in texts]
+    else:
+        inputs, targets = train.load(DATA_DIR, "test")
+        [folder] = select([model])
+        labels = [folder.labels()[target] for target in targets.tolist()]
+        files = Files(inputs, sound if model == "audio" else picture)
+    chosen = numpy.random.default_rng(0).permutation(len(labels))[:INPUTS]
+    return [files[index] for index in chosen], [labels[index] for index in chosen]
+
+
+class Files:
+    """Tensors, encoded when they are asked for."""
+
+    def __init__(self, inputs: torch.Tensor, encode):
+        self.inputs, self.encode = inputs, encode
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.encode(self.inputs[int(index)])
+
+
+@pytest.mark.parametrize("model", MARKS)
+def test_the_served_model_keeps_its_promise(model, tmp_path):
+    file, at_least = MARKS[model]
+    if not (DATA_DIR / file).exists():
+        pytest.skip(f"there is no {file} in DATA_DIR")
+    contents, labels = held_out(model)
+    [folder] = select([model])
+    correct = 0
+    with DryRun(archive(folder, store=tmp_path).path) as dry_run:
+        for start in range(0, len(contents), 32):
+            answers = dry_run.predict([{"body": content} for content in contents[start : start + 32]])
+            for (status, body), label in zip(answers, labels[start : start + 32], strict=True):
+                assert status == 200, body
+                correct += first_class(body) == label
+    assert correct / len(contents) >= at_least
