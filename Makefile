@@ -63,7 +63,7 @@ lock: dev  ## choose the newest versions of requirements/*.in again
 
 clean: ## stop the server; remove archives and build products (not .venv, not data/)
 	@test ! -x $(BIN)/python || $(BUNDLE) stop
-	rm -rf build lightning_logs
+	rm -rf build logs lightning_logs hs_err_pid*.log
 	find model_store -mindepth 1 ! -name README.md -delete
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 

@@ -63,7 +63,8 @@ def build(folders: list[ModelFolder], force: bool = False) -> None:
 
 
 @app.command(
-    epilog="Examples: `python -m bundle serve` · `python -m bundle serve mnist text` · `TS_INFERENCE_ADDRESS=http://127.0.0.1:9080 python -m bundle serve`"
+    epilog="Examples: `python -m bundle serve` · `python -m bundle serve mnist text`"
+    " · `TS_INFERENCE_ADDRESS=http://127.0.0.1:9080 python -m bundle serve`"
 )
 def serve(
     models: Models = None,

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from handlers.core.batch import BatchHandler
+from handlers.core.errors import ImageTooLarge
 from handlers.core.images import ImageSettings, flatten, open_image
 from handlers.core.payload import Content, binary
 
@@ -27,6 +28,9 @@ class ImageTopKHandler(BatchHandler):
     def decode(self, content: Content) -> Tensor:
         """-> uint8 [channels, crop, crop]."""
         image = flatten(open_image(binary(content), self.settings))
+        width, height = resized(image.size, self.settings.resize)
+        if width * height > self.settings.max_pixels:
+            raise ImageTooLarge(f"The image is too long: resized, it would have {width} x {height} pixels.")
         if self.settings.channels == 1:
             image = image.convert("L")
         image = resize_and_crop(image, self.settings.resize, self.settings.crop, self.settings.interpolation)
@@ -40,18 +44,19 @@ class ImageTopKHandler(BatchHandler):
 def resize_and_crop(image: Image.Image, resize: int, crop: int, interpolation: str) -> Image.Image:
     """As torchvision's `ImageClassification` preset does on Pillow images: the shorter side to `resize` pixels, then
     the `crop` x `crop` pixels of the middle, black outside."""
-    width, height = image.size
-    if width <= height:
-        size = (resize, int(resize * height / width))
-    else:
-        size = (int(resize * width / height), resize)
+    size = resized(image.size, resize)
     if size != image.size:
         image = image.resize(size, Image.Resampling[interpolation.upper()])
-    # torchvision pads by floor division before it crops, and rounds the crop's corner as round() does
-    left, top = (round_half_even(size[0] - crop), round_half_even(size[1] - crop))
+    left, top = (corner(side, crop) for side in size)
     return image.crop((left, top, left + crop, top + crop))
 
 
-def round_half_even(excess: int) -> int:
-    """The corner of a centred crop: half of the excess; where the image is smaller, half of what is padded."""
-    return round(excess / 2) if excess >= 0 else -((-excess) // 2)
+def resized(size: tuple[int, int], resize: int) -> tuple[int, int]:
+    """Width and height, once the shorter of them is `resize`."""
+    width, height = size
+    return (resize, int(resize * height / width)) if width <= height else (int(resize * width / height), resize)
+
+
+def corner(side: int, crop: int) -> int:
+    """Where the crop starts. As torchvision rounds: a middle to even, half of what is padded down."""
+    return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)

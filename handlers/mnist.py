@@ -14,9 +14,10 @@ from handlers.core.payload import Content, binary
 TOP_K = 3
 
 SIDE, BOX = 28, 20  # MNIST: the digit fits a box of 20 x 20, its centre of mass in the middle of 28 x 28
-WORKING_BOX = 4 * BOX  # resolution at which strokes are measured and thickened
+WORKING_BOX = 4 * BOX  # resolution, at the least, at which strokes are measured and thickened
 LARGEST = 512  # pixels of the longer side of what is looked at; more shows nothing new of a digit
 MIN_CONTRAST = 20  # of 255, between ink and background
+FAINT, FIRM = 0.04, 0.2  # of the strongest ink: what is ink in MNIST's own pixels, and in all other pictures
 MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
 
 
@@ -80,11 +81,19 @@ def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
     if peak < max(MIN_CONTRAST, 2 * noise):
         raise BlankImage("The image is blank: no digit stands out from its background.")
     ink = numpy.clip((ink - noise) / (peak - noise), 0, 1)
-    rows, columns = (numpy.flatnonzero((ink > 0.04).any(axis=axis)) for axis in (1, 0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    if max(ink.shape) != BOX:
-        ink = fit(thicken(fit(ink, WORKING_BOX)), BOX)
-    return centre((ink * (255 / ink.max())).round())
+    digit = crop(ink, FAINT)
+    if not BOX - 1 <= max(digit.shape) <= BOX:  # not MNIST's: its faint pixels are blur, noise, or JPEG's
+        digit = crop(ink, FIRM)
+        if max(digit.shape) < WORKING_BOX:
+            digit = fit(digit, WORKING_BOX)
+        digit = fit(thicken(digit), BOX)
+    return centre((digit * (255 / digit.max())).round())
+
+
+def crop(ink: numpy.ndarray, threshold: float) -> numpy.ndarray:
+    """The part of [H, W] that holds all that is above the threshold."""
+    rows, columns = (numpy.flatnonzero((ink > threshold).any(axis=axis)) for axis in (1, 0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def separate_ink(pixels: numpy.ndarray) -> tuple[numpy.ndarray, float]:
@@ -128,11 +137,13 @@ def thicken(ink: numpy.ndarray) -> numpy.ndarray:
     inside = mask[1:-1, 1:-1]
     neighbours = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
     width = 2 * inside.sum() / max(1, (inside & ~neighbours).sum())
-    missing = round((MIN_STROKE * WORKING_BOX / BOX - width) / 2)
+    missing = round((MIN_STROKE * max(ink.shape) / BOX - width) / 2)
     if missing <= 0:
         return ink
-    padded = torch.from_numpy(numpy.pad(ink, missing))[None, None]
-    return torch.nn.functional.max_pool2d(padded, 2 * missing + 1, stride=1, padding=missing)[0, 0].numpy()
+    widened = torch.from_numpy(numpy.pad(ink, missing))[None, None]
+    for kernel in ((2 * missing + 1, 1), (1, 2 * missing + 1)):
+        widened = torch.nn.functional.max_pool2d(widened, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))
+    return widened[0, 0].numpy()
 
 
 def centre(ink: numpy.ndarray) -> numpy.ndarray:

@@ -11,13 +11,15 @@ from pydantic import Field
 from handlers.core.errors import ImageTooLarge, UndecodableImage
 from handlers.core.settings import Settings
 
-Image.MAX_IMAGE_PIXELS = None  # max_pixels below is the limit, with an error of ours
 Image.init()
 # EPS starts Ghostscript; the others need programs or libraries that Pillow only stubs
 FORMATS = tuple(sorted(set(Image.OPEN) - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
 
-# what Pillow's decoders raise on broken files
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, OverflowError)
+# what Pillow's decoders raise on broken files, as fuzzing all of them has shown
+DECODE_ERRORS = (
+    *(OSError, SyntaxError, EOFError, struct.error, RuntimeError),
+    *(ValueError, OverflowError, IndexError, KeyError, TypeError, AttributeError),
+)
 
 
 class ImageSettings(Settings):
@@ -35,24 +37,32 @@ def open_image(content: bytes, settings: ImageSettings) -> Image.Image:
         UndecodableImage: not an image, or a broken one, or one smaller than `min_side`.
         ImageTooLarge: more than `max_pixels`.
     """
+    # Pillow's own limit, for the sizes that show late: of tiles, and of images inside of others (ICO, BLP)
+    Image.MAX_IMAGE_PIXELS = settings.max_pixels
+    too_large = f"The image is too large; at most {settings.max_pixels} pixels (width x height) are accepted."
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as exc:
+        raise ImageTooLarge(too_large) from exc
     except DECODE_ERRORS as exc:
         raise UndecodableImage(
             "The input is not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, BMP, TIFF, ...)."
         ) from exc
     width, height = image.size
     if width * height > settings.max_pixels:
-        raise ImageTooLarge(f"The image has {width} x {height} pixels; at most {settings.max_pixels} are accepted.")
+        raise ImageTooLarge(too_large)
     if min(width, height) < settings.min_side:
         raise UndecodableImage(
             f"The image has {width} x {height} pixels; at least {settings.min_side} x {settings.min_side} are needed."
         )
     try:
         image.load()
-        return to_8_bit(ImageOps.exif_transpose(image))
+        image = ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as exc:
+        raise ImageTooLarge(too_large) from exc
     except DECODE_ERRORS as exc:
         raise UndecodableImage("The image is truncated or corrupt.") from exc
+    return to_8_bit(image)
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
@@ -72,7 +82,7 @@ def scale_to_8_bit(pixels: numpy.ndarray) -> numpy.ndarray:
     The white point is that of the smallest customary range that holds the values: 1.0, 255 or 65535.
     """
     values = numpy.nan_to_num(pixels.astype(numpy.float32))
-    if pixels.dtype == numpy.uint16:
+    if pixels.dtype.kind == "u":  # of either byte order
         white = 65535.0
     else:
         highest = values.max()
