@@ -68,7 +68,7 @@ clean: ## stop the server; remove archives and build products (not .venv, not da
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 10) and "error: Python 3.10 or newer is needed, 3.11 is tested: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 
 .venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt | .venv/bin/python

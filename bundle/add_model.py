@@ -233,20 +233,20 @@ def find_images(
     elif size:
         sides = (size,)
 
-    first_failure = None
+    failures: dict[str, str] = {}  # the first of each kind: those of a kind differ in numbers only
     for side, channels in product(sides, known):
         failure = failure_on(model, channels, side)
         if failure is None:
             any_side = failure_on(model, channels, side + 32) is None
             return Images(channels, side, any_side, *known[channels])
-        first_failure = first_failure or failure
+        failures.setdefault(re.sub(r"\d+", "", failure), f"{channels} x {side} x {side}: {failure}")
     tried = f"{sides[0]} x {sides[0]}" if len(sides) == 1 else f"N x N, N one of {', '.join(map(str, sorted(sides)))}"
     hint = "Give its SIZE; if it was traced, trace it so that the first dimension, the batch, is free."
     if others := {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}:
         hint = f"Its weights are {', '.join(others)}: save it after model.float()."
     raise BundleError(
         f"The model runs on no float32 image of {' or '.join(map(str, known))} channels and {tried} pixels. {hint}",
-        first_failure,
+        "\n".join(failures.values()),
     )
 
 

@@ -11,6 +11,8 @@ from handlers.core.errors import EmptyInput, TextTooLong, UndecodableText
 from handlers.core.payload import Content
 from handlers.core.settings import PositiveInt, Settings
 
+UTF8_BYTES = 4  # of a character, at most
+
 
 class TextHandler(BatchHandler):
     """Model: token ids int64 [N, T], attention mask int64 [N, T] (1 a token, 0 padding) -> logits [N, classes].
@@ -37,13 +39,17 @@ class TextHandler(BatchHandler):
         return torch.tensor(ids)
 
     def read_text(self, content: Content) -> str:
-        if len(content) > self.settings.max_characters:
-            raise TextTooLong(f"The text is too long; at most {self.settings.max_characters} characters are accepted.")
+        limit = self.settings.max_characters
+        too_long = TextTooLong(f"The text is too long; at most {limit} characters are accepted.")
+        if len(content) > UTF8_BYTES * limit:
+            raise too_long
         try:
             # a str can hold lone surrogates, out of JSON's \\ud800, which no tokenizer takes
             text = content.decode() if isinstance(content, bytes) else content.encode().decode()
         except UnicodeError as exc:
             raise UndecodableText("The text is not valid UTF-8.") from exc
+        if len(text) > limit:
+            raise too_long
         if not text.strip():
             raise EmptyInput("The text is empty.")
         return text
