@@ -1,0 +1,99 @@
+"""A small ensemble of bags of tokens and token pairs, for the intent of a short text."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.training import load_weights
+
+FOLDER = Path(__file__).parent
+VOCABULARY = 5120
+INTENTS = 150
+WIDTH = 64
+BUCKETS = (6997, 6991, 6983)  # one number for each member, so that no two confuse the same pairs of tokens
+PADDING = 0
+
+
+class Bag(nn.Module):
+    """Embeddings of the tokens and of the hashed pairs of neighbours, averaged, then a linear layer.
+
+    fastText (Joulin et al. 2016, "Bag of Tricks for Efficient Text Classification") over subword tokens.
+
+    Args:
+        buckets: how many embeddings the pairs share; a prime number, which spreads them evenly.
+    """
+
+    def __init__(self, buckets: int):
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, WIDTH, padding_idx=PADDING)
+        self.pairs = nn.Embedding(buckets, WIDTH)
+        nn.init.normal_(self.tokens.weight, std=WIDTH**-0.5)
+        nn.init.normal_(self.pairs.weight, std=WIDTH**-0.5)
+        self.drop_features = nn.Dropout(0.2)
+        self.normalise = nn.LayerNorm(2 * WIDTH)
+        self.drop = nn.Dropout(0.5)
+        self.classify = nn.Linear(2 * WIDTH, INTENTS)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """int64 [N, T] twice -> float32 [N, 150]."""
+        ids = input_ids * attention_mask
+        following = nn.functional.pad(ids[:, 1:], [0, 1])
+        pair_buckets = (ids * self.tokens.num_embeddings + following) % self.pairs.num_embeddings
+        features = self.drop_features(torch.cat([self.tokens(ids), self.pairs(pair_buckets)], dim=2))
+        mask = attention_mask.unsqueeze(2).float()
+        mean = (features * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return self.classify(self.drop(self.normalise(mean)))
+
+
+class Ensemble(nn.Module):
+    """The mean of the logits of bags that were trained apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.members = nn.ModuleList(Bag(buckets) for buckets in BUCKETS)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """int64 [N, T] twice -> float32 [N, 150]."""
+        return torch.stack([member(input_ids, attention_mask) for member in self.members]).mean(0)
+
+
+class IntentNet(nn.Module):
+    """150 intents, and a 151st class for the texts that none of them reaches.
+
+    The out-of-scope logit is a constant, the score that an intent has to beat ("max logit", Hendrycks et al. 2022,
+    arXiv 1911.11132). `train.py` fits it and the temperature on the validation split.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.intents = Ensemble()
+        self.register_buffer("threshold", torch.zeros(1))
+        self.register_buffer("temperature", torch.ones(1))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits of texts, each the same whatever it is padded to.
+
+        Args:
+            input_ids: int64 [N, T], from tokenizer.json.
+            attention_mask: int64 [N, T], 1 for a token, 0 for padding.
+
+        Returns:
+            float32 [N, 151], where the last one is "oos".
+        """
+        logits = self.intents(input_ids, attention_mask)
+        return torch.cat([logits, self.threshold.expand(len(logits), 1)], dim=1) / self.temperature
+
+
+def build() -> nn.Module:
+    """The trained model, on the CPU, in evaluation mode."""
+    return load_weights(IntentNet(), FOLDER / "weights.safetensors")
+
+
+def example_inputs(batch_size: int) -> tuple[Tensor, ...]:
+    """Inputs of the served shape, for comparing an export with the eager model: texts of 1 to 24 tokens, padded."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 25, (batch_size, 1), generator=generator)
+    attention_mask = (torch.arange(int(lengths.max())) < lengths).long()
+    ids = torch.randint(1, VOCABULARY, attention_mask.shape, generator=generator)
+    return ids * attention_mask, attention_mask
