@@ -1,0 +1,121 @@
+"""Trains the digit classifier on MNIST.
+
+Reads `MNIST/raw` in the data directory; torchvision downloads it there where there is none.
+
+    make train MODEL=mnist
+    python -m models.mnist.train --data-dir data --epochs 16
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.datasets import MNIST
+
+from models import training
+from models.mnist.model import CLASSES, FOLDER, DigitNet
+
+RECIPE = training.Recipe(
+    epochs=16, batch_size=128, learning_rate=0.2, weight_decay=5e-4, label_smoothing=0.02, warmup=0.2
+)
+LABELS = [str(digit) for digit in range(CLASSES)]
+
+
+def load(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+    """uint8 [N, 1, 28, 28] and int64 [N] of "train" or "test"."""
+    dataset = MNIST(data_dir, train=split == "train", download=True)
+    return dataset.data.unsqueeze(1), dataset.targets
+
+
+class Augment:
+    """What other people's digits differ in: the hand, the pen, the camera.
+
+    Digits arrive cropped to their ink, fitted into 20x20 and centred by mass, as MNIST's were: size and place vary
+    little, the width and the strength of the strokes much. Every image gets its own amounts.
+    """
+
+    def __init__(self):
+        from kornia import augmentation as K
+
+        self.hand = nn.Sequential(
+            K.RandomAffine(degrees=12, translate=(0.06, 0.06), scale=(0.8, 1.1), shear=(-12, 12, -5, 5), p=0.8),
+            K.RandomPerspective(0.2, p=0.2),
+            K.RandomElasticTransform(kernel_size=(13, 13), sigma=(4.0, 4.0), alpha=(1.0, 1.0), p=0.3),
+        )
+        self.camera = nn.Sequential(
+            K.RandomGaussianBlur((5, 5), (0.3, 1.2), p=0.15),
+            K.RandomGamma(gamma=(0.6, 1.6), gain=(0.6, 1.0), p=0.3),
+            K.RandomGaussianNoise(std=0.06, p=0.15),
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, 1, 28, 28] -> uint8 [N, 1, 28, 28]."""
+        with torch.no_grad():
+            digits = self.hand(images.float() / 255)
+            digits = self.camera(restroke(digits, share=0.5))
+            return (digits.clamp(0, 1) * 255).round().byte()
+
+
+def restroke(digits: Tensor, share: float) -> Tensor:
+    """A random `share` of the digits (float32 [N, 1, H, W]), their strokes up to two pixels thinner or thicker."""
+    from kornia.morphology import dilation, erosion
+
+    pen = torch.ones(3, 3, device=digits.device)
+    amount = torch.empty(len(digits), 1, 1, 1, device=digits.device).uniform_(-0.8, 1)
+    amount *= torch.rand_like(amount) < share
+    altered = torch.where(amount > 0, dilation(digits, pen), erosion(digits, pen))
+    return digits.lerp(altered, amount.abs())
+
+
+def conditions(images: Tensor) -> dict[str, Tensor]:
+    """The test images (uint8 [N, 1, 28, 28]) as other hands, pens and cameras might have made them."""
+    from kornia.morphology import dilation, erosion
+    from torchvision.transforms import functional as F
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator) * 40
+    pen = torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    return {
+        "thin": ((images + erosion(images.float(), pen)) / 2).byte(),
+        "thick": dilation(images.float(), pen).byte(),
+        "faint": (images * 0.4).byte(),
+        "blur": F.gaussian_blur(images, [5, 5], [1.2, 1.2]),
+        "noise": (images.float() + noise).round().clamp(0, 255).byte(),
+        "rotated_15_left": F.rotate(images, 15, F.InterpolationMode.BILINEAR),
+        "rotated_15_right": F.rotate(images, -15, F.InterpolationMode.BILINEAR),
+        "shifted_2_pixels": F.affine(images, 0, [2, 2], 1, [0, 0]),
+        "sheared_15": F.affine(images, 0, [0, 0], 1, [15, 0], F.InterpolationMode.BILINEAR),
+        "smaller": F.affine(images, 0, [0, 0], 0.8, [0, 0], F.InterpolationMode.BILINEAR),
+    }
+
+
+def main() -> None:
+    options = training.arguments(__doc__, RECIPE)
+    recipe = replace(RECIPE, epochs=options.epochs)
+    images, targets = load(options.data_dir, "train")
+    test_images, test_targets = load(options.data_dir, "test")
+
+    model = DigitNet().to(memory_format=torch.channels_last)
+    classifier = training.Classifier(model, recipe, Augment())
+    seconds = training.fit(classifier, training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True))
+
+    model = training.round_weights(model.cpu())
+
+    def figures(inputs: Tensor) -> dict:
+        return training.evaluate(model, training.Batches(inputs, test_targets, batch_size=500, shuffle=False), CLASSES)
+
+    report = {
+        "model": "mnist",
+        "data": {"name": "MNIST", "train": len(images), "test": len(test_images)},
+        **figures(test_images),
+        "accuracy_under": {name: figures(altered)["accuracy"] for name, altered in conditions(test_images).items()},
+    }
+    out = options.out or FOLDER
+    training.save(out, model, recipe, report, options.seed, seconds)
+    (out / "index_to_name.json").write_text(json.dumps(dict(enumerate(LABELS)), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
