@@ -48,7 +48,8 @@ train: dev  ## train a model and write its weights and metrics.json (MODEL=mnist
 
 add-model: setup  ## make a model folder of a TorchScript file (NAME=... SERIALIZED=model.pt LABELS=labels.json HANDLER=image_topk)
 	@$(BUNDLE) add-model "$(NAME)" --serialized "$(SERIALIZED)" --labels "$(LABELS)" --handler "$(or $(HANDLER),image_topk)" \
-	  $(if $(SIZE),--size $(SIZE)) $(if $(MEAN),--mean $(MEAN)) $(if $(STD),--std $(STD)) $(if $(IMAGE),--image "$(IMAGE)")
+	  $(if $(SIZE),--size $(SIZE)) $(if $(MEAN),--mean $(MEAN)) $(if $(STD),--std $(STD)) $(if $(RESIZE),--resize $(RESIZE)) \
+	  $(if $(IMAGE),--image "$(IMAGE)") $(foreach file,$(FILES),--file "$(file)")
 
 test: lint  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
 	$(BIN)/python -m pytest $(TESTS)

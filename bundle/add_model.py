@@ -53,7 +53,7 @@ maxBatchDelay: 5     # ms a batch waits to fill; a lone request waits it out, so
 responseTimeout: 60  # s; a worker that takes longer is killed
 startupTimeout: 120  # s
 jobQueueSize: 500    # requests that wait before further ones get 503
-
+{device}
 handler:             # read by handlers/{handler}.py
 {settings}
   outputs: {outputs}
@@ -129,7 +129,8 @@ def add_model(
             raise BundleError(f"There is no file {relative(file)}.")
     names = read_labels(labels)
     model = load_torchscript(serialized)
-    report(f"{relative(serialized)}: {describe(model, serialized)}")
+    quantised = "quantized::" in str(model.inlined_graph)
+    report(f"{relative(serialized)}: {describe(model, serialized, quantised)}")
 
     images = None
     if handler in NORMALISATIONS:
@@ -154,26 +155,28 @@ def add_model(
     with tempfile.TemporaryDirectory(prefix=".add-", dir=models_dir) as temporary:
         folder = ModelFolder(Path(temporary) / name)
         folder.path.mkdir()
+        sample = f"sample{image.suffix.lower()}" if image else None
+        config = CONFIG.format(
+            handler=handler,
+            device="deviceType: cpu      # for a quantised model there is no other\n" if quantised else "",
+            settings=settings_lines(handler, images, resize),
+            outputs=kind,
+            source=source_lines(images, sample, files),
+        )
+        (folder.path / CONFIG_NAME).write_text(config)
+        (folder.path / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
         shutil.copy(serialized, folder.path / "model.pt")
         for file in files:
             shutil.copy(file, folder.path)
-        sample = shutil.copy(image, folder.path / f"sample{image.suffix.lower()}") if image else None
-        (folder.path / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
-        (folder.path / CONFIG_NAME).write_text(
-            CONFIG.format(
-                handler=handler,
-                settings=settings_lines(handler, images, resize),
-                outputs=kind,
-                source=source_lines(images, sample, files),
-            )
-        )
-        built = archive(folder, Path(temporary) / "store").path
+        if image:
+            shutil.copy(image, folder.path / sample)
+        built = archive(folder, Path(temporary) / ".store").path
         try_out(built, image.read_bytes() if image else made_up(handler), report)
         store.mkdir(parents=True, exist_ok=True)
         for file in built.parent.iterdir():
             shutil.move(file, store / file.name)
         folder.path.rename(models_dir / name)
-    report(f"{relative(models_dir / name)} and {relative(store / built.name)} are there. Serve it: make serve")
+    report(f"{relative(models_dir / name)} and {relative(store / built.name)} are there")
     return ModelFolder(models_dir / name)
 
 
@@ -201,12 +204,12 @@ def check_handler(handler: str, files: Sequence[Path]) -> None:
 # --- finding out ---------------------------------------------------------------------------------------------------
 
 
-def describe(model: torch.jit.ScriptModule, file: Path) -> str:
+def describe(model: torch.jit.ScriptModule, file: Path, quantised: bool) -> str:
     facts = [f"TorchScript, {file.stat().st_size / 1e6:.1f} MB"]
     # frozen models keep their weights as constants of the graph, quantised ones in packed form
     if parameters := sum(parameter.numel() for parameter in model.parameters()):
         facts.append(f"{parameters:,} parameters")
-    if "quantized::" in str(model.inlined_graph):
+    if quantised:
         facts.append("quantised to 8 bits: it runs on the CPU only")
     return ", ".join(facts)
 
@@ -372,8 +375,8 @@ def settings_lines(handler: str, images: Images | None, resize: int | None) -> s
     )
 
 
-def source_lines(images: Images | None, sample: Path | None, files: Sequence[Path]) -> str:
-    lines = [f"  sample: {sample.name}"] if sample else []
+def source_lines(images: Images | None, sample: str | None, files: Sequence[Path]) -> str:
+    lines = [f"  sample: {sample}"] if sample else []
     if files:
         lines.append(f"  files: {json.dumps([file.name for file in files])}")
     lines += ["  serialized:", "    file: model.pt"]

@@ -1,6 +1,7 @@
 """The commands behind `make`."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -233,7 +234,7 @@ def add_model(
 
     added = add(
         name, serialized, labels, handler, size, resize, numbers("mean", mean), numbers("std", std), image, file or (),
-        report=console.print,
+        report=lambda line: console.print(line, markup=False, soft_wrap=True),
     )  # fmt: skip
     console.print(f"Serve it, with the others: make serve MODELS='{' '.join(f.name for f in catalog.select([]))}'")
     console.print(f"Its settings are in {catalog.relative(added.path / catalog.CONFIG_NAME)}.")
@@ -248,6 +249,7 @@ def numbers(option: str, text: str | None) -> list[float] | None:
 
 def main() -> None:
     """Runs a command. What the user can mend is one line on standard error, and exit status 1."""
+    logging.getLogger("ts").setLevel(logging.ERROR)  # importing it tells of every accelerator library there is not
     try:
         app()
     except BundleError as error:

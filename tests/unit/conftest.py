@@ -1,0 +1,7 @@
+"""What every unit test runs under."""
+
+from hypothesis import HealthCheck, settings
+
+# no deadlines: a busy machine is not a failure
+settings.register_profile("bundle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("bundle")

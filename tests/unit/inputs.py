@@ -1,0 +1,127 @@
+"""Inputs that the unit tests share: images, digits, sounds, and ways to damage a file. Nothing here is a data set's."""
+
+import io
+import math
+import struct
+import zlib
+
+import numpy
+import soundfile
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFilter
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+def encode_image(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def four_colours(width: int = 48, height: int = 32) -> Image.Image:
+    """Red, green, blue and white quarters, clockwise from the upper left: every turn and mirror of it is another."""
+    image = Image.new("RGB", (width, height), "red")
+    image.paste("lime", (width // 2, 0, width, height // 2))
+    image.paste("white", (width // 2, height // 2, width, height))
+    image.paste("blue", (0, height // 2, width // 2, height))
+    return image
+
+
+def bare_png(width: int, height: int, depth: int = 8, colour_type: int = 0, pixels: bytes = b"\0") -> bytes:
+    """A PNG file made by hand; unless `pixels` are given, their data stops after one byte."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def ico_around(png: bytes) -> bytes:
+    """An icon file that says 32 x 32 and holds `png`."""
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(png), 22) + png
+
+
+# --- digits: lines and arcs in the unit square, drawn with a round pen -------------------------------------------
+
+
+def arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> list[tuple[float, float]]:
+    angles = numpy.radians(numpy.linspace(start, end, 40))
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+
+
+DIGITS = {
+    0: [arc(0.5, 0.5, 0.28, 0.5, 0, 360)],
+    1: [[(0.36, 0.22), (0.55, 0), (0.55, 1)]],
+    2: [[*arc(0.5, 0.28, 0.3, 0.28, 180, 400), (0.2, 1), (0.82, 1)]],
+    3: [[*arc(0.5, 0.25, 0.28, 0.25, 200, 450), *arc(0.5, 0.73, 0.32, 0.27, 270, 520)]],
+    4: [[(0.62, 1), (0.62, 0), (0.15, 0.68), (0.85, 0.68)]],
+    7: [[(0.18, 0), (0.82, 0), (0.4, 1)]],
+}
+
+
+def draw_digit(
+    digit: int = 3, size: int = 112, height: float = 0.7, stroke: float = 0.12, x: float = 0.5, y: float = 0.5
+) -> Image.Image:
+    """Bright ink on black, mode "L".
+
+    Args:
+        size: pixels of the square image.
+        height: of the digit, as part of `size`.
+        stroke: the pen's width, as part of the digit's height.
+        x, y: where the digit's middle is, as part of `size`.
+    """
+    scale = 4 if size < 400 else 1  # drawn large and reduced, for smooth edges
+    canvas = Image.new("L", (size * scale, size * scale))
+    draw = ImageDraw.Draw(canvas)
+    length = height * size * scale
+    pen = max(1, round(stroke * length))
+    for line in DIGITS[digit]:
+        points = [(x * canvas.width + (u - 0.5) * length, y * canvas.height + (v - 0.5) * length) for u, v in line]
+        draw.line(points, fill=255, width=pen, joint="curve")
+        for u, v in (points[0], points[-1]):
+            draw.ellipse((u - pen / 2, v - pen / 2, u + pen / 2, v + pen / 2), fill=255)
+    return canvas.resize((size, size), Image.Resampling.BOX)
+
+
+def blurred(image: Image.Image, radius: float) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+# --- sounds ------------------------------------------------------------------------------------------------------
+
+BLOCK = 16_384  # samples written at a time: libsndfile's Vorbis encoder overflows the stack on minutes at once
+
+
+def tone_burst(sample_rate: int, seconds: float = 1.0, at: float = 0.5, hertz: float = 440.0) -> numpy.ndarray:
+    """float32 [samples]: half a second of a tone under a Hann curve, its middle at `at` seconds, in silence."""
+    time = numpy.arange(round(seconds * sample_rate)) / sample_rate - at
+    curve = numpy.where(abs(time) < 0.25, numpy.cos(2 * math.pi * time) ** 2, 0)
+    return (0.5 * curve * numpy.sin(2 * math.pi * hertz * time)).astype(numpy.float32)
+
+
+def encode_sound(
+    samples: numpy.ndarray, sample_rate: int = 16_000, format: str = "WAV", subtype: str | None = None
+) -> bytes:
+    buffer = io.BytesIO()
+    channels = 1 if samples.ndim == 1 else samples.shape[1]
+    with soundfile.SoundFile(buffer, "w", sample_rate, channels, subtype, format=format) as file:
+        for start in range(0, len(samples), BLOCK):
+            file.write(samples[start : start + BLOCK])
+    return buffer.getvalue()
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def damaged(draw: st.DrawFn, originals: dict[str, bytes]) -> bytes:
+    """A file with bytes overwritten, inserted, or cut out, up to eight times; at its head more often than not."""
+    content = bytearray(originals[draw(st.sampled_from(sorted(originals)))])
+    for _ in range(draw(st.integers(1, 8))):
+        reach = draw(st.sampled_from([64, 1024, len(content)]))
+        at = draw(st.integers(0, max(0, min(reach, len(content)) - 1)))
+        length = draw(st.integers(0, 16))
+        content[at : at + length] = draw(st.binary(max_size=16))
+    return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)

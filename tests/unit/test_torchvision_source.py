@@ -1,0 +1,307 @@
+"""Models of torchvision's registry, by the real download code, from a server on this machine."""
+
+import functools
+import hashlib
+import http.server
+import io
+import threading
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torchvision import models
+from torchvision.models import Weights, WeightsEnum
+from torchvision.models._api import register_model
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
+
+from bundle import torchvision_source
+from bundle.archive import archive, fingerprint
+from bundle.catalog import ModelFolder, TorchvisionSource
+from bundle.dryrun import DryRun
+from bundle.errors import BundleError
+from handlers.image_topk import resize_and_crop
+
+LABELS = ["crane", "heron", "stork", "crane", "ibis"]
+GEOMETRY = {"resize": 52, "crop": 40, "interpolation": "bicubic"}
+
+
+def network(seed: int) -> nn.Module:
+    """SqueezeNet, the smallest of torchvision's architectures that takes any size."""
+    torch.manual_seed(seed)
+    return models.squeezenet1_1(num_classes=len(LABELS)).eval()
+
+
+def checkpoint(seed: int) -> bytes:
+    file = io.BytesIO()
+    torch.save(network(seed).state_dict(), file)
+    return file.getvalue()
+
+
+CHECKPOINT = checkpoint(seed=1)
+FILE_NAME = f"bird_net-{hashlib.sha256(CHECKPOINT).hexdigest()[:8]}.pth"
+
+
+class BirdNet_Weights(WeightsEnum):
+    BIRDS_V1 = Weights(
+        url=f"http://nowhere.invalid/models/{FILE_NAME}",
+        transforms=functools.partial(
+            ImageClassification, crop_size=40, resize_size=52, interpolation=InterpolationMode.BICUBIC
+        ),
+        meta={"categories": LABELS},
+    )
+    DEFAULT = BIRDS_V1
+
+
+@register_model()
+def bird_net(*, weights: BirdNet_Weights | None = None, progress: bool = True) -> nn.Module:
+    weights = BirdNet_Weights.verify(weights)
+    model = network(seed=2)
+    if weights is not None:
+        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+    return model
+
+
+SOURCE = TorchvisionSource(name="bird_net", weights="BIRDS_V1")
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder whose files are served at WEIGHTS_MIRROR, and an empty cache of torch.hub."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    handler = functools.partial(Silent, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("WEIGHTS_MIRROR", f"http://127.0.0.1:{server.server_port}/")
+        yield folder
+        server.shutdown()
+
+
+@pytest.fixture
+def cached(tmp_path) -> Path:
+    """Where torch.hub keeps the weights."""
+    return tmp_path / "torch" / "hub" / "checkpoints" / FILE_NAME
+
+
+@pytest.fixture
+def folder(tmp_path) -> ModelFolder:
+    path = tmp_path / "models" / "birds"
+    path.mkdir(parents=True)
+    config = {
+        "minWorkers": 1,
+        "maxWorkers": 1,
+        "batchSize": 4,
+        "handler": {"top_k": 5},
+        "bundle": {"handler": "image_topk", "torchvision": SOURCE.model_dump()},
+    }
+    (path / "model-config.yaml").write_text(yaml.safe_dump(config))
+    return ModelFolder(path)
+
+
+def test_the_weights_are_those_of_the_url(mirror, cached):
+    (mirror / FILE_NAME).write_bytes(CHECKPOINT)
+    module, preset = torchvision_source.load(SOURCE)
+    assert not module.training
+    assert preset.crop_size == [40]
+    for name, tensor in network(seed=1).state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    assert cached.read_bytes() == CHECKPOINT
+
+
+def test_without_mirror_the_url_is_torchvisions_own(monkeypatch, tmp_path):
+    asked = []
+
+    def load_state_dict_from_url(url: str, **_: object) -> dict:
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.delenv("WEIGHTS_MIRROR", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load_state_dict_from_url)
+    with pytest.raises(BundleError, match=FILE_NAME):
+        torchvision_source.load(SOURCE)
+    assert asked == [f"http://nowhere.invalid/models/{FILE_NAME}"]
+
+
+def test_a_file_in_the_cache_needs_no_network(mirror, cached, monkeypatch):
+    monkeypatch.setenv("WEIGHTS_MIRROR", "http://127.0.0.1:1/")
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(CHECKPOINT)
+    torchvision_source.load(SOURCE)
+
+
+def assert_download_fails(cached: Path, cause: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        torchvision_source.load(SOURCE)
+    message = str(caught.value)
+    for part in (f"/{FILE_NAME} could not be downloaded", cause, "WEIGHTS_MIRROR", str(cached)):
+        assert part in message
+    assert "\n" not in message
+    assert not cached.exists()
+
+
+def test_a_missing_file_says_what_to_do(mirror, cached):
+    assert_download_fails(cached, "404")
+
+
+def test_a_wrong_hash_says_what_to_do(mirror, cached):
+    (mirror / FILE_NAME).write_bytes(checkpoint(seed=3))
+    assert_download_fails(cached, "invalid hash value")
+
+
+def test_a_truncated_download_says_what_to_do(mirror, cached):
+    (mirror / FILE_NAME).write_bytes(CHECKPOINT[:1000])
+    assert_download_fails(cached, "invalid hash value")
+
+
+def test_no_server_says_what_to_do(mirror, cached, monkeypatch):
+    monkeypatch.setenv("WEIGHTS_MIRROR", "http://127.0.0.1:1/models")
+    assert_download_fails(cached, "http://127.0.0.1:1/models/")
+
+
+def test_no_url_says_what_to_do(mirror, cached, monkeypatch):
+    monkeypatch.setenv("WEIGHTS_MIRROR", "weights")
+    assert_download_fails(cached, "unknown url type")
+
+
+class Planted:
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+@pytest.mark.parametrize("content", [b"not weights", CHECKPOINT[:5000], "pickle"])
+def test_an_unreadable_file_in_the_cache_is_named_and_not_unpickled(mirror, cached, capsys, content):
+    cached.parent.mkdir(parents=True)
+    if content == "pickle":
+        torch.save({"weights": Planted()}, cached)
+    else:
+        cached.write_bytes(content)
+    with pytest.raises(BundleError, match="not a readable weights file. Delete it") as caught:
+        torchvision_source.load(SOURCE)
+    assert str(cached) in str(caught.value)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_weights_of_another_architecture_are_refused(mirror, cached):
+    cached.parent.mkdir(parents=True)
+    torch.save(nn.Linear(2, 2).state_dict(), cached)
+    with pytest.raises(BundleError, match="does not fit bird_net"):
+        torchvision_source.load(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("resnet_50", "DEFAULT", "no model 'resnet_50'; close to it: .*resnet50"),
+        ("ResNet50", "DEFAULT", "no model 'ResNet50'; close to it: resnet50"),
+        ("zzz", "DEFAULT", "list_models"),
+        ("resnet50", "IMAGENET1K_V3", "there are: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
+        ("fcos_resnet50_fpn", "DEFAULT", "no image classifier"),
+        ("r3d_18", "DEFAULT", "no image classifier"),
+        ("vgg16", "IMAGENET1K_FEATURES", "no image classifier"),
+    ],
+)
+def test_unknown_names_are_refused_before_any_download(name, weights, message):
+    with pytest.raises(BundleError, match=message):
+        torchvision_source.load(TorchvisionSource(name=name, weights=weights))
+
+
+def test_what_the_registry_knows_needs_no_download(folder):
+    assert torchvision_source.labels(SOURCE) == LABELS
+    assert torchvision_source.handler_settings(SOURCE) == GEOMETRY
+    fingerprint(folder)
+
+
+def test_labels_and_geometry_of_every_classifier():
+    for name in models.list_models(module=models):
+        for weights in models.get_model_weights(name):
+            if weights.name == "IMAGENET1K_FEATURES":
+                continue
+            source = TorchvisionSource(name=name, weights=weights.name)
+            assert len(torchvision_source.labels(source)) == 1000
+            assert set(torchvision_source.handler_settings(source)) == {"resize", "crop", "interpolation"}
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth shapes with noise on them."""
+    generator = numpy.random.default_rng(seed)
+    y, x = numpy.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = [numpy.sin(2 * numpy.pi * (a * x + b * y + c)) for a, b, c in generator.uniform(0.5, 5, (3, 3))]
+    pixels = 128 + 80 * numpy.stack(waves, axis=2) + generator.normal(0, 20, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(numpy.uint8))
+
+
+@torch.inference_mode()
+def expected_probabilities(image: Image.Image) -> torch.Tensor:
+    """As torchvision's documentation says to use its weights."""
+    batch = BirdNet_Weights.BIRDS_V1.transforms()(image).unsqueeze(0)
+    return network(seed=1)(batch).softmax(dim=1)[0]
+
+
+def test_the_archive_answers_what_torchvisions_own_pipeline_does(mirror, folder, tmp_path):
+    (mirror / FILE_NAME).write_bytes(CHECKPOINT)
+    images = [photograph(*size, seed=i) for i, size in enumerate([(100, 80), (47, 333), (39, 41), (640, 480)])]
+    rows = []
+    for image in images:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        rows.append({"body": file.getvalue()})
+    with DryRun(archive(folder, tmp_path / "store").path) as dry_run:
+        carried = dry_run.handler.settings.model_dump()
+        answers = dry_run.predict(rows)
+    assert carried | GEOMETRY == carried
+    for image, (status, body) in zip(images, answers, strict=True):
+        assert status == 200
+        expected = expected_probabilities(image)
+        assert [entry["class"] for entry in body["top_k"]] == expected.argsort(descending=True).tolist()
+        for entry in body["top_k"]:
+            assert entry["label"] == LABELS[entry["class"]]
+            assert entry["probability"] == pytest.approx(expected[entry["class"]].item(), abs=1e-5)
+
+
+def test_what_the_folder_says_of_the_geometry_wins(mirror, folder, tmp_path):
+    (mirror / FILE_NAME).write_bytes(CHECKPOINT)
+    config = folder.config | {"handler": {"crop": 48, "threads": 1}}
+    (folder.path / "model-config.yaml").write_text(yaml.safe_dump(config))
+    with DryRun(archive(ModelFolder(folder.path), tmp_path / "store").path) as dry_run:
+        assert dry_run.handler.settings.crop == 48
+        assert dry_run.handler.settings.resize == 52
+
+
+sides = st.integers(8, 700)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    width=sides,
+    height=sides,
+    resize=st.integers(8, 400),
+    crop=st.integers(8, 400),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+)
+def test_resize_and_crop_is_torchvisions_pixel_by_pixel(width, height, resize, crop, interpolation):
+    image = Image.effect_noise((width, height), 80).convert("RGB")
+    image.putpixel((0, height - 1), (255, 0, 0))
+    preset = ImageClassification(
+        crop_size=crop,
+        resize_size=resize,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        interpolation=InterpolationMode(interpolation),
+    )
+    expected = (preset(image) * 255).round().byte().permute(1, 2, 0).numpy()
+    actual = numpy.asarray(resize_and_crop(image, resize, crop, interpolation))
+    numpy.testing.assert_array_equal(actual, expected)
