@@ -236,7 +236,7 @@ def add_model(
         name, serialized, labels, handler, size, resize, numbers("mean", mean), numbers("std", std), image, file or (),
         report=lambda line: console.print(line, markup=False, soft_wrap=True),
     )  # fmt: skip
-    console.print(f"Serve it, with the others: make serve MODELS='{' '.join(f.name for f in catalog.select([]))}'")
+    console.print("Serve it, with the others: make serve")
     console.print(f"Its settings are in {catalog.relative(added.path / catalog.CONFIG_NAME)}.")
 
 

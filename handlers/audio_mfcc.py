@@ -71,9 +71,11 @@ class AudioMFCCHandler(BatchHandler):
             raise UndecodableAudio("The input is not a readable sound file. Accepted: WAV, FLAC, OGG, MP3.") from exc
         if not len(samples):
             raise EmptyInput("The sound file holds no samples.")
-        if not numpy.isfinite(samples).all():
+        with numpy.errstate(over="ignore", invalid="ignore"):  # what is not finite in a channel, or in the sum of them
+            mono = samples.mean(axis=1)
+        if not numpy.isfinite(mono).all():
             raise UndecodableAudio("The sound holds samples that are not finite numbers.")
-        return samples.mean(axis=1).clip(-1, 1), sample_rate
+        return mono.clip(-1, 1), sample_rate
 
     def example(self) -> Tensor:
         return torch.zeros(self.window)
@@ -88,7 +90,7 @@ def loudest_window(waveform: numpy.ndarray, window: int) -> numpy.ndarray:
     missing = window - len(waveform)
     if missing >= 0:
         return numpy.pad(waveform, (missing // 2, missing - missing // 2))
-    hop = window // 100
+    hop = max(1, window // 100)
     blocks = len(waveform) // hop
     centred = waveform - waveform.mean()  # a microphone's constant offset is not loudness
     power = numpy.square(centred[: blocks * hop]).reshape(blocks, hop).sum(axis=1)

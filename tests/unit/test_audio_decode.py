@@ -1,0 +1,222 @@
+"""Sound files -> the model's window. The sounds are tone bursts made here."""
+
+import struct
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import damaged, encode_sound, tone_burst
+
+from handlers.audio_mfcc import AudioMFCCHandler, loudest_window
+from handlers.core.errors import AudioTooLong, EmptyInput, RequestError, UndecodableAudio
+
+RATE = 16_000
+BURST = tone_burst(RATE)
+
+
+def handler(**options: object) -> AudioMFCCHandler:
+    handler = AudioMFCCHandler()
+    handler.settings = handler.Settings(**options)
+    return handler
+
+
+def decode(content: bytes | str, **options: object) -> numpy.ndarray:
+    sample = handler(**options).decode(content)
+    assert (sample.shape, sample.dtype) == (handler(**options).example().shape, torch.float32)
+    assert abs(sample).max() <= 1.05  # resampling may overshoot full scale a little
+    return sample.numpy()
+
+
+def error(waveform: numpy.ndarray, other: numpy.ndarray, delay: int = 0) -> float:
+    """Root mean square of the difference over that of `other`, at the best shift by at most `delay` samples."""
+    shifted = [numpy.roll(waveform, shift) for shift in range(-delay, delay + 1)]
+    return float(min(numpy.linalg.norm(one - other) for one in shifted) / numpy.linalg.norm(other))
+
+
+# --- what is accepted --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype", "tolerance"),
+    [
+        ("WAV", "PCM_U8", 0.03),
+        ("WAV", "PCM_16", 1e-3),
+        ("WAV", "PCM_24", 1e-5),
+        ("WAV", "PCM_32", 1e-6),
+        ("WAV", "FLOAT", 1e-6),
+        ("WAV", "DOUBLE", 1e-6),
+        ("WAV", "ULAW", 0.05),
+        ("FLAC", "PCM_16", 1e-3),
+        ("FLAC", "PCM_24", 1e-5),
+        ("OGG", "VORBIS", 0.1),
+        ("OGG", "OPUS", 0.1),
+        ("MP3", None, 0.1),
+        ("AIFF", None, 1e-3),
+    ],
+)
+def test_formats(format: str, subtype: str | None, tolerance: float):
+    assert error(decode(encode_sound(BURST, RATE, format, subtype)), BURST) < tolerance
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+def test_sample_rates_and_channels(rate: int, channels: int):
+    samples = numpy.repeat(tone_burst(rate)[:, None], channels, axis=1)
+    assert error(decode(encode_sound(samples, rate)), BURST) < 0.01
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_mp3_of_other_rates(rate: int):
+    assert error(decode(encode_sound(tone_burst(rate), rate, "MP3")), BURST, delay=20) < 0.1
+
+
+def test_channels_are_averaged():
+    stereo = numpy.stack([BURST, numpy.zeros_like(BURST)], axis=1)
+    assert error(decode(encode_sound(stereo, RATE, subtype="FLOAT")), BURST / 2) < 1e-6
+
+
+def test_what_is_too_high_for_the_model_is_filtered_out():
+    """10 kHz cannot be in 16,000 samples a second; without a filter it would be heard as 6 kHz."""
+    assert abs(decode(encode_sound(tone_burst(48_000, hertz=10_000), 48_000))).max() < 0.005
+
+
+def test_overloaded_floats_are_clipped():
+    assert abs(decode(encode_sound(BURST * 100, subtype="FLOAT"))).max() == 1
+
+
+# --- the window --------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, RATE))
+def test_short_clips_stand_in_the_middle_of_silence(length: int):
+    padded = loudest_window(numpy.ones(length, dtype=numpy.float32), RATE)
+    sounding = numpy.flatnonzero(padded)
+    assert (len(padded), len(sounding)) == (RATE, length)
+    assert abs(sounding[0] - (RATE - 1 - sounding[-1])) <= 1
+
+
+@given(seconds=st.floats(1, 20), part=st.floats(0, 1))
+@settings(max_examples=40)
+def test_a_burst_anywhere_is_heard_whole(seconds: float, part: float):
+    at = 0.25 + part * (seconds - 0.5)
+    window = loudest_window(tone_burst(RATE, seconds, at), RATE)
+    assert numpy.linalg.norm(window) == pytest.approx(numpy.linalg.norm(BURST), rel=1e-3)
+    if 0.5 <= at <= seconds - 0.5:
+        middle = (window**2 * numpy.arange(RATE)).sum() / (window**2).sum()
+        assert abs(middle - RATE / 2) < 0.05 * RATE
+
+
+def test_the_loudest_of_several_is_heard():
+    clip = 0.3 * tone_burst(RATE, 10, at=2) + tone_burst(RATE, 10, at=5) + 0.5 * tone_burst(RATE, 10, at=8)
+    assert error(loudest_window(clip, RATE), BURST, delay=160) < 0.01
+
+
+def test_a_constant_offset_is_not_loudness():
+    clip = 0.1 * tone_burst(RATE, 10, at=7) + 0.4
+    assert numpy.ptp(loudest_window(clip.astype(numpy.float32), RATE)) > 0.09
+
+
+@given(length=st.integers(0, 3_000), window=st.integers(1, 1_000))
+def test_the_window_has_its_length(length: int, window: int):
+    assert loudest_window(numpy.ones(length, dtype=numpy.float32), window).shape == (window,)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def wav_claiming(frames: int, channels: int = 1, rate: int = RATE) -> bytes:
+    """A WAV header of 16-bit samples, with none behind it."""
+    size = 2 * frames * channels
+    layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, 2 * rate * channels, 2 * channels, 16)
+    return struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + layout + struct.pack("<4sI", b"data", size)
+
+
+def spoilt(value: float) -> bytes:
+    samples = BURST.copy()
+    samples[100] = value
+    return encode_sound(samples, subtype="FLOAT")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        pytest.param(b"", UndecodableAudio, "Accepted: WAV, FLAC, OGG, MP3", id="empty"),
+        pytest.param(b"hello, world\n" * 1000, UndecodableAudio, "Accepted: WAV", id="text"),
+        pytest.param(encode_sound(BURST)[:20], UndecodableAudio, "Accepted: WAV", id="half-a-header"),
+        pytest.param(encode_sound(BURST, format="FLAC")[:60], UndecodableAudio, "Accepted: WAV", id="half-a-flac"),
+        pytest.param(wav_claiming(0), EmptyInput, "no samples", id="header-without-samples"),
+        pytest.param(wav_claiming(RATE), EmptyInput, "no samples", id="header-that-promises-samples"),
+        pytest.param(encode_sound(BURST[:0]), EmptyInput, "no samples", id="no-samples"),
+        pytest.param(spoilt(numpy.nan), UndecodableAudio, "not finite", id="nan"),
+        pytest.param(spoilt(numpy.inf), UndecodableAudio, "not finite", id="infinite"),
+        pytest.param(spoilt(-numpy.inf), UndecodableAudio, "not finite", id="minus-infinite"),
+        pytest.param(encode_sound(BURST, 999), UndecodableAudio, "999 Hz; 1000 to 384000 Hz", id="rate-low"),
+        pytest.param(encode_sound(BURST, 384_001), UndecodableAudio, "384001 Hz; 1000 to", id="rate-high"),
+        pytest.param("hello!", RequestError, "base64", id="string"),
+    ],
+)
+def test_refuses(content: bytes, error: type, message: str):
+    with pytest.raises(error, match=message):
+        handler().decode(content)
+
+
+def test_loud_opposites_over_many_channels_are_refused():
+    """Finite samples whose sum is not."""
+    samples = numpy.tile(numpy.float32([3e38, -3e38] + [0] * 6), (100, 4)).astype(numpy.float32)
+    with pytest.raises(UndecodableAudio, match="not finite"):
+        handler().decode(encode_sound(samples, subtype="FLOAT"))
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_ten_minutes_are_refused_before_they_are_decoded(format: str, monkeypatch: pytest.MonkeyPatch):
+    content = encode_sound(numpy.zeros(600 * 8_000, dtype=numpy.float32), 8_000, format)
+
+    def reached(*_: object, **__: object) -> None:
+        raise AssertionError("samples were asked for")
+
+    monkeypatch.setattr("soundfile.SoundFile.read", reached)
+    with pytest.raises(AudioTooLong, match="at most 60 seconds"):
+        handler().decode(content)
+
+
+def test_many_channels_count_together():
+    """Sixty silent seconds in FLAC are a small file, and eight channels of them at 96 kHz 180 MB of memory."""
+    content = encode_sound(numpy.zeros((2_000, 8), dtype=numpy.float32), format="FLAC")
+    assert not decode(content, max_values=16_000).any()
+    with pytest.raises(AudioTooLong, match="15999 samples over all channels"):
+        handler(max_values=15_999).decode(content)
+
+
+def test_the_longest_clip_is_accepted():
+    clip = numpy.zeros(2 * RATE, dtype=numpy.float32)
+    assert not decode(encode_sound(clip), max_seconds=2).any()
+    with pytest.raises(AudioTooLong, match="at most 2 seconds"):
+        handler(max_seconds=2).decode(encode_sound(numpy.append(clip, 0)))
+
+
+ORIGINALS = {
+    f"{format} {subtype}": encode_sound(BURST[4_000:8_000], RATE, format, subtype)
+    for format, subtype in [
+        ("WAV", "PCM_16"),
+        ("WAV", "FLOAT"),
+        ("WAV", "IMA_ADPCM"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", None),
+        ("AIFF", None),
+    ]
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # soundfile's callbacks log and go on
+@given(st.one_of(st.binary(), damaged(ORIGINALS)))
+def test_any_bytes_are_a_sound_or_a_request_error(content: bytes):
+    try:
+        sample = handler().decode(content)
+    except RequestError:
+        return
+    assert sample.shape == (RATE,)
+    assert sample.isfinite().all()

@@ -1,0 +1,254 @@
+"""A batch through TorchServe's own worker code: a small handler and a scripted model, in an archive made here."""
+
+import functools
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bundle.dryrun import DryRun
+
+ROOT = Path(__file__).resolve().parents[2]
+HANDLERS = sorted((ROOT / "handlers").glob("*.py"))
+CLASSES, WIDTH, BATCH_SIZE, MAX_INSTANCES = 7, 4, 8, 20
+
+HANDLER = textwrap.dedent(
+    """
+    import torch
+    from handlers.core.batch import BatchHandler
+    from handlers.core.errors import UndecodableInput
+
+
+    class NumbersHandler(BatchHandler):
+        def decode(self, content):
+            if content == b"bug":
+                raise ZeroDivisionError("a bug")
+            try:
+                return torch.tensor([float(number) for number in content.split(b",")]).reshape(4)
+            except (ValueError, RuntimeError, TypeError) as exc:
+                raise UndecodableInput("Four numbers are accepted.") from exc
+
+        def example(self):
+            return torch.zeros(4)
+    """
+)
+
+
+class Numbers(nn.Module):
+    """[N, 4] -> [N, 7] logits. It refuses batches that are larger than the worker was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, CLASSES)
+        self.largest = BATCH_SIZE
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        assert numbers.shape[0] <= self.largest
+        return self.layer(numbers)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
+    folder = tmp_path_factory.mktemp("archive")
+    torch.manual_seed(0)
+    torch.jit.script(Numbers().eval()).save(str(folder / "model.pt"))
+    manifest = {
+        "model": {
+            "modelName": "numbers",
+            "modelVersion": "1.0",
+            "handler": "numbers_handler.py",
+            "serializedFile": "model.pt",
+            "configFile": "model-config.yaml",
+        }
+    }
+    mar = folder / "numbers.mar"
+    with zipfile.ZipFile(mar, "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
+        archive.writestr("numbers_handler.py", HANDLER)
+        archive.writestr("index_to_name.json", json.dumps({str(index): f"n{index}" for index in range(CLASSES)}))
+        archive.writestr("model-config.yaml", f"handler: {{top_k: 3, max_instances: {MAX_INSTANCES}}}\n")
+        archive.write(folder / "model.pt", "model.pt")
+    with DryRun(mar, BATCH_SIZE) as worker:
+        yield worker
+
+
+def row(index: int) -> dict:
+    """A good request, another for each index."""
+    return {"body": f"{index},{index % 3},1,-{index}".encode()}
+
+
+def alike(answer: dict) -> dict:
+    """What an answer is compared with: the same to what float batching allows."""
+    return {
+        "top_k": [{**entry, "probability": pytest.approx(entry["probability"], abs=1e-5)} for entry in answer["top_k"]]
+    }
+
+
+# --- errors keep to their slots ----------------------------------------------------------------------------------
+
+BAD = {
+    "undecodable": ({"body": b"1,2"}, 400, "UndecodableInput"),
+    "empty": ({"body": b""}, 400, "EmptyInput"),
+    "unknown field": ({"file": b"1,2,3,4"}, 400, "UnknownField"),
+    "option": ({"body": {"data": "1", "top_k": 0}}, 400, "InvalidOption"),
+    "one bad instance": ({"instances": [b"1,2,3,4", b"1"]}, 400, "UndecodableInput"),
+    "instances": ({"instances": [b"1,2,3,4"] * (MAX_INSTANCES + 1)}, 413, "TooManyInstances"),
+    "not finite": ({"body": b"nan,0,0,0"}, 500, "NonFiniteOutput"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("size", range(1, BATCH_SIZE + 1))
+def test_one_bad_request_at_every_position(worker: DryRun, size: int, kind: str):
+    bad, status, error_type = BAD[kind]
+    for position in range(size):
+        rows = [bad if index == position else row(index) for index in range(size)]
+        answers = worker.predict(rows)
+        refused, body = answers.pop(position)
+        assert (refused, body["code"], body["type"]) == (status, status, error_type)
+        assert body["message"].endswith(".")
+        alone = [worker.predict([row(index)])[0] for index in range(size) if index != position]
+        assert answers == [(200, alike(body)) for _, body in alone]
+
+
+@given(st.lists(st.one_of(st.integers(0, 50).map(row), st.sampled_from([bad for bad, *_ in BAD.values()])), min_size=1))
+def test_any_mixture_answers_each_as_alone(worker: DryRun, rows: list[dict]):
+    rows = rows[:BATCH_SIZE]
+    for (status, body), one in zip(worker.predict(rows), rows, strict=True):
+        status_alone, body_alone = worker.predict([one])[0]
+        assert status == status_alone
+        assert body == (alike(body_alone) if status == 200 else body_alone)
+
+
+@given(st.lists(st.integers(1, MAX_INSTANCES), min_size=1, max_size=BATCH_SIZE))
+def test_instances_of_more_than_a_batch(worker: DryRun, counts: list[int]):
+    """The model asserts that it never sees more than the batch size."""
+    answers = worker.predict([{"instances": [row(index)["body"] for index in range(count)]} for count in counts])
+    alone = [alike(worker.predict([row(index)])[0][1]) for index in range(max(counts))]
+    assert answers == [(200, {"predictions": alone[:count]}) for count in counts]
+
+
+def test_an_unexpected_exception_fails_the_batch_loudly(worker: DryRun, caplog: pytest.LogCaptureFixture):
+    assert worker.predict([row(0), {"body": b"bug"}]) == [(503, "Prediction failed")] * 2
+    assert "ZeroDivisionError: a bug" in caplog.text
+    assert worker.predict([row(0)])[0][0] == 200
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [1, 2, CLASSES, "5", b"5"])
+def test_top_k(worker: DryRun, asked: object):
+    (status, default), (_, body), (_, all_of_them) = worker.predict(
+        [row(1), {"data": row(1)["body"], "top_k": asked}, {"data": row(1)["body"], "top_k": CLASSES}]
+    )
+    assert (status, len(default["top_k"])) == (200, 3)
+    assert body["top_k"] == all_of_them["top_k"][: int(asked)]
+    assert all_of_them["top_k"][:3] == default["top_k"]
+    assert sum(entry["probability"] for entry in all_of_them["top_k"]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("asked", [0, -1, CLASSES + 1, 10**9, "three", True, 2.0, None, [], b"1e3"])
+def test_top_k_that_is_none(worker: DryRun, asked: object):
+    [(status, body)] = worker.predict([{"data": row(1)["body"], "top_k": asked}])
+    assert (status, body["type"]) == (400, "InvalidOption")
+    assert body["message"].startswith("top_k must be")
+
+
+# --- what a batch mixes ------------------------------------------------------------------------------------------
+
+
+def test_each_request_says_what_it_is(worker: DryRun):
+    """TorchServe puts predictions, explanations and descriptions into one batch, and says which in the headers."""
+    headers = [{}, {"explain": "True"}, {"describe": "True"}, {"Content-Type": "application/json"}, {}]
+    rows = [row(0), row(1), {}, {"body": b'{"data":'}, row(4)]
+    answers = worker.predict(rows, headers)
+    assert [status for status, _ in answers] == [200, 400, 200, 400, 200]
+    assert [answers[index][1]["type"] for index in (1, 3)] == ["UnsupportedOperation", "InvalidJSON"]
+    assert "/predictions" in answers[1][1]["message"]
+    described = answers[2][1]
+    assert (described["handler"], described["settings"]["top_k"]) == ("NumbersHandler", 3)
+    assert described["labels"] == {str(index): f"n{index}" for index in range(CLASSES)}
+    assert answers[4] == worker.predict([row(4)])[0]
+
+
+def test_every_answer_says_that_it_is_json(worker: DryRun):
+    worker.predict([row(0), {"body": b""}, {"body": b"nan,0,0,0"}, {}], [{}, {}, {}, {"describe": "True"}])
+    assert [worker.service.context.get_response_content_type(index) for index in range(4)] == ["application/json"] * 4
+
+
+def test_the_model_runs_on_the_workers_threads(worker: DryRun):
+    assert torch.get_num_threads() == worker.handler.settings.threads == 1
+    assert worker.handler.batch_size == BATCH_SIZE
+
+
+# --- metrics -----------------------------------------------------------------------------------------------------
+
+
+def test_metrics(worker: DryRun, caplog: pytest.LogCaptureFixture):
+    """The frontend reads them off the worker's output."""
+    with caplog.at_level(logging.INFO):
+        worker.predict([row(0), {"body": b""}, {"body": b""}, {"body": b"1"}])
+    lines = [record.getMessage() for record in caplog.records if "[METRICS]bundle_" in record.getMessage()]
+    of_the_model = "|#ModelName:numbers,ModelVersion:1.0"
+    assert sum(f"bundle_batch_size.Count:4{of_the_model}|#type:HISTOGRAM" in line for line in lines) == 1
+    for stage in ("decode", "inference", "encode"):
+        [line] = [line for line in lines if f"bundle_{stage}_seconds.Seconds:" in line]
+        assert 0 <= float(line.split(":")[1].split("|")[0]) < 60
+        assert f"{of_the_model}|#type:HISTOGRAM" in line
+    rejected = [line for line in lines if "bundle_rejected_requests_total.Count:1" in line]
+    assert [line.split("ErrorType:")[1].split("|")[0] for line in rejected] == ["EmptyInput"] * 2 + ["UndecodableInput"]
+
+
+def test_nothing_to_run_takes_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        worker.predict([{"body": b""}])
+    assert "bundle_decode_seconds" in caplog.text
+    assert "bundle_inference_seconds" not in caplog.text
+
+
+# --- what TorchServe asks of a handler's file --------------------------------------------------------------------
+
+
+@functools.cache  # importing torch takes seconds
+def python(code: str) -> str:
+    """Runs `code` in a fresh process, the handlers as top-level modules as in a worker."""
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'handlers')!r}]\n{code}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd="/")
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+MODULES = [path.stem for path in HANDLERS if path.stem != "__init__"]
+
+
+def test_a_handlers_file_defines_one_class():
+    """A second one, a dataclass say, and TorchServe's worker does not start."""
+    found = python(
+        "import importlib; from ts.utils.util import list_classes_from_module as classes\n"
+        f"for name in {MODULES!r}: print(name, *(cls.__name__ for cls in classes(importlib.import_module(name))))"
+    )
+    defined = dict(line.split(" ", 1) for line in found.splitlines() if line.split(" ")[0] in MODULES)
+    assert set(defined) == set(MODULES)
+    assert all(names.endswith("Handler") and " " not in names for names in defined.values()), defined
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_handler_imports_what_it_needs(module: str):
+    """A worker's memory and start: training's libraries are not in it, nor another modality's."""
+    modalities = {"audio_mfcc": {"soundfile", "soxr"}, "text": {"tokenizers"}, "mnist": {"PIL"}, "image_topk": {"PIL"}}
+    heavy = {"torchvision", "torchaudio", "scipy", "lightning", "pandas", *set().union(*modalities.values())}
+    imported = python(f"import {module}\nprint(*sys.modules)").split()
+    # what TorchServe's own base imports is not ours to leave out
+    torchserves = python("import ts.torch_handler.base_handler\nprint(*sys.modules)").split()
+    assert heavy & set(imported) - set(torchserves) <= modalities[module]

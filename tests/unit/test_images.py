@@ -1,0 +1,230 @@
+"""Any image that Pillow opens, upright and 8-bit; anything else is refused, and large ones before they are decoded."""
+
+import struct
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import bare_png, damaged, encode_image, four_colours, ico_around
+from PIL import Image, ImageOps
+
+from handlers.core.errors import ImageTooLarge, RequestError, UndecodableImage
+from handlers.core.images import ImageSettings, flatten, open_image
+from handlers.image_topk import ImageTopKHandler
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+SETTINGS = ImageSettings()
+COLOURS = four_colours()
+RAMP = numpy.linspace(0, 1, 48 * 32).reshape(32, 48)  # black to white
+GREY = Image.fromarray((RAMP * 255).round().astype(numpy.uint8))
+
+
+def difference(image: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference of two RGB images, of 255."""
+    assert image.size == other.size
+    return float(abs(numpy.asarray(image, dtype=float) - numpy.asarray(other, dtype=float)).mean())
+
+
+# --- what is accepted --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "tolerance"),
+    [
+        pytest.param(encode_image(COLOURS, "PNG"), 0, id="png"),
+        pytest.param(encode_image(COLOURS.quantize(8), "PNG"), 0, id="png-palette"),
+        pytest.param(encode_image(COLOURS, "BMP"), 0, id="bmp"),
+        pytest.param(encode_image(COLOURS, "PPM"), 0, id="ppm"),
+        pytest.param(encode_image(COLOURS, "TIFF", compression="tiff_lzw"), 0, id="tiff"),
+        pytest.param(encode_image(COLOURS, "WEBP", lossless=True), 0, id="webp-lossless"),
+        pytest.param(encode_image(COLOURS, "WEBP", quality=95), 10, id="webp"),
+        pytest.param(encode_image(COLOURS, "GIF", save_all=True, append_images=[GREY]), 0, id="gif-first-frame"),
+        pytest.param(encode_image(COLOURS, "JPEG", quality=95, subsampling=0), 3, id="jpeg"),
+        pytest.param(encode_image(COLOURS, "JPEG", quality=95, subsampling=0, progressive=True), 3, id="progressive"),
+        pytest.param(encode_image(COLOURS.convert("CMYK"), "JPEG", quality=95), 10, id="jpeg-cmyk"),
+        pytest.param(encode_image(COLOURS.convert("CMYK"), "TIFF"), 3, id="tiff-cmyk"),
+        pytest.param(encode_image(COLOURS.convert("RGBA"), "PNG"), 0, id="opaque-rgba"),
+        pytest.param(encode_image(COLOURS, "JPEG2000"), 3, id="jpeg-2000"),
+        pytest.param(encode_image(COLOURS, "AVIF", quality=95), 10, id="avif"),
+        pytest.param(encode_image(COLOURS, "TGA"), 0, id="tga-has-no-magic"),
+    ],
+)
+def test_opens_colour(content: bytes, tolerance: float):
+    assert difference(flatten(open_image(content, SETTINGS)), COLOURS) <= tolerance
+
+
+def rgb_16_bit() -> bytes:
+    """16 bits a channel, which Pillow reads and does not write."""
+    rows = numpy.repeat((RAMP * 65535).astype(">u2")[..., None], 3, axis=2)
+    return bare_png(48, 32, depth=16, colour_type=2, pixels=b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("content", "tolerance"),
+    [
+        pytest.param(encode_image(GREY, "PNG"), 0, id="L"),
+        pytest.param(encode_image(GREY.convert("LA"), "PNG"), 0, id="LA"),
+        pytest.param(encode_image(Image.fromarray((RAMP * 65535).astype("<u2")), "PNG"), 1, id="png-16-bit"),
+        pytest.param(encode_image(Image.fromarray((RAMP * 65535).astype("<u2")), "TIFF"), 1, id="tiff-16-bit"),
+        pytest.param(encode_image(Image.fromarray((RAMP * 65535).astype(">u2")), "TIFF"), 1, id="tiff-16-bit-big"),
+        pytest.param(encode_image(Image.fromarray((RAMP * 65535).astype("i4")), "TIFF"), 1, id="tiff-32-bit"),
+        pytest.param(encode_image(Image.fromarray((RAMP * 255).astype("f4")), "TIFF"), 1, id="tiff-float-255"),
+        pytest.param(encode_image(Image.fromarray(RAMP.astype("f4")), "TIFF"), 1, id="tiff-float-1"),
+        pytest.param(rgb_16_bit(), 1, id="png-48-bit"),
+    ],
+)
+def test_opens_grey_and_deep(content: bytes, tolerance: float):
+    assert difference(flatten(open_image(content, SETTINGS)), GREY.convert("RGB")) <= tolerance
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_dark_16_bit_stays_dark(order: str):
+    """All values below 256 of 65535: its type says what white is, not its brightest pixel."""
+    content = encode_image(Image.fromarray((RAMP * 200).astype(order)), "TIFF")
+    assert open_image(content, SETTINGS).getextrema() == (0, 1)
+
+
+def test_float_that_is_not_finite_is_black_or_white():
+    pixels = numpy.full((8, 8), 0.5, dtype=numpy.float32)
+    pixels[0, :3] = [numpy.nan, numpy.inf, -numpy.inf]
+    opened = open_image(encode_image(Image.fromarray(pixels), "TIFF"), SETTINGS)
+    assert numpy.asarray(opened)[0, :3].tolist() == [0, 255, 0]
+
+
+def test_opens_1_bit():
+    image = Image.new("1", (16, 16), 1)
+    image.paste(0, (0, 0, 8, 16))
+    opened = open_image(encode_image(image, "PNG"), SETTINGS)
+    assert (opened.mode, opened.getpixel((0, 0)), opened.getpixel((15, 0))) == ("L", 0, 255)
+
+
+def transparent(mode: str) -> bytes:
+    """Left half transparent, right half red (or white where there is no colour)."""
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (8, 0, 16, 16))
+    if mode == "P":
+        return encode_image(image.quantize(4), "PNG")
+    if mode == "GIF":
+        return encode_image(image, "GIF")
+    if mode == "tRNS":
+        return encode_image(image.convert("RGB"), "PNG", transparency=(0, 0, 0))
+    return encode_image(image.convert(mode), "PNG")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "GIF", "tRNS"])
+def test_transparency_shows_the_background(mode: str):
+    image = open_image(transparent(mode), SETTINGS)
+    assert image.mode == "RGBA"
+    assert [flatten(image, ink).getpixel((2, 8)) for ink in [(255, 255, 255), (0, 0, 0)]] == [(255,) * 3, (0,) * 3]
+    assert flatten(image).getpixel((13, 8)) == ((76, 76, 76) if mode == "LA" else (255, 0, 0))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("orientation", "stored"),
+    [
+        (1, lambda image: image),
+        (2, ImageOps.mirror),
+        (3, lambda image: image.rotate(180)),
+        (4, ImageOps.flip),
+        (5, lambda image: image.transpose(Image.Transpose.TRANSPOSE)),
+        (6, lambda image: image.transpose(Image.Transpose.ROTATE_90)),
+        (7, lambda image: image.transpose(Image.Transpose.TRANSVERSE)),
+        (8, lambda image: image.transpose(Image.Transpose.ROTATE_270)),
+    ],
+)
+def test_turns_upright(orientation: int, stored, format: str):
+    """`stored`: how a camera that notes this orientation has the picture lie in the file."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    content = encode_image(stored(COLOURS), format, exif=exif)
+    assert difference(flatten(open_image(content, SETTINGS)), COLOURS) < 10
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+JPEG = encode_image(four_colours(640, 480), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(b"", "not an image", id="empty"),
+        pytest.param(b"hello, world\n" * 100, "not an image", id="text"),
+        pytest.param(b"%PDF-1.7\n", "not an image", id="pdf"),
+        pytest.param(encode_image(COLOURS, "EPS"), "not an image", id="eps-would-start-ghostscript"),
+        pytest.param(JPEG[:20], "not an image", id="jpeg-cut-in-the-head"),
+        pytest.param(JPEG[: len(JPEG) // 2], "truncated", id="jpeg-cut-in-the-middle"),
+        pytest.param(JPEG[:-8], "truncated", id="jpeg-cut-at-the-end"),
+        pytest.param(bare_png(64, 64), "truncated", id="png-without-pixels"),
+        pytest.param(encode_image(COLOURS.resize((1, 1)), "PNG"), "1 x 1 pixels; at least 8 x 8", id="1x1"),
+        pytest.param(encode_image(COLOURS.resize((500, 7)), "PNG"), "500 x 7 pixels; at least", id="a-line"),
+        pytest.param(bare_png(0, 0), "not an image", id="0x0"),
+    ],
+)
+def test_refuses(content: bytes, message: str):
+    with pytest.raises(UndecodableImage, match=message):
+        open_image(content, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(bare_png(50_000, 50_000), id="png"),
+        pytest.param(bare_png(8_000, 8_000), id="png-less-than-twice-too-large"),
+        pytest.param(bare_png(2**31 - 1, 2**31 - 1), id="png-of-the-largest-size"),
+        pytest.param(bare_png(50_000_001, 1), id="png-of-one-line"),
+        pytest.param(b"GIF89a" + struct.pack("<HHxxxcHHHHxx", 8, 8, b",", 0, 0, 65535, 65535), id="gif-frame"),
+        pytest.param(b"P6 50000 50000 255\n", id="ppm"),
+        pytest.param(ico_around(bare_png(50_000, 50_000)), id="icon-around-a-png"),
+    ],
+)
+def test_large_images_are_refused_before_they_are_decoded(content: bytes, monkeypatch: pytest.MonkeyPatch):
+    def reached(*_: object) -> None:
+        raise AssertionError("pixels were asked for")
+
+    monkeypatch.setattr(Image.core, "new", reached)  # where Pillow allocates
+    monkeypatch.setattr(Image.core, "fill", reached)
+    with pytest.raises(ImageTooLarge, match="at most 50000000 pixels"):
+        open_image(content, SETTINGS)
+
+
+def test_the_largest_image_is_accepted():
+    limits = ImageSettings(max_pixels=48 * 32, min_side=32)
+    assert open_image(encode_image(COLOURS, "PNG"), limits).size == (48, 32)
+
+
+# --- anything at all ---------------------------------------------------------------------------------------------
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "ICO", "AVIF")
+ORIGINALS = {
+    **{format: encode_image(COLOURS, format) for format in FORMATS},
+    **{compression: encode_image(COLOURS, "TIFF", compression=compression) for compression in ("tiff_lzw", "jpeg")},
+    "palette": encode_image(COLOURS.quantize(8), "PNG", transparency=1),
+    "CMYK": encode_image(COLOURS.convert("CMYK"), "JPEG"),
+    "DDS": encode_image(COLOURS, "DDS"),
+    "BLP": encode_image(COLOURS.quantize(8), "BLP"),
+}
+
+
+@given(st.one_of(st.binary(), damaged(ORIGINALS)))
+def test_any_bytes_are_an_image_or_a_request_error(content: bytes):
+    try:
+        image = open_image(content, SETTINGS)
+    except RequestError:
+        return
+    assert image.mode in ("L", "RGB", "RGBA")
+    assert min(image.size) >= SETTINGS.min_side
+
+
+# --- the handler's sample ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("content", [JPEG, transparent("LA"), transparent("RGBA"), rgb_16_bit()], ids=len)
+def test_sample(content: bytes, channels: int):
+    handler = ImageTopKHandler()
+    handler.settings = handler.Settings(resize=24, crop=20, channels=channels)
+    sample = handler.decode(content)
+    assert (sample.shape, sample.dtype) == (handler.example().shape, handler.example().dtype)

@@ -1,0 +1,75 @@
+"""Outputs -> ranked classes, against numpy."""
+
+import json
+import math
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from handlers.core.errors import NonFiniteOutput
+from handlers.core.topk import rank, ranking
+
+LABELS = {str(index): f"class {index}" for index in range(1000)}
+
+LOGITS = arrays.arrays(
+    numpy.float32,
+    st.tuples(st.integers(1, 5), st.integers(1, 20)),
+    elements=st.floats(-30, 30, width=32),
+    unique=True,
+)
+
+
+@given(LOGITS, st.data())
+def test_ranks_as_numpy_does(logits: numpy.ndarray, data: st.DataObject):
+    k = data.draw(st.integers(1, logits.shape[1]))
+    exponents = numpy.exp(logits.astype(numpy.float64) - logits.max(axis=1, keepdims=True))
+    probabilities = exponents / exponents.sum(axis=1, keepdims=True)
+    for row, expected in zip(rank(torch.from_numpy(logits), k, "logits"), probabilities, strict=True):
+        answer = ranking(row, LABELS)
+        best = numpy.sort(expected)[::-1][:k]
+        numpy.testing.assert_allclose([entry["probability"] for entry in answer], best, rtol=1e-4, atol=1e-30)
+        classes = [entry["class"] for entry in answer]
+        assert len(set(classes)) == k
+        numpy.testing.assert_allclose(expected[classes], best, rtol=1e-4, atol=1e-30)
+        assert [entry["label"] for entry in answer] == [LABELS[str(index)] for index in classes]
+        json.dumps(answer, allow_nan=False)
+
+
+@given(LOGITS)
+def test_all_classes_sum_to_one(logits: numpy.ndarray):
+    ranked = rank(torch.from_numpy(logits), logits.shape[1], "logits")
+    assert ranked[..., 0].sum(dim=1).tolist() == pytest.approx([1] * len(logits), abs=1e-5)
+    assert ranked[..., 1].sort(dim=1).values.tolist() == [list(range(logits.shape[1]))] * len(logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_ranked_in_float32(dtype: torch.dtype):
+    logits = torch.linspace(-8, 8, 1000).to(dtype)[None]
+    ranked = rank(logits, 5, "logits")
+    assert ranked.dtype == torch.float32
+    assert torch.equal(ranked, rank(logits.float(), 5, "logits"))
+
+
+def test_probabilities_pass_through():
+    probabilities = torch.tensor([[0.1, 0.7, 0.2]])
+    assert ranking(rank(probabilities, 2, "probabilities")[0], {"0": "a", "1": "b", "2": "c"}) == [
+        {"label": "b", "class": 1, "probability": pytest.approx(0.7)},
+        {"label": "c", "class": 2, "probability": pytest.approx(0.2)},
+    ]
+
+
+@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_an_error_of_its_row(value: float, outputs: str):
+    spoilt, sound = rank(torch.tensor([[0.0, value, 0.2], [0.0, 1.0, 0.2]]), 1, outputs)
+    with pytest.raises(NonFiniteOutput):
+        ranking(spoilt, LABELS)
+    assert ranking(sound, LABELS)[0]["class"] == 1
+
+
+def test_minus_infinity_is_a_class_ruled_out():
+    assert ranking(rank(torch.tensor([[0.0, -math.inf]]), 2, "logits")[0], LABELS)[1]["probability"] == 0
