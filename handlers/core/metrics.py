@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ts.context import Context
+from ts.metrics.caching_metric import CachingMetric
+from ts.metrics.metric_cache_errors import MetricsCacheKeyError
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.metrics.metric_type_enum import MetricTypes
 
 STAGES = ("decode", "inference", "encode")
@@ -20,13 +23,10 @@ class HandlerMetrics:
     def __init__(self, context: Context):
         cache = context.metrics
         self.identity = [context.model_name, context.manifest["model"].get("modelVersion", "")]
-        self.batch_size = cache.add_metric_to_cache("bundle_batch_size", "Count", DIMENSIONS, MetricTypes.HISTOGRAM)
-        self.seconds = {
-            stage: cache.add_metric_to_cache(f"bundle_{stage}_seconds", "Seconds", DIMENSIONS, MetricTypes.HISTOGRAM)
-            for stage in STAGES
-        }
-        self.rejected = cache.add_metric_to_cache(
-            "bundle_rejected_requests_total", "Count", [*DIMENSIONS, "ErrorType"], MetricTypes.COUNTER
+        self.batch_size = histogram(cache, "bundle_batch_size", "Count")
+        self.seconds = {stage: histogram(cache, f"bundle_{stage}_seconds", "Seconds") for stage in STAGES}
+        self.rejected = metric(
+            cache, "bundle_rejected_requests_total", "Count", [*DIMENSIONS, "ErrorType"], MetricTypes.COUNTER
         )
 
     def count_batch(self, requests: int) -> None:
@@ -40,3 +40,17 @@ class HandlerMetrics:
         start = time.perf_counter()
         yield
         self.seconds[stage].add_or_update(round(time.perf_counter() - start, 6), self.identity)
+
+
+def histogram(cache: MetricsCacheYamlImpl, name: str, unit: str) -> CachingMetric:
+    return metric(cache, name, unit, DIMENSIONS, MetricTypes.HISTOGRAM)
+
+
+def metric(
+    cache: MetricsCacheYamlImpl, name: str, unit: str, dimensions: list[str], kind: MetricTypes
+) -> CachingMetric:
+    """The metric as metrics.yaml declares it; where the server has another metrics.yaml, one that it will ignore."""
+    try:
+        return cache.get_metric(name, kind)
+    except MetricsCacheKeyError:
+        return cache.add_metric_to_cache(name, unit, dimensions, kind)

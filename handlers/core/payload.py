@@ -64,6 +64,9 @@ def read(row: Mapping, headers: Mapping, max_instances: int) -> Request:
         if isinstance(body, dict):
             return read_fields(body, max_instances)
         return Request([read_content(body)])
+    if not row and content_type(headers) == "application/x-www-form-urlencoded":
+        # what curl -d sends by itself
+        raise UnsupportedInput(f"The request is sent as a form and holds no fields. {ACCEPTED}")
     if not row:
         raise EmptyInput(f"The request has no body. {ACCEPTED}")
     return read_fields(row, max_instances)
