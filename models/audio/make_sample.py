@@ -1,6 +1,6 @@
 """Makes sample.wav: a word spoken by the eSpeak NG synthesiser, so that no recording of a person is in the repository.
 
-    python -m models.audio.make_sample
+python -m models.audio.make_sample
 """
 
 import io
