@@ -36,6 +36,7 @@ class AudioMFCCHandler(BatchHandler):
         waveform, sample_rate = self.read_audio(binary(content))
         if sample_rate != self.settings.sample_rate:
             waveform = soxr.resample(waveform, sample_rate, self.settings.sample_rate)
+        waveform = waveform - waveform.mean()  # a microphone's constant offset is no sound
         return torch.from_numpy(loudest_window(waveform, self.window))
 
     @property
@@ -92,8 +93,7 @@ def loudest_window(waveform: numpy.ndarray, window: int) -> numpy.ndarray:
         return numpy.pad(waveform, (missing // 2, missing - missing // 2))
     hop = max(1, window // 100)
     blocks = len(waveform) // hop
-    centred = waveform - waveform.mean()  # a microphone's constant offset is not loudness
-    power = numpy.square(centred[: blocks * hop]).reshape(blocks, hop).sum(axis=1)
+    power = numpy.square(waveform[: blocks * hop]).reshape(blocks, hop).sum(axis=1)
     loudness = numpy.convolve(power, numpy.hanning(window // hop), mode="valid")
     start = min(int(loudness.argmax()) * hop, len(waveform) - window)
     return waveform[start : start + window].copy()
