@@ -17,8 +17,8 @@ import soundfile
 import torch
 from PIL import Image, ImageDraw
 
-from bundle.archive import MODEL_STORE, archive
-from bundle.catalog import CONFIG_NAME, LABELS_NAME, MODELS, ModelFolder, handlers, read_labels, relative
+from bundle.archive import archive
+from bundle.catalog import CONFIG_NAME, LABELS_NAME, MODEL_STORE, MODELS, ModelFolder, handlers, read_labels, relative
 from bundle.dryrun import DryRun
 from bundle.errors import BundleError
 from bundle.export import PreprocessedImages, load_torchscript, random_images
@@ -132,10 +132,10 @@ def add_model(
             shutil.copy(image, folder.path / sample)
         built = archive(folder, Path(temporary) / ".store").path
         try_out(built, image.read_bytes() if image else made_up(handler), report)
+        folder.path.rename(models_dir / name)
         store.mkdir(parents=True, exist_ok=True)
         for file in built.parent.iterdir():
             shutil.move(file, store / file.name)
-        folder.path.rename(models_dir / name)
     report(f"{relative(models_dir / name)} and {relative(store / built.name)} are there")
     return ModelFolder(models_dir / name)
 

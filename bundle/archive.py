@@ -13,13 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from bundle.catalog import CONFIG_NAME, HANDLERS, LABELS_NAME, ROOT, ModelFolder
+from bundle.catalog import CONFIG_NAME, HANDLERS, LABELS_NAME, MODEL_STORE, MODELS, ROOT, ModelFolder
 from bundle.errors import BundleError
-from bundle.export import export, handler_settings
-from bundle.torchvision_source import labels as torchvision_labels
+from bundle.export import export, handler_settings, labels
 
-MODEL_STORE = ROOT / "model_store"
-BUILD = ROOT / "build"
 REQUIREMENTS = HANDLERS / "requirements.txt"
 
 
@@ -60,7 +57,7 @@ def gather(folder: ModelFolder, stage: Path) -> Path:
     stage_config(folder, stage / CONFIG_NAME)
     for file in folder.extra_files:
         shutil.copy(file, stage)
-    (stage / LABELS_NAME).write_text(json.dumps(dict(enumerate(labels_of(folder))), indent=1, ensure_ascii=False))
+    (stage / LABELS_NAME).write_text(json.dumps(dict(enumerate(labels(folder))), indent=1, ensure_ascii=False))
     return stage
 
 
@@ -70,11 +67,6 @@ def stage_config(folder: ModelFolder, target: Path) -> None:
         target.write_text(yaml.safe_dump(folder.config | {"handler": handler_settings(folder)}, sort_keys=False))
     else:
         shutil.copy(folder.path / CONFIG_NAME, target)
-
-
-def labels_of(folder: ModelFolder) -> list[str]:
-    source = folder.bundle.torchvision
-    return torchvision_labels(source) if source else folder.labels()
 
 
 def pack(folder: ModelFolder, stage: Path, temporary: Path) -> Path:
@@ -111,7 +103,8 @@ def fingerprint(folder: ModelFolder) -> str:
     not_archived = {"train.py", "metrics.json", "make_sample.py", "README.md", folder.bundle.sample}
     inputs = [folder.handler_file, REQUIREMENTS, HANDLERS / "__init__.py", *(HANDLERS / "core").glob("*.py")]
     inputs += [file for file in folder.path.rglob("*") if file.is_file() and file.name not in not_archived]
-    inputs += [ROOT / "bundle" / name for name in ("archive.py", "export.py", "torchvision_source.py")]
+    inputs += [ROOT / "bundle" / name for name in ("archive.py", "catalog.py", "export.py", "torchvision_source.py")]
+    inputs.append(MODELS / "weights.py")
     digest = hashlib.sha256()
     for file in sorted(file for file in inputs if "__pycache__" not in file.parts):
         name = file.relative_to(folder.path if file.is_relative_to(folder.path) else ROOT)  # folders may move

@@ -4,11 +4,12 @@ TorchScript is deprecated in PyTorch, and is what TorchServe's workers load: all
 in `BaseHandler`, so that torch.export can take its place here.
 """
 
-import importlib
+import importlib.util
 import shutil
 import warnings
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ def export(folder: ModelFolder, target: Path) -> None:
     """Writes the folder's module to `target` as TorchScript, and checks that what is read back computes the same.
 
     Raises:
-        BundleError: the folder's weights are missing, or the exported module differs from the eager one.
+        BundleError: the folder's weights are missing; the exported module differs from the eager one, or answers
+            another number of classes than the folder has labels.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     source = folder.bundle.serialized
@@ -52,7 +54,17 @@ def export(folder: ModelFolder, target: Path) -> None:
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", "Scripted .* always returns")  # GoogLeNet and Inception; `main_output` copes
         torch.jit.script(eager).save(target)
-        compare(folder.name, eager, torch.jit.load(target), inputs)
+        exported = torch.jit.load(target)
+        compare(folder.name, eager, exported, inputs)
+        classes = main_output(exported(*inputs[0])).shape[-1]
+    if classes != len(labels(folder)):
+        raise BundleError(f"{folder.name} answers {classes} classes, and has {len(labels(folder))} labels.")
+
+
+def labels(folder: ModelFolder) -> list[str]:
+    """The labels by class index: torchvision's own, or the folder's."""
+    source = folder.bundle.torchvision
+    return torchvision_source.labels(source) if source else folder.labels()
 
 
 def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
@@ -69,10 +81,18 @@ def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
         weights = folder.path / "weights.safetensors"
         if not weights.is_file():
             raise BundleError(f"There is no {relative(weights)}. Train the model first: make train MODEL={folder.name}")
-        module = importlib.import_module(f"models.{folder.name}.model")
+        module = import_model(folder)
         return module.build(), [module.example_inputs(size) for size in sizes]
     module = PreprocessedImages(classifier, mean, std)
     return module.eval(), [(random_images(size, len(mean), image_side(folder)),) for size in sizes]
+
+
+def import_model(folder: ModelFolder) -> ModuleType:
+    """The folder's model.py, wherever the folder lies."""
+    spec = importlib.util.spec_from_file_location(f"models.{folder.name}.model", folder.existing("model.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def handler_settings(folder: ModelFolder) -> dict:

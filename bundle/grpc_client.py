@@ -5,8 +5,12 @@ from types import ModuleType
 
 import grpc
 
-# Beside the 4 MiB at which gRPC clients refuse an answer, config.properties allows 16: leave limits to the server.
-_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_OPTIONS = [
+    # a gRPC client refuses answers over 4 MiB; the server has its own limit, in config.properties
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
 
 
 class GrpcError(Exception):
@@ -30,13 +34,6 @@ def predict(address: str, model: str, data: bytes, version: str | None = None, t
     # The handler's row has the key "data", as a multipart field of that name has over HTTP.
     request = messages.PredictionsRequest(model_name=model, model_version=version or "", input={"data": data})
     return _call(address, "Predictions", request, timeout).prediction
-
-
-def ping(address: str, timeout: float = 5.0) -> str:
-    """The server's health as /ping reports it: "Healthy" says nothing about whether a model is loaded."""
-    from google.protobuf.empty_pb2 import Empty
-
-    return _call(address, "Ping", Empty(), timeout).health
 
 
 def _call(address: str, method: str, request, timeout: float):

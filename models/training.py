@@ -14,10 +14,11 @@ from pathlib import Path
 
 import lightning
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+from models.weights import save_weights
 
 Augmentation = Callable[[Tensor], Tensor]
 
@@ -160,7 +161,7 @@ def evaluate(model: nn.Module, batches: Batches, classes: int) -> dict:
 
 
 def commit() -> str:
-    """The commit of the code that runs, with "+changes" if files under version control differ from it."""
+    """The commit of the code that runs, with "+changes" if code under version control differs from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -168,20 +169,20 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def save(folder: Path, model: nn.Module, recipe: Recipe, report: dict, seed: int, seconds: float) -> None:
-    """Writes weights.safetensors and metrics.json into `folder`, and prints the figures.
+COMMIT = commit()  # now: while a model trains, the working tree may move on
 
-    Weights are stored as float16 (half the bytes in git) and rounded to it in `model` first, so that what was
-    measured must be measured after this rounding: call `round_weights` before `evaluate`.
-    """
+
+def save(folder: Path, model: nn.Module, recipe: Recipe, report: dict, seed: int, seconds: float) -> None:
+    """Writes weights.safetensors and metrics.json into `folder`, and prints the figures in `report`, which must have
+    been measured after `round_weights`."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    save_file({name: t.contiguous() for name, t in state.items()}, folder / "weights.safetensors")
+    save_weights(model, folder / "weights.safetensors")
     matrix = report.pop("confusion_matrix")
     metrics = {
         **report,
@@ -191,26 +192,10 @@ def save(folder: Path, model: nn.Module, recipe: Recipe, report: dict, seed: int
         "seconds": round(seconds),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": COMMIT,
     }
     text = json.dumps(metrics, indent=2)
     rows = ",\n".join("    " + json.dumps(row, separators=(",", ":")) for row in matrix)
     text = text.removesuffix("\n}") + ',\n  "confusion_matrix": [\n' + rows + "\n  ]\n}\n"
     (folder / "metrics.json").write_text(text)
     print({key: value for key, value in metrics.items() if key not in {"labels", "recipe"}})
-
-
-def round_weights(model: nn.Module) -> nn.Module:
-    """Rounds every floating-point weight to what float16 holds, the precision in which weights are stored."""
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point():
-                tensor.copy_(tensor.half())
-    return model
-
-
-def load_weights(model: nn.Module, file: Path) -> nn.Module:
-    """Loads float16 safetensors into `model` (float32), which is returned in evaluation mode."""
-    state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(file).items()}
-    model.load_state_dict(state)
-    return model.eval()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchaudio.functional import create_dct
 from torchaudio.transforms import MFCC
 
-from models.training import load_weights
+from models.weights import load_weights
 
 FOLDER = Path(__file__).parent
 SAMPLE_RATE = 16_000  # Hz

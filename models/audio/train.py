@@ -25,6 +25,7 @@ from torchaudio.functional import highpass_biquad, melscale_fbanks, resample
 
 from models import training
 from models.audio.model import CLASSES, FOLDER, SAMPLE_RATE, SAMPLES, KeywordNet
+from models.weights import round_weights
 
 RECIPE = training.Recipe(
     epochs=80, batch_size=64, learning_rate=0.1, weight_decay=5e-4, label_smoothing=0.1, warmup=0.2
@@ -235,7 +236,7 @@ def main() -> None:
     batches = training.Batches(waveforms, targets, batch_size=recipe.batch_size, shuffle=True)
     seconds = training.fit(classifier, batches)
 
-    model = training.round_weights(classifier.model.cpu())
+    model = round_weights(classifier.model.cpu())
 
     def figures(inputs: Tensor) -> dict:
         return training.evaluate(model, training.Batches(inputs, test_targets, batch_size=100, shuffle=False), CLASSES)

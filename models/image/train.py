@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from models import training
 from models.image.model import CLASSES, FOLDER, ImageNet32
+from models.weights import round_weights
 
 RECIPE = training.Recipe(
     epochs=14, batch_size=256, learning_rate=0.4, weight_decay=5e-4, label_smoothing=0.1, warmup=0.2
@@ -123,7 +124,7 @@ def main() -> None:
     classifier = training.Classifier(model, recipe, Augment())
     seconds = training.fit(classifier, training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True))
 
-    model = training.round_weights(model.cpu())
+    model = round_weights(model.cpu())
 
     def figures(inputs: Tensor) -> dict:
         return training.evaluate(model, training.Batches(inputs, test_targets, batch_size=500, shuffle=False), CLASSES)

@@ -16,6 +16,7 @@ from torchvision.datasets import MNIST
 
 from models import training
 from models.mnist.model import CLASSES, FOLDER, DigitNet
+from models.weights import round_weights
 
 RECIPE = training.Recipe(
     epochs=16, batch_size=128, learning_rate=0.2, weight_decay=5e-4, label_smoothing=0.02, warmup=0.2
@@ -101,7 +102,7 @@ def main() -> None:
     classifier = training.Classifier(model, recipe, Augment())
     seconds = training.fit(classifier, training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True))
 
-    model = training.round_weights(model.cpu())
+    model = round_weights(model.cpu())
 
     def figures(inputs: Tensor) -> dict:
         return training.evaluate(model, training.Batches(inputs, test_targets, batch_size=500, shuffle=False), CLASSES)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.training import load_weights
+from models.weights import load_weights
 
 FOLDER = Path(__file__).parent
 VOCABULARY = 5120

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models import training
 from models.text.model import FOLDER, INTENTS, PADDING, VOCABULARY, IntentNet
+from models.weights import round_weights
 
 RECIPE = training.Recipe(
     epochs=20, batch_size=128, learning_rate=5e-3, weight_decay=0.05, label_smoothing=0.1, warmup=0.1, optimizer="adamw"
@@ -223,10 +224,10 @@ def main() -> None:
         training.fit(training.Classifier(member, recipe, augment), batches) for member in model.intents.members
     )
 
-    model = training.round_weights(model.cpu())
+    model = round_weights(model.cpu())
     validation = encode(tokenizer, texts["val"] + texts["oos_val"])
     calibrate(model, *validation, torch.cat([targets["val"], targets["oos_val"]]))
-    model = training.round_weights(model)
+    model = round_weights(model)
 
     def figures(texts_: list[str]) -> dict:
         batches = training.Batches(*encode(tokenizer, texts_), targets["test"], batch_size=500, shuffle=False)
