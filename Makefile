@@ -1,7 +1,8 @@
 # The bundle's commands. `make` alone lists them.
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
-# MODELS (which to archive and serve), MODEL (which to train), DATA_DIR (where data sets are, or are put).
+# MODELS (which to archive and serve), MODEL (which to train), ARGS (of train.py), DATA_DIR (where data sets are, or are
+# put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run).
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 QUIET := $(if $(CI),--quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev serve stop status logs archive train add-model test lint lock clean
+.PHONY: help made setup dev serve stop status logs archive train add-model test lint lock clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -29,24 +30,29 @@ dev: .venv/dev.done  ## the same and what training and testing need
 serve: setup  ## build what is out of date, start TorchServe, return when every model answers (MODELS="mnist text")
 	@$(BUNDLE) serve $(MODELS)
 
-stop: setup  ## stop the server and its workers
+stop: made  ## stop the server and its workers
 	@$(BUNDLE) stop
 
-status: setup  ## show models, versions, workers
+status: made  ## show models, versions, workers
 	@$(BUNDLE) status
 
-logs: setup  ## follow the server's and the workers' logs
+logs: made  ## follow the server's and the workers' logs
 	@$(BUNDLE) logs
 
 archive: setup  ## build the archives into model_store/ (MODELS="mnist text")
 	@$(BUNDLE) archive $(MODELS)
 
+made:
+	@test -e .venv/serve.done || { echo "error: nothing is set up here yet: make serve" >&2; exit 1; }
+
 train: dev  ## train a model and write its weights and metrics.json (MODEL=mnist)
 	@test -n "$(MODEL)" || { echo "error: say which: make train MODEL=mnist" >&2; exit 2; }
 	@test -f models/$(MODEL)/train.py || { echo "error: models/$(MODEL) has no train.py" >&2; exit 2; }
-	DATA_DIR=$(DATA_DIR) $(BIN)/python -m models.$(MODEL).train $(ARGS)
+	DATA_DIR="$(DATA_DIR)" $(BIN)/python -m models.$(MODEL).train $(ARGS)
 
 add-model: setup  ## make a model folder of a TorchScript file (NAME=... SERIALIZED=model.pt LABELS=labels.json HANDLER=image_topk)
+	@test -n "$(NAME)" -a -n "$(SERIALIZED)" -a -n "$(LABELS)" || \
+	  { echo "error: say what: make add-model NAME=birds SERIALIZED=model.pt LABELS=labels.json" >&2; exit 2; }
 	@$(BUNDLE) add-model "$(NAME)" --serialized "$(SERIALIZED)" --labels "$(LABELS)" --handler "$(or $(HANDLER),image_topk)" \
 	  $(if $(SIZE),--size $(SIZE)) $(if $(MEAN),--mean $(MEAN)) $(if $(STD),--std $(STD)) $(if $(RESIZE),--resize $(RESIZE)) \
 	  $(if $(IMAGE),--image "$(IMAGE)") $(foreach file,$(FILES),--file "$(file)")
@@ -59,18 +65,18 @@ lint: dev
 	$(BIN)/ruff format --check .
 
 lock: dev  ## choose the newest versions of requirements/*.in again
-	cd requirements && for set in serve dev; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
+	cd requirements && set -e && for set in serve dev; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
 clean: ## stop the server; remove archives and build products (not .venv, not data/)
-	@test ! -x $(BIN)/python || $(BUNDLE) stop
+	@test ! -e .venv/dev.done -a ! -e .venv/serve.done || $(BUNDLE) stop
 	rm -rf build logs lightning_logs hs_err_pid*.log
 	find model_store -mindepth 1 ! -name README.md -delete
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt | .venv/bin/python
 	$(PIP) $(QUIET) -r requirements/serve.txt

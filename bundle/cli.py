@@ -2,12 +2,13 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import requests
 import typer
@@ -73,58 +74,59 @@ def serve(
 ) -> None:
     """Build what is out of date, start TorchServe, and return when every model answers its own sample correctly."""
     folders = catalog.select(models or [])
-    build(folders)
     server = Server()
-    running = server.running()
-    if running and not server.is_current(running, folders):
-        console.print("The running server is out of date: it is started again.")
-        server.stop()
-        running = None
-    if running is None:
-        start(server, folders, timeout)
-    else:
-        verify(server, folders)
-        console.print(f"Already served by PID {running.pid}; nothing has changed.")
+    with server.alone():
+        build(folders)
+        running = server.running()
+        if running and not server.is_current(running, folders):
+            console.print(f"The running server ({', '.join(running.served)}) is out of date: it is started again.")
+            server.stop()
+            running = None
+        if running is None:
+            running = start(server, folders, timeout)
+            console.print(f"TorchServe is up: PID {running.pid}, logs in {catalog.relative(server.logs)}.")
+        else:
+            prove(server, running, folders, timeout)
+            console.print(f"Already served by PID {running.pid}; nothing has changed.")
     console.print("\nTry:")
-    for line in curl_lines(server.settings.client(), folders, ROOT):
-        console.print(f"  {line}", soft_wrap=True)
+    for line in curl_lines(running.client(), folders, ROOT):
+        console.print(f"  {line}", soft_wrap=True, markup=False)
 
 
-def start(server: Server, folders: list[ModelFolder], timeout: float) -> None:
+def start(server: Server, folders: list[ModelFolder], timeout: float) -> Running:
     """Starts the server and waits until it serves; whatever goes wrong, Ctrl-C included, nothing is left running."""
+    running = server.start(folders)
     try:
-        running = server.start(folders)
-        with progress() as bars:
-            tasks = {folder.name: bars.add_task(f"start {folder.name}", total=1, state="") for folder in folders}
-
-            def show(name: str, count: WorkerCount) -> None:
-                bars.update(
-                    tasks[name],
-                    total=count.wanted,
-                    completed=count.ready,
-                    state=f"{count.ready}/{count.wanted} workers READY",
-                )
-
-            wait_until_ready(server, running, folders, timeout, show)
-        verify(server, folders)
+        prove(server, running, folders, timeout)
     except BaseException:
         server.stop()
         raise
-    console.print(f"TorchServe is up: PID {running.pid}, logs in {catalog.relative(server.logs)}.")
+    return running
 
 
-def verify(server: Server, folders: list[ModelFolder]) -> None:
+def prove(server: Server, running: Running, folders: list[ModelFolder], timeout: float) -> None:
+    """Waits for every model's workers, and has each model answer its own sample."""
+    with progress() as bars:
+        tasks = {folder.name: bars.add_task(f"start {folder.name}", total=1, state="") for folder in folders}
+
+        def show(name: str, count: WorkerCount) -> None:
+            state = f"{count.ready}/{count.wanted} workers READY"
+            bars.update(tasks[name], total=count.wanted, completed=count.ready, state=state)
+
+        wait_until_ready(server, running, folders, timeout, show)
     for folder in folders:
-        first = check_sample(server.settings.client(), folder)
+        first = check_sample(running.client(), folder)
         if first is not None:
             expected = ", as expected" if folder.bundle.expect else ""
-            console.print(f"  {folder.name}: {folder.bundle.sample} is {first!r}{expected}")
+            console.print(f"  {folder.name}: {folder.bundle.sample} is {first!r}{expected}", markup=False)
 
 
 @app.command()
 def stop() -> None:
     """Stop the TorchServe that `serve` started, and its workers."""
-    console.print("TorchServe is stopped." if Server().stop() else "TorchServe was not running.")
+    server = Server()
+    with server.alone():
+        console.print("TorchServe is stopped." if server.stop() else "TorchServe was not running.")
 
 
 @app.command()
@@ -137,23 +139,14 @@ def status() -> None:
         raise typer.Exit(3)
     table = Table("model", "version", "workers READY", "min", "max", "batch", "delay ms", "queued")
     healthy = True
-    client = server.settings.client()
+    client = running.client()
     for name in client.models():
         model = client.describe(name)
         ready = sum(worker["status"] == "READY" for worker in model["workers"])
         healthy &= ready >= model["minWorkers"]
         queued = model.get("jobQueueStatus", {}).get("pendingRequests", "")
-        cells = (
-            name,
-            model["modelVersion"],
-            ready,
-            model["minWorkers"],
-            model["maxWorkers"],
-            model["batchSize"],
-            model["maxBatchDelay"],
-            queued,
-        )
-        table.add_row(*map(str, cells))
+        shown = [model[key] for key in ("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay")]
+        table.add_row(*map(str, (name, model["modelVersion"], ready, *shown, queued)))
     console.print(table)
     console.print(describe_process(running))
     raise typer.Exit(0 if healthy else 1)
@@ -176,7 +169,7 @@ def logs(
     if not files:
         raise BundleError("There are no logs yet. Start the server: make serve")
     try:
-        subprocess.run(["tail", f"--lines={lines}", *(["--follow=name"] if follow else []), *map(str, files)])
+        subprocess.run(["tail", f"--lines={lines}", *(["-F"] if follow else []), *map(str, files)])
     except KeyboardInterrupt:
         pass
 
@@ -195,17 +188,18 @@ def predict(
         file = folder.sample_file
     if not file.is_file():
         raise BundleError(f"There is no file {file}.")
-    settings = Server().settings
+    running = Server().running()
+    if running is None:
+        raise BundleError("TorchServe is not running. Start it: make serve")
     if grpc:
-        from bundle import grpc_client  # compiles its stubs when it is imported
+        from bundle import grpc_client  # imports grpcio, which the other commands need not wait for
 
-        address = f"{settings['grpc_inference_address']}:{settings['grpc_inference_port']}"
         try:
-            answer = json.loads(grpc_client.predict(address, model, file.read_bytes()))
+            answer = json.loads(grpc_client.predict(running.grpc, model, file.read_bytes()))
         except grpc_client.GrpcError as exc:
             raise BundleError(str(exc)) from exc
     else:
-        answer = settings.client().predict(model, file.read_bytes()).json()
+        answer = running.client().predict(model, file.read_bytes()).json()
     if "code" in answer:  # over gRPC, TorchServe keeps the body of an error and drops its status
         raise BundleError(f"{model} answered {answer['code']} {answer['type']}: {answer['message']}")
     console.print_json(data=answer)
@@ -250,18 +244,22 @@ def numbers(option: str, text: str | None) -> list[float] | None:
 def main() -> None:
     """Runs a command. What the user can mend is one line on standard error, and exit status 1."""
     logging.getLogger("ts").setLevel(logging.ERROR)  # importing it tells of every accelerator library there is not
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started is stopped
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except BundleError as error:
         if error.details:
             errors.print(error.details.strip(), style="dim", markup=False)
-        errors.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(1)
+        fail(str(error))
     except requests.ConnectionError as error:
-        errors.print(
-            f"error: no server answers at {error.request.url}. Start it: make serve",
-            style="bold red",
-            markup=False,
-            soft_wrap=True,
-        )
-        sys.exit(1)
+        fail(f"no server answers at {error.request.url}. Is it up? make status")
+    except requests.RequestException as error:
+        fail(f"the server's answer could not be used: {error}")
+    except OSError as error:
+        fail(f"{error.strerror or error}: {error.filename or 'no file named'}")
+
+
+def fail(message: str) -> NoReturn:
+    errors.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+    sys.exit(1)

@@ -10,6 +10,8 @@ from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 
 SECONDS = 30  # for one answer; no request of the bundle's own takes longer
+session = requests.Session()
+session.trust_env = False  # a proxy for the internet knows nothing of this machine's loopback
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Client:
 
     def models(self) -> list[str]:
         """The names of the registered models."""
-        listed = requests.get(f"{self.management}/models", params={"limit": 1000}, timeout=SECONDS)
+        listed = session.get(f"{self.management}/models", params={"limit": 1000}, timeout=SECONDS)
         listed.raise_for_status()
         return [model["modelName"] for model in listed.json()["models"]]
 
     def describe(self, model: str) -> dict | None:
         """The default version of `model`, as the management API describes it; None where it is not registered."""
-        answer = requests.get(f"{self.management}/models/{model}", timeout=SECONDS)
+        answer = session.get(f"{self.management}/models/{model}", timeout=SECONDS)
         if answer.status_code == 404:
             return None
         answer.raise_for_status()
@@ -53,7 +55,7 @@ class Client:
 
     def predict(self, model: str, content: bytes) -> requests.Response:
         """One prediction, the input as raw body."""
-        return requests.post(f"{self.inference}/predictions/{model}", data=content, timeout=SECONDS)
+        return session.post(f"{self.inference}/predictions/{model}", data=content, timeout=SECONDS)
 
 
 def check_sample(client: Client, folder: ModelFolder) -> str | None:

@@ -33,7 +33,9 @@ def java_home() -> Path:
     for home in homes:
         if major_version(home / "bin" / "java") >= OLDEST:
             return home
-    raise BundleError(f"No Java {OLDEST} or newer was found. Run `make setup`, which installs one into .venv.")
+    raise BundleError(
+        f"No Java {OLDEST} or newer was found. Install one: .venv/bin/python -m pip install -r requirements/jre.txt"
+    )
 
 
 def major_version(java: Path) -> int:

@@ -36,7 +36,7 @@ def wait_until_ready(
     Raises:
         BundleError: the server or a worker died, or the time is over; with the cause out of the logs.
     """
-    client = server.settings.client()
+    client = running.client()
     deadline = time.monotonic() + seconds
     while True:
         if running.process() is None:
@@ -85,11 +85,10 @@ def worker_failure(logs: Path, models: list[str]) -> BundleError | None:
 
 def lines_of(log: Path, model: str) -> list[str]:
     """What a log has of the workers of `model`, without the log's own prefix."""
+    thread = re.compile(rf"W-\d+-{re.escape(model)}_[\d.]+(-|$)")
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     matches = [(LOG_PREFIX.match(line), line) for line in lines]
-    return [
-        line[match.end() :] for match, line in matches if match and re.match(rf"W-\d+-{re.escape(model)}_", match[1])
-    ]
+    return [line[match.end() :] for match, line in matches if match and thread.match(match[1])]
 
 
 def last_words(server: Server, lines: int = 20) -> str:

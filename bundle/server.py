@@ -1,5 +1,6 @@
 """One TorchServe on this machine: its settings, its process, its files."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,11 +9,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import psutil
+from filelock import FileLock, Timeout
 from ts.model_server import TS_NAMESPACE, load_properties
 
 from bundle.catalog import MODEL_STORE, ROOT, ModelFolder
@@ -21,7 +25,7 @@ from bundle.errors import BundleError
 from bundle.java import java_home
 
 CONFIG = ROOT / "config.properties"
-LOG_CONFIG = ROOT / "bundle" / "config" / "log4j2.xml"
+SIDE_FILES = sorted((ROOT / "bundle" / "config").iterdir())  # what config.properties names: logs, metrics
 ADDRESSES = ("inference_address", "management_address", "metrics_address")
 GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
 
@@ -38,23 +42,28 @@ class Settings:
 
     def url(self, key: str) -> str:
         """The address as a client on this machine calls it."""
+        parts = self.address(key)
+        return parts.geturl().replace("0.0.0.0", "127.0.0.1").rstrip("/")
+
+    def address(self, key: str) -> SplitResult:
+        """
+        Raises:
+            BundleError: not of the form http://host:port.
+        """
         parts = urlsplit(self[key])
-        host = "127.0.0.1" if parts.hostname == "0.0.0.0" else parts.hostname
-        return f"{parts.scheme}://{host}:{parts.port}"
+        if parts.scheme not in ("http", "https") or not parts.hostname or not parts.port:
+            raise BundleError(f"{key} is {self[key]!r}, and must look like http://127.0.0.1:8080.")
+        return parts
 
-    def ports(self) -> dict[str, int]:
-        """Every port that TorchServe listens on, by its key."""
-        ports = {key: urlsplit(self[key]).port for key in ADDRESSES}
-        return ports | {key: int(self[key]) for key in GRPC_PORTS}
-
-    def client(self) -> Client:
-        return Client(self.url("inference_address"), self.url("management_address"))
+    def listeners(self) -> dict[str, tuple[str, int]]:
+        """Host and port of everything that TorchServe listens on, by the key that sets the port."""
+        http = {key: (self.address(key).hostname, self.address(key).port) for key in ADDRESSES}
+        return http | {key: (self[key.replace("port", "address")], int(self[key])) for key in GRPC_PORTS}
 
     def fingerprint(self) -> str:
-        overrides = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("TS_"))
-        return hashlib.sha256(
-            "\n".join([self.file.read_text(), LOG_CONFIG.read_text(), *overrides]).encode()
-        ).hexdigest()
+        overrides = sorted(f"{key}={value}" for key, value in os.environ.items() if key.startswith("TS_"))
+        texts = [file.read_text() for file in (self.file, *SIDE_FILES)]
+        return hashlib.sha256("\n".join([*texts, *overrides]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Running:
         temporary: the folder of its sockets, unpacked archives and pid file.
         served: what it serves: {model: digest of its archive}.
         settings: `Settings.fingerprint` at its start.
+        inference, management: base URLs.
+        grpc: host:port of inference.
     """
 
     pid: int
@@ -73,6 +84,12 @@ class Running:
     temporary: str
     served: dict[str, str]
     settings: str
+    inference: str
+    management: str
+    grpc: str
+
+    def client(self) -> Client:
+        return Client(self.inference, self.management)
 
     def process(self) -> psutil.Process | None:
         """The Java process while it lives."""
@@ -98,6 +115,20 @@ class Server:
         self.logs = self.run_dir / "logs"
         self.record = self.run_dir / "server.json"
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps a second `make serve` or `make stop` of this run folder out.
+
+        Raises:
+            BundleError: one is at work.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.run_dir / "lock", timeout=0):
+                yield
+        except Timeout as exc:
+            raise BundleError("Another `make serve` or `make stop` is at work here. Wait until it is done.") from exc
+
     def running(self) -> Running | None:
         """The server that was started from this run folder and lives."""
         try:
@@ -121,43 +152,44 @@ class Server:
             BundleError: no Java, a port that is taken, or a process that ended at once.
         """
         self.check_ports()
-        names = [folder.name for folder in folders]
-        home = java_home()
-        shutil.rmtree(self.logs, ignore_errors=True)
-        self.logs.mkdir(parents=True)
-        # not below the project: a socket's path must not be longer than about 100 characters
-        temporary = tempfile.mkdtemp(prefix="torchserve-")
         environment = {
             **os.environ,
-            "JAVA_HOME": str(home),
+            "JAVA_HOME": str(java_home()),
             "LOG_LOCATION": str(self.logs),
             "METRICS_LOCATION": str(self.logs),
-            "TMPDIR": temporary,  # the wrapper's pid file
-            "TEMP": temporary,  # java.io.tmpdir
         }
+        wanted, settings = self.wanted(folders), self.settings.fingerprint()
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(self.settings.file)]
-        command += ["--model-store", str(self.store), "--models", *(f"{name}={name}.mar" for name in names)]
-        with self.console.open("wb") as console:
-            subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=console,
-                stderr=console,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        pid_file = Path(temporary) / ".model_server.pid"
+        command += ["--model-store", str(self.store), "--models", *(f"{name}={name}.mar" for name in wanted)]
+        shutil.rmtree(self.logs, ignore_errors=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
+        # not below the project: a socket's path must not be longer than about 100 characters
+        temporary = tempfile.mkdtemp(prefix="torchserve-")
+        environment |= {"TMPDIR": temporary, "TEMP": temporary}  # of the wrapper's pid file, and java.io.tmpdir
         try:
-            process = psutil.Process(int(pid_file.read_text()))
-            found = Running(
-                process.pid, process.create_time(), temporary, self.wanted(folders), self.settings.fingerprint()
+            with self.console.open("wb") as console:
+                streams = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": console}
+                subprocess.run(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+            process = launched(temporary)
+            if process is None:
+                raise BundleError("TorchServe did not start.", self.console.read_text(errors="replace"))
+            running = Running(
+                pid=process.pid,
+                created=process.create_time(),
+                temporary=temporary,
+                served=wanted,
+                settings=settings,
+                inference=self.settings.url("inference_address"),
+                management=self.settings.url("management_address"),
+                grpc=f"{self.settings['grpc_inference_address']}:{self.settings['grpc_inference_port']}",
             )
-        except (OSError, ValueError, psutil.NoSuchProcess) as exc:
+            self.record.write_text(json.dumps(asdict(running), indent=2))
+        except BaseException:
+            # Ctrl-C and a full disk included: what has no record could not be stopped later
+            end(launched(temporary))
             shutil.rmtree(temporary, ignore_errors=True)
-            raise BundleError("TorchServe did not start.", self.console.read_text(errors="replace")) from exc
-        self.record.write_text(json.dumps(asdict(found), indent=2))
-        return found
+            raise
+        return running
 
     @property
     def console(self) -> Path:
@@ -165,37 +197,58 @@ class Server:
         return self.logs / "console.log"
 
     def check_ports(self) -> None:
-        for key, port in self.settings.ports().items():
-            with socket.socket() as probe:
+        for key, (host, port) in self.settings.listeners().items():
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with socket.socket(family) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind(("127.0.0.1", port))
+                    probe.bind((host, port))
                 except OSError as exc:
                     example = "http://127.0.0.1:9080" if key in ADDRESSES else "9070"
+                    why = (
+                        f"is taken{by_whom(port)}"
+                        if exc.errno == errno.EADDRINUSE
+                        else f"cannot be used: {exc.strerror}"
+                    )
                     raise BundleError(
-                        f"Port {port} ({key}) is taken{by_whom(port)}. End that program, "
-                        f"or choose another port: TS_{key.upper()}={example} make serve"
+                        f"Port {port} ({key}) {why}. Choose another port, TS_{key.upper()}={example} make serve, "
+                        "or end what holds it."
                     ) from exc
 
-    def stop(self, seconds: float = 30) -> bool:
-        """Ends the server and its workers, and says whether there was one.
-
-        SIGTERM first; what is left after `seconds` is killed.
-        """
-        running = self.running()
-        if running is None:
-            self.record.unlink(missing_ok=True)
+    def stop(self) -> bool:
+        """Ends the server and its workers, and says whether there was one."""
+        try:
+            recorded = Running(**json.loads(self.record.read_text()))
+        except (OSError, ValueError, TypeError):
             return False
-        process = running.process()
+        process = recorded.process()
+        end(process)
+        shutil.rmtree(recorded.temporary, ignore_errors=True)
+        self.record.unlink(missing_ok=True)
+        return process is not None
+
+
+def launched(temporary: str) -> psutil.Process | None:
+    """The Java process whose wrapper wrote its pid file into `temporary`, while it lives."""
+    try:
+        return psutil.Process(int((Path(temporary) / ".model_server.pid").read_text()))
+    except (OSError, ValueError, psutil.NoSuchProcess):
+        return None
+
+
+def end(process: psutil.Process | None, seconds: float = 30) -> None:
+    """SIGTERM to the server; what is left of it and of its workers after `seconds` is killed."""
+    if process is None:
+        return
+    try:
         family = [process, *process.children(recursive=True)]
         process.terminate()
-        _, left = psutil.wait_procs(family, timeout=seconds)
-        for survivor in left:
-            survivor.kill()
-        psutil.wait_procs(left, timeout=5)
-        shutil.rmtree(running.temporary, ignore_errors=True)
-        self.record.unlink(missing_ok=True)
-        return True
+    except psutil.NoSuchProcess:
+        return
+    _, left = psutil.wait_procs(family, timeout=seconds)
+    for survivor in left:
+        survivor.kill()
+    psutil.wait_procs(left, timeout=5)
 
 
 def by_whom(port: int) -> str:

@@ -57,7 +57,7 @@ def read(row: Mapping, headers: Mapping, max_instances: int) -> Request:
         MalformedRequest: the request is not wrapped as `ACCEPTED` says.
         TooManyInstances: more than `max_instances` inputs.
     """
-    if "body" in row:
+    if row.keys() == {"body"}:
         body = row["body"]
         if isinstance(body, (bytes, bytearray)) and content_type(headers) == "application/json":
             body = parse_json(body)

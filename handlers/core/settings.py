@@ -18,4 +18,4 @@ class Settings(BaseModel):
     top_k: PositiveInt = 5  # classes in an answer, unless the request says how many
     outputs: Literal["logits", "probabilities"] = "logits"  # what the model returns
     threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
-    max_instances: PositiveInt = 64  # inputs in one {"instances": [...]} request
+    max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request

@@ -22,8 +22,9 @@ def rank(outputs: Tensor, k: int, outputs_are: str) -> Tensor:
     """
     scores = outputs.float()
     probabilities = scores.softmax(dim=1) if outputs_are == "logits" else scores
-    best = probabilities.topk(k, dim=1)
-    return torch.stack((best.values, best.indices.float()), dim=2)
+    # not topk: among equals, its choice depends on k, which is the largest that any neighbour asked for
+    values, classes = probabilities.sort(dim=1, descending=True, stable=True)
+    return torch.stack((values[:, :k], classes[:, :k].float()), dim=2)
 
 
 def ranking(row: Tensor, labels: dict[str, str]) -> list[dict]:

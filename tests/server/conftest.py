@@ -14,6 +14,7 @@ from bundle.client import Client
 from bundle.server import ADDRESSES, GRPC_PORTS
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ("mnist", "image", "audio", "text")  # whatever else a user has put into models/
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,7 +76,7 @@ def new_place(run_dir: Path) -> Place:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A server with the four models, shared by the tests; a test leaves it as it found it."""
     place = new_place(tmp_path_factory.mktemp("served"))
-    started = place.bundle("serve")
+    started = place.bundle("serve", *SHIPPED)
     assert started.returncode == 0, started.stdout + started.stderr
     try:
         yield place

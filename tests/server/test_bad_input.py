@@ -57,7 +57,7 @@ IMAGES = {
     "unknown JSON field": ({"json": {"image": "aGVsbG8="}}, 400, "UnknownField"),
     "unknown form field": ({"files": {"image": b"x"}}, 400, "UnknownField"),
     "no instances": ({"json": {"instances": []}}, 400, "UnsupportedInput"),
-    "too many instances": ({"json": {"instances": ["aGVsbG8="] * 65}}, 413, "TooManyInstances"),
+    "too many instances": ({"json": {"instances": ["aGVsbG8="] * 33}}, 413, "TooManyInstances"),
     "a bad instance": ({"json": {"instances": ["aGVsbG8="]}}, 400, "UndecodableImage"),
 }
 SOUNDS = {

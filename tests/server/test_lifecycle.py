@@ -1,14 +1,19 @@
 """The management API, as TorchServe's users know it, on the bundle's archives."""
 
+import http.server
+import json
+import threading
 import time
+import zipfile
 
 import pytest
 import requests
 
-from bundle.catalog import select
+from bundle.catalog import MODEL_STORE, select
 from bundle.client import first_class
 
-[MNIST] = select(["mnist"])
+SHIPPED = select(["mnist", "image", "audio", "text"])
+MNIST = SHIPPED[0]
 
 
 @pytest.fixture
@@ -86,11 +91,6 @@ def test_versions(served, management, second_version):
 @pytest.fixture
 def second_version(tmp_path):
     """The name, in the store, of the MNIST archive as version 2.0."""
-    import json
-    import zipfile
-
-    from bundle.catalog import MODEL_STORE
-
     target = MODEL_STORE / "mnist-2.0.mar"
     with zipfile.ZipFile(MODEL_STORE / "mnist.mar") as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
@@ -104,14 +104,37 @@ def second_version(tmp_path):
     target.unlink()
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/evil.mar", "file:///etc/passwd", "../mnist.mar", "nowhere.mar"])
-def test_archives_from_elsewhere_are_refused(management, url):
-    asked = requests.post(f"{management}/models", params={"url": url}, timeout=60)
-    assert 400 <= asked.status_code < 500, asked.text
+@pytest.mark.parametrize("kind", ["http", "file"])
+def test_archives_from_elsewhere_are_refused(management, kind):
+    """An archive that would load, were it fetched; nothing is."""
+    fetched = []
+
+    class Archives(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            fetched.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write((MODEL_STORE / "mnist.mar").read_bytes())
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Archives) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{elsewhere.server_port}/elsewhere.mar"
+        url = address if kind == "http" else (MODEL_STORE / "mnist.mar").as_uri()
+        asked = requests.post(f"{management}/models", params={"url": url, "model_name": "elsewhere"}, timeout=60)
+        elsewhere.shutdown()
+    assert asked.status_code == 404, asked.text
+    assert "does not match any allowed URL" in asked.text
+    assert not fetched
+
+
+@pytest.mark.parametrize("url", ["../model_store/mnist.mar", "nowhere.mar"])
+def test_archives_outside_the_store_are_not_found(management, url):
+    asked = requests.post(f"{management}/models", params={"url": url, "model_name": "elsewhere"}, timeout=60)
+    assert asked.status_code == 404, asked.text
 
 
 def test_metrics_of_torchserve_and_of_the_bundle(served):
-    for folder in select([]):
+    for folder in SHIPPED:
         answer = served.client.predict(folder.name, folder.sample_file.read_bytes())
         assert answer.status_code == 200
     assert served.client.predict("mnist", b"no image").status_code == 400
@@ -123,7 +146,7 @@ def test_metrics_of_torchserve_and_of_the_bundle(served):
         text = scrape()
         own = [
             f'bundle_{metric}_count{{ModelName="{folder.name}",ModelVersion="1.0",'
-            for folder in select([])
+            for folder in SHIPPED
             for metric in ("batch_size", "decode_seconds", "inference_seconds", "encode_seconds")
         ]
         own += ['bundle_rejected_requests_total{ModelName="mnist",ModelVersion="1.0",ErrorType="UndecodableImage"']

@@ -3,14 +3,19 @@
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
-from bundle.catalog import MODELS
+from bundle.catalog import MODEL_STORE, MODELS
 
 
 def test_serving_again_changes_nothing(served):
@@ -46,6 +51,35 @@ def test_nothing_runs(place):
     assert "make serve" in asked.stderr
 
 
+def test_an_address_that_is_none_is_named(place):
+    failed = place.bundle("serve", "mnist", TS_INFERENCE_ADDRESS="127.0.0.1:9080")
+    assert failed.returncode == 1
+    assert "inference_address is '127.0.0.1:9080', and must look like http://127.0.0.1:8080." in failed.stderr
+
+
+def test_one_serve_at_a_time(place):
+    Path(place.environment["RUN_DIR"]).mkdir()
+    with FileLock(Path(place.environment["RUN_DIR"]) / "lock"):
+        failed = place.bundle("serve", "mnist")
+    assert failed.returncode == 1
+    assert "Another `make serve`" in failed.stderr
+
+
+def test_an_ended_serve_leaves_nothing(place):
+    """SIGTERM, while the workers start."""
+    command = [sys.executable, "-m", "bundle", "serve", "mnist"]
+    serving = subprocess.Popen(command, cwd=MODELS.parent, env=place.environment, stdout=subprocess.DEVNULL)
+    record = Path(place.environment["RUN_DIR"]) / "server.json"
+    while not record.exists():
+        assert serving.poll() is None
+        time.sleep(0.1)
+    temporary = Path(json.loads(record.read_text())["temporary"])
+    serving.terminate()
+    assert serving.wait(60) == 128 + signal.SIGTERM
+    assert not children_of(place)
+    assert not temporary.exists()
+
+
 def test_a_taken_port_is_named(place):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", place.ports["metrics_address"]))
@@ -57,12 +91,12 @@ def test_a_taken_port_is_named(place):
     assert not children_of(place)
 
 
-def test_a_heap_that_does_not_fit_is_shown(place, tmp_path):
-    """Java refuses it before TorchServe can log."""
-    failed = place.bundle("serve", "mnist", JAVA_TOOL_OPTIONS="-Xms900g -Xmx900g")
+def test_a_java_that_will_not_run_is_shown(place):
+    """It says why on its console, before TorchServe can log: a heap larger than the limit, here."""
+    failed = place.bundle("serve", "mnist", JAVA_TOOL_OPTIONS="-Xms900g")
     assert failed.returncode == 1
     assert "did not start" in failed.stderr or "ended while it started" in failed.stderr
-    assert "memory" in failed.stderr.lower() or "heap" in failed.stderr.lower()
+    assert "Initial heap size" in failed.stderr
     assert not children_of(place)
 
 
@@ -70,12 +104,13 @@ def test_a_heap_that_does_not_fit_is_shown(place, tmp_path):
 def broken_model():
     """A copy of the MNIST folder whose handler settings are wrong."""
     folder = MODELS / "broken_for_test"
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(MODELS / "mnist", folder, ignore=shutil.ignore_patterns("__pycache__"))
     config = folder / "model-config.yaml"
-    config.write_text(config.read_text().replace("  threads: 1", "  threads: many"))
+    config.write_text(config.read_text().replace("  threads: 1", "  threads: many") + "  served: on request\n")
     yield folder.name
     shutil.rmtree(folder)
-    for file in Path("model_store").glob("broken_for_test*"):
+    for file in MODEL_STORE.glob("broken_for_test*"):
         file.unlink()
 
 

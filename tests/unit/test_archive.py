@@ -27,7 +27,7 @@ def contents(mar: Path) -> dict[str, bytes]:
         return {name: files.read(name) for name in files.namelist()}
 
 
-@pytest.mark.parametrize("model", [folder.name for folder in select([])])
+@pytest.mark.parametrize("model", ["mnist", "image", "audio", "text"])
 def test_an_archive_is_self_contained(model, tmp_path):
     [source] = select([model])
     found = contents(archive(source, store=tmp_path).path)
@@ -79,9 +79,10 @@ def test_every_input_decides(folder, file):
 def test_a_failure_leaves_the_old_archive(folder, tmp_path):
     store = tmp_path / "store"
     old = archive(folder, store=store).path.read_bytes()
-    (folder.path / "index_to_name.json").write_text('{"0": "zero", "2": "two"}')
-    with pytest.raises(BundleError, match=r'must have the keys "0" to "1"'):
-        archive(ModelFolder(folder.path), store=store)
+    for labels, message in (('{"0": "zero", "2": "two"}', 'must have the keys "0" to "1"'), ('["a", "b"]', "2 labels")):
+        (folder.path / "index_to_name.json").write_text(labels)
+        with pytest.raises(BundleError, match=message):
+            archive(ModelFolder(folder.path), store=store)
     assert (store / "mnist.mar").read_bytes() == old
     assert sorted(file.name for file in store.iterdir()) == ["mnist.fingerprint", "mnist.mar"]
 

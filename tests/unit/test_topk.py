@@ -73,3 +73,10 @@ def test_what_is_not_finite_is_an_error_of_its_row(value: float, outputs: str):
 
 def test_minus_infinity_is_a_class_ruled_out():
     assert ranking(rank(torch.tensor([[0.0, -math.inf]]), 2, "logits")[0], LABELS)[1]["probability"] == 0
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 19])
+def test_a_neighbour_that_asks_for_more_changes_no_order(k):
+    """Equal scores included."""
+    outputs = torch.tensor([[0.0] * 20, [1.0, 0.0] * 10])
+    torch.testing.assert_close(topk.rank(outputs, k, "logits"), topk.rank(outputs, 20, "logits")[:, :k])
