@@ -79,4 +79,4 @@ def test_minus_infinity_is_a_class_ruled_out():
 def test_a_neighbour_that_asks_for_more_changes_no_order(k):
     """Equal scores included."""
     outputs = torch.tensor([[0.0] * 20, [1.0, 0.0] * 10])
-    torch.testing.assert_close(topk.rank(outputs, k, "logits"), topk.rank(outputs, 20, "logits")[:, :k])
+    torch.testing.assert_close(rank(outputs, k, "logits"), rank(outputs, 20, "logits")[:, :k])
