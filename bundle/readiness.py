@@ -92,10 +92,9 @@ def lines_of(log: Path, model: str) -> list[str]:
 
 
 def last_words(server: Server, lines: int = 20) -> str:
-    """The last errors and warnings of the server's logs, and what it printed on its console."""
-    words = []
-    for file in (server.logs / "ts_log.log", server.console):
-        if file.is_file():
-            text = file.read_text(errors="replace").splitlines()
-            words += [line for line in text if re.search(r"ERROR|WARN|Exception|rror|insufficient", line)][-lines:]
+    """The last errors and warnings of the server's log, and what it printed on its console."""
+    log = server.logs / "ts_log.log"
+    told = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    words = [line for line in told if re.search(r"\[(ERROR|WARN) *\]|Exception", line)][-lines:]
+    words += server.console.read_text(errors="replace").splitlines()[-lines:]
     return "\n".join(words) or f"The logs in {server.logs} say nothing."
