@@ -46,7 +46,8 @@ class Settings:
         return parts.geturl().replace("0.0.0.0", "127.0.0.1").rstrip("/")
 
     def address(self, key: str) -> SplitResult:
-        """
+        """The address, taken apart.
+
         Raises:
             BundleError: not of the form http://host:port.
         """
@@ -205,11 +206,8 @@ class Server:
                     probe.bind((host, port))
                 except OSError as exc:
                     example = "http://127.0.0.1:9080" if key in ADDRESSES else "9070"
-                    why = (
-                        f"is taken{by_whom(port)}"
-                        if exc.errno == errno.EADDRINUSE
-                        else f"cannot be used: {exc.strerror}"
-                    )
+                    taken = exc.errno == errno.EADDRINUSE
+                    why = f"is taken{by_whom(port)}" if taken else f"cannot be used: {exc.strerror}"
                     raise BundleError(
                         f"Port {port} ({key}) {why}. Choose another port, TS_{key.upper()}={example} make serve, "
                         "or end what holds it."
@@ -252,7 +250,7 @@ def end(process: psutil.Process | None, seconds: float = 30) -> None:
 
 
 def by_whom(port: int) -> str:
-    """ " by PID 12 (java)" where the system tells."""
+    """` by PID 12 (java)`, where the system tells."""
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
