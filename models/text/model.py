@@ -10,8 +10,8 @@ from models.weights import load_weights
 FOLDER = Path(__file__).parent
 VOCABULARY = 5120
 INTENTS = 150
-WIDTH = 64
-BUCKETS = (6997, 6991, 6983)  # one number for each member, so that no two confuse the same pairs of tokens
+WIDTH = 96
+BUCKETS = (4001, 4003, 4007)  # one number for each member, so that no two confuse the same pairs of tokens
 PADDING = 0
 
 

@@ -23,7 +23,7 @@ from models.text.model import FOLDER, INTENTS, PADDING, VOCABULARY, IntentNet
 from models.weights import round_weights
 
 RECIPE = training.Recipe(
-    epochs=20, batch_size=128, learning_rate=5e-3, weight_decay=0.05, label_smoothing=0.1, warmup=0.1, optimizer="adamw"
+    epochs=30, batch_size=128, learning_rate=5e-3, weight_decay=0.05, label_smoothing=0.1, warmup=0.1, optimizer="adamw"
 )
 SOURCE = "https://raw.githubusercontent.com/clinc/oos-eval/master/data/data_full.json"
 OUT_OF_SCOPE = "oos"
