@@ -160,6 +160,22 @@ def evaluate(model: nn.Module, batches: Batches, classes: int) -> dict:
     }
 
 
+def measure(model: nn.Module, test: tuple[Tensor, Tensor], altered: dict[str, Tensor], classes: int) -> dict:
+    """`evaluate` on a test split, and as "accuracy_under" the accuracy on its inputs altered.
+
+    Args:
+        test: inputs and targets.
+        altered: the same inputs, each under the name of what was done to them.
+    """
+
+    def figures_of(inputs: Tensor) -> dict:
+        return evaluate(model, Batches(inputs, test[1], batch_size=200, shuffle=False), classes)
+
+    return figures_of(test[0]) | {
+        "accuracy_under": {name: figures_of(inputs)["accuracy"] for name, inputs in altered.items()}
+    }
+
+
 def commit() -> str:
     """The commit of the code that runs, with "+changes" if code under version control differs from it."""
 
@@ -178,17 +194,27 @@ def commit() -> str:
 COMMIT = commit()  # now: while a model trains, the working tree may move on
 
 
-def save(folder: Path, model: nn.Module, recipe: Recipe, report: dict, seed: int, seconds: float) -> None:
-    """Writes weights.safetensors and metrics.json into `folder`, and prints the figures in `report`, which must have
-    been measured after `round_weights`."""
+def save(
+    options: argparse.Namespace,
+    folder: Path,
+    model: nn.Module,
+    labels: list[str],
+    recipe: Recipe,
+    seconds: float,
+    report: dict,
+) -> None:
+    """Writes weights.safetensors, index_to_name.json and metrics.json into `--out`, or else into the model's `folder`,
+    and prints the figures in `report`, which must have been measured after `round_weights`."""
+    folder = options.out or folder
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / "weights.safetensors")
+    (folder / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels)), indent=2) + "\n")
     matrix = report.pop("confusion_matrix")
     metrics = {
         **report,
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": asdict(recipe),
-        "seed": seed,
+        "seed": options.seed,
         "seconds": round(seconds),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
@@ -198,4 +224,4 @@ def save(folder: Path, model: nn.Module, recipe: Recipe, report: dict, seed: int
     rows = ",\n".join("    " + json.dumps(row, separators=(",", ":")) for row in matrix)
     text = text.removesuffix("\n}") + ',\n  "confusion_matrix": [\n' + rows + "\n  ]\n}\n"
     (folder / "metrics.json").write_text(text)
-    print({key: value for key, value in metrics.items() if key not in {"labels", "recipe"}})
+    print({key: value for key, value in metrics.items() if key != "recipe"})

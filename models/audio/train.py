@@ -8,7 +8,6 @@ the test; downloads the full data set with torchaudio where there is none.
 """
 
 import io
-import json
 import random
 import zipfile
 import zlib
@@ -237,19 +236,12 @@ def main() -> None:
     seconds = training.fit(classifier, batches)
 
     model = round_weights(classifier.model.cpu())
-
-    def figures(inputs: Tensor) -> dict:
-        return training.evaluate(model, training.Batches(inputs, test_targets, batch_size=100, shuffle=False), CLASSES)
-
     report = {
         "model": "audio",
         "data": {"name": "Speech Commands v0.02", "train": len(waveforms), "test": len(test_waveforms)},
-        **figures(test_waveforms),
-        "accuracy_under": {name: figures(altered)["accuracy"] for name, altered in conditions(test_waveforms).items()},
+        **training.measure(model, (test_waveforms, test_targets), conditions(test_waveforms), CLASSES),
     }
-    out = options.out or FOLDER
-    training.save(out, model, recipe, report, options.seed, seconds)
-    (out / "index_to_name.json").write_text(json.dumps(dict(enumerate(LABELS)), indent=2) + "\n")
+    training.save(options, FOLDER, model, LABELS, recipe, seconds, report)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Reads `MNIST/raw` in the data directory; torchvision downloads it there where th
     python -m models.mnist.train --data-dir data --epochs 16
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,19 +102,12 @@ def main() -> None:
     seconds = training.fit(classifier, training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True))
 
     model = round_weights(model.cpu())
-
-    def figures(inputs: Tensor) -> dict:
-        return training.evaluate(model, training.Batches(inputs, test_targets, batch_size=500, shuffle=False), CLASSES)
-
     report = {
         "model": "mnist",
         "data": {"name": "MNIST", "train": len(images), "test": len(test_images)},
-        **figures(test_images),
-        "accuracy_under": {name: figures(altered)["accuracy"] for name, altered in conditions(test_images).items()},
+        **training.measure(model, (test_images, test_targets), conditions(test_images), CLASSES),
     }
-    out = options.out or FOLDER
-    training.save(out, model, recipe, report, options.seed, seconds)
-    (out / "index_to_name.json").write_text(json.dumps(dict(enumerate(LABELS)), indent=2) + "\n")
+    training.save(options, FOLDER, model, LABELS, recipe, seconds, report)
 
 
 if __name__ == "__main__":

@@ -241,10 +241,8 @@ def main() -> None:
         **out_of_scope_figures(model, encode(tokenizer, texts["test"]), targets["test"], outside),
         "accuracy_under": {name: figures(altered)["accuracy"] for name, altered in conditions(texts["test"]).items()},
     }
-    out = options.out or FOLDER
-    training.save(out, model, recipe, report, options.seed, seconds)
-    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
-    (out / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels)), indent=2) + "\n")
+    training.save(options, FOLDER, model, labels, recipe, seconds, report)
+    tokenizer.save(str((options.out or FOLDER) / "tokenizer.json"), pretty=False)
 
 
 if __name__ == "__main__":
