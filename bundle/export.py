@@ -4,6 +4,7 @@ TorchScript is deprecated in PyTorch, and is what TorchServe's workers load: all
 in `BaseHandler`, so that torch.export can take its place here.
 """
 
+import functools
 import importlib.util
 import shutil
 import warnings
@@ -81,15 +82,16 @@ def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
         weights = folder.path / "weights.safetensors"
         if not weights.is_file():
             raise BundleError(f"There is no {relative(weights)}. Train the model first: make train MODEL={folder.name}")
-        module = import_model(folder)
+        module = import_model(folder.name, folder.existing("model.py"))
         return module.build(), [module.example_inputs(size) for size in sizes]
     module = PreprocessedImages(classifier, mean, std)
     return module.eval(), [(random_images(size, len(mean), image_side(folder)),) for size in sizes]
 
 
-def import_model(folder: ModelFolder) -> ModuleType:
-    """The folder's model.py, wherever the folder lies."""
-    spec = importlib.util.spec_from_file_location(f"models.{folder.name}.model", folder.existing("model.py"))
+@functools.cache  # TorchScript would give the classes of a second import other names, and the archive other content
+def import_model(name: str, file: Path) -> ModuleType:
+    """A folder's model.py, wherever the folder lies."""
+    spec = importlib.util.spec_from_file_location(f"models.{name}.model", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
