@@ -35,7 +35,7 @@ class TextHandler(BatchHandler):
         text = self.read_text(content)
         ids = self.tokenizer.encode(text).ids
         if not ids:
-            raise EmptyInput("The text has no words.")
+            raise EmptyInput("The text has no words. Send at least one.")
         return torch.tensor(ids)
 
     def read_text(self, content: Content) -> str:
@@ -51,7 +51,7 @@ class TextHandler(BatchHandler):
         if len(text) > limit:
             raise too_long
         if not text.strip():
-            raise EmptyInput("The text is empty.")
+            raise EmptyInput("The text is empty. Send at least one word.")
         return text
 
     def collate(self, samples: list[Tensor]) -> tuple[Tensor, ...]:

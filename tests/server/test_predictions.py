@@ -26,10 +26,10 @@ def as_json(folder: ModelFolder) -> str:
 
 
 def ways(folder: ModelFolder) -> dict[str, dict]:
-    return {
+    field = {"form field": {"files": {"data": (None, as_json(folder))}}} if folder.name == "text" else {}
+    return field | {
         "raw body": {"data": sample(folder)},
         "form file": {"files": {"data": (folder.sample_file.name, sample(folder))}},
-        "form field": {"files": {"data": (None, as_json(folder), "text/plain")}},
         "JSON": {"json": {"data": as_json(folder)}},
         "text": {"data": as_json(folder), "headers": {"Content-Type": "text/plain"}},
         "JSON with charset": {

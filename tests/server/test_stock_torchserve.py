@@ -28,7 +28,8 @@ def stock(served, place, tmp_path):
     environment |= {"METRICS_LOCATION": str(tmp_path / "logs"), "JAVA_HOME": str(java_home())}
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(config)]
     command += ["--model-store", str(MODEL_STORE), "--models", *(f"{f.name}={f.name}.mar" for f in SHIPPED)]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    # a pipe would stay open for as long as the server runs
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
     java = psutil.Process(int((tmp_path / ".model_server.pid").read_text()))
     try:
         yield Client(
