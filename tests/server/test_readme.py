@@ -42,6 +42,12 @@ def test_files_exist():
         assert (ROOT / link).exists(), link
 
 
+@pytest.mark.parametrize("model", ["mnist", "image", "audio", "text"])
+def test_accuracy_is_that_of_the_run(model):
+    accuracy = json.loads((ROOT / "models" / model / "metrics.json").read_text())["accuracy"]
+    assert re.search(rf"^\| `{model}` .* {100 * accuracy:.2f} % ", README, re.MULTILINE)
+
+
 def test_examples_answer_as_printed(served):
     """One test, because they build on one another: what is registered is scaled, then removed."""
     commands = [(command, output) for command, output in examples() if not command.startswith("make ")]
