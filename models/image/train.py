@@ -134,7 +134,8 @@ def main() -> None:
         earlier = json.loads((FOLDER / "metrics.json").read_text())
         report["resumed_from"] = {key: earlier[key] for key in ("accuracy", "recipe", "seconds", "commit")}
     else:
-        model.whiten.weight.data = whitening(model.normalise(images[:5000]))
+        some = torch.randperm(len(images))[:5000]  # the files are in the order of their classes
+        model.whiten.weight.data = whitening(model.normalise(images[some]))
     seconds = 0.0
     for recipe, augment in stages:
         batches = training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True)
