@@ -79,7 +79,7 @@ def serve(
         build(folders)
         running = server.running()
         if running and not server.is_current(running, folders):
-            console.print(f"The running server ({', '.join(running.served)}) is out of date: it is started again.")
+            console.print(f"What runs ({', '.join(running.served)}) is not what is asked for: it is started again.")
             server.stop()
             running = None
         if running is None:
@@ -161,15 +161,16 @@ def describe_process(running: Running) -> str:
 
 @app.command()
 def logs(
-    follow: Annotated[bool, typer.Option(help="Go on as lines come.")] = True,
+    follow: Annotated[bool, typer.Option(help="Go on as lines come, while the server runs.")] = True,
     lines: Annotated[int, typer.Option(help="How many lines to start with.")] = 40,
 ) -> None:
     """Show the server's and the workers' logs."""
-    files = sorted(Server().logs.glob("*.log"))
+    server = Server()
+    files = sorted(server.logs.glob("*.log"))
     if not files:
         raise BundleError("There are no logs yet. Start the server: make serve")
     try:
-        subprocess.run(["tail", f"--lines={lines}", *(["-F"] if follow else []), *map(str, files)])
+        subprocess.run(["tail", f"--lines={lines}", *(["-F"] if follow and server.running() else []), *map(str, files)])
     except KeyboardInterrupt:
         pass
 

@@ -91,8 +91,8 @@ def first_class(answer: dict) -> str:
 def curl_lines(client: Client, folders: list[ModelFolder], root: Path) -> list[str]:
     """What to type to try the models with their samples."""
     lines = [
-        f"curl -T {folder.sample_file.relative_to(root)} {client.inference}/predictions/{folder.name}"
+        f"curl -T {folder.sample_file.relative_to(root) if folder.sample_file else 'FILE'} "
+        f"{client.inference}/predictions/{folder.name}"
         for folder in folders
-        if folder.sample_file
     ]
     return [*lines, f"curl {client.management}/models"]
