@@ -1,6 +1,6 @@
 """Trains the keyword spotter on Speech Commands (Warden 2018): ten words, silence, and any other word.
 
-Reads `speech-commands-12.zip` (<class>/<speaker>_nohash_<n>.flac) in the data directory, a fifth of whose speakers are
+Reads `speech-commands-12.zip` (<class>/<speaker>_nohash_<n>.flac) in the data directory, some of whose speakers are
 the test; downloads the full data set with torchaudio where there is none.
 
     make train MODEL=audio
@@ -62,7 +62,7 @@ def packed(archive: Path, split: str) -> Iterator[tuple[Tensor, str]]:
 
 
 def held_out(clip: str) -> bool:
-    """Whether the clip's speaker is one of the fifth that is tested on; a clip of silence is its own speaker."""
+    """Whether the clip's speaker is one of those tested on, a fifth by hash; a clip of silence is its own speaker."""
     speaker = clip.split("_nohash_")[0].split("_")[-1]  # [<word>_]<speaker>_nohash_<n>.flac
     return zlib.crc32(speaker.encode()) % 5 == 0
 

@@ -89,7 +89,7 @@ def test_versions(served, management, second_version):
 
 
 @pytest.fixture
-def second_version(tmp_path):
+def second_version():
     """The name, in the store, of the MNIST archive as version 2.0."""
     target = MODEL_STORE / "mnist-2.0.mar"
     with zipfile.ZipFile(MODEL_STORE / "mnist.mar") as old, zipfile.ZipFile(target, "w") as new:
