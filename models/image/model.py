@@ -42,12 +42,17 @@ class ImageNet32(nn.Module):
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
+    def conv(channels: int) -> nn.Conv2d:
+        layer = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
+        nn.init.dirac_(layer.weight[:channels])  # identity initialisation, as in the paper
+        return layer
+
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        conv(inputs),
         nn.MaxPool2d(2),
         nn.BatchNorm2d(outputs),
         nn.GELU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        conv(outputs),
         nn.BatchNorm2d(outputs),
         nn.GELU(),
     )
