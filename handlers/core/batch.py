@@ -4,11 +4,13 @@ A request's way: bytes -> `read` -> `decode` (one input, one small tensor) -> `c
 device -> the model -> `reduce` on the device -> one copy back -> `encode` (one output, one JSON value) -> its slot.
 
 A request that cannot be served takes its own slot out of the batch, with its own 4xx; its neighbours go on without
-it. Any other exception is a bug and fails the batch with TorchServe's 503.
+it. Any other exception is a bug: its traceback is logged, and the whole batch is answered 500. TorchServe's own answer to
+it, 503, would read as "no room, come again".
 """
 
 import json
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,14 @@ from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
 from handlers.core import payload, settings, topk
-from handlers.core.errors import InvalidOption, NonFiniteOutput, RequestError, ServingError, UnsupportedOperation
+from handlers.core.errors import (
+    InternalError,
+    InvalidOption,
+    NonFiniteOutput,
+    RequestError,
+    ServingError,
+    UnsupportedOperation,
+)
 from handlers.core.metrics import HandlerMetrics
 
 logger = logging.getLogger(__name__)
@@ -109,7 +118,28 @@ class BatchHandler(BaseHandler):
     def handle(self, data: list[dict], context: Context) -> list[str]:
         """One entry of `data` a request -> one JSON text a request, in the same order."""
         self.context = context
+        arrival = self.first_arrival(len(data))
+        if arrival is not None:
+            self.metrics.observe("queue", time.time() - arrival)
         self.metrics.count_batch(len(data))
+        try:
+            answers = self.serve(data)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # the device's faults have a status of their own in TorchServe: 507
+        except Exception:
+            logger.exception("a bug failed a batch of %s", self.context.model_name)
+            answers = self.postprocess([Slot(error=InternalError()) for _ in data], [])
+        if arrival is not None:
+            self.metrics.observe("request", time.time() - arrival)
+        return answers
+
+    def first_arrival(self, requests: int) -> float | None:
+        """When the first of the batch's requests reached the proxy (s since the epoch), if it came through one."""
+        headers = map(self.context.get_all_request_header, range(requests))
+        return min(filter(None, map(payload.arrival, headers)), default=None)
+
+    def serve(self, data: list[dict]) -> list[str]:
+        """The stages, each timed."""
         with self.metrics.timed("decode"):
             slots = self.preprocess(data)
         samples = [sample for slot in slots for sample in slot.samples]
@@ -167,7 +197,7 @@ class BatchHandler(BaseHandler):
 
         Answers leave here as text: TorchServe would indent them, which is longer and takes Python's slow encoder.
         """
-        answers = []
+        answers, statuses = [], []
         remaining = iter(rows)
         for index, slot in enumerate(slots):
             slot_rows = [next(remaining) for _ in slot.samples]
@@ -180,11 +210,15 @@ class BatchHandler(BaseHandler):
                     slot.error = error
             self.context.set_response_content_type(index, "application/json")
             if slot.error is not None:
-                self.metrics.count_rejected(type(slot.error).__name__)
+                if isinstance(slot.error, RequestError):
+                    self.metrics.count_rejected(type(slot.error).__name__)
+                statuses.append(slot.error.code)
                 self.context.set_response_status(slot.error.code, type(slot.error).__name__, index)
                 answers.append(json.dumps(slot.error.body()))
             else:
+                statuses.append(200)
                 answers.append(json.dumps(slot.answer))
+        self.metrics.count_answers(statuses)
         return answers
 
     def describe(self) -> dict:

@@ -21,9 +21,8 @@
     │       ├── AudioTooLong
     │       ├── TextTooLong
     │       └── TooManyInstances
-    └── NonFiniteOutput         500: the model answered NaN or infinity
-
-Anything else that is raised is a bug: it is not caught, and fails loudly with TorchServe's own 503.
+    ├── NonFiniteOutput         500: the model answered NaN or infinity
+    └── InternalError           500: anything else that was raised is a bug
 """
 
 
@@ -123,3 +122,12 @@ class TooManyInstances(InputTooLarge):
 
 class NonFiniteOutput(ServingError):
     code = 500
+
+
+class InternalError(ServingError):
+    """A bug, told without its text, which may quote the input."""
+
+    code = 500
+
+    def __init__(self):
+        super().__init__("The handler failed on this batch of requests. The server's log has the traceback.")

@@ -1,6 +1,10 @@
-"""The bundle's own metrics, on TorchServe's `/metrics` beside its own (declared in bundle/config/metrics.yaml)."""
+"""The bundle's own metrics, on TorchServe's `/metrics` beside its own (declared in bundle/config/metrics.yaml).
+
+Each observation is a line that the worker prints and the frontend parses, so nothing here is observed per request.
+"""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,14 +14,15 @@ from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.metrics.metric_type_enum import MetricTypes
 
-STAGES = ("decode", "inference", "encode")
+STAGES = ("queue", "decode", "inference", "encode", "request")
 DIMENSIONS = ["ModelName", "ModelVersion"]
 
 
 class HandlerMetrics:
-    """Histograms of batch size (requests) and of the seconds of each stage, and a counter of rejected requests.
+    """Histograms of batch size (requests) and of the seconds of each stage; counters of answers and of rejected requests.
 
-    The objects are taken from the worker's cache once: a look-up per batch would log and lock.
+    "queue" is the time from a proxy's X-Request-Start until the batch begins, "request" until its answers are encoded;
+    each of the request in the batch that waited longest, which is an upper bound for the others. The objects are taken from the worker's cache once: a look-up per batch would log and lock.
     """
 
     def __init__(self, context: Context):
@@ -25,25 +30,35 @@ class HandlerMetrics:
         self.identity = [context.model_name, context.manifest["model"].get("modelVersion", "")]
         self.batch_size = histogram(cache, "bundle_batch_size", "Count")
         self.seconds = {stage: histogram(cache, f"bundle_{stage}_seconds", "Seconds") for stage in STAGES}
-        self.rejected = metric(
-            cache, "bundle_rejected_requests_total", "Count", [*DIMENSIONS, "ErrorType"], MetricTypes.COUNTER
-        )
+        self.answered = counter(cache, "bundle_requests_total", "Status")
+        self.rejected = counter(cache, "bundle_rejected_requests_total", "ErrorType")
 
     def count_batch(self, requests: int) -> None:
         self.batch_size.add_or_update(requests, self.identity)
 
+    def count_answers(self, statuses: list[int]) -> None:
+        for status, requests in Counter(statuses).items():
+            self.answered.add_or_update(requests, [*self.identity, str(status)])
+
     def count_rejected(self, error_type: str) -> None:
         self.rejected.add_or_update(1, [*self.identity, error_type])
+
+    def observe(self, stage: str, seconds: float) -> None:
+        self.seconds[stage].add_or_update(round(seconds, 6), self.identity)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[stage].add_or_update(round(time.perf_counter() - start, 6), self.identity)
+        self.observe(stage, time.perf_counter() - start)
 
 
 def histogram(cache: MetricsCacheYamlImpl, name: str, unit: str) -> CachingMetric:
     return metric(cache, name, unit, DIMENSIONS, MetricTypes.HISTOGRAM)
+
+
+def counter(cache: MetricsCacheYamlImpl, name: str, dimension: str) -> CachingMetric:
+    return metric(cache, name, "Count", [*DIMENSIONS, dimension], MetricTypes.COUNTER)
 
 
 def metric(

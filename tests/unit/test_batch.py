@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,7 +140,9 @@ def test_instances_of_more_than_a_batch(worker: DryRun, counts: list[int]):
 
 
 def test_an_unexpected_exception_fails_the_batch_loudly(worker: DryRun, caplog: pytest.LogCaptureFixture):
-    assert worker.predict([row(0), {"body": b"bug"}]) == [(503, "Prediction failed")] * 2
+    answers = worker.predict([row(0), {"body": b"bug"}])
+    assert [(status, body["type"]) for status, body in answers] == [(500, "InternalError")] * 2
+    assert "a bug" not in answers[0][1]["message"]
     assert "ZeroDivisionError: a bug" in caplog.text
     assert worker.predict([row(0)])[0][0] == 200
 
@@ -208,6 +211,23 @@ def test_metrics(worker: DryRun, caplog: pytest.LogCaptureFixture):
         assert f"{of_the_model}|#type:HISTOGRAM" in line
     rejected = [line for line in lines if "bundle_rejected_requests_total.Count:1" in line]
     assert [line.split("ErrorType:")[1].split("|")[0] for line in rejected] == ["EmptyInput"] * 2 + ["UndecodableInput"]
+
+
+    statuses = [line.split("bundle_requests_total.Count:")[1] for line in lines if "bundle_requests_total" in line]
+    assert [(line[0], line.split("Status:")[1].split("|")[0]) for line in statuses] == [("1", "200"), ("3", "400")]
+    assert not any("bundle_queue_seconds" in line or "bundle_request_seconds" in line for line in lines)
+
+
+def test_waiting_is_counted_from_the_proxys_stamp(worker: DryRun, caplog: pytest.LogCaptureFixture):
+    """Once a batch, of the request that waited longest; stamps that cannot be are none."""
+    now = time.time()
+    stamps = [f"t={now - 2:.3f}", f"t={now - 5:.3f}", f"t={now + 60:.3f}", "t=1.5", "nan", "t=", "-1"]
+    headers = [{"X-Request-Start": stamp} for stamp in stamps] + [{}]
+    with caplog.at_level(logging.INFO):
+        worker.predict([row(0)] * len(headers), headers)
+    for stage in ("queue", "request"):
+        [line] = [m for r in caplog.records if f"bundle_{stage}_seconds.Seconds:" in (m := r.getMessage())]
+        assert 5 <= float(line.split("Seconds:")[1].split("|")[0]) < 60
 
 
 def test_nothing_to_run_takes_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture):
