@@ -5,6 +5,7 @@ import logging
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,16 +51,16 @@ def archive(
     models: Models = None, force: Annotated[bool, typer.Option(help="Build even what is up to date.")] = False
 ) -> None:
     """Build the models' archives in model_store/, where something that goes into them has changed."""
-    build(catalog.select(models or []), force)
+    build(catalog.select(models or []), Server().store, force)
 
 
-def build(folders: list[ModelFolder], force: bool = False) -> None:
+def build(folders: list[ModelFolder], store: Path, force: bool = False) -> None:
     from bundle.archive import archive as build_archive  # imports torch: seconds that the other commands need not wait
 
     with progress() as bars:
         for folder in folders:
             task = bars.add_task(f"archive {folder.name}", total=1, state="")
-            built = build_archive(folder, force=force)
+            built = build_archive(folder, store, force)
             megabytes = built.path.stat().st_size / 1e6
             bars.update(task, completed=1, state=f"{'built' if built.rebuilt else 'up to date'}, {megabytes:.1f} MB")
 
@@ -76,7 +77,7 @@ def serve(
     folders = catalog.select(models or [])
     server = Server()
     with server.alone():
-        build(folders)
+        build(folders, server.store)
         running = server.running()
         if running and not server.is_current(running, folders):
             console.print(f"What runs ({', '.join(running.served)}) is not what is asked for: it is started again.")
@@ -119,6 +120,100 @@ def prove(server: Server, running: Running, folders: list[ModelFolder], timeout:
         if first is not None:
             expected = ", as expected" if folder.bundle.expect else ""
             console.print(f"  {folder.name}: {folder.bundle.sample} is {first!r}{expected}", markup=False)
+
+
+@app.command(
+    epilog="Examples: `python -m bundle run` · `python -m bundle run mnist --state state.json --address 0.0.0.0:8083`"
+)
+def run(
+    models: Models = None,
+    address: Annotated[
+        str, typer.Option(envvar="BUNDLE_ADDRESS", help="Where /metrics and /ready of the supervisor are.")
+    ] = "127.0.0.1:8083",
+    state: Annotated[
+        Path | None, typer.Option(envvar="BUNDLE_STATE", help="File that keeps what the management API changed.")
+    ] = None,
+    gate: Annotated[
+        Path | None, typer.Option(envvar="BUNDLE_GATE", help="Folder where the file `closed` tells a proxy to wait.")
+    ] = None,
+    archives: Annotated[
+        Path | None, typer.Option(envvar="BUNDLE_ARCHIVES", help="Folder of archives to put into the store, each once.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(envvar="BUNDLE_START_SECONDS", help="Seconds to wait until every worker is READY.")
+    ] = 300,
+    patience: Annotated[
+        float, typer.Option(envvar="BUNDLE_PATIENCE_SECONDS", help="Seconds that a model may lack workers.")
+    ] = 120,
+    drain: Annotated[
+        float, typer.Option(envvar="BUNDLE_DRAIN_SECONDS", help="Seconds to wait for queued requests at the end.")
+    ] = 60,
+) -> None:
+    """Run TorchServe in the foreground, with the archives that there are. SIGTERM drains it; it ends with status 1 when
+    TorchServe dies or a model's workers do not come back, for a container's restart policy to see."""
+    from bundle.supervisor import Options, Supervisor, seed
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise BundleError(f"--address is {address!r}, and must look like 127.0.0.1:8083.")
+    server = Server()
+    if archives:
+        seed(archives, server.store, say)
+    folders = [folder for folder in catalog.select(models or []) if models or server.archive(folder).is_file()]
+    if missing := [folder.name for folder in folders if not server.archive(folder).is_file()]:
+        raise BundleError(f"There is no archive of {', '.join(missing)} in {server.store}. Build it: make archive")
+    if not folders:
+        raise BundleError(f"There are no archives in {server.store}. Build them: make archive")
+    options = Options(host, int(port), state, gate, timeout, patience, drain)
+    with server.alone():
+        server.stop()  # what a killed predecessor may have left
+    Supervisor(server, options, say).run(folders, start)
+
+
+def say(line: str) -> None:
+    """For a log: as it happens, without wrapping."""
+    print(f"bundle: {line}", flush=True)
+
+
+@app.command(
+    epilog="Examples: `python -m bundle rollout mnist` · `python -m bundle rollout mnist --archive new.mar`"
+    " · `python -m bundle rollout mnist --archive - < new.mar`"
+)
+def rollout(
+    model: Annotated[str, typer.Argument(help="A model that is served.")],
+    archive: Annotated[
+        Path | None,
+        typer.Option(help="The new archive, - for standard input; by default, built of the model's folder."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for the new version, and for the old one's end.")
+    ] = 300,
+) -> None:
+    """Serve a new version of a model in place of the one that is served, without a failed request. Whatever goes wrong,
+    the old version goes on."""
+    from bundle import stack
+    from bundle.rollout import copy, roll_out
+
+    [folder] = catalog.select([model])
+    server = Server()
+    running = server.running()
+    compose = stack.running_stack() if running is None else None
+    if running is None and compose is None:
+        raise BundleError("TorchServe is not running. Start it: make serve, or make up")
+    with server.alone(), tempfile.TemporaryDirectory(prefix="rollout-") as temporary:
+        if archive is None:
+            build([folder], Path(temporary))
+            archive = Path(temporary) / f"{model}.mar"
+        elif str(archive) == "-":
+            archive = Path(temporary) / f"{model}.mar"
+            archive.write_bytes(sys.stdin.buffer.read())
+        if running is None:
+            stack.roll_out(compose, model, archive)
+            return
+        roll_out(server, running.client(), folder, archive, timeout, lambda line: console.print(line, markup=False))
+        for record in Path(temporary).glob("*.fingerprint"):  # of what was built here: the next make serve has it
+            copy(record, server.store / record.name)
+        server.adopt(running, folder)
 
 
 @app.command()

@@ -10,6 +10,9 @@ from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 
 SECONDS = 30  # for one answer; no request of the bundle's own takes longer
+MANAGEMENT_SECONDS = (
+    150  # unpacking a large archive, or ending workers, takes its time: unregister_model_timeout is 120
+)
 session = requests.Session()
 session.trust_env = False  # a proxy for the internet knows nothing of this machine's loopback
 
@@ -37,36 +40,81 @@ class Client:
         listed.raise_for_status()
         return [model["modelName"] for model in listed.json()["models"]]
 
-    def describe(self, model: str) -> dict | None:
-        """The default version of `model`, as the management API describes it; None where it is not registered."""
-        answer = session.get(f"{self.management}/models/{model}", timeout=SECONDS)
+    def versions(self, model: str) -> list[dict]:
+        """Every version of `model`, as the management API describes it; none where it is not registered."""
+        return self._described(f"{model}/all")
+
+    def describe(self, model: str, version: str | None = None) -> dict | None:
+        """A version of `model`, by default the one that is the default; None where it is not registered."""
+        return next(iter(self._described("/".join(filter(None, (model, version))))), None)
+
+    def _described(self, path: str) -> list[dict]:
+        answer = session.get(f"{self.management}/models/{path}", timeout=SECONDS)
         if answer.status_code == 404:
-            return None
+            return []
         answer.raise_for_status()
-        return answer.json()[0]
+        return answer.json()
 
-    def workers(self, model: str) -> WorkerCount:
+    def workers(self, model: str, version: str | None = None) -> WorkerCount:
         """How many workers of `model` are READY, and how many it must have at least."""
-        described = self.describe(model)
-        if described is None:
-            return WorkerCount(0, 1)
-        ready = sum(worker["status"] == "READY" for worker in described["workers"])
-        return WorkerCount(ready, max(1, int(described["minWorkers"])))
+        described = self.describe(model, version)
+        return WorkerCount(0, 1) if described is None else count_ready(described)
 
-    def predict(self, model: str, content: bytes) -> requests.Response:
-        """One prediction, the input as raw body."""
-        return session.post(f"{self.inference}/predictions/{model}", data=content, timeout=SECONDS)
+    def register(self, url: str, model: str) -> None:
+        """Registers an archive of the store as a version of `model`; its workers start in the background."""
+        self._manage("POST", "", url=url, model_name=model)
+
+    def scale(self, model: str, version: str, minimum: int, maximum: int) -> None:
+        """Sets the numbers of workers; they start and end in the background."""
+        self._manage("PUT", f"/{model}/{version}", min_worker=minimum, max_worker=maximum)
+
+    def set_default(self, model: str, version: str) -> None:
+        self._manage("PUT", f"/{model}/{version}/set-default")
+
+    def unregister(self, model: str, version: str) -> None:
+        self._manage("DELETE", f"/{model}/{version}")
+
+    def _manage(self, method: str, path: str, **params: str | int) -> None:
+        """Raises:
+        BundleError: TorchServe refuses; with its reason."""
+        answer = session.request(method, f"{self.management}/models{path}", params=params, timeout=MANAGEMENT_SECONDS)
+        if not answer.ok:
+            raise BundleError(
+                f"TorchServe refused {method} /models{path} with {answer.status_code}.", reason(answer) or answer.text
+            )
+
+    def predict(self, model: str, content: bytes, version: str | None = None) -> requests.Response:
+        """One prediction, the input as raw body; a connection left open would look like a client to `drain`."""
+        url = f"{self.inference}/predictions/{'/'.join(filter(None, (model, version)))}"
+        return session.post(url, data=content, headers={"Connection": "close"}, timeout=SECONDS)
 
 
-def check_sample(client: Client, folder: ModelFolder) -> str | None:
-    """Sends the folder's sample and returns what came first in the answer; None where the folder has no sample.
+def count_ready(described: dict) -> WorkerCount:
+    """Of a version as the management API describes it."""
+    ready = sum(worker["status"] == "READY" for worker in described["workers"])
+    return WorkerCount(ready, max(1, int(described["minWorkers"])))
+
+
+def reason(answer: requests.Response) -> str:
+    """The message of one of TorchServe's error bodies; "" where it is none."""
+    try:
+        return answer.json()["message"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def check_sample(client: Client, folder: ModelFolder, version: str | None = None) -> str | None:
+    """Sends the folder's sample to a version, by default to the default one.
+
+    Returns:
+        what came first in the answer; None where the folder has no sample.
 
     Raises:
         BundleError: the answer is an error, or not what the folder expects.
     """
     if folder.sample_file is None:
         return None
-    answer = client.predict(folder.name, folder.existing(folder.bundle.sample).read_bytes())
+    answer = client.predict(folder.name, folder.existing(folder.bundle.sample).read_bytes(), version)
     if answer.status_code != 200:
         raise BundleError(
             f"{folder.name} answered its own sample {folder.bundle.sample} with {answer.status_code}.", answer.text

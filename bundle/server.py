@@ -19,7 +19,7 @@ import psutil
 from filelock import FileLock, Timeout
 from ts.model_server import TS_NAMESPACE, load_properties
 
-from bundle.catalog import MODEL_STORE, ROOT, ModelFolder
+from bundle.catalog import ROOT, ModelFolder
 from bundle.client import Client
 from bundle.errors import BundleError
 from bundle.java import java_home
@@ -60,6 +60,11 @@ class Settings:
         """Host and port of everything that TorchServe listens on, by the key that sets the port."""
         http = {key: (self.address(key).hostname, self.address(key).port) for key in ADDRESSES}
         return http | {key: (self[key.replace("port", "address")], int(self[key])) for key in GRPC_PORTS}
+
+    def inference_ports(self) -> set[int]:
+        """Where clients' predictions arrive: HTTP and gRPC."""
+        listeners = self.listeners()
+        return {listeners[key][1] for key in ("inference_address", "grpc_inference_port")}
 
     def fingerprint(self) -> str:
         overrides = sorted(f"{key}={value}" for key, value in os.environ.items() if key.startswith("TS_"))
@@ -107,12 +112,15 @@ class Server:
 
     Args:
         run_dir: where its record and its logs are.
+
+    Attributes:
+        store: the folder of its archives.
     """
 
-    def __init__(self, run_dir: Path | None = None, settings: Settings | None = None, store: Path = MODEL_STORE):
+    def __init__(self, run_dir: Path | None = None, settings: Settings | None = None):
         self.run_dir = run_dir or Path(os.environ.get("RUN_DIR", ROOT / "build" / "run"))
         self.settings = settings or Settings()
-        self.store = store
+        self.store = ROOT / self.settings["model_store"]
         self.logs = self.run_dir / "logs"
         self.record = self.run_dir / "server.json"
 
@@ -138,13 +146,22 @@ class Server:
             return None
         return found if found.process() else None
 
+    def archive(self, folder: ModelFolder) -> Path:
+        return self.store / f"{folder.name}.mar"
+
     def wanted(self, folders: list[ModelFolder]) -> dict[str, str]:
         """What a server of these models would serve, as `Running.served` has it."""
-        archives = {folder.name: self.store / f"{folder.name}.mar" for folder in folders}
+        archives = {folder.name: self.archive(folder) for folder in folders}
         return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in archives.items()}
 
     def is_current(self, running: Running, folders: list[ModelFolder]) -> bool:
         return running.served == self.wanted(folders) and running.settings == self.settings.fingerprint()
+
+    def adopt(self, running: Running, folder: ModelFolder) -> None:
+        """Records that the running server serves the archive that is in the store now."""
+        self.record.write_text(
+            json.dumps(asdict(running) | {"served": running.served | self.wanted([folder])}, indent=2)
+        )
 
     def start(self, folders: list[ModelFolder]) -> Running:
         """Starts TorchServe with the archives of these models, and returns as soon as its process lives.

@@ -4,8 +4,8 @@ A request's way: bytes -> `read` -> `decode` (one input, one small tensor) -> `c
 device -> the model -> `reduce` on the device -> one copy back -> `encode` (one output, one JSON value) -> its slot.
 
 A request that cannot be served takes its own slot out of the batch, with its own 4xx; its neighbours go on without
-it. Any other exception is a bug: its traceback is logged, and the whole batch is answered 500. TorchServe's own answer to
-it, 503, would read as "no room, come again".
+it. Any other exception is a bug: its traceback is logged, and the whole batch is answered 500. TorchServe's own answer
+to it, 503, would read as "no room, come again".
 """
 
 import json

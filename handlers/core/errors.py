@@ -1,28 +1,28 @@
 """Every fault that a handler answers for one request of a batch, drawn once.
 
-    ServingError
-    ├── RequestError            4xx: the request's own fault
-    │   ├── MalformedRequest        how the input is wrapped: JSON, fields, base64, options
-    │   │   ├── EmptyInput
-    │   │   ├── InvalidJSON
-    │   │   ├── InvalidBase64
-    │   │   ├── InvalidOption
-    │   │   ├── MissingField
-    │   │   ├── UnknownField
-    │   │   ├── UnsupportedInput
-    │   │   └── UnsupportedOperation
-    │   ├── UndecodableInput        what is in it
-    │   │   ├── UndecodableImage
-    │   │   ├── UndecodableAudio
-    │   │   ├── UndecodableText
-    │   │   └── BlankImage
-    │   └── InputTooLarge           413
-    │       ├── ImageTooLarge
-    │       ├── AudioTooLong
-    │       ├── TextTooLong
-    │       └── TooManyInstances
-    ├── NonFiniteOutput         500: the model answered NaN or infinity
-    └── InternalError           500: anything else that was raised is a bug
+ServingError
+├── RequestError            4xx: the request's own fault
+│   ├── MalformedRequest        how the input is wrapped: JSON, fields, base64, options
+│   │   ├── EmptyInput
+│   │   ├── InvalidJSON
+│   │   ├── InvalidBase64
+│   │   ├── InvalidOption
+│   │   ├── MissingField
+│   │   ├── UnknownField
+│   │   ├── UnsupportedInput
+│   │   └── UnsupportedOperation
+│   ├── UndecodableInput        what is in it
+│   │   ├── UndecodableImage
+│   │   ├── UndecodableAudio
+│   │   ├── UndecodableText
+│   │   └── BlankImage
+│   └── InputTooLarge           413
+│       ├── ImageTooLarge
+│       ├── AudioTooLong
+│       ├── TextTooLong
+│       └── TooManyInstances
+├── NonFiniteOutput         500: the model answered NaN or infinity
+└── InternalError           500: anything else that was raised is a bug
 """
 
 

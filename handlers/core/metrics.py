@@ -19,10 +19,12 @@ DIMENSIONS = ["ModelName", "ModelVersion"]
 
 
 class HandlerMetrics:
-    """Histograms of batch size (requests) and of the seconds of each stage; counters of answers and of rejected requests.
+    """Histograms of batch size (requests) and of the seconds of each stage; counters of answers and of rejections.
 
     "queue" is the time from a proxy's X-Request-Start until the batch begins, "request" until its answers are encoded;
-    each of the request in the batch that waited longest, which is an upper bound for the others. The objects are taken from the worker's cache once: a look-up per batch would log and lock.
+    each of the request in the batch that waited longest, which is an upper bound for the others.
+
+    The objects are taken from the worker's cache once: a look-up per batch would log and lock.
     """
 
     def __init__(self, context: Context):

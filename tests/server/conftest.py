@@ -1,7 +1,7 @@
 """A real TorchServe on free ports, started and stopped by the bundle's own commands."""
 
 import os
-import socket
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bundle.catalog import MODEL_STORE
 from bundle.client import Client
 from bundle.server import ADDRESSES, GRPC_PORTS
+from tests.support import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("mnist", "image", "audio", "text")  # whatever else a user has put into models/
@@ -54,16 +56,6 @@ class Place:
         )
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 def new_place(run_dir: Path) -> Place:
     keys = (*ADDRESSES, *GRPC_PORTS)
     ports = dict(zip(keys, free_ports(len(keys)), strict=True))
@@ -93,3 +85,13 @@ def place(tmp_path: Path) -> Iterator[Place]:
         yield place
     finally:
         place.bundle("stop")
+
+
+@pytest.fixture
+def store(served: Place, tmp_path: Path) -> Path:
+    """A model store of the test's own, with the archive of MNIST."""
+    store = tmp_path / "store"
+    store.mkdir()
+    for file in MODEL_STORE.glob("mnist.*"):
+        shutil.copy(file, store)
+    return store

@@ -1,16 +1,14 @@
 """The management API, as TorchServe's users know it, on the bundle's archives."""
 
 import http.server
-import json
 import threading
-import time
-import zipfile
 
 import pytest
 import requests
 
 from bundle.catalog import MODEL_STORE, select
 from bundle.client import first_class
+from tests.support import reversioned, wait_for
 
 SHIPPED = select(["mnist", "image", "audio", "text"])
 MNIST = SHIPPED[0]
@@ -29,13 +27,6 @@ def as_found(served, management):
     requests.put(
         f"{management}/models/mnist", params={"min_worker": 1, "max_worker": 2, "synchronous": "true"}, timeout=60
     )
-
-
-def wait_for(condition, seconds: float = 60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.2)
 
 
 def test_scale_and_describe(served, management):
@@ -91,15 +82,7 @@ def test_versions(served, management, second_version):
 @pytest.fixture
 def second_version():
     """The name, in the store, of the MNIST archive as version 2.0."""
-    target = MODEL_STORE / "mnist-2.0.mar"
-    with zipfile.ZipFile(MODEL_STORE / "mnist.mar") as old, zipfile.ZipFile(target, "w") as new:
-        for entry in old.infolist():
-            content = old.read(entry)
-            if entry.filename == "MAR-INF/MANIFEST.json":
-                manifest = json.loads(content)
-                manifest["model"]["modelVersion"] = "2.0"
-                content = json.dumps(manifest).encode()
-            new.writestr(entry.filename, content)
+    target = reversioned(MODEL_STORE / "mnist.mar", "2.0", MODEL_STORE / "mnist-2.0.mar")
     yield target.name
     target.unlink()
 

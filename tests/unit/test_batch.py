@@ -212,7 +212,6 @@ def test_metrics(worker: DryRun, caplog: pytest.LogCaptureFixture):
     rejected = [line for line in lines if "bundle_rejected_requests_total.Count:1" in line]
     assert [line.split("ErrorType:")[1].split("|")[0] for line in rejected] == ["EmptyInput"] * 2 + ["UndecodableInput"]
 
-
     statuses = [line.split("bundle_requests_total.Count:")[1] for line in lines if "bundle_requests_total" in line]
     assert [(line[0], line.split("Status:")[1].split("|")[0]) for line in statuses] == [("1", "200"), ("3", "400")]
     assert not any("bundle_queue_seconds" in line or "bundle_request_seconds" in line for line in lines)

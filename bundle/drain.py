@@ -1,0 +1,52 @@
+"""Waits until nothing is in flight, so that what is ended afterwards loses no request."""
+
+import time
+
+import psutil
+
+from bundle.client import Client
+from bundle.errors import BundleError
+
+POLL_SECONDS = 0.2
+
+
+def wait_until_idle(client: Client, versions: list[tuple[str, str]], ports: set[int], seconds: float) -> None:
+    """Returns when no request of these versions waits in a queue or is with a worker.
+
+    TorchServe says what is queued, and not what a worker is at. So, once the queues are empty, one of two proofs is
+    waited for: a moment in which no client is connected (nginx closes idle connections after 2 s), or the end of the
+    longest responseTimeout, by which TorchServe itself would have ended the request.
+
+    Args:
+        versions: name and version of each.
+        ports: where clients connect: inference over HTTP and gRPC.
+        seconds: to wait at most for the queues to empty.
+
+    Raises:
+        BundleError: requests keep coming.
+    """
+    deadline = time.monotonic() + seconds
+    emptied = None
+    longest = 0
+    while True:
+        described = [found for name, version in versions if (found := client.describe(name, version))]
+        longest = max([longest, *(version["responseTimeout"] for version in described)])
+        waiting = sum(version["jobQueueStatus"]["pendingRequests"] for version in described)
+        now = time.monotonic()
+        if waiting:
+            emptied = None
+            if now > deadline:
+                raise BundleError(f"After {seconds:.0f} s there are still {waiting} requests waiting.")
+        elif not connections(ports):
+            return
+        else:
+            emptied = emptied or now
+            if now - emptied > longest:
+                return
+        time.sleep(POLL_SECONDS)
+
+
+def connections(ports: set[int]) -> int:
+    """How many clients are connected to these ports of this machine."""
+    found = psutil.net_connections("tcp")
+    return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port in ports for c in found)

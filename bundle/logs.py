@@ -1,0 +1,50 @@
+"""TorchServe's log files, followed: to standard output, where a container's log is, and counted."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+# 2026-11-23T03:19:19,579 - /127.0.0.1:60990 "PUT /predictions/mnist HTTP/1.1" 503 1
+FAILED = re.compile(r'"\w+ /(?:predictions|explanations)/([^/?" ]+)(?:/([\d.]+))?[^"]*" (5\d\d) \d+$')
+
+
+class Follower:
+    """Reads what is appended to a file, over its rotations."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.stream = None
+
+    def lines(self) -> list[str]:
+        """The complete lines since the last call."""
+        found = []
+        try:
+            if self.stream is None:
+                self.stream = self.file.open(errors="replace")
+            found = self._rest()
+            if self.file.stat().st_ino != os.fstat(self.stream.fileno()).st_ino:
+                found += self._rest()  # what came between the reading and the rotation
+                self.stream.close()
+                self.stream = self.file.open(errors="replace")
+                found += self._rest()
+        except FileNotFoundError:
+            pass  # not written yet, or in the middle of a rotation
+        return found
+
+    def _rest(self) -> list[str]:
+        found = []
+        while True:
+            position = self.stream.tell()
+            line = self.stream.readline()
+            if not line.endswith("\n"):
+                self.stream.seek(position)
+                return found
+            found.append(line.rstrip("\n"))
+
+
+def count_failures(lines: list[str], failures: Counter[tuple[str, str, str]]) -> None:
+    """Adds the inference requests that the access log has as 5xx: {(model, version or "default", status): count}."""
+    for line in lines:
+        if match := FAILED.search(line):
+            failures[match[1], match[2] or "default", match[3]] += 1

@@ -1,0 +1,202 @@
+"""TorchServe in the foreground, for containers and process managers: watched, measured, drained before it ends."""
+
+import hashlib
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+from bundle.catalog import ModelFolder
+from bundle.drain import wait_until_idle
+from bundle.errors import BundleError
+from bundle.exporter import Exporter
+from bundle.logs import Follower, count_failures
+from bundle.observation import History, observe
+from bundle.readiness import last_words
+from bundle.rollout import archive_version, copy
+from bundle.server import Running, Server
+from bundle.state import State, restore
+
+TICK_SECONDS = 0.5
+OBSERVE_SECONDS = 5
+STALE_SECONDS = 30  # the management API does not answer for so long: not ready
+LOGS = ("ts_log.log", "model_log.log", "access_log.log")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a server is supervised.
+
+    Attributes:
+        host, port: where /metrics and /ready are.
+        state: the file that keeps what the management API changed; None to forget.
+        gate: a folder in which the file `closed` tells a proxy that the server takes nothing.
+        start_seconds: to wait at most until every model is READY.
+        patience_seconds: for how long an established model may lack workers. TorchServe itself gives up on a worker
+            after 300 s, and its requests then wait for ever.
+        drain_seconds: to wait at most for the queues to empty before the end.
+    """
+
+    host: str
+    port: int
+    state: Path | None
+    gate: Path | None
+    start_seconds: float
+    patience_seconds: float
+    drain_seconds: float
+
+
+class Supervisor:
+    """Runs one server until it is told to stop (SIGTERM, SIGINT) or must be replaced."""
+
+    def __init__(self, server: Server, options: Options, report: Callable[[str], object]):
+        self.server, self.options, self.report = server, options, report
+        self.history = History()
+        self.failures: Counter[tuple[str, str, str]] = Counter()
+        self.followers = [Follower(server.logs / name) for name in LOGS]
+        self.observed = 0.0
+        self.serving = False
+        self.stopping = threading.Event()
+        self.saved: State | None = None
+
+    def run(self, folders: list[ModelFolder], start: Callable[[Server, list[ModelFolder], float], Running]) -> None:
+        """Returns after a drained stop that was asked for.
+
+        Args:
+            start: starts the server and returns when its models serve; whatever goes wrong, it leaves nothing running.
+
+        Raises:
+            BundleError: the server did not start, ended, or lacks workers for too long: it is stopped, and its
+                container should be started anew.
+        """
+        self.close_gate()
+        exporter = Exporter(self.history, self.failures, self.unready, self.stopping.is_set)
+        endpoint = exporter.serve(self.options.host, self.options.port)
+        try:
+            earlier = State.read(self.options.state) if self.options.state else None
+            running = start(self.server, folders, self.options.start_seconds)
+            try:
+                self.offered = offered(self.server.store, folders)
+                if earlier:
+                    seconds = self.options.start_seconds
+                    restore(self.server, running.client(), earlier, self.offered, seconds, self.report)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, lambda *_: self.stopping.set())
+                self.watch(running)
+                self.drain(running)
+            finally:
+                self.close_gate()
+                self.server.stop()
+                self.relay_logs()
+        finally:
+            endpoint.shutdown()
+
+    def watch(self, running: Running) -> None:
+        """Returns when it is time to stop.
+
+        Raises:
+            BundleError: the server ended, or an established model lacks workers for too long.
+        """
+        self.look(running)
+        self.serving = True
+        self.open_gate()
+        self.report("serving")
+        while not self.stopping.wait(TICK_SECONDS):
+            self.relay_logs()
+            if running.process() is None:
+                raise BundleError("TorchServe ended.", last_words(self.server))
+            if time.monotonic() - self.observed > OBSERVE_SECONDS:
+                self.look(running)
+            self.check_strength()
+
+    def look(self, running: Running) -> None:
+        try:
+            versions = observe(running.client())
+        except requests.RequestException as exc:
+            self.report(f"the management API does not answer: {exc}")
+            return
+        self.observed = time.monotonic()
+        self.history.add(versions, self.observed)
+        for version in versions:
+            for status in ("500", "503"):
+                self.failures[version.key[0], "default", status] += 0  # a rate needs a series that begins at 0
+        self.save()
+
+    def save(self) -> None:
+        if self.options.state is None:
+            return
+        state = self.history.state(self.offered)
+        if state != self.saved:
+            state.write(self.options.state)
+            self.saved = state
+
+    def check_strength(self) -> None:
+        for (name, version), since in self.history.weak_since.items():
+            if time.monotonic() - since > self.options.patience_seconds:
+                raise BundleError(
+                    f"{name} {version} has lacked workers for {self.options.patience_seconds:.0f} s.",
+                    last_words(self.server),
+                )
+
+    def unready(self) -> str:
+        """Why the server should get no requests; "" where it should."""
+        if self.stopping.is_set():
+            return "draining"
+        if not self.serving:
+            return "starting"
+        if time.monotonic() - self.observed > STALE_SECONDS:
+            return "the management API does not answer"
+        return "; ".join(f"{name} {version} lacks workers" for name, version in self.history.weak_since)
+
+    def drain(self, running: Running) -> None:
+        """Takes nothing more, and waits for what was taken."""
+        self.report("draining")
+        self.close_gate()
+        self.look(running)
+        keys = [version.key for version in self.history.latest]
+        try:
+            ports = self.server.settings.inference_ports()
+            wait_until_idle(running.client(), keys, ports, self.options.drain_seconds)
+            self.report("drained")
+        except (BundleError, requests.RequestException) as exc:
+            self.report(f"not drained: {exc}")
+
+    def open_gate(self) -> None:
+        if self.options.gate:
+            (self.options.gate / "closed").unlink(missing_ok=True)
+
+    def close_gate(self) -> None:
+        if self.options.gate:
+            (self.options.gate / "closed").touch()
+
+    def relay_logs(self) -> None:
+        for follower in self.followers:
+            lines = follower.lines()
+            if follower.file.name == "access_log.log":
+                count_failures(lines, self.failures)
+            for line in lines:
+                print(line, file=sys.stdout, flush=True)
+
+
+def offered(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
+    """The version of each folder's archive."""
+    return {folder.name: archive_version(store / f"{folder.name}.mar") for folder in folders}
+
+
+def seed(source: Path, store: Path, report: Callable[[str], object]) -> None:
+    """Copies an image's archives into the store, each once: what was rolled out there since is not undone by a
+    restart, and a new image's archive does replace it."""
+    for archive in sorted(source.glob("*.mar")):
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        record = store / f".{archive.stem}.seeded"
+        if record.is_file() and record.read_text() == digest:
+            continue
+        copy(archive, store / archive.name)
+        record.write_text(digest)
+        report(f"{archive.name} of this image is put into the store")

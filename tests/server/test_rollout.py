@@ -1,0 +1,100 @@
+"""A version takes the place of another under load; a version that is not fit does not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bundle.catalog import ROOT, select
+from tests.server.conftest import Place
+from tests.support import Traffic, reversioned
+
+[MNIST] = select(["mnist"])
+
+
+@pytest.fixture
+def rolling(place: Place, store: Path) -> Place:
+    """A server of MNIST 1.0 with two workers, out of the test's own store."""
+    place.environment["TS_MODEL_STORE"] = str(store)
+    started = place.bundle("serve", "mnist")
+    assert started.returncode == 0, started.stderr
+    return place
+
+
+def versions(place: Place) -> list[str]:
+    return [described["modelVersion"] for described in place.client.versions("mnist")]
+
+
+def traffic(place: Place) -> Traffic:
+    url = f"{place.client.inference}/predictions/mnist"
+    return Traffic(url, MNIST.sample_file.read_bytes(), '"top_3_classes": [3')
+
+
+def test_no_request_fails(rolling: Place, store: Path, tmp_path: Path):
+    new = reversioned(store / "mnist.mar", "1.1", tmp_path / "new.mar")
+    old = rolling.client.describe("mnist")
+    rolling.client.scale("mnist", "1.0", 2, 3)
+    with traffic(rolling) as load:
+        load.wait_for(50)
+        rolled = rolling.bundle("rollout", "mnist", "--archive", str(new))
+        load.wait_for(50)
+    assert rolled.returncode == 0, rolled.stdout + rolled.stderr
+    assert set(load.counts) == {200}, load.counts
+    assert versions(rolling) == ["1.1"]
+    described = rolling.client.describe("mnist")
+    assert (described["minWorkers"], described["maxWorkers"]) == (2, 3)
+    assert described["batchSize"] == old["batchSize"]
+    # what a restart serves, and no more of it than there was
+    assert (store / "mnist.mar").read_bytes() == new.read_bytes()
+    assert not list(store.glob("*1.1*"))
+
+
+def test_the_same_version_is_refused(rolling: Place, store: Path):
+    refused = rolling.bundle("rollout", "mnist", "--archive", str(store / "mnist.mar"))
+    assert refused.returncode == 1
+    assert "Version 1.0 of mnist is served already" in refused.stderr
+    assert versions(rolling) == ["1.0"]
+
+
+@pytest.mark.parametrize("fault", ["no worker comes up", "not an archive", "another answer"])
+def test_a_version_that_is_not_fit_changes_nothing(rolling: Place, store: Path, tmp_path: Path, fault: str):
+    before = (store / "mnist.mar").read_bytes()
+    new = tmp_path / "new.mar"
+    if fault == "not an archive":
+        new.write_bytes(b"PK")
+    elif fault == "no worker comes up":
+        reversioned(store / "mnist.mar", "1.1", new, without="index_to_name.json")
+    else:
+        reversioned(store / "mnist.mar", "1.1", new)
+    told = {
+        "no worker comes up": "the archive has no index_to_name.json",
+        "not an archive": "is not a model archive",
+        "another answer": "answered its own sample",
+    }[fault]
+    with traffic(rolling) as load:
+        if fault == "another answer":
+            failed = roll_out_expecting_four(rolling, new)
+        else:
+            failed = rolling.bundle("rollout", "mnist", "--archive", str(new))
+        load.wait_for(20)
+    assert failed.returncode == 1, failed.stdout
+    assert told in failed.stderr
+    assert set(load.counts) == {200}, load.counts
+    assert versions(rolling) == ["1.0"]
+    assert (store / "mnist.mar").read_bytes() == before
+    assert [file.name for file in store.glob("*.mar")] == ["mnist.mar"]
+
+
+def roll_out_expecting_four(place: Place, archive: Path) -> subprocess.CompletedProcess:
+    """The model answers 3, and the folder has come to expect a 4."""
+    code = (
+        "import sys; from unittest.mock import patch; from bundle import catalog, cli\n"
+        "section = catalog.select(['mnist'])[0].bundle.model_copy(update={'expect': '4'})\n"
+        f"sys.argv = ['bundle', 'rollout', 'mnist', '--archive', {json.dumps(str(archive))}]\n"
+        "with patch.object(catalog.ModelFolder, 'bundle', section): cli.main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=place.environment, capture_output=True, text=True, timeout=300
+    )

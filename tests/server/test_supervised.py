@@ -1,0 +1,214 @@
+"""`run`: TorchServe in the foreground, as a container has it."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from bundle.catalog import ROOT, select
+from tests.server.conftest import Place
+from tests.support import Traffic, free_ports, reversioned, wait_for
+
+[MNIST] = select(["mnist"])
+DIGIT = MNIST.sample_file.read_bytes()
+
+
+class Supervised:
+    """A `run` of the test's own, with MNIST out of its own store."""
+
+    def __init__(self, place: Place, store: Path, folder: Path):
+        self.place, self.store = place, store
+        self.state, self.gate, self.output = folder / "state.json", folder / "gate", folder / "output.txt"
+        self.gate.mkdir()
+        [self.port] = free_ports(1)
+        self.process: subprocess.Popen | None = None
+
+    def start(self, *options: str) -> None:
+        command = [sys.executable, "-m", "bundle", "run", "mnist", "--address", f"127.0.0.1:{self.port}"]
+        command += ["--state", str(self.state), "--gate", str(self.gate), *options]
+        environment = {**self.place.environment, "TS_MODEL_STORE": str(self.store)}
+        with self.output.open("a") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        wait_for(lambda: self.ready() == 200 or self.process.poll() is not None, 120)
+        assert self.process.poll() is None, self.output.read_text()
+
+    def ready(self) -> int | None:
+        try:
+            return requests.get(f"http://127.0.0.1:{self.port}/ready", timeout=5).status_code
+        except requests.RequestException:
+            return None
+
+    def metrics(self) -> str:
+        return requests.get(f"http://127.0.0.1:{self.port}/metrics", timeout=5).text
+
+    def java(self) -> psutil.Process:
+        return psutil.Process(json.loads((Path(self.place.environment["RUN_DIR"]) / "server.json").read_text())["pid"])
+
+    def worker(self) -> int:
+        [worker] = self.place.client.describe("mnist")["workers"]
+        return worker["pid"]
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def supervised(place: Place, store: Path, tmp_path: Path) -> Iterator[Supervised]:
+    run = Supervised(place, store, tmp_path)
+    try:
+        yield run
+    finally:
+        if run.process and run.process.poll() is None:
+            run.end(signal.SIGKILL)
+
+
+def test_sigterm_answers_what_was_accepted(supervised: Supervised):
+    supervised.start()
+    assert not (supervised.gate / "closed").exists()
+    java = supervised.java()
+    body = {"instances": [base64.b64encode(DIGIT).decode()] * 32}
+    outcomes = []
+
+    def ask() -> None:
+        url = f"{supervised.place.client.inference}/predictions/mnist"
+        answer = requests.post(url, json=body, headers={"Connection": "close"}, timeout=60)
+        outcomes.append((answer.status_code, len(answer.json().get("predictions", []))))
+
+    askers = [threading.Thread(target=ask) for _ in range(40)]
+    for asker in askers:
+        asker.start()
+    wait_for(lambda: supervised.place.client.describe("mnist")["jobQueueStatus"]["pendingRequests"], 20)
+    assert supervised.end() == 0
+    for asker in askers:
+        asker.join()
+    assert outcomes == [(200, 32)] * 40
+    assert (supervised.gate / "closed").exists()
+    assert not java.is_running()
+    assert "drained" in supervised.output.read_text()
+
+
+def test_what_was_managed_survives_a_restart(supervised: Supervised, store: Path):
+    """Workers, another name, another version as the default; and what was unregistered stays away."""
+    supervised.start()
+    client = supervised.place.client
+    reversioned(store / "mnist.mar", "1.5", store / "mnist-again.mar")
+    client.scale("mnist", "1.0", 2, 3)
+    client.register("mnist-again.mar", "mnist")
+    client.set_default("mnist", "1.5")
+    client.register("mnist.mar", "digits")
+    wait_for(lambda: client.workers("mnist", "1.0").ready == 2 and client.workers("digits").ready == 1)
+    wait_for(lambda: supervised.state.read_text().count('"version"') == 3, 20)
+    assert supervised.end() == 0
+
+    supervised.start()
+    described = {v["modelVersion"]: v for v in client.versions("mnist")}
+    assert {version: v["minWorkers"] for version, v in described.items()} == {"1.0": 2, "1.5": 1}
+    assert client.describe("mnist")["modelVersion"] == "1.5"
+    assert client.predict("digits", DIGIT).status_code == 200
+    client.unregister("mnist", "1.0")
+    assert supervised.end() == 0  # what was changed in the last moment is kept, too
+
+    supervised.start()
+    assert [v["modelVersion"] for v in client.versions("mnist")] == ["1.5"]
+
+
+def test_what_cannot_be_restored_is_said_and_left_out(supervised: Supervised, store: Path):
+    supervised.start()
+    reversioned(store / "mnist.mar", "1.5", store / "gone.mar")
+    supervised.place.client.register("gone.mar", "mnist")
+    wait_for(lambda: '"1.5"' in supervised.state.read_text(), 20)
+    assert supervised.end() == 0
+    (store / "gone.mar").unlink()
+    supervised.start()
+    assert "not restored: mnist 1.5" in supervised.output.read_text()
+    assert [v["modelVersion"] for v in supervised.place.client.versions("mnist")] == ["1.0"]
+
+
+def test_a_dead_torchserve_ends_the_run(supervised: Supervised):
+    supervised.start()
+    supervised.java().kill()
+    assert supervised.process.wait(30) == 1
+    assert "TorchServe ended" in supervised.output.read_text()
+    assert (supervised.gate / "closed").exists()
+
+
+def test_a_killed_worker_comes_back_and_is_counted(supervised: Supervised):
+    supervised.start()
+    os.kill(supervised.worker(), signal.SIGKILL)
+    counted = 'bundle_worker_restarts_total{model_name="mnist",model_version="1.0"} 1.0'
+    wait_for(lambda: counted in supervised.metrics() and supervised.ready() == 200)
+    assert supervised.process.poll() is None
+
+
+def test_workers_that_do_not_come_back_end_the_run(supervised: Supervised):
+    """The unpacked model loses its weights, then its worker."""
+    supervised.start("--patience", "5")
+    temporary = json.loads((Path(supervised.place.environment["RUN_DIR"]) / "server.json").read_text())["temporary"]
+    [weights] = Path(temporary).glob("models/*/model.pt")
+    weights.unlink()
+    os.kill(supervised.worker(), signal.SIGKILL)
+    assert supervised.process.wait(60) == 1
+    assert "mnist 1.0 has lacked workers for 5 s" in supervised.output.read_text()
+
+
+def test_a_bad_archive_makes_nothing_unready(supervised: Supervised, store: Path):
+    """Registered by hand, it never had a worker: that is its registrar's to see."""
+    supervised.start("--patience", "2")
+    reversioned(store / "mnist.mar", "6.0", store / "bad.mar", without="index_to_name.json")
+    url = f"{supervised.place.client.management}/models"
+    answers = []
+    registering = threading.Thread(
+        target=lambda: answers.append(requests.post(url, params={"url": "bad.mar", "model_name": "bad"}, timeout=120))
+    )
+    registering.start()
+    while registering.is_alive():
+        assert supervised.ready() == 200
+        time.sleep(0.5)
+    [refused] = answers
+    assert refused.status_code == 500, refused.text
+    assert supervised.process.poll() is None
+    assert '"bad"' not in supervised.state.read_text()
+
+
+def test_what_failed_is_counted_by_status(supervised: Supervised):
+    """The frontend's own refusals have no model in TorchServe's metrics."""
+    supervised.start()
+    client = supervised.place.client
+    client.scale("mnist", "1.0", 0, 0)
+    wait_for(lambda: client.predict("mnist", DIGIT).status_code == 503)
+    name = 'bundle_failed_requests_total{model_name="mnist",model_version="default",status="503"}'
+    wait_for(
+        lambda: any(line.startswith(name) and line.split()[1] != "0.0" for line in supervised.metrics().split("\n"))
+    )
+
+
+def test_an_image_seeds_its_store_once(supervised: Supervised, store: Path, tmp_path: Path):
+    """What was rolled out since is not undone by a restart; a new image's archive does replace it."""
+    image = tmp_path / "image"
+    image.mkdir()
+    (store / "mnist.mar").rename(image / "mnist.mar")
+    supervised.start("--archives", str(image))
+    new = reversioned(image / "mnist.mar", "1.1", tmp_path / "new.mar")
+    supervised.place.environment["TS_MODEL_STORE"] = str(store)
+    url = f"{supervised.place.client.inference}/predictions/mnist"
+    with Traffic(url, DIGIT, '"top_3_classes": [3', clients=1):
+        rolled = supervised.place.bundle("rollout", "mnist", "--archive", str(new))
+    assert rolled.returncode == 0, rolled.stderr
+    assert supervised.end() == 0
+    supervised.start("--archives", str(image))
+    assert supervised.place.client.describe("mnist")["modelVersion"] == "1.1"
+    assert supervised.end() == 0
+    reversioned(image / "mnist.mar", "1.2", tmp_path / "newer.mar").rename(image / "mnist.mar")
+    supervised.start("--archives", str(image))
+    assert supervised.place.client.describe("mnist")["modelVersion"] == "1.2"

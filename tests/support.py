@@ -1,0 +1,89 @@
+"""What the tests of running servers share."""
+
+import json
+import socket
+import threading
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import requests
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def reversioned(archive: Path, version: str, target: Path, without: str = "") -> Path:
+    """A copy of an archive that says it is another version; leaving out the member `without`."""
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename == "MAR-INF/MANIFEST.json":
+                manifest = json.loads(content)
+                manifest["model"]["modelVersion"] = version
+                content = json.dumps(manifest).encode()
+            if entry.filename != without:
+                new.writestr(entry.filename, content)
+    return target
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.2)
+
+
+class Traffic:
+    """Constant load, counted request by request: clients that send one input again and again until the block ends.
+
+    Attributes:
+        counts: how many requests had each outcome: a status, "wrong answer", or an exception's name.
+    """
+
+    def __init__(self, url: str, content: bytes, expected: str, clients: int = 4, pause: float = 0.01):
+        self.url, self.content, self.expected, self.pause = url, content, expected, pause
+        self.counts: Counter[int | str] = Counter()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._client, daemon=True) for _ in range(clients)]
+
+    def _client(self) -> None:
+        with requests.Session() as session:
+            session.trust_env = False
+            while not self._stop.wait(self.pause):
+                self.counts[self._outcome(session)] += 1
+
+    def _outcome(self, session: requests.Session) -> int | str:
+        try:
+            answer = session.post(self.url, data=self.content, timeout=60)
+        except requests.RequestException as exc:
+            return type(exc).__name__
+        right = answer.status_code != 200 or self.expected in answer.text
+        return answer.status_code if right else "wrong answer"
+
+    def wait_for(self, requests: int) -> None:
+        """Until so many more are answered."""
+        goal = self.counts.total() + requests
+        deadline = time.monotonic() + 60
+        while self.counts.total() < goal:
+            assert time.monotonic() < deadline, self.counts
+            time.sleep(0.05)
+
+    def __enter__(self) -> "Traffic":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(70)
