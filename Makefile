@@ -2,21 +2,29 @@
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
 # MODELS (which to archive and serve), MODEL (which to train), ARGS (of train.py), DATA_DIR (where data sets are, or are
-# put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run).
+# put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run), COMPOSE (`docker compose`
+# or docker-compose), PROJECT (its name), SERVICES (which of it),
+# GPU=1 (with GPUs).
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 MODELS ?=
 DATA_DIR ?= data
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+GPU ?=
+PROJECT ?= torchserve-bundle
+SERVICES ?=
 
 BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # quiet where output goes to a log: pip's progress bars are for people
 QUIET := $(if $(CI),--quiet)
+STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve stop status logs archive train add-model test lint lock clean
+.PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down test test-docker lint \
+  lock clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -42,6 +50,20 @@ logs: made  ## follow the server's and the workers' logs
 archive: setup  ## build the archives into model_store/ (MODELS="mnist text")
 	@$(BUNDLE) archive $(MODELS)
 
+rollout: setup  ## put a new version of a model in place of the one that is served, without an outage (MODEL=mnist)
+	@test -n "$(MODEL)" || { echo "error: say which: make rollout MODEL=mnist" >&2; exit 2; }
+	@COMPOSE="$(STACK)" $(BUNDLE) rollout "$(MODEL)"
+
+image:  ## build the Docker images (TORCH_INDEX_URL=... for CPU-only torch)
+	$(STACK) build $(or $(SERVICES),torchserve)
+
+up:  ## start the Docker stack: TorchServe behind a proxy, Prometheus, Grafana; return when every model answers (GPU=1)
+	$(STACK) up --detach $(SERVICES)
+	@docker/wait.sh $(STACK)
+
+down:  ## stop the Docker stack, TorchServe after the requests in flight; volumes stay
+	$(STACK) down
+
 made:
 	@test -e .venv/serve.done || { echo "error: nothing is set up here yet: make serve" >&2; exit 1; }
 
@@ -60,12 +82,15 @@ add-model: setup  ## make a model folder of a TorchScript file (NAME=... SERIALI
 test: lint  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
 	$(BIN)/python -m pytest $(TESTS)
 
+test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
+	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
+
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 lock: dev  ## choose the newest versions of requirements/*.in again
-	cd requirements && set -e && for set in serve dev; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
+	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
 clean: ## stop the server; remove archives and build products (not .venv, not data/)
