@@ -1,6 +1,7 @@
 """TorchServe's HTTP APIs, as far as the commands need them."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,16 @@ class Client:
         self._manage("PUT", f"/{model}/{version}/set-default")
 
     def unregister(self, model: str, version: str) -> None:
+        """Ends a version's workers and forgets it."""
+        for _ in range(2):
+            try:
+                self._manage("DELETE", f"/{model}/{version}")
+                return
+            except BundleError:
+                # 0.12.0 may answer "Interrupted while cleaning resources", with the workers gone and the version not
+                time.sleep(1)
+                if self.describe(model, version) is None:
+                    return
         self._manage("DELETE", f"/{model}/{version}")
 
     def _manage(self, method: str, path: str, **params: str | int) -> None:

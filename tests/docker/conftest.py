@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bundle.client import Client
+from tests.docker.proxy import engine, fresh, proxy, start, supervisor, upstream  # noqa: F401 - fixtures
 from tests.support import free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def stack() -> Iterator[Stack]:
         pytest.fail("no Docker engine answers: `docker info` says why")
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     project = f"torchserve-test-{os.getpid()}"
-    unlimited = {"RATE": "10000r/s", "BURST": "10000"}  # test_proxy.py tries the limits
+    unlimited = {"RATE": "10000r/s", "BURST": "10000"}  # test_proxy_limits.py tries the limits
     environment = {**os.environ, **ports, **unlimited}
     stack = Stack([*compose_command(), "-p", project, "-f", "docker/compose.yaml"], environment)
     stack.make("image")

@@ -1,0 +1,147 @@
+"""What the proxy adds to requests, answers and its log, and what becomes of TorchServe's errors."""
+
+import time
+import uuid
+
+import pytest
+
+from tests.docker.proxy import PREDICT, check_error, http
+from tests.support import free_ports
+
+# what TorchServe 0.12.0 answers, to the byte
+QUEUE_FULL = (
+    b'{\n  "code": 503,\n  "type": "ServiceUnavailableException",\n  "message": "Model \\"mnist\\" has no worker to '
+    b"serve inference request. Please use scale workers API to add workers. If this is a sequence inference, please "
+    b'check if it is closed, or expired; or exceeds maxSequenceJobQueueSize"\n}\n'
+)
+PREDICTION_FAILED = b'{\n  "code": 503,\n  "type": "InternalServerException",\n  "message": "Prediction failed"\n}\n'
+
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+
+
+# -- ids, headers, logs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", ["a", "Trace_1.2-3", "x" * 64])
+def test_a_clients_request_id_is_kept(proxy, upstream, own):
+    status, headers, _ = proxy.raw(
+        f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nX-Request-Id: {own}\r\nContent-Length: 0\r\n\r\n"
+    )
+    assert (status, headers.get_all("X-Request-Id")) == (200, [own])
+    assert upstream.received[0].headers.get_all("X-Request-Id") == [own]
+
+
+@pytest.mark.parametrize("own", [None, "", "x" * 65, "a b", "a/b", "a;b", 'a"b', "\xe9"])
+def test_a_request_without_a_usable_id_gets_one(proxy, upstream, own):
+    line = "" if own is None else f"X-Request-Id: {own}\r\n"
+    status, headers, _ = proxy.raw(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n{line}Content-Length: 0\r\n\r\n")
+    [given] = headers.get_all("X-Request-Id")
+    assert status == 200
+    assert len(given) == 32
+    assert upstream.received[0].headers.get_all("X-Request-Id") == [given]
+
+
+def test_headers_that_torchserve_gets(proxy, upstream):
+    before = time.time()
+    proxy.post(
+        headers={"X-Request-Start": "t=1", "X-Forwarded-For": "1.2.3.4", "X-Forwarded-Proto": "https", "X-Own": "1"}
+    )
+    headers = upstream.received[0].headers
+    assert before - 0.01 <= float(headers["X-Request-Start"].removeprefix("t=")) <= time.time() + 0.01
+    assert headers.get_all("X-Request-Start") == [headers["X-Request-Start"]]
+    assert headers.get_all("X-Forwarded-For") == ["127.0.0.1"]
+    assert headers.get_all("X-Forwarded-Proto") == ["http"]
+    assert (headers["Host"], headers["X-Own"]) == ("127.0.0.1", "1")
+
+
+def test_the_server_does_not_tell_its_version(proxy):
+    assert proxy.post().headers["Server"] == "nginx"
+
+
+def test_access_log(proxy, upstream):
+    mark = uuid.uuid4().hex
+    proxy.post(f'{PREDICT}?q="\\', headers={"X-Request-Id": mark, "User-Agent": 'curl"\\\x01'})
+    line = proxy.access_log(mark)
+    assert line.keys() == {
+        *("time", "request_id", "remote_address", "method", "uri", "status", "bytes"),
+        *("request_time", "upstream_time", "upstream_status", "user_agent"),
+    }
+    assert (line["method"], line["status"], line["upstream_status"]) == ("POST", 200, "200")
+    assert (line["request_id"], line["remote_address"]) == (mark, "127.0.0.1")
+    assert line["uri"].startswith(f"{PREDICT}?q=")
+    assert line["user_agent"] == 'curl"\\\x01'
+    assert 0 <= float(line["upstream_time"]) <= line["request_time"] + 0.002  # rounded each by itself
+    assert line["bytes"] > 100
+
+    upstream.status, upstream.body = 503, QUEUE_FULL
+    mark = uuid.uuid4().hex
+    proxy.post(headers={"X-Request-Id": mark})
+    line = proxy.access_log(mark)
+    assert (line["method"], line["uri"], line["status"], line["upstream_status"]) == ("POST", PREDICT, 429, "503")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "passed"),
+    [
+        ("application/x-www-form-urlencoded", b"data=hello", "application/x-www-form-urlencoded"),
+        ("application/x-www-form-urlencoded", "data=caf\xe9".encode(), "application/x-www-form-urlencoded"),
+        ("application/x-www-form-urlencoded", b"", "application/x-www-form-urlencoded"),
+        ("application/x-www-form-urlencoded", b"\x89PNG\r\n\x1a\n\x00\x00", "application/octet-stream"),
+        ("Application/X-WWW-Form-Urlencoded", b"RIFF" + b"a" * 500_000 + b"\x00", "application/octet-stream"),
+        ("application/json", b'{"data": 1}', "application/json"),
+        ("multipart/form-data; boundary=x", b"--x\x00--x--", "multipart/form-data; boundary=x"),
+        ("text/plain", b"\x00", "text/plain"),
+        (None, b"\x00", None),
+    ],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_file_is_no_form(proxy, upstream, content_type, body, passed, chunked):
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    assert proxy.post(data=iter([body]) if chunked and body else body, headers=headers).status_code == 200
+    [received] = upstream.received
+    assert (received.headers["Content-Type"], received.body) == (passed, body)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 429, 500, 507])
+def test_errors_of_handlers_pass_unchanged(proxy, upstream, status):
+    upstream.status, upstream.headers = status, {"Content-Type": "application/json"}
+    upstream.body = b'{"code": 413, "type": "ImageTooLarge", "message": "..."}'
+    answer = proxy.post()
+    assert (answer.status_code, answer.content) == (status, upstream.body)
+
+
+def test_a_full_queue_is_429(proxy, upstream):
+    upstream.status, upstream.body = 503, QUEUE_FULL
+    check_error(proxy.post(), 429, "QueueFull", "1")
+    assert len(upstream.received) == 1
+
+
+def test_a_failed_batch_is_500(proxy, upstream):
+    upstream.status, upstream.body = 503, PREDICTION_FAILED
+    check_error(proxy.post(), 500, "PredictionFailed")
+    assert len(upstream.received) == 1
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_server_that_hangs_up_is_503_and_nothing_is_sent_twice(proxy, upstream, method):
+    proxy.post()  # leaves a kept connection, where a retry is tempting
+    upstream.received.clear()
+    upstream.status = None
+    check_error(http.request(method, proxy.url + PREDICT, data=b"x", timeout=10), 503, "ServerUnavailable", "5")
+    assert len(upstream.received) == 1
+
+
+def test_a_server_that_is_not_there_is_503(start):
+    proxy = start(TORCHSERVE_PORT=str(free_ports(1)[0]))
+    check_error(proxy.post(), 503, "ServerUnavailable", "5")
+
+
+def test_a_late_answer_is_504(proxy, upstream):
+    upstream.release.clear()
+    began = time.monotonic()
+    check_error(proxy.post(), 504, "UpstreamTimeout")
+    assert 2.5 < time.monotonic() - began < 6
+    assert len(upstream.received) == 1

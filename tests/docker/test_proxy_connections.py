@@ -1,0 +1,118 @@
+"""The proxy's gate, and its connections to the server: kept, moved, and ended without a loss."""
+
+import socket
+import threading
+import time
+
+import pytest
+import requests
+
+from tests.docker.proxy import PREDICT, Proxy, Upstream, check_error, docker, eventually, http
+
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+
+
+# -- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_gate_refuses_new_requests_and_finishes_those_in_flight(proxy, upstream, supervisor):
+    closed = proxy.gate / "closed"
+    upstream.release.clear()
+    finished = []
+    in_flight = threading.Thread(target=lambda: finished.append(proxy.post()))
+    in_flight.start()
+    eventually(lambda: upstream.received)
+    try:
+        closed.touch()
+        check_error(proxy.post(), 503, "ServerUnavailable", "5")
+        check_error(http.get(f"{proxy.url}/ping", timeout=10), 503, "ServerUnavailable", "5")
+        assert len(upstream.received) == 1
+        assert supervisor.received == []
+        upstream.release.set()
+        in_flight.join()
+        assert finished[0].status_code == 200
+    finally:
+        closed.unlink()
+    assert proxy.post().status_code == 200
+
+
+def test_a_body_that_arrives_after_the_gate_was_closed_is_not_passed_on(proxy, upstream):
+    closed = proxy.gate / "closed"
+    try:
+        with socket.create_connection(("127.0.0.1", proxy.port), 20) as slow:
+            slow.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\na".encode())
+            time.sleep(0.3)
+            closed.touch()
+            slow.sendall(b"b")
+            assert slow.recv(100).startswith(b"HTTP/1.1 503")
+    finally:
+        closed.unlink()
+    assert upstream.received == []
+
+
+# -- connections to the server ----------------------------------------------------------------------------------------
+
+
+def test_connections_are_kept_and_closed_when_idle(start, upstream):
+    proxy = start()
+    before = upstream.open_connections
+    for _ in range(20):
+        proxy.post()
+    assert len({received.connection for received in upstream.received}) <= 2  # one of each nginx worker
+    assert upstream.open_connections > before
+    time.sleep(1)
+    eventually(lambda: upstream.open_connections <= before, 4)
+
+
+def answer_in_time(proxy: Proxy) -> bytes | None:
+    try:
+        return proxy.post(timeout=0.5).content
+    except requests.Timeout:
+        return None
+
+
+def test_a_server_with_a_new_address_is_found(start, upstream, tmp_path):
+    hosts = tmp_path / "hosts"  # the container's own DNS
+    hosts.write_text("127.0.0.1 localhost\n")
+    hosts.chmod(0o644)
+    proxy = start({hosts: "/etc/hosts"}, TORCHSERVE_HOST="served")
+    check_error(proxy.post(), 503, "ServerUnavailable", "5")  # started before it
+
+    hosts.write_text("127.0.0.1 served\n")
+    eventually(lambda: proxy.post().status_code == 200)
+
+    upstream.release.clear()
+    finished = []
+    in_flight = threading.Thread(target=lambda: finished.append(proxy.post()))
+    in_flight.start()
+    upstream.received.clear()
+    eventually(lambda: upstream.received)
+    with Upstream("127.0.0.2", upstream.port).serving() as moved:
+        moved.body = b"moved"
+        hosts.write_text("127.0.0.2 served\n")
+        eventually(lambda: "127.0.0.2" in docker("exec", proxy.container, "cat", "/tmp/nginx/inference.servers").stdout)
+        eventually(lambda: answer_in_time(proxy) == b"moved")
+        upstream.release.set()
+        in_flight.join()
+        assert finished[0].content == b'{"ok": true}'  # what was in flight was not cut off
+
+        hosts.write_text("127.0.0.1 localhost\n")  # gone: the last address stays
+        time.sleep(3)
+        assert proxy.post().content == b"moved"
+
+
+def test_a_graceful_end_finishes_what_is_in_flight(start, upstream):
+    proxy = start()
+    upstream.release.clear()
+    finished = []
+    in_flight = threading.Thread(target=lambda: finished.append(proxy.post()))
+    in_flight.start()
+    eventually(lambda: upstream.received)
+    docker("kill", "--signal=QUIT", proxy.container)
+    time.sleep(0.5)
+    with pytest.raises(requests.ConnectionError):
+        proxy.post()
+    upstream.release.set()
+    in_flight.join()
+    assert finished[0].status_code == 200
+    assert docker("wait", proxy.container).stdout.strip() == "0"

@@ -1,0 +1,165 @@
+"""What the proxy passes on, what it refuses, and what /ping says."""
+
+import json
+
+import pytest
+
+from tests.docker.proxy import PREDICT, check_error, http
+from tests.support import free_ports
+
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+
+
+# -- what gets through ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("path", ["/predictions/mnist", "/predictions/mnist/1.0", "/explanations/my-model_2/v1.2"])
+def test_predictions_and_explanations_reach_torchserve(proxy, upstream, method, path):
+    upstream.headers = {"Content-Type": "application/json"}
+    answer = http.request(method, proxy.url + path, data=b"\x00input", timeout=10)
+    assert (answer.status_code, answer.content) == (200, b'{"ok": true}')
+    assert answer.headers["Content-Type"] == "application/json"
+    [received] = upstream.received
+    assert (received.method, received.path, received.body) == (method, path, b"\x00input")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/predictions/mnist?customized=true",
+        "/predictions/mnist#fragment",
+        "//predictions//mnist",
+        "/models/../predictions/mnist",
+        "/models/%2e%2e/predictions/mnist",
+        "/models%2f..%2fpredictions%2fmnist",
+        "/%70redictions/mnist",
+        "/predictions/./mnist",
+        "http://elsewhere:8081/predictions/mnist",
+    ],
+)
+def test_the_path_that_was_checked_is_the_one_passed_on(proxy, upstream, target):
+    status, _, _ = proxy.raw(f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\na")
+    assert status == 200
+    assert [received.path for received in upstream.received] == ["/predictions/mnist"]
+
+
+TRICKS = [
+    "/",
+    "/models",
+    "//models",
+    "/models/mnist",
+    "/predictions",
+    "/predictions/",
+    "/predictions/mnist/",
+    "/predictions/mnist/1.0/2.0",
+    "/predictions/../models",
+    "/predictions/%2e%2e/models",
+    "/predictions/..%2fmodels",
+    "/predictions%2f..%2fmodels",
+    "/predictions/mnist%2f..%2f..%2fmodels",
+    "/predictions/..;/models",
+    "/predictions/..%5cmodels",
+    "/predictions/mnist%3fa",
+    "/predictions/mnist%20HTTP/1.1",
+    "/predictions/mnist%0d%0aX:1",
+    "/predictions/a%252f..%252fmodels",
+    "/predictions\\..\\models",
+    "/PREDICTIONS/mnist",
+    "/v1/models/mnist:predict",
+    "/v2/models/mnist/infer",
+    "/invocations",
+    "/models/mnist/invoke",
+    "/wf-predict/mnist",
+    "/workflows",
+    "/api-description",
+    "/metrics",
+    "/ready",
+    "/ping/",
+    "/error",
+    "/dropped",
+    "/nginx_status",
+    "/../models",
+    "/predictions/mnist%00",
+    "models",
+    "*",
+    "http://torchserve:8081/models",
+    "http://127.0.0.1:8081/models?url=x",
+    "http://predictions/models",
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
+@pytest.mark.parametrize("target", TRICKS)
+def test_nothing_else_is_published(proxy, upstream, supervisor, method, target):
+    status, headers, body = proxy.raw(f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+    assert status in (400, 404)
+    assert json.loads(body)["code"] == status
+    assert headers["Content-Type"] == "application/json"
+    assert upstream.received == supervisor.received == []
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        "CONNECT torchserve:8081 HTTP/1.1\r\nHost: torchserve:8081\r\n\r\n",
+        "CONNECT /predictions/mnist HTTP/1.1\r\nHost: x\r\n\r\n",
+        "TRACE /predictions/mnist HTTP/1.1\r\nHost: x\r\n\r\n",
+        "GET /predictions/mnist HTTP/3.0\r\nHost: x\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a b\r\n\r\n",
+        "GET / HTTP/1.1\r\n\r\n",
+        "nonsense\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        f"GET /{'a' * 9000} HTTP/1.1\r\nHost: x\r\n\r\n",
+        f"GET /ping HTTP/1.1\r\nHost: x\r\nX-Long: {'a' * 9000}\r\n\r\n",
+        # two lengths of one body: what request smuggling lives on
+        "POST /predictions/mnist HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+        "POST /predictions/mnist HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        "POST /predictions/mnist HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: unheard-of\r\n\r\n",
+    ],
+)
+def test_what_is_no_request_is_refused(proxy, upstream, supervisor, request_):
+    status, headers, body = proxy.raw(request_)
+    assert status in (400, 405, 414, 501, 505)
+    assert json.loads(body)["code"] == status
+    assert headers.get_all("X-Request-Id")
+    assert upstream.received == supervisor.received == []
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "PATCH", "OPTIONS", "PROPFIND"])
+def test_predictions_take_post_and_put(proxy, upstream, method):
+    answer = http.request(method, proxy.url + PREDICT, timeout=10)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST, PUT")
+    if method != "HEAD":
+        check_error(answer, 405, "MethodNotAllowed")
+    assert upstream.received == []
+
+
+# -- readiness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_ping_is_what_the_supervisor_says(proxy, upstream, supervisor, method):
+    supervisor.body = b'{"status": "Ready"}'
+    answer = http.request(method, f"{proxy.url}/ping?x=1", data=b"a body", timeout=10)
+    assert (answer.status_code, answer.text) == (200, '{"status": "Ready"}' if method == "GET" else "")
+    assert [(received.method, received.body) for received in supervisor.received] == [("GET", b"")]
+    assert supervisor.received[0].path.startswith("/ready")
+    assert upstream.received == []
+
+    supervisor.status, supervisor.body, supervisor.headers = 503, b'{"status": "Draining"}', {"Retry-After": "77"}
+    answer = http.request(method, f"{proxy.url}/ping", timeout=10)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert answer.text == ('{"status": "Draining"}' if method == "GET" else "")
+
+
+def test_ping_takes_no_other_method(proxy, supervisor):
+    answer = proxy.post("/ping")
+    check_error(answer, 405, "MethodNotAllowed")
+    assert answer.headers["Allow"] == "GET, HEAD"
+    assert supervisor.received == []
+
+
+def test_ping_without_a_supervisor(start):
+    proxy = start(SUPERVISOR_PORT=str(free_ports(1)[0]))
+    check_error(http.get(f"{proxy.url}/ping", timeout=10), 503, "ServerUnavailable", "5")
