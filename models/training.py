@@ -114,8 +114,8 @@ def figures(classes: int) -> MetricCollection:
     )
 
 
-def arguments(description: str, recipe: Recipe) -> argparse.Namespace:
-    """The options that every train.py has."""
+def arguments(description: str, recipe: Recipe, resumable: bool = False) -> argparse.Namespace:
+    """The options that every train.py has; `--resume` where it knows how to."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--data-dir",
@@ -129,6 +129,8 @@ def arguments(description: str, recipe: Recipe) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for weights and metrics; the model's own by default"
     )
+    if resumable:
+        parser.add_argument("--resume", action="store_true", help="go on from the weights that are there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lightning.seed_everything(options.seed, verbose=False)
