@@ -3,8 +3,7 @@
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
 # MODELS (which to archive and serve), MODEL (which to train), ARGS (of train.py), DATA_DIR (where data sets are, or are
 # put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run), COMPOSE (`docker compose`
-# or docker-compose), PROJECT (its name), SERVICES (which of it),
-# GPU=1 (with GPUs).
+# or docker-compose); of the Docker stack PROJECT (its name), SERVICES (which), GPU=1, ADMIN=1 (Grafana's administrator).
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -12,6 +11,7 @@ MODELS ?=
 DATA_DIR ?= data
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 GPU ?=
+ADMIN ?=
 PROJECT ?= torchserve-bundle
 SERVICES ?=
 
@@ -20,7 +20,8 @@ BUNDLE := $(BIN)/python -m bundle
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # quiet where output goes to a log: pip's progress bars are for people
 QUIET := $(if $(CI),--quiet)
-STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml)
+STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml) \
+  $(if $(ADMIN),-f docker/compose.admin.yaml)
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down test test-docker lint \
