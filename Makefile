@@ -63,7 +63,7 @@ up:  ## start the Docker stack: TorchServe behind a proxy, Prometheus, Grafana; 
 	@docker/wait.sh $(STACK)
 
 down:  ## stop the Docker stack, TorchServe after the requests in flight; volumes stay
-	$(STACK) down
+	$(STACK) --profile loadtest down --remove-orphans
 
 made:
 	@test -e .venv/serve.done || { echo "error: nothing is set up here yet: make serve" >&2; exit 1; }

@@ -146,8 +146,8 @@ def run(
         float, typer.Option(envvar="BUNDLE_PATIENCE_SECONDS", help="Seconds that a model may lack workers.")
     ] = 120,
     drain: Annotated[
-        float, typer.Option(envvar="BUNDLE_DRAIN_SECONDS", help="Seconds to wait for queued requests at the end.")
-    ] = 60,
+        float, typer.Option(envvar="BUNDLE_DRAIN_SECONDS", help="Seconds to wait for requests in flight at the end.")
+    ] = 90,
 ) -> None:
     """Run TorchServe in the foreground, with the archives that there are. SIGTERM drains it; it ends with status 1 when
     TorchServe dies or a model's workers do not come back, for a container's restart policy to see."""

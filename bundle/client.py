@@ -10,10 +10,9 @@ import requests
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 
+DESCRIPTION_SECONDS = 10  # a server that takes longer to say what it has is not well
 SECONDS = 30  # for one answer; no request of the bundle's own takes longer
-MANAGEMENT_SECONDS = (
-    150  # unpacking a large archive, or ending workers, takes its time: unregister_model_timeout is 120
-)
+MANAGEMENT_SECONDS = 150  # ending workers takes its time: unregister_model_timeout is 120
 session = requests.Session()
 session.trust_env = False  # a proxy for the internet knows nothing of this machine's loopback
 
@@ -50,7 +49,7 @@ class Client:
         return next(iter(self._described("/".join(filter(None, (model, version))))), None)
 
     def _described(self, path: str) -> list[dict]:
-        answer = session.get(f"{self.management}/models/{path}", timeout=SECONDS)
+        answer = session.get(f"{self.management}/models/{path}", timeout=DESCRIPTION_SECONDS)
         if answer.status_code == 404:
             return []
         answer.raise_for_status()
@@ -62,7 +61,10 @@ class Client:
         return WorkerCount(0, 1) if described is None else count_ready(described)
 
     def register(self, url: str, model: str) -> None:
-        """Registers an archive of the store as a version of `model`; its workers start in the background."""
+        """Registers an archive of the store as a version of `model`.
+
+        Returns after the workers that its model-config.yaml asks for have started.
+        """
         self._manage("POST", "", url=url, model_name=model)
 
     def scale(self, model: str, version: str, minimum: int, maximum: int) -> None:

@@ -3,11 +3,12 @@
 import time
 
 import psutil
+import requests
 
 from bundle.client import Client
 from bundle.errors import BundleError
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5  # on a GPU, each description runs nvidia-smi
 
 
 def wait_until_idle(client: Client, versions: list[tuple[str, str]], ports: set[int], seconds: float) -> None:
@@ -20,30 +21,33 @@ def wait_until_idle(client: Client, versions: list[tuple[str, str]], ports: set[
     Args:
         versions: name and version of each.
         ports: where clients connect: inference over HTTP and gRPC.
-        seconds: to wait at most for the queues to empty.
+        seconds: to wait at most.
 
     Raises:
-        BundleError: requests keep coming.
+        BundleError: the time is over, and requests may be in flight.
     """
     deadline = time.monotonic() + seconds
-    emptied = None
-    longest = 0
-    while True:
-        described = [found for name, version in versions if (found := client.describe(name, version))]
+    emptied = None  # since when the queues are empty
+    longest = 0  # responseTimeout, s
+    waiting = "an unknown number of"
+    while time.monotonic() < deadline:
+        try:
+            described = [found for name, version in versions if (found := client.describe(name, version))]
+        except requests.RequestException:
+            time.sleep(POLL_SECONDS)  # a busy server may miss a poll
+            continue
         longest = max([longest, *(version["responseTimeout"] for version in described)])
         waiting = sum(version["jobQueueStatus"]["pendingRequests"] for version in described)
-        now = time.monotonic()
         if waiting:
             emptied = None
-            if now > deadline:
-                raise BundleError(f"After {seconds:.0f} s there are still {waiting} requests waiting.")
         elif not connections(ports):
             return
         else:
-            emptied = emptied or now
-            if now - emptied > longest:
+            emptied = emptied or time.monotonic()
+            if time.monotonic() - emptied > longest:
                 return
         time.sleep(POLL_SECONDS)
+    raise BundleError(f"After {seconds:.0f} s there are still {waiting} requests waiting, or with a worker.")
 
 
 def connections(ports: set[int]) -> int:

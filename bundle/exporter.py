@@ -10,6 +10,7 @@ import psutil
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from bundle.errors import BundleError
 from bundle.observation import History
 
 LABELS = ("model_name", "model_version")
@@ -96,8 +97,17 @@ class Exporter:
         return [b"There are /metrics and /ready.\n"]
 
     def serve(self, host: str, port: int) -> WSGIServer:
-        """Listens in the background."""
-        server = make_server(host, port, self, handler_class=Quiet)
+        """Listens in the background.
+
+        Raises:
+            BundleError: the address cannot be used.
+        """
+        try:
+            server = make_server(host, port, self, handler_class=Quiet)
+        except OSError as exc:
+            raise BundleError(
+                f"The supervisor cannot listen on {host}:{port}: {exc.strerror}. Give it another --address."
+            ) from exc
         threading.Thread(target=server.serve_forever, daemon=True, name="exporter").start()
         return server
 

@@ -43,8 +43,13 @@ class Follower:
             found.append(line.rstrip("\n"))
 
 
-def count_failures(lines: list[str], failures: Counter[tuple[str, str, str]]) -> None:
-    """Adds the inference requests that the access log has as 5xx: {(model, version or "default", status): count}."""
+def count_failures(lines: list[str], models: set[str], failures: Counter[tuple[str, str, str]]) -> None:
+    """Adds the inference requests that the access log has as 5xx: {(model, version or "default", status): count}.
+
+    Args:
+        models: what is registered; other names, which anybody may make up, are counted as "unknown".
+    """
     for line in lines:
         if match := FAILED.search(line):
-            failures[match[1], match[2] or "default", match[3]] += 1
+            known = match[1] in models
+            failures[match[1] if known else "unknown", known and match[2] or "default", match[3]] += 1

@@ -31,10 +31,6 @@ class Version:
     def key(self) -> Key:
         return self.registered.name, self.registered.version
 
-    @property
-    def at_strength(self) -> bool:
-        return self.ready >= self.registered.minimum
-
 
 def observe(client: Client) -> list[Version]:
     """Raises:
@@ -70,23 +66,24 @@ class History:
 
     Attributes:
         latest: the last one.
-        established: versions that were once at strength. One that never was is a failed registration, which is its
-            registrar's to see; it makes nothing else unready.
-        weak_since: established versions that are not at strength, and since when (s, monotonic).
+        strength: of each version that ever had all its workers, how many it had to have when it last had them. More
+            that are asked for since are being started, and are not missed. A version without an entry is a failed
+            registration, which is its registrar's to see; it makes nothing else unready.
+        weak_since: versions that have fewer READY workers than they had, and since when (s, monotonic).
         restarts: of each version, how often a worker came back as another process.
     """
 
     latest: list[Version] = field(default_factory=list)
-    established: set[Key] = field(default_factory=set)
+    strength: dict[Key, int] = field(default_factory=dict)
     weak_since: dict[Key, float] = field(default_factory=dict)
     restarts: Counter[Key] = field(default_factory=Counter)
     _pids: dict[tuple[Key, str], int] = field(default_factory=dict)
 
     def add(self, versions: list[Version], now: float) -> None:
         self.latest = versions
-        self.established &= {version.key for version in versions}
-        self.established |= {version.key for version in versions if version.at_strength}
-        weak = [version.key for version in versions if version.key in self.established and not version.at_strength]
+        full = {v.key: v.registered.minimum for v in versions if v.ready >= v.registered.minimum}
+        self.strength = {v.key: self.strength[v.key] for v in versions if v.key in self.strength} | full
+        weak = [v.key for v in versions if v.ready < min(v.registered.minimum, self.strength.get(v.key, 0))]
         self.weak_since = {key: self.weak_since.get(key, now) for key in weak}
         for version in versions:
             self.restarts[version.key] += self._restarted(version)
@@ -100,6 +97,14 @@ class History:
                 self._pids[version.key, worker] = pid
         return count
 
-    def state(self, offered: dict[str, str]) -> State:
-        """What is worth restoring: what has been at strength."""
-        return State([v.registered for v in self.latest if v.key in self.established], offered)
+    def state(self, offered: dict[str, str], earlier: State | None) -> State:
+        """What is worth restoring: what has had its workers now, or in an earlier run, or is there anyway.
+
+        Args:
+            offered: the version that each NAME.mar of the store has.
+            earlier: what was restored.
+        """
+        known = {*self.strength, *offered.items(), *(version.key for version in (earlier or State()).registered)}
+        there = {version.key for version in self.latest}
+        removed = {name: version for name, version in offered.items() if (name, version) not in there}
+        return State([version.registered for version in self.latest if version.key in known], removed)

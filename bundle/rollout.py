@@ -50,7 +50,7 @@ def roll_out(
             f"Version {version} of {name} is served already. Give the new one a higher number: "
             f"`version` in models/{name}/model-config.yaml."
         )
-    incoming = server.store / f"{name}-{version}.mar"
+    incoming = server.store / f"rollout-{name}-{version}.mar"
     copy(archive, incoming)
     try:
         report(f"{name} {version}: starts beside {old['modelVersion']}")
@@ -61,8 +61,8 @@ def roll_out(
         client.set_default(name, version)
     except BaseException:
         # Ctrl-C included: the old version is the default still, and stays
-        withdraw(client, name, version)
         incoming.unlink(missing_ok=True)
+        withdraw(client, name, version)
         raise
     incoming.replace(server.store / f"{name}.mar")  # what a restart serves
     report(f"{name} {version}: is the default; {old['modelVersion']} answers what it has")

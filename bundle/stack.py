@@ -15,9 +15,11 @@ def running_stack() -> list[str] | None:
         return None
     try:
         listed = subprocess.run([*command, "ps", "-q", "torchserve"], capture_output=True, text=True)
+        inspect = ["docker", "inspect", "--format", "{{.State.Running}}", listed.stdout.strip() or "none"]
+        running = subprocess.run(inspect, capture_output=True, text=True)
     except OSError:
         return None
-    return command if listed.returncode == 0 and listed.stdout.strip() else None
+    return command if running.stdout.strip() == "true" else None
 
 
 def roll_out(stack: list[str], model: str, archive: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import requests
+
 from bundle.client import Client
 from bundle.errors import BundleError
 from bundle.readiness import scale_version, start_version
@@ -26,33 +28,29 @@ class Registered:
     maximum: int
     default: bool
 
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.version
+
 
 @dataclass(frozen=True)
 class State:
-    """What was registered at some moment.
-
-    Attributes:
-        offered: the version that each NAME.mar of the store had then. What was offered and not registered had been
-            removed by hand; what is offered later is new.
-    """
+    """What was registered at some moment, and which version of a NAME.mar in the store had been unregistered."""
 
     registered: list[Registered] = field(default_factory=list)
-    offered: dict[str, str] = field(default_factory=dict)
+    removed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> "State | None":
-        """None where there is none yet.
-
-        Raises:
-            BundleError: it cannot be read.
-        """
+        """None where there is none yet, or none that can be read: that one is kept aside, as FILE.bad."""
         try:
             values = json.loads(file.read_text())
-            return cls([Registered(**version) for version in values["registered"]], values["offered"])
+            return cls([Registered(**version) for version in values["registered"]], values["removed"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise BundleError(f"{file} cannot be read ({exc}). Remove it to start with what models/ says.") from exc
+        except (ValueError, KeyError, TypeError):
+            file.replace(file.with_suffix(".bad"))
+            return None
 
     def write(self, file: Path) -> None:
         partial = file.with_suffix(".partial")
@@ -60,48 +58,61 @@ class State:
         partial.replace(file)
 
 
-def restore(
-    server: Server,
-    client: Client,
-    state: State,
-    offered: dict[str, str],
-    seconds: float,
-    report: Callable[[str], object],
-) -> None:
+def restore(server: Server, client: Client, state: State, seconds: float, report: Callable[[str], object]) -> None:
     """Brings a server that was just started to the state: versions, numbers of workers, defaults.
 
     What cannot be brought back is reported, and the rest goes on.
 
     Args:
-        offered: the version that each NAME.mar of the store has now.
         seconds: to wait at most for a version to be READY.
     """
-    for wanted in state.registered:
+
+    def attempt(what: str, step: Callable, *arguments: object) -> None:
         try:
-            restore_version(server, client, wanted, seconds)
-        except BundleError as exc:
-            report(f"not restored: {wanted.name} {wanted.version}: {exc}")
-            withdraw_unless_offered(client, wanted, offered)
+            step(*arguments)
+        except (BundleError, requests.RequestException) as exc:
+            report(f"not restored: {what}: {exc}")
+
     for wanted in state.registered:
-        if wanted.default and client.describe(wanted.name, wanted.version) is not None:
-            client.set_default(wanted.name, wanted.version)
-    kept = {(wanted.name, wanted.version) for wanted in state.registered}
-    for name, version in state.offered.items():
-        if (name, version) not in kept and client.describe(name, version) is not None:
-            client.unregister(name, version)
-            report(f"{name} {version} had been unregistered, and is again")
+        attempt(f"{wanted.name} {wanted.version}", restore_version, server, client, wanted, seconds)
+    for wanted in state.registered:
+        if wanted.default:
+            attempt(f"{wanted.name} {wanted.version} as the default", restore_default, client, wanted)
+    for name, version in state.removed.items():
+        replaced = any(wanted.name == name for wanted in state.registered)
+        attempt(f"the absence of {name} {version}", remove_again, client, name, version, replaced)
 
 
 def restore_version(server: Server, client: Client, wanted: Registered, seconds: float) -> None:
     """Raises:
-    BundleError: its archive is gone, or its workers do not come up."""
-    described = client.describe(wanted.name, wanted.version)
+    BundleError: its archive is gone, or its workers do not come up; what was served before still is."""
+    found = client.describe(*wanted.key)
     workers = wanted.minimum, wanted.maximum
-    if described is None:
+    if found is None:
         archive = archive_of(server.store, wanted).name
-        start_version(client, server.logs, archive, wanted.name, wanted.version, workers, seconds)
-    elif (described["minWorkers"], described["maxWorkers"]) != workers:
-        scale_version(client, server.logs, wanted.name, wanted.version, workers, seconds)
+        try:
+            start_version(client, server.logs, archive, *wanted.key, workers, seconds)
+        except BundleError:
+            withdraw(client, *wanted.key)
+            raise
+    elif (found["minWorkers"], found["maxWorkers"]) != workers:
+        try:
+            scale_version(client, server.logs, *wanted.key, workers, seconds)
+        except BundleError:
+            client.scale(*wanted.key, found["minWorkers"], found["maxWorkers"])
+            raise
+
+
+def restore_default(client: Client, wanted: Registered) -> None:
+    if client.describe(*wanted.key) is not None:
+        client.set_default(*wanted.key)
+
+
+def remove_again(client: Client, name: str, version: str, replaced: bool) -> None:
+    """Unregisters what had been unregistered; where other versions had taken its place, only if one of them is back."""
+    there = [described["modelVersion"] for described in client.versions(name)]
+    if version in there and (not replaced or len(there) > 1):
+        client.unregister(name, version)
 
 
 def archive_of(store: Path, wanted: Registered) -> Path:
@@ -111,8 +122,3 @@ def archive_of(store: Path, wanted: Registered) -> Path:
         if file.is_file() and archive_version(file) == wanted.version:
             return file
     raise BundleError(f"no archive in {store} has this version any more")
-
-
-def withdraw_unless_offered(client: Client, wanted: Registered, offered: dict[str, str]) -> None:
-    if offered.get(wanted.name) != wanted.version:
-        withdraw(client, wanted.name, wanted.version)

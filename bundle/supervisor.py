@@ -2,7 +2,6 @@
 
 import hashlib
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -38,9 +37,9 @@ class Options:
         state: the file that keeps what the management API changed; None to forget.
         gate: a folder in which the file `closed` tells a proxy that the server takes nothing.
         start_seconds: to wait at most until every model is READY.
-        patience_seconds: for how long an established model may lack workers. TorchServe itself gives up on a worker
-            after 300 s, and its requests then wait for ever.
-        drain_seconds: to wait at most for the queues to empty before the end.
+        patience_seconds: for how long a model may lack workers that it had, or TorchServe an answer. TorchServe itself
+            gives up on a worker after 300 s, and its requests then wait for ever.
+        drain_seconds: to wait at most for what is in flight before the end.
     """
 
     host: str
@@ -62,7 +61,10 @@ class Supervisor:
         self.followers = [Follower(server.logs / name) for name in LOGS]
         self.observed = 0.0
         self.serving = False
-        self.stopping = threading.Event()
+        self.stopping = False
+        self.ended = threading.Event()
+        self.offered: dict[str, str] = {}
+        self.restored: State | None = None
         self.saved: State | None = None
 
     def run(self, folders: list[ModelFolder], start: Callable[[Server, list[ModelFolder], float], Running]) -> None:
@@ -76,39 +78,45 @@ class Supervisor:
                 container should be started anew.
         """
         self.close_gate()
-        exporter = Exporter(self.history, self.failures, self.unready, self.stopping.is_set)
+        exporter = Exporter(self.history, self.failures, self.unready, lambda: self.stopping)
         endpoint = exporter.serve(self.options.host, self.options.port)
+        relay = threading.Thread(target=self.relay_logs, name="logs")
+        relay.start()
         try:
-            earlier = State.read(self.options.state) if self.options.state else None
+            self.restored = State.read(self.options.state) if self.options.state else None
             running = start(self.server, folders, self.options.start_seconds)
             try:
                 self.offered = offered(self.server.store, folders)
-                if earlier:
-                    seconds = self.options.start_seconds
-                    restore(self.server, running.client(), earlier, self.offered, seconds, self.report)
+                if self.restored:
+                    restore(self.server, running.client(), self.restored, self.options.start_seconds, self.report)
                 for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, lambda *_: self.stopping.set())
+                    signal.signal(number, self.ask_to_stop)
                 self.watch(running)
                 self.drain(running)
             finally:
                 self.close_gate()
                 self.server.stop()
-                self.relay_logs()
         finally:
+            self.ended.set()
+            relay.join()
             endpoint.shutdown()
+
+    def ask_to_stop(self, *_: object) -> None:
+        self.stopping = True  # a plain flag: an Event's lock may be held by what the signal interrupts
 
     def watch(self, running: Running) -> None:
         """Returns when it is time to stop.
 
         Raises:
-            BundleError: the server ended, or an established model lacks workers for too long.
+            BundleError: the server ended, does not answer, or has lacked workers for too long.
         """
+        self.observed = time.monotonic()
         self.look(running)
         self.serving = True
         self.open_gate()
         self.report("serving")
-        while not self.stopping.wait(TICK_SECONDS):
-            self.relay_logs()
+        while not self.stopping:
+            time.sleep(TICK_SECONDS)
             if running.process() is None:
                 raise BundleError("TorchServe ended.", last_words(self.server))
             if time.monotonic() - self.observed > OBSERVE_SECONDS:
@@ -131,22 +139,25 @@ class Supervisor:
     def save(self) -> None:
         if self.options.state is None:
             return
-        state = self.history.state(self.offered)
+        state = self.history.state(self.offered, self.restored)
         if state != self.saved:
-            state.write(self.options.state)
+            try:
+                state.write(self.options.state)
+            except OSError as exc:  # a full disk ends no server
+                self.report(f"the state is not kept: {exc}")
             self.saved = state
 
     def check_strength(self) -> None:
+        patience = self.options.patience_seconds
+        if time.monotonic() - self.observed > patience:
+            raise BundleError(f"The management API has not answered for {patience:.0f} s.", last_words(self.server))
         for (name, version), since in self.history.weak_since.items():
-            if time.monotonic() - since > self.options.patience_seconds:
-                raise BundleError(
-                    f"{name} {version} has lacked workers for {self.options.patience_seconds:.0f} s.",
-                    last_words(self.server),
-                )
+            if time.monotonic() - since > patience:
+                raise BundleError(f"{name} {version} has lacked workers for {patience:.0f} s.", last_words(self.server))
 
     def unready(self) -> str:
         """Why the server should get no requests; "" where it should."""
-        if self.stopping.is_set():
+        if self.stopping:
             return "draining"
         if not self.serving:
             return "starting"
@@ -176,12 +187,17 @@ class Supervisor:
             (self.options.gate / "closed").touch()
 
     def relay_logs(self) -> None:
-        for follower in self.followers:
-            lines = follower.lines()
-            if follower.file.name == "access_log.log":
-                count_failures(lines, self.failures)
-            for line in lines:
-                print(line, file=sys.stdout, flush=True)
+        """Until the run has ended."""
+        last = False
+        while not last:
+            last = self.ended.wait(TICK_SECONDS)
+            for follower in self.followers:
+                lines = follower.lines()
+                if follower.file.name == "access_log.log":
+                    names = {version.registered.name for version in self.history.latest}
+                    count_failures(lines, names, self.failures)
+                for line in lines:
+                    print(line, flush=True)
 
 
 def offered(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
@@ -191,12 +207,20 @@ def offered(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
 
 def seed(source: Path, store: Path, report: Callable[[str], object]) -> None:
     """Copies an image's archives into the store, each once: what was rolled out there since is not undone by a
-    restart, and a new image's archive does replace it."""
+    restart. A new image's archive does replace it, unless it is the older version."""
     for archive in sorted(source.glob("*.mar")):
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         record = store / f".{archive.stem}.seeded"
         if record.is_file() and record.read_text() == digest:
             continue
-        copy(archive, store / archive.name)
+        present = store / archive.name
+        if present.is_file() and number(archive_version(present)) > number(archive_version(archive)):
+            report(f"{archive.name} of this image is older than the store's, and left out")
+            continue
+        copy(archive, present)
         record.write_text(digest)
         report(f"{archive.name} of this image is put into the store")
+
+
+def number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))

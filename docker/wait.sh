@@ -3,13 +3,15 @@
 set -eu
 seconds=${WAIT_SECONDS:-600}
 container=$("$@" ps -q torchserve)
+[ -n "$container" ] || exit 0 # other services were started
+restarts=$(docker inspect --format '{{.RestartCount}}' "$container")
 start=$(date +%s)
 while :; do
   passed=$(($(date +%s) - start))
   state=$(docker inspect --format '{{.State.Health.Status}} {{.RestartCount}}' "$container")
   case $state in
     "healthy "*) break ;;
-    *" 0") ;;
+    *" $restarts") ;;
     *) # its restart policy is at work
       "$@" logs --tail 60 torchserve >&2
       echo "error: TorchServe ended while it started: see above" >&2

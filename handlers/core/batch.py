@@ -124,8 +124,8 @@ class BatchHandler(BaseHandler):
         self.metrics.count_batch(len(data))
         try:
             answers = self.serve(data)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # the device's faults have a status of their own in TorchServe: 507
+        except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
+            raise  # TorchServe has a status for them: 507
         except Exception:
             logger.exception("a bug failed a batch of %s", self.context.model_name)
             answers = self.postprocess([Slot(error=InternalError()) for _ in data], [])
@@ -197,7 +197,7 @@ class BatchHandler(BaseHandler):
 
         Answers leave here as text: TorchServe would indent them, which is longer and takes Python's slow encoder.
         """
-        answers, statuses = [], []
+        answers, statuses, rejections = [], [], []
         remaining = iter(rows)
         for index, slot in enumerate(slots):
             slot_rows = [next(remaining) for _ in slot.samples]
@@ -211,14 +211,14 @@ class BatchHandler(BaseHandler):
             self.context.set_response_content_type(index, "application/json")
             if slot.error is not None:
                 if isinstance(slot.error, RequestError):
-                    self.metrics.count_rejected(type(slot.error).__name__)
+                    rejections.append(type(slot.error).__name__)
                 statuses.append(slot.error.code)
                 self.context.set_response_status(slot.error.code, type(slot.error).__name__, index)
                 answers.append(json.dumps(slot.error.body()))
             else:
                 statuses.append(200)
                 answers.append(json.dumps(slot.answer))
-        self.metrics.count_answers(statuses)
+        self.metrics.count_answers(statuses, rejections)
         return answers
 
     def describe(self) -> dict:

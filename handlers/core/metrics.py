@@ -38,12 +38,12 @@ class HandlerMetrics:
     def count_batch(self, requests: int) -> None:
         self.batch_size.add_or_update(requests, self.identity)
 
-    def count_answers(self, statuses: list[int]) -> None:
+    def count_answers(self, statuses: list[int], rejections: list[str]) -> None:
+        """Counts a batch's HTTP statuses, and the types of error of those that were the request's own fault."""
         for status, requests in Counter(statuses).items():
             self.answered.add_or_update(requests, [*self.identity, str(status)])
-
-    def count_rejected(self, error_type: str) -> None:
-        self.rejected.add_or_update(1, [*self.identity, error_type])
+        for error_type, requests in Counter(rejections).items():
+            self.rejected.add_or_update(requests, [*self.identity, error_type])
 
     def observe(self, stage: str, seconds: float) -> None:
         self.seconds[stage].add_or_update(round(seconds, 6), self.identity)

@@ -84,8 +84,8 @@ def test_a_server_with_a_new_address_is_found(start, upstream, tmp_path):
     upstream.release.clear()
     finished = []
     in_flight = threading.Thread(target=lambda: finished.append(proxy.post()))
-    in_flight.start()
     upstream.received.clear()
+    in_flight.start()
     eventually(lambda: upstream.received)
     with Upstream("127.0.0.2", upstream.port).serving() as moved:
         moved.body = b"moved"

@@ -61,13 +61,14 @@ def test_a_follower_misses_no_line_and_repeats_none(tmp_path_factory: pytest.Tem
         ('/10.0.0.7:39328 "POST /predictions/mnist HTTP/1.1" 503 11', ("mnist", "default", "503")),
         ('/10.0.0.7:39328 "PUT /predictions/mnist/1.0 HTTP/1.1" 500 11', ("mnist", "1.0", "500")),
         ('/10.0.0.7:39328 "POST /explanations/image?x=1 HTTP/1.1" 507 11', ("image", "default", "507")),
+        ('/10.0.0.7:39328 "POST /predictions/made-up/7 HTTP/1.1" 500 11', ("unknown", "default", "500")),
         ('/10.0.0.7:39328 "POST /predictions/mnist HTTP/1.1" 400 11', None),
         ('/10.0.0.7:39328 "GET /models/mnist HTTP/1.1" 500 11', None),
     ],
 )
 def test_failures_are_counted_by_model_and_status(line: str, counted: tuple | None):
     failures = Counter()
-    count_failures([f"2026-11-23T03:19:19,579 - {line}"] * 2, failures)
+    count_failures([f"2026-11-23T03:19:19,579 - {line}"] * 2, {"mnist", "image"}, failures)
     assert failures == ({counted: 2} if counted else {})
 
 
@@ -93,7 +94,28 @@ def test_what_was_never_at_strength_is_neither_weak_nor_kept():
     history = History()
     history.add([version({}, ready=0, name="bad"), version({}, ready=1)], now=0)
     assert history.weak_since == {}
-    assert [kept.name for kept in history.state({}).registered] == ["mnist"]
+    assert [kept.name for kept in history.state({}, None).registered] == ["mnist"]
+
+
+def test_more_workers_are_not_missed_before_they_were_there():
+    """A second worker that is asked for takes no request from the first while it starts."""
+    history = History()
+    for now, (minimum, ready, weak) in enumerate(
+        [(1, 1, False), (2, 1, False), (2, 0, True), (2, 2, False), (2, 1, True)]
+    ):
+        history.add([version({}, ready, minimum=minimum)], now)
+        assert bool(history.weak_since) == weak, now
+    history.add([version({}, 1, minimum=1)], now=9)  # scaled down
+    assert not history.weak_since
+
+
+def test_what_is_weak_is_not_taken_for_removed():
+    history = History()
+    history.add([version({}, ready=0), version({}, ready=0, name="text", number="2.0")], now=0)
+    earlier = State([version({}, 1, name="text", number="2.0").registered])
+    state = history.state({"mnist": "1.0", "image": "1.0"}, earlier)
+    assert [kept.key for kept in state.registered] == [("mnist", "1.0"), ("text", "2.0")]
+    assert state.removed == {"image": "1.0"}
 
 
 def test_a_version_that_is_gone_is_forgotten():
@@ -116,12 +138,13 @@ def test_state_is_read_as_it_was_written(tmp_path: Path):
     assert [f.name for f in tmp_path.iterdir()] == ["state.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"registered": [{"name": "mnist"}], "offered": {}}'])
-def test_a_state_that_cannot_be_read_is_named(tmp_path: Path, text: str):
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"registered": [{"name": "mnist"}], "removed": {}}'])
+def test_a_state_that_cannot_be_read_is_put_aside(tmp_path: Path, text: str):
     file = tmp_path / "state.json"
     file.write_text(text)
-    with pytest.raises(BundleError, match=r"state\.json cannot be read .* Remove it"):
-        State.read(file)
+    assert State.read(file) is None
+    assert (tmp_path / "state.bad").read_text() == text
+    assert State.read(file) is None
 
 
 def test_an_archive_is_found_by_its_version(tmp_path: Path):
