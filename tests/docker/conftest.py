@@ -51,10 +51,18 @@ class Stack:
         assert not check or run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         return run
 
+    @property
+    def project(self) -> str:
+        return self.command[self.command.index("-p") + 1]
+
     def make(self, *arguments: str) -> str:
-        project = f"PROJECT={self.command[self.command.index('-p') + 1]}"
         run = subprocess.run(
-            ["make", *arguments, project], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=1700
+            ["make", *arguments, f"PROJECT={self.project}"],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=1700,
         )
         assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
         return run.stdout

@@ -1,4 +1,7 @@
-"""What users of the stack see: predictions, metrics, and nothing lost when something is killed, rolled or stopped."""
+"""What users of the stack see: predictions, metrics, and nothing lost when something is killed, rolled or stopped.
+
+One stack has it all in this order, as a day has it: what a test changes, the next one finds.
+"""
 
 import subprocess
 import sys
@@ -12,7 +15,7 @@ import requests
 from bundle.catalog import select
 from bundle.client import check_sample
 from tests import queries
-from tests.docker.conftest import ROOT, Stack, docker
+from tests.docker.conftest import ROOT, SERVICES, Stack, docker
 from tests.support import Traffic, reversioned, wait_for
 
 FOLDERS = select(["mnist", "image", "audio", "text"])
@@ -33,6 +36,12 @@ def prometheus(stack: Stack, query: str) -> list[dict]:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_predictions_through_the_proxy(stack: Stack, folder):
     assert check_sample(stack.client, folder) == folder.bundle.expect
+
+
+def test_up_again_changes_nothing(stack: Stack):
+    before = stack.container()
+    assert "every model is READY" in stack.make("up", f"SERVICES={' '.join(SERVICES)}")
+    assert stack.container() == before
 
 
 def test_only_inference_is_published(stack: Stack):
@@ -192,3 +201,19 @@ def test_locust(stack: Stack):
         "--headless", "--users", "4", "--run-time", "10s", "--host", "http://proxy:8080", "--only-summary",
     )  # fmt: skip
     assert "Aggregated" in run.stdout + run.stderr
+
+
+def test_archives_can_be_mounted(stack: Stack):
+    """An image without archives, on those of this checkout."""
+    image = f"{stack.project}-mounted"
+    environment = {"IMAGE": image, "ARCHIVES": "mounted"}
+    Stack(stack.command, stack.environment | environment).compose("build", "torchserve")
+    assert docker("run", "--rm", "--entrypoint", "ls", image, "archives") == ""
+    mounts = [f"--volume={ROOT / name}:/opt/bundle/{name}:ro" for name in ("model_store", "models")]
+    container = docker("run", "--detach", "--read-only", "--tmpfs", "/tmp", *mounts, image, "run", "mnist").strip()
+    try:
+        health = ("inspect", "--format", "{{.State.Health.Status}}", container)
+        wait_for(lambda: docker(*health).strip() == "healthy", 180)
+    finally:
+        docker("rm", "--force", "--volumes", container)
+        docker("rmi", image)
