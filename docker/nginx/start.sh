@@ -99,7 +99,7 @@ certificate() {
 }
 
 # A server that was made anew has another address, and a certificate is renewed every few weeks: nginx reads both again
-# without losing a request. Without an address the last one is kept.
+# and finishes what is in flight; idle connections it closes. Without an address the last one is kept.
 follow() {
   while sleep 2 && kill -0 "$$" 2>/dev/null; do
     found=$(addresses)
