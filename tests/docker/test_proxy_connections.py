@@ -67,7 +67,7 @@ def test_connections_are_kept_and_closed_when_idle(start, upstream):
 
 def answer_in_time(proxy: Proxy) -> bytes | None:
     try:
-        return proxy.post(timeout=0.5).content
+        return proxy.post(timeout=0.5, headers={"Connection": "close"}).content
     except requests.Timeout:
         return None
 
