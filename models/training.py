@@ -14,6 +14,7 @@ from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
@@ -33,6 +34,8 @@ class Recipe:
     weight_decay: float
     label_smoothing: float = 0.0
     warmup: float = 0.2  # share of the steps in which the learning rate rises
+    floor: float = 4e-6  # learning rate at the end, as a share of the highest
+    averaging: float = 0.0  # decay per step of the moving average of the weights that is kept; 0: the last weights are
     optimizer: str = "sgd"  # "sgd" (Nesterov momentum 0.9) or "adamw"
 
 
@@ -98,6 +101,8 @@ class Classifier(lightning.LightningModule):
             total_steps=int(self.trainer.estimated_stepping_batches),
             pct_start=recipe.warmup,
             anneal_strategy="linear",
+            div_factor=25,
+            final_div_factor=1 / (25 * recipe.floor),
             cycle_momentum=False,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -139,8 +144,13 @@ def arguments(description: str, recipe: Recipe, resumable: bool = False) -> argp
 
 def fit(classifier: Classifier, batches: Batches) -> float:
     """Trains, on a GPU where there is one, and returns the seconds it took."""
+    recipe = classifier.recipe
     trainer = lightning.Trainer(
-        max_epochs=classifier.recipe.epochs, logger=False, enable_checkpointing=False, enable_model_summary=False
+        max_epochs=recipe.epochs,
+        callbacks=[EMAWeightAveraging(decay=recipe.averaging)] if recipe.averaging else [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
     )
     start = time.monotonic()
     trainer.fit(classifier, batches)
