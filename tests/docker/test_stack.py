@@ -97,6 +97,11 @@ def test_a_killed_worker_costs_only_what_it_had(stack: Stack):
     assert {worker["pid"] for worker in stack.client.describe("mnist")["workers"]} != before
 
 
+def test_the_native_transport_is_used(stack: Stack):
+    log = stack.execute("grep", "-h", "Inference server with", "/tmp/run/logs/ts_log.log")
+    assert "EpollServerSocketChannel" in log
+
+
 def test_every_metric_that_a_panel_or_a_rule_names_has_samples(stack: Stack):
     """After traffic of every kind: right, wrong, and failed when a worker was killed, by the test before."""
     with traffic(stack, clients=2) as load:
