@@ -97,9 +97,14 @@ class Client:
             )
 
     def predict(self, model: str, content: bytes, version: str | None = None) -> requests.Response:
-        """One prediction, the input as raw body; a connection left open would look like a client to `drain`."""
+        """One prediction, the input as raw body, over a connection of its own: one left open, as TorchServe leaves it
+        even when asked to close it, looks like a client to `drain`."""
         url = f"{self.inference}/predictions/{'/'.join(filter(None, (model, version)))}"
-        return session.post(url, data=content, headers={"Connection": "close"}, timeout=SECONDS)
+        with requests.Session() as once:
+            once.trust_env = False
+            answer = once.post(url, data=content, timeout=SECONDS)
+            answer.raw.close()  # or the session's end would not close it
+        return answer
 
 
 def count_ready(described: dict) -> WorkerCount:

@@ -128,7 +128,8 @@ class BatchHandler(BaseHandler):
             raise  # TorchServe has a status for them: 507
         except Exception:
             logger.exception("a bug failed a batch of %s", self.context.model_name)
-            answers = self.postprocess([Slot(error=InternalError()) for _ in data], [])
+            error = InternalError("The handler failed on this batch of requests. The server's log has the traceback.")
+            answers = self.postprocess([Slot(error=error) for _ in data], [])
         if arrival is not None:
             self.metrics.observe("request", time.time() - arrival)
         return answers

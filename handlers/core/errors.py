@@ -1,28 +1,30 @@
 """Every fault that a handler answers for one request of a batch, drawn once.
 
-ServingError
-├── RequestError            4xx: the request's own fault
-│   ├── MalformedRequest        how the input is wrapped: JSON, fields, base64, options
-│   │   ├── EmptyInput
-│   │   ├── InvalidJSON
-│   │   ├── InvalidBase64
-│   │   ├── InvalidOption
-│   │   ├── MissingField
-│   │   ├── UnknownField
-│   │   ├── UnsupportedInput
-│   │   └── UnsupportedOperation
-│   ├── UndecodableInput        what is in it
-│   │   ├── UndecodableImage
-│   │   ├── UndecodableAudio
-│   │   ├── UndecodableText
-│   │   └── BlankImage
-│   └── InputTooLarge           413
-│       ├── ImageTooLarge
-│       ├── AudioTooLong
-│       ├── TextTooLong
-│       └── TooManyInstances
-├── NonFiniteOutput         500: the model answered NaN or infinity
-└── InternalError           500: anything else that was raised is a bug
+    ServingError
+    ├── RequestError            4xx: the request's own fault
+    │   ├── MalformedRequest        how the input is wrapped: JSON, fields, base64, options
+    │   │   ├── EmptyInput
+    │   │   ├── InvalidJSON
+    │   │   ├── InvalidBase64
+    │   │   ├── InvalidOption
+    │   │   ├── MissingField
+    │   │   ├── UnknownField
+    │   │   ├── UnsupportedInput
+    │   │   └── UnsupportedOperation
+    │   ├── UndecodableInput        what is in it
+    │   │   ├── UndecodableImage
+    │   │   ├── UndecodableAudio
+    │   │   ├── UndecodableText
+    │   │   └── BlankImage
+    │   └── InputTooLarge           413
+    │       ├── ImageTooLarge
+    │       ├── AudioTooLong
+    │       ├── TextTooLong
+    │       └── TooManyInstances
+    ├── NonFiniteOutput         500: the model answered NaN or infinity
+    └── InternalError           500: anything else that was raised is a bug
+
+A request error's message is for its client; InternalError's own text stays in the log.
 """
 
 
@@ -125,9 +127,6 @@ class NonFiniteOutput(ServingError):
 
 
 class InternalError(ServingError):
-    """A bug, told without its text, which may quote the input."""
+    """A bug. Its own text, which may quote the input, is not the message."""
 
     code = 500
-
-    def __init__(self):
-        super().__init__("The handler failed on this batch of requests. The server's log has the traceback.")

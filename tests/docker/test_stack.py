@@ -208,6 +208,27 @@ def test_locust(stack: Stack):
     assert "Aggregated" in run.stdout + run.stderr
 
 
+def test_locust_with_workers(stack: Stack):
+    """As people use it: the master's web interface, and workers that make the load."""
+    services = ("locust", "locust-worker")
+    stack.compose("--profile", "loadtest", "up", "--detach", "--scale", "locust-worker=2", *services)
+    url = stack.url("LOCUST_PORT")
+
+    def figures() -> dict:
+        try:
+            return requests.get(f"{url}/stats/requests", timeout=10).json()
+        except requests.RequestException:
+            return {}
+
+    wait_for(lambda: len(figures().get("workers", ())) == 2)
+    load = {"user_count": 4, "spawn_rate": 4, "host": "http://proxy:8080"}
+    assert requests.post(f"{url}/swarm", data=load, timeout=10).json()["success"]
+    wait_for(lambda: figures()["stats"][-1]["num_requests"] > 50)
+    total = figures()["stats"][-1]
+    assert (total["name"], total["num_failures"]) == ("Aggregated", 0)
+    stack.compose("--profile", "loadtest", "rm", "--stop", "--force", *services)
+
+
 def test_archives_can_be_mounted(stack: Stack):
     """An image without archives, on those of this checkout."""
     image = f"{stack.project}-mounted"

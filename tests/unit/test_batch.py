@@ -209,8 +209,9 @@ def test_metrics(worker: DryRun, caplog: pytest.LogCaptureFixture):
         [line] = [line for line in lines if f"bundle_{stage}_seconds.Seconds:" in line]
         assert 0 <= float(line.split(":")[1].split("|")[0]) < 60
         assert f"{of_the_model}|#type:HISTOGRAM" in line
-    rejected = [line for line in lines if "bundle_rejected_requests_total.Count:1" in line]
-    assert [line.split("ErrorType:")[1].split("|")[0] for line in rejected] == ["EmptyInput"] * 2 + ["UndecodableInput"]
+    rejected = [line.split("bundle_rejected_requests_total.Count:")[1] for line in lines if "rejected" in line]
+    counted = [(line[0], line.split("ErrorType:")[1].split("|")[0]) for line in rejected]
+    assert counted == [("2", "EmptyInput"), ("1", "UndecodableInput")]
 
     statuses = [line.split("bundle_requests_total.Count:")[1] for line in lines if "bundle_requests_total" in line]
     assert [(line[0], line.split("Status:")[1].split("|")[0]) for line in statuses] == [("1", "200"), ("3", "400")]
@@ -226,7 +227,7 @@ def test_waiting_is_counted_from_the_proxys_stamp(worker: DryRun, caplog: pytest
         worker.predict([row(0)] * len(headers), headers)
     for stage in ("queue", "request"):
         [line] = [m for r in caplog.records if f"bundle_{stage}_seconds.Seconds:" in (m := r.getMessage())]
-        assert 5 <= float(line.split("Seconds:")[1].split("|")[0]) < 60
+        assert 4.99 <= float(line.split("Seconds:")[1].split("|")[0]) < 60
 
 
 def test_nothing_to_run_takes_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture):

@@ -41,7 +41,7 @@ def test_a_follower_misses_no_line_and_repeats_none(tmp_path_factory: pytest.Tem
     for number, text in enumerate(writes):
         if text == "READ":
             read += follower.lines()
-            rotated = False
+            rotated = rotated and not file.exists()
         elif text == "ROTATE":
             if not rotated and file.exists() and written.endswith("\n") and follower.stream:
                 file.rename(folder / f"access.{number}.log")
