@@ -82,6 +82,16 @@ def test_the_rules_pass_promtool(stack: Stack):
         docker(*promtool, *check)
 
 
+def test_scaling_down_ends_the_workers(stack: Stack):
+    """Their processes, too: TorchServe asks a program for that, which an image may lack."""
+    count = "grep -l model_service_worker /proc/[0-9]*/cmdline | wc -l"
+    before = stack.execute("sh", "-c", count)
+    stack.client.scale("text", "1.0", 3, 3)
+    wait_for(lambda: stack.client.workers("text").ready == 3, 120)
+    stack.client.scale("text", "1.0", 1, 2)
+    wait_for(lambda: stack.execute("sh", "-c", count) == before)
+
+
 def test_a_killed_worker_costs_only_what_it_had(stack: Stack):
     stack.client.scale("mnist", "1.0", 2, 2)
     wait_for(lambda: stack.client.workers("mnist").ready == 2, 120)
