@@ -1,7 +1,6 @@
 """TorchServe's HTTP APIs, as far as the commands need them."""
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,15 +75,6 @@ class Client:
 
     def unregister(self, model: str, version: str) -> None:
         """Ends a version's workers and forgets it."""
-        for _ in range(2):
-            try:
-                self._manage("DELETE", f"/{model}/{version}")
-                return
-            except BundleError:
-                # 0.12.0 may answer "Interrupted while cleaning resources", with the workers gone and the version not
-                time.sleep(1)
-                if self.describe(model, version) is None:
-                    return
         self._manage("DELETE", f"/{model}/{version}")
 
     def _manage(self, method: str, path: str, **params: str | int) -> None:

@@ -175,7 +175,7 @@ class Supervisor:
             ports = self.server.settings.inference_ports()
             wait_until_idle(running.client(), keys, ports, self.options.drain_seconds)
             self.report("drained")
-        except (BundleError, requests.RequestException) as exc:
+        except BundleError as exc:
             self.report(f"not drained: {exc}")
 
     def open_gate(self) -> None:

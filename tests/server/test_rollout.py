@@ -49,6 +49,19 @@ def test_no_request_fails(rolling: Place, store: Path, tmp_path: Path):
     assert not list(store.glob("*1.1*"))
 
 
+def test_make_rollout_builds_the_folder(place: Place, store: Path, tmp_path: Path):
+    """And the next `make serve` finds nothing to do."""
+    place.environment["TS_MODEL_STORE"] = str(store)
+    reversioned(store / "mnist.mar", "0.9", tmp_path / "old.mar").replace(store / "mnist.mar")
+    assert place.bundle("serve", "mnist").returncode == 0
+    assert versions(place) == ["0.9"]
+    command = ["make", "rollout", "MODEL=mnist"]
+    rolled = subprocess.run(command, cwd=ROOT, env=place.environment, capture_output=True, text=True, timeout=300)
+    assert rolled.returncode == 0, rolled.stdout + rolled.stderr
+    assert versions(place) == ["1.0"]
+    assert "nothing has changed" in place.bundle("serve", "mnist").stdout
+
+
 def test_the_same_version_is_refused(rolling: Place, store: Path):
     refused = rolling.bundle("rollout", "mnist", "--archive", str(store / "mnist.mar"))
     assert refused.returncode == 1
