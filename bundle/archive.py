@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,14 +16,33 @@ import yaml
 from bundle.catalog import CONFIG_NAME, HANDLERS, LABELS_NAME, MODEL_STORE, MODELS, ROOT, ModelFolder
 from bundle.errors import BundleError
 from bundle.export import export, handler_settings, labels
+from bundle.precision import settle
 
+BUILDERS = ("archive.py", "catalog.py", "export.py", "precision.py", "quantize.py", "torchvision_source.py")
 REQUIREMENTS = HANDLERS / "requirements.txt"
 
 
 @dataclass(frozen=True)
 class Archive:
+    """A built archive.
+
+    Attributes:
+        notes: what building it showed, a line each.
+    """
+
     path: Path
     rebuilt: bool
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What an archive is made of, laid out as a worker will see it: a TorchScript file, a model-config.yaml, and a
+    folder of everything else."""
+
+    module: Path
+    config: Path
+    extra: Path
 
 
 def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False) -> Archive:
@@ -39,25 +58,30 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
         return Archive(target, rebuilt=False)
     store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"archive-{folder.name}-") as temporary:
-        stage = Path(temporary) / "stage"
-        built = pack(folder, gather(folder, stage), Path(temporary))
+        stage = gather(folder, Path(temporary) / "stage")
+        built = pack(folder, stage, Path(temporary))
+        notes = []
+        if folder.bundle.examples:
+            notes = settle(folder, built, stage.module, stage.extra, stage.config)
+            built = pack(folder, stage, Path(temporary))
         # a reader of the store never sees half an archive
         partial = store / f".{folder.name}.mar"
         shutil.move(built, partial)
         partial.replace(target)
     record.write_text(wanted)
-    return Archive(target, rebuilt=True)
+    return Archive(target, True, notes)
 
 
-def gather(folder: ModelFolder, stage: Path) -> Path:
-    """Puts everything that the archive carries into `stage`, laid out as a worker will see it."""
-    export(folder, stage / "model.pt")
-    shutil.copytree(HANDLERS / "core", stage / "handlers" / "core", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(HANDLERS / "__init__.py", stage / "handlers")
-    stage_config(folder, stage / CONFIG_NAME)
+def gather(folder: ModelFolder, target: Path) -> Stage:
+    """Puts everything that the archive carries into the folder `target`."""
+    stage = Stage(target / "model.pt", target / CONFIG_NAME, target / "extra")
+    export(folder, stage.module)
+    shutil.copytree(HANDLERS / "core", stage.extra / "handlers" / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(HANDLERS / "__init__.py", stage.extra / "handlers")
+    stage_config(folder, stage.config)
     for file in folder.extra_files:
-        shutil.copy(file, stage)
-    (stage / LABELS_NAME).write_text(json.dumps(dict(enumerate(labels(folder))), indent=1, ensure_ascii=False))
+        shutil.copy(file, stage.extra)
+    (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(labels(folder))), indent=1, ensure_ascii=False))
     return stage
 
 
@@ -69,20 +93,18 @@ def stage_config(folder: ModelFolder, target: Path) -> None:
         shutil.copy(folder.path / CONFIG_NAME, target)
 
 
-def pack(folder: ModelFolder, stage: Path, temporary: Path) -> Path:
+def pack(folder: ModelFolder, stage: Stage, temporary: Path) -> Path:
     """Runs torch-model-archiver over `stage`, and returns the archive."""
     handler = shutil.copy(folder.handler_file, temporary)
-    serialized = shutil.move(stage / "model.pt", temporary / "model.pt")
-    config = shutil.move(stage / CONFIG_NAME, temporary / CONFIG_NAME)
     requirements = shutil.copy(REQUIREMENTS, temporary / "requirements.txt")
     command = [sys.executable, "-m", "model_archiver.model_packaging", "--force"]
     options = {
         "--model-name": folder.name,
         "--version": folder.bundle.version,
-        "--serialized-file": serialized,
+        "--serialized-file": stage.module,
         "--handler": handler,
-        "--extra-files": stage,
-        "--config-file": config,
+        "--extra-files": stage.extra,
+        "--config-file": stage.config,
         "--requirements-file": requirements,
         "--export-path": temporary,
     }
@@ -90,7 +112,7 @@ def pack(folder: ModelFolder, stage: Path, temporary: Path) -> Path:
         command += [option, str(value)]
     # the archiver gathers in a folder of TMPDIR named after the model: a TMPDIR of its own, or two builds would mix
     scratch = temporary / "scratch"
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(scratch)})
     built = temporary / f"{folder.name}.mar"
     if run.returncode or not built.is_file():
@@ -103,7 +125,7 @@ def fingerprint(folder: ModelFolder) -> str:
     not_archived = {"train.py", "metrics.json", "make_sample.py", "README.md", folder.bundle.sample}
     inputs = [folder.handler_file, REQUIREMENTS, HANDLERS / "__init__.py", *(HANDLERS / "core").glob("*.py")]
     inputs += [file for file in folder.path.rglob("*") if file.is_file() and file.name not in not_archived]
-    inputs += [ROOT / "bundle" / name for name in ("archive.py", "catalog.py", "export.py", "torchvision_source.py")]
+    inputs += [ROOT / "bundle" / name for name in BUILDERS]
     inputs.append(MODELS / "weights.py")
     digest = hashlib.sha256()
     for file in sorted(file for file in inputs if "__pycache__" not in file.parts):

@@ -56,9 +56,18 @@ class BundleSection(Section):
     sample: str | None = None  # file in the folder that `make serve` sends to the model
     expect: str | None = None  # the label (for MNIST the class) that must come first in its answer
     files: list[str] = []  # what else the handler needs from the folder
+    examples: str | None = None  # folder of real inputs, as clients send them: reduced precisions are compared on them
+    agreement: Annotated[float, Field(gt=0, le=1)] = 0.995  # share of the examples that must keep their first class
+    int8: bool = False  # make an int8 module, too, calibrated on half of the examples
     served: Literal["always", "on request"] = "always"
     torchvision: TorchvisionSource | None = None
     serialized: SerializedSource | None = None
+
+    @model_validator(mode="after")
+    def check_examples(self) -> "BundleSection":
+        if self.int8 and not self.examples:
+            raise ValueError("int8 needs examples: a folder of inputs to calibrate it on")
+        return self
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,12 @@ class ModelFolder:
         if not file.is_file():
             raise BundleError(f"{self.name}: {relative(file)} is missing.")
         return file
+
+    def existing_folder(self, name: str) -> Path:
+        folder = self.path / name
+        if not folder.is_dir():
+            raise BundleError(f"{self.name}: the folder {relative(folder)} is missing.")
+        return folder
 
     def labels(self) -> list[str]:
         """The labels of the folder's index_to_name.json, by class index."""

@@ -63,6 +63,8 @@ def build(folders: list[ModelFolder], store: Path, force: bool = False) -> None:
             built = build_archive(folder, store, force)
             megabytes = built.path.stat().st_size / 1e6
             bars.update(task, completed=1, state=f"{'built' if built.rebuilt else 'up to date'}, {megabytes:.1f} MB")
+            for note in built.notes:
+                bars.console.print(f"  {folder.name}: {note}", markup=False)
 
 
 @app.command(

@@ -27,7 +27,7 @@ class ImageTopKHandler(BatchHandler):
 
     def decode(self, content: Content) -> Tensor:
         """-> uint8 [channels, crop, crop]."""
-        image = flatten(open_image(binary(content), self.settings))
+        image = flatten(open_image(binary(content), self.settings, enough=self.settings.resize))
         width, height = resized(image.size, self.settings.resize)
         if width * height > self.settings.max_pixels:
             raise ImageTooLarge(f"The image is too long: resized, it would have {width} x {height} pixels.")
@@ -36,6 +36,10 @@ class ImageTopKHandler(BatchHandler):
         image = resize_and_crop(image, self.settings.resize, self.settings.crop, self.settings.interpolation)
         pixels = torch.from_numpy(numpy.array(image))
         return pixels.unsqueeze(0) if self.settings.channels == 1 else pixels.permute(2, 0, 1)
+
+    def collate(self, samples: list[Tensor]) -> tuple[Tensor]:
+        """As Pillow lays pixels out, and convolutions like them best: channels last."""
+        return (torch.stack([sample.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),)
 
     def example(self) -> Tensor:
         return torch.zeros(self.settings.channels, self.settings.crop, self.settings.crop, dtype=torch.uint8)

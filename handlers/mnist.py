@@ -31,9 +31,10 @@ class MNISTHandler(BatchHandler):
 
     def decode(self, content: Content) -> Tensor:
         """-> uint8 [1, 28, 28]."""
-        image = open_image(binary(content), self.settings)
+        image = open_image(binary(content), self.settings, enough=LARGEST)
         image.thumbnail((LARGEST, LARGEST))
-        return torch.from_numpy(as_mnist(grey(image))).unsqueeze(0)
+        pixels = grey(image)
+        return torch.from_numpy(pixels if is_mnist(pixels) else as_mnist(pixels)).unsqueeze(0)
 
     def check_top_k(self, asked: int | None) -> int:
         if asked not in (None, TOP_K):
@@ -52,13 +53,24 @@ class MNISTHandler(BatchHandler):
 
 
 def grey(image: Image.Image) -> numpy.ndarray:
-    """-> float32 [H, W], 0 to 255. Transparent pixels become a background that the ink stands out from."""
+    """-> uint8 [H, W]. Transparent pixels become a background that the ink stands out from."""
     if image.mode == "RGBA":
         alpha = numpy.asarray(image.getchannel("A"), dtype=numpy.float32)
         ink = numpy.asarray(image.convert("L"), dtype=numpy.float32)
         bright = alpha.any() and numpy.average(ink, weights=alpha) > 127
         image = flatten(image, (0, 0, 0) if bright else (255, 255, 255))
-    return numpy.asarray(image.convert("L"), dtype=numpy.float32)
+    return numpy.array(image if image.mode == "L" else image.convert("L"))
+
+
+def is_mnist(pixels: numpy.ndarray) -> bool:
+    """Whether uint8 [H, W] is as `as_mnist` makes it: most of what is sent, by those who have MNIST."""
+    if pixels.shape != (SIDE, SIDE):
+        return False
+    rows, columns = numpy.flatnonzero(pixels.max(axis=1)), numpy.flatnonzero(pixels.max(axis=0))
+    if not len(rows):
+        return False
+    digit = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return max(digit.shape) == BOX and digit.max() == 255 and corner(digit) == (rows[0], columns[0])
 
 
 def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
@@ -68,7 +80,7 @@ def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
     centre of mass into the middle. An image of MNIST itself comes out as it went in.
 
     Args:
-        pixels: float32 [H, W], 0 to 255, dark on light or light on dark.
+        pixels: uint8 [H, W], dark on light or light on dark.
 
     Returns:
         uint8 [28, 28].
@@ -76,11 +88,11 @@ def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
     Raises:
         BlankImage: nothing stands out from the background.
     """
-    ink, noise = separate_ink(pixels)
+    ink, noise = separate_ink(pixels.astype(numpy.float32))
     peak = ink.max()
     if peak < max(MIN_CONTRAST, 2 * noise):
         raise BlankImage("The image is blank: no digit stands out from its background.")
-    ink = numpy.clip((ink - noise) / (peak - noise), 0, 1)
+    ink = numpy.clip((ink - noise) / (peak - noise), 0, 1) if noise else ink / peak
     digit = crop(ink, FAINT)
     if not BOX - 1 <= max(digit.shape) <= BOX:  # not MNIST's: its faint pixels are blur, noise, or JPEG's
         digit = crop(ink, FIRM)
@@ -92,7 +104,7 @@ def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
 
 def crop(ink: numpy.ndarray, threshold: float) -> numpy.ndarray:
     """The part of [H, W] that holds all that is above the threshold."""
-    rows, columns = (numpy.flatnonzero((ink > threshold).any(axis=axis)) for axis in (1, 0))
+    rows, columns = (numpy.flatnonzero(ink.max(axis=axis) > threshold) for axis in (1, 0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
@@ -102,9 +114,11 @@ def separate_ink(pixels: numpy.ndarray) -> tuple[numpy.ndarray, float]:
     The background is a plane through the image's frame, so that a shadow across the paper is not ink.
     """
     height, width = pixels.shape
+    depth = max(1, min(height, width) // 25)
+    if not any(edge.any() for edge in (pixels[:depth], pixels[-depth:], pixels[:, :depth], pixels[:, -depth:])):
+        return pixels, 0.0  # black, as MNIST's own: the plane through it is known
     y, x = numpy.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     frame = numpy.ones_like(pixels, dtype=bool)
-    depth = max(1, min(height, width) // 25)
     frame[depth:-depth, depth:-depth] = False
     plane = numpy.stack([x, y, numpy.ones_like(x)], axis=-1)
     known, values = plane[frame], pixels[frame]
@@ -149,11 +163,14 @@ def thicken(ink: numpy.ndarray) -> numpy.ndarray:
 def centre(ink: numpy.ndarray) -> numpy.ndarray:
     """[H, W], 0 to 255, at most 20 x 20 -> uint8 [28, 28], the centre of mass in the middle."""
     canvas = numpy.zeros((SIDE, SIDE), dtype=numpy.uint8)
-    corner = []
-    for axis, size in enumerate(ink.shape):
-        mass = ink.sum(axis=1 - axis)
-        middle = (mass * numpy.arange(size)).sum() / mass.sum()
-        corner.append(min(max(round(SIDE / 2 - middle), 0), SIDE - size))
-    top, left = corner
+    top, left = corner(ink)
     canvas[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
     return canvas
+
+
+def corner(ink: numpy.ndarray) -> tuple[int, int]:
+    """Top and left of [H, W] where its centre of mass is in the middle, or as near to it as the canvas allows."""
+    total = ink.sum()
+    middles = (ink.sum(axis=1 - axis) @ numpy.arange(size) / total for axis, size in enumerate(ink.shape))
+    wanted = (round(SIDE / 2 - middle) for middle in middles)
+    return tuple(min(max(start, 0), SIDE - size) for start, size in zip(wanted, ink.shape, strict=True))

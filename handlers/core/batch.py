@@ -19,7 +19,7 @@ from torch import Tensor
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handlers.core import payload, settings, topk
+from handlers.core import payload, precision, settings, topk
 from handlers.core.errors import (
     InternalError,
     InvalidOption,
@@ -33,6 +33,9 @@ from handlers.core.metrics import HandlerMetrics
 logger = logging.getLogger(__name__)
 
 Sample = Tensor | tuple[Tensor, ...]
+
+LARGEST_TRIAL = 8  # inputs on which precisions are compared
+WARM_UP_SECONDS = 2.0
 
 
 @dataclass
@@ -107,13 +110,29 @@ class BatchHandler(BaseHandler):
         self.metrics = HandlerMetrics(context)
         self.batch_size = max(1, context.system_properties["batch_size"] or 1)
         self.load_assets(Path(context.system_properties["model_dir"]))
+        self.optimize()
         self.warm_up()
 
+    @torch.inference_mode()
+    def optimize(self) -> None:
+        """Puts the fastest equivalent in the model's place."""
+        batch = self.collate([self.example()] * min(self.batch_size, LARGEST_TRIAL))
+        inputs = tuple(tensor.to(self.device) for tensor in batch)
+        folder = Path(self.context.system_properties["model_dir"])
+        best = precision.fastest(self.model, self.settings.precision, self.device, inputs, folder)
+        self.model, self.precision = best.module, best.precision
+        per_input = 1000 * best.seconds / len(inputs[0])
+        logger.info("%s computes in %s: %.2f ms an input", self.context.model_name, best.precision, per_input)
+
     def warm_up(self) -> None:
-        """TorchScript specialises and fuses in its first runs of a shape: they happen here, not in a request."""
-        for size in sorted({1, self.batch_size}):
+        """TorchScript and oneDNN specialise in the first runs of a batch size: they happen here, not in a request, for
+        the sizes that there is time for."""
+        deadline = time.monotonic() + WARM_UP_SECONDS
+        for size in dict.fromkeys([1, self.batch_size, *range(2, self.batch_size)]):
             for _ in range(3):
                 self.inference([self.example()] * size, top_k=1)
+            if time.monotonic() > deadline:
+                break
 
     def handle(self, data: list[dict], context: Context) -> list[str]:
         """One entry of `data` a request -> one JSON text a request, in the same order."""
@@ -188,9 +207,7 @@ class BatchHandler(BaseHandler):
         for start in range(0, len(samples), self.batch_size):
             batch = self.collate(samples[start : start + self.batch_size])
             outputs = self.model(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
-            if isinstance(outputs, tuple):  # models with auxiliary outputs return the main one first
-                outputs = outputs[0]
-            rows.extend(self.reduce(outputs, top_k).cpu())
+            rows.extend(self.reduce(precision.main_output(outputs), top_k).cpu())
         return rows
 
     def postprocess(self, slots: list[Slot], rows: list[Tensor]) -> list[str]:
@@ -224,4 +241,9 @@ class BatchHandler(BaseHandler):
 
     def describe(self) -> dict:
         """What `GET /models/NAME/VERSION?customized=true` shows."""
-        return {"handler": type(self).__name__, "settings": self.settings.model_dump(), "labels": self.mapping}
+        return {
+            "handler": type(self).__name__,
+            "precision": self.precision,
+            "settings": self.settings.model_dump(),
+            "labels": self.mapping,
+        }

@@ -5,15 +5,16 @@ import struct
 from typing import Annotated
 
 import numpy
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from pydantic import Field
 
 from handlers.core.errors import ImageTooLarge, UndecodableImage
 from handlers.core.settings import Settings
 
 Image.init()
+COMMON = ("JPEG", "PNG", "WEBP", "GIF")  # first, because Pillow tries one after the other
 # EPS starts Ghostscript; the others need programs or libraries that Pillow only stubs
-FORMATS = tuple(sorted(set(Image.OPEN) - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
+FORMATS = (*COMMON, *sorted(set(Image.OPEN) - {*COMMON, "EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
 
 # what Pillow's decoders raise on broken files, as fuzzing all of them has shown
 DECODE_ERRORS = (
@@ -27,8 +28,12 @@ class ImageSettings(Settings):
     min_side: Annotated[int, Field(gt=0)] = 8  # pixels
 
 
-def open_image(content: bytes, settings: ImageSettings) -> Image.Image:
+def open_image(content: bytes, settings: ImageSettings, enough: int | None = None) -> Image.Image:
     """Decodes the first frame, turned upright as its EXIF orientation says.
+
+    Args:
+        enough: pixels of the shorter side that will be used. A JPEG of at least twice as many is decoded at a half, a
+            quarter or an eighth of its size (libjpeg's scaled inverse DCT), never at less than what is enough.
 
     Returns:
         an image of mode "L", "RGB" or "RGBA"; 16-bit and floating-point pixels are scaled to 8 bits.
@@ -56,8 +61,11 @@ def open_image(content: bytes, settings: ImageSettings) -> Image.Image:
             f"The image has {width} x {height} pixels; at least {settings.min_side} x {settings.min_side} are needed."
         )
     try:
+        if enough is not None:
+            image.draft(None, (enough, enough))
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            ImageOps.exif_transpose(image, in_place=True)
     except Image.DecompressionBombError as exc:
         raise ImageTooLarge(too_large) from exc
     except DECODE_ERRORS as exc:
@@ -71,9 +79,9 @@ def to_8_bit(image: Image.Image) -> Image.Image:
         return Image.fromarray(scale_to_8_bit(numpy.asarray(image)))
     if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
         return image.convert("RGBA")
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    return image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
+    if image.mode in ("L", "RGB", "RGBA"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def scale_to_8_bit(pixels: numpy.ndarray) -> numpy.ndarray:
@@ -95,7 +103,7 @@ def scale_to_8_bit(pixels: numpy.ndarray) -> numpy.ndarray:
 def flatten(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """The image as "RGB", what is transparent shown on `background`."""
     if image.mode != "RGBA":
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas

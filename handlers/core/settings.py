@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from handlers.core.precision import Precision
+
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
@@ -18,4 +20,5 @@ class Settings(BaseModel):
     top_k: PositiveInt = 5  # classes in an answer, unless the request says how many
     outputs: Literal["logits", "probabilities"] = "logits"  # what the model returns
     threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
+    precision: Precision = "auto"  # of the arithmetic; "auto" measures, when the worker starts
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request

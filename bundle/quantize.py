@@ -1,0 +1,84 @@
+"""A float32 TorchScript module -> int8: static post-training quantization, TorchScript's own graph mode."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver, QConfig
+from torch.ao.quantization.quantize_jit import convert_jit, prepare_jit
+
+Batch = tuple[Tensor, ...]
+
+# All 256 steps of an activation, where the default spares one bit for processors without VNNI: a worker on such a
+# processor does not use the module (handlers/core/precision.py).
+QCONFIG = QConfig(
+    activation=HistogramObserver.with_args(dtype=torch.quint8),
+    weight=PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric),
+)
+LAYERS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
+
+
+def quantize(
+    file: Path, target: Path, calibration: list[Batch], good_enough: Callable[[torch.jit.ScriptModule], bool]
+) -> tuple[int, int] | None:
+    """Writes the int8 module of `file` to `target`.
+
+    The layers that the module is most sensitive to stay in float32 where it is not good enough without: one of them,
+    two, four, and so on, up to half.
+
+    Returns:
+        how many layers are in int8, and how many there are; None where even half of them are too many.
+    """
+    sensitive: list[str] = []
+    names = layers(file)
+    kept = 0
+    while kept <= len(names) // 2:
+        convert(file, target, calibration, sensitive[:kept])
+        if good_enough(load(target)):
+            return len(names) - kept, len(names)
+        sensitive = sensitive or by_sensitivity(file, target, calibration, names)
+        kept = max(1, 2 * kept)
+    target.unlink()
+    return None
+
+
+def convert(file: Path, target: Path, calibration: list[Batch], in_float32: list[str]) -> None:
+    """Quantizes all layers but those, with the ranges that activations have in the calibration batches."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation, and observers that speak of their own defaults
+        module = prepare_jit(load(file), {"": QCONFIG, **dict.fromkeys(in_float32)})
+        for batch in calibration:
+            module(*batch)
+        torch.backends.quantized.engine = "x86"
+        convert_jit(module).save(target)
+
+
+def by_sensitivity(file: Path, scratch: Path, calibration: list[Batch], names: list[str]) -> list[str]:
+    """The layers, first those whose quantization alone changes the outputs most."""
+    expected = run(load(file), calibration)
+
+    def error(name: str) -> float:
+        convert(file, scratch, calibration, [other for other in names if other != name])
+        return (run(load(scratch), calibration) - expected).square().sum().item()
+
+    return sorted(names, key=error, reverse=True)
+
+
+def layers(file: Path) -> list[str]:
+    """Names of the submodules that can be quantized."""
+    return [name for name, module in load(file).named_modules() if getattr(module, "original_name", "") in LAYERS]
+
+
+def load(file: Path) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        return torch.jit.load(file, map_location="cpu").eval()
+
+
+@torch.inference_mode()
+def run(module: torch.jit.ScriptModule, batches: list[Batch]) -> Tensor:
+    """float32 [inputs, classes]: what the module answers to all batches."""
+    outputs = [module(*batch) for batch in batches]
+    return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs]).float()
