@@ -3,7 +3,8 @@
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
 # MODELS (which to archive and serve), MODEL (which to train), ARGS (of train.py), DATA_DIR (where data sets are, or are
 # put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run), COMPOSE (`docker compose`
-# or docker-compose); of the Docker stack PROJECT (its name), SERVICES (which), GPU=1, ADMIN=1 (Grafana's administrator).
+# or docker-compose); of the Docker stack PROJECT (its name), SERVICES (which), GPU=1, ADMIN=1 (Grafana's administrator); loadtest/README.md
+# has those of the load tests.
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -24,8 +25,8 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
   $(if $(ADMIN),-f docker/compose.admin.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down test test-docker lint \
-  lock clean
+.PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down loadtest loadtest-ui \
+  test test-docker lint lock clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -80,7 +81,18 @@ add-model: setup  ## make a model folder of a TorchScript file (NAME=... SERIALI
 	  $(if $(SIZE),--size $(SIZE)) $(if $(MEAN),--mean $(MEAN)) $(if $(STD),--std $(STD)) $(if $(RESIZE),--resize $(RESIZE)) \
 	  $(if $(IMAGE),--image "$(IMAGE)") $(foreach file,$(FILES),--file "$(file)")
 
-test: lint  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
+LOADTEST_OPTIONS = $(or $(MODEL),$(MODELS)) $(if $(SHAPE),--shape "$(SHAPE)") $(if $(USERS),--users "$(USERS)") \
+  $(if $(DURATION),--duration "$(DURATION)") $(if $(RATE),--rate "$(RATE)") $(if $(WORKERS),--workers "$(WORKERS)") \
+  $(if $(URL),--host "$(URL)") $(if $(LOCUST),--locust "$(LOCUST)")
+
+loadtest: .venv/loadtest.done  ## load what is served, check answers and thresholds (MODEL=mnist USERS=64 DURATION=60s SHAPE=steps)
+	@$(BIN)/python -m loadtest run $(LOADTEST_OPTIONS) $(if $(THRESHOLDS),--thresholds "$(THRESHOLDS)") \
+	  $(if $(RESULTS),--results "$(RESULTS)")
+
+loadtest-ui: .venv/loadtest.done  ## the same by hand, in locust's web interface on http://127.0.0.1:8089 (UI_PORT=8090)
+	@$(BIN)/python -m loadtest ui $(LOADTEST_OPTIONS) $(if $(UI_PORT),--port "$(UI_PORT)")
+
+test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
 	$(BIN)/python -m pytest $(TESTS)
 
 test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
@@ -94,7 +106,7 @@ lock: dev  ## choose the newest versions of requirements/*.in again
 	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
-clean: ## stop the server; remove archives and build products (not .venv, not data/)
+clean:  ## stop the server; remove archives and build products (not .venv, not data/)
 	@test ! -e .venv/dev.done -a ! -e .venv/serve.done || $(BUNDLE) stop
 	rm -rf build logs lightning_logs hs_err_pid*.log
 	find model_store -mindepth 1 ! -name README.md -delete
@@ -108,6 +120,10 @@ clean: ## stop the server; remove archives and build products (not .venv, not da
 	$(PIP) $(QUIET) -r requirements/serve.txt
 	$(PIP) $(QUIET) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r requirements/torch.txt
 	$(BIN)/python -m bundle.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
+	@touch $@
+
+.venv/loadtest.done: requirements/loadtest.txt .venv/serve.done
+	$(PIP) $(QUIET) -r requirements/loadtest.txt
 	@touch $@
 
 .venv/dev.done: requirements/dev.txt .venv/serve.done

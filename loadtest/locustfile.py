@@ -1,83 +1,72 @@
 """Load on the served models: a user sends one model its own sample again and again, and checks what comes first.
 
 There is one class of users for each folder in models/ that has a sample: MnistUser, ImageUser, ...
-MODELS chooses among them and weighs them: MODELS="mnist text", MODELS="mnist=4 text=1".
+The environment says the rest, and must be the same for master and workers:
+  MODELS    which models, and their weights: "mnist text", "mnist=4 text=1"
+  SHAPE     steps, spike, soak or rate; without it, locust's own --users, --spawn-rate and --run-time
+  USERS, DURATION, RATE    of the shape: 64, 60s, and arrivals a second
+  THRESHOLDS    the file of what a headless run must hold: loadtest/thresholds.yaml
 """
 
-import json
 import os
 import sys
+import time
 from pathlib import Path
 
-import yaml
-from locust import FastHttpUser, constant, task
+import gevent
+from locust import FastHttpUser, LoadTestShape, events, task
 
-FOLDERS = Path(__file__).resolve().parent.parent / "models"
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from loadtest import answers, report, shapes, targets, thresholds  # noqa: E402
+from loadtest.arrivals import Schedule  # noqa: E402
+from loadtest.errors import LoadTestError  # noqa: E402
+
+try:
+    TARGETS = targets.choose(os.environ.get("MODELS", ""))
+    LOAD = shapes.Load.parse(os.environ, len(TARGETS))
+    THRESHOLDS = thresholds.read(Path(os.environ.get("THRESHOLDS") or thresholds.FILE), set(targets.sections()))
+except LoadTestError as error:
+    sys.exit(f"error: {error}")
 
 
 class ModelUser(FastHttpUser):
-    """Asks as fast as it is answered."""
+    """Asks as soon as it is answered; with an arrival rate, when the next arrival is due."""
 
     abstract = True
-    wait_time = constant(0)
-    model: str
-    sample: bytes
-    expect: str | None
+    network_timeout = connection_timeout = 30.0  # what takes longer is a failure: "no answer"
+    target: targets.Target
+    schedule: Schedule | None = None
+
+    def on_start(self) -> None:
+        if LOAD and LOAD.rate:
+            self.schedule = Schedule(LOAD.period, time.perf_counter())
+            gevent.sleep(self.wait_time())
+
+    def wait_time(self) -> float:
+        return self.schedule.wait(time.perf_counter()) if self.schedule else 0
+
+    def context(self) -> dict:
+        return {"model": self.target.name}
 
     @task
     def predict(self) -> None:
-        with self.client.post(f"/predictions/{self.model}", data=self.sample, catch_response=True) as answer:
-            if wrong := self.fault(answer.status_code, answer.text):
+        overdue = self.schedule.arrive(time.perf_counter()) if self.schedule else 0
+        path = f"/predictions/{self.target.name}"
+        with self.client.post(path, data=self.target.sample, catch_response=True) as answer:
+            meta = answer.request_meta
+            meta["response_time"] += 1000 * overdue
+            if wrong := answers.fault(answer.status_code, answer.text, self.target.expect, meta["exception"]):
                 answer.failure(wrong)
 
-    def fault(self, status: int, text: str | None) -> str | None:
-        """What is wrong with an answer, in few different words, for failures are counted by them."""
-        if status == 0:
-            return "no answer"
-        try:
-            answer = json.loads(text or "")
-            if status != 200:
-                return f"{status} {answer['type']}"
-            first = str(answer["top_3_classes"][0] if "top_3_classes" in answer else answer["top_k"][0]["label"])
-        except (ValueError, LookupError, TypeError):
-            return f"{status} with an unexpected body"
-        return None if self.expect in (None, first) else f"wrong answer: {first} instead of {self.expect}"
+
+# locust takes every class of users, and the one shape, that it finds in this module
+for found in TARGETS:
+    globals()[found.user] = type(found.user, (ModelUser,), {"weight": found.weight, "target": found})
+if LOAD:
+
+    class Shape(LoadTestShape):
+        def tick(self) -> tuple[int, float] | None:
+            return LOAD.tick(self.get_run_time())
 
 
-def bundle_sections() -> dict[str, dict]:
-    """What each model folder says of itself, by its name."""
-    files = sorted(FOLDERS.glob("*/model-config.yaml"))
-    return {file.parent.name: yaml.safe_load(file.read_text()).get("bundle") or {} for file in files}
-
-
-def chosen(wish: str, sections: dict[str, dict]) -> dict[str, int]:
-    """The weights of the models to ask, as MODELS has them; without it, all that are always served, alike."""
-    usable = {name: section for name, section in sections.items() if section.get("sample")}
-    if not wish.split():
-        return {name: 1 for name, section in usable.items() if section.get("served", "always") == "always"}
-    weights = {}
-    for item in wish.split():
-        name, _, weight = item.partition("=")
-        if name not in usable:
-            sys.exit(f"error: there is no model {name!r} with a sample in models/; there are: {', '.join(usable)}")
-        if weight and not weight.isdigit():
-            sys.exit(f"error: the weight of {name} is {weight!r}, and must be a whole number")
-        weights[name] = int(weight or 1)
-    return weights
-
-
-SECTIONS = bundle_sections()
-for name, weight in chosen(os.environ.get("MODELS", ""), SECTIONS).items():
-    # locust takes every class that it finds in this module
-    title = f"{name.title().replace('-', '').replace('.', '')}User"
-    expect = SECTIONS[name].get("expect")
-    globals()[title] = type(
-        title,
-        (ModelUser,),
-        {
-            "weight": weight,
-            "model": name,
-            "sample": (FOLDERS / name / SECTIONS[name]["sample"]).read_bytes(),
-            "expect": None if expect is None else str(expect),
-        },
-    )
+report.Report(TARGETS, LOAD, THRESHOLDS).listen(events)

@@ -1,0 +1,310 @@
+"""The load test's parts that need no locust. Importing locust would patch the sockets of this very process."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadtest import answers, arrivals, plot, targets, thresholds
+from loadtest.answers import Failure, WrongAnswer
+from loadtest.errors import LoadTestError
+from loadtest.record import Record, Tally
+from loadtest.shapes import SHAPES, Load, levels
+from loadtest.thresholds import Limits, Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = {"mnist", "image", "audio", "text"}
+
+
+def a_model(folders: Path, name: str, **section: object) -> None:
+    folder = folders / name
+    folder.mkdir(parents=True)
+    (folder / "sample.bin").write_bytes(name.encode())
+    (folder / "model-config.yaml").write_text(yaml.safe_dump({"bundle": {"handler": "text", **section}}))
+
+
+class TestTargets:
+    def test_the_shipped_models_are_found(self):
+        found = {target.name: target for target in targets.choose()}
+        assert found.keys() >= MODELS
+        assert found["mnist"].expect == "3"
+        assert found["audio"].expect == "yes", "the YAML string, not a boolean"
+        assert found["image"].sample.startswith(b"\xff\xd8")
+
+    def test_a_new_folder_is_found(self, tmp_path: Path):
+        a_model(tmp_path, "birds", sample="sample.bin", expect=4)
+        a_model(tmp_path, "bare")
+        a_model(tmp_path, "large", sample="sample.bin", served="on request")
+        assert [(t.name, t.sample, t.expect, t.user) for t in targets.choose("", tmp_path)] == [
+            ("birds", b"birds", "4", "BirdsUser")
+        ]
+        assert [t.name for t in targets.choose("large", tmp_path)] == ["large"]
+
+    def test_weights(self):
+        assert [(t.name, t.weight) for t in targets.choose("mnist=4 text")] == [("mnist", 4), ("text", 1)]
+
+    @pytest.mark.parametrize(
+        ("wish", "message"),
+        [("mnits", "no model 'mnits'"), ("mnist=0", "weight of mnist"), ("mnist=x", "'x'"), ("mnist=", "''")],
+    )
+    def test_a_wrong_wish(self, wish: str, message: str):
+        with pytest.raises(LoadTestError, match=message):
+            targets.choose(wish)
+
+    def test_what_a_folder_lacks(self, tmp_path: Path):
+        with pytest.raises(LoadTestError, match="has a sample"):
+            targets.choose("", tmp_path)
+        a_model(tmp_path, "birds", sample="gone.bin")
+        with pytest.raises(LoadTestError, match="gone.bin"):
+            targets.choose("", tmp_path)
+        (tmp_path / "birds" / "model-config.yaml").write_text("a: [")
+        with pytest.raises(LoadTestError, match="not valid YAML"):
+            targets.choose("", tmp_path)
+
+
+RANKING = '{"top_k": [{"label": "yes", "class": 0, "probability": 0.9}]}'
+
+
+class TestAnswers:
+    @pytest.mark.parametrize(
+        ("text", "expect"), [(RANKING, "yes"), (RANKING, None), ('{"top_3_classes": [3, 9, 7]}', "3"), ("[]", None)]
+    )
+    def test_right(self, text: str, expect: str | None):
+        assert answers.fault(200, text, expect) is None
+
+    @pytest.mark.parametrize(
+        ("status", "text", "kind", "message"),
+        [
+            (200, RANKING, WrongAnswer, "yes instead of no"),
+            (200, "", WrongAnswer, "not JSON"),
+            (200, '{"top_k": []}', WrongAnswer, "no ranking"),
+            (200, "[]", WrongAnswer, "no ranking"),
+            (503, '{"code": 503, "type": "ServiceUnavailableException"}', Failure, "503 ServiceUnavailableException"),
+            (502, "<html>", Failure, "502"),
+            (0, None, Failure, "no answer: TimeoutError"),
+        ],
+    )
+    def test_wrong(self, status: int, text: str | None, kind: type, message: str):
+        fault = answers.fault(status, text, "no", TimeoutError())
+        assert (type(fault), str(fault)) == (kind, message)
+
+
+def users(load: Load) -> list[int]:
+    """At each second of the run."""
+    assert load.tick(load.seconds) is None
+    return [load.tick(second)[0] for second in range(load.seconds)]
+
+
+class TestShapes:
+    def test_levels(self):
+        assert levels(64, 4) == [4, 8, 16, 32, 64]
+        assert levels(10, 1) == [1, 2, 5, 10]
+        assert levels(3, 4) == [3]
+
+    def test_steps(self):
+        assert users(Load("steps", 8, 8, models=1)) == [1, 1, 2, 2, 4, 4, 8, 8]
+
+    def test_spike(self):
+        assert users(Load("spike", 50, 10, models=4)) == [5] * 4 + [50] * 2 + [5] * 4
+        assert min(users(Load("spike", 8, 10, models=4))) == 4
+
+    def test_soak(self):
+        assert users(Load("soak", 20, 20))[:4] == [1, 10, 20, 20]
+        assert users(Load("soak", 60, 3600))[58:62] == [58, 59, 60, 60], "no more than a minute's ramp"
+
+    def test_rate(self):
+        load = Load.parse({"SHAPE": "rate", "RATE": "120", "USERS": "60", "DURATION": "5"})
+        assert (users(load), load.period) == ([60] * 5, 0.5)
+        assert Load.parse({"SHAPE": "rate", "RATE": "120.5"}).users == 121, "one second of answers on their way"
+        assert Load.parse({"SHAPE": "rate", "RATE": "1"}, models=4).users == 4
+
+    @given(
+        shape=st.sampled_from(list(SHAPES)),
+        most=st.integers(1, 500),
+        seconds=st.integers(1, 7200),
+        models=st.integers(1, 9),
+        share=st.floats(0, 1, exclude_max=True),
+    )
+    def test_never_without_users_nor_with_too_many(self, shape, most, seconds, models, share):
+        load = Load(shape, most, seconds, rate=1, models=models)
+        assert 1 <= load.tick(share * seconds)[0] <= most
+
+    def test_the_environment(self):
+        assert Load.parse({}) is None
+        assert Load.parse({"SHAPE": "steps"}, 4) == Load("steps", 64, 60, None, 4)
+        assert Load.parse({"SHAPE": "soak", "DURATION": "1h30m5s"}).seconds == 5405
+
+    @pytest.mark.parametrize(
+        "setting",
+        [{"SHAPE": "stairs"}, {"USERS": "0"}, {"USERS": "1.5"}, {"DURATION": "0"}, {"DURATION": "5x"}]
+        + [{"SHAPE": "rate", "RATE": rate} for rate in ("", "fast", "-1", "0", "nan", "inf", "200r/s")],
+    )
+    def test_what_it_must_not_say(self, setting: dict[str, str]):
+        with pytest.raises(LoadTestError, match=f"^{list(setting)[-1]} is"):
+            Load.parse({"SHAPE": "steps"} | setting)
+
+
+class TestSchedule:
+    def test_due_times_keep_their_distance(self):
+        schedule = arrivals.Schedule(2.0, now=100.0)
+        first = schedule.wait(100.0)
+        assert 0 <= first <= 2
+        assert schedule.arrive(100 + first) == 0
+        assert schedule.wait(100 + first) == pytest.approx(2)
+
+    def test_who_is_late_catches_up_and_says_by_how_much(self):
+        schedule = arrivals.Schedule(1.0, now=0.0)
+        schedule.due = 10.0
+        assert schedule.arrive(13.5) == 3.5
+        assert schedule.wait(13.5) == 0
+        assert schedule.arrive(13.5) == 2.5
+
+    def test_phases_differ(self):
+        assert len({arrivals.Schedule(1.0, 0.0).due for _ in range(20)}) == 20
+
+
+def tally(times: dict[float, int], faults: int = 0, wrong: int = 0) -> Tally:
+    made = Tally()
+    for milliseconds, count in times.items():
+        for _ in range(count):
+            made.add(milliseconds)
+    for _ in range(faults):
+        made.add(1, "503")
+    for _ in range(wrong):
+        made.add(1, "no instead of yes", wrong=True)
+    return made
+
+
+class TestRecord:
+    @given(st.lists(st.floats(0.02, 60_000), min_size=1, max_size=200), st.sampled_from([0.5, 0.95, 0.99]))
+    def test_percentiles(self, times: list[float], share: float):
+        made = tally({time: times.count(time) for time in times})
+        exact = sorted(times)[max(0, -int(-share * len(times) // 1) - 1)]
+        assert made.percentile(share) == pytest.approx(exact, rel=0.011)
+
+    def test_failures_have_no_part_in_percentiles(self):
+        made = tally({100: 10}, faults=90)
+        assert made.percentile(0.5) == pytest.approx(100, rel=0.01)
+        assert (made.requests, made.right, made.failed, made.wrong) == (100, 10, 90, 0)
+
+    def test_workers_reports_add_up(self):
+        one, other, together = Record(), Record(), Record()
+        for second in range(4):
+            one.add(second, "mnist", 10)
+            other.add(second, "mnist", 20, "503")
+        other.add(3, "text", 20, "b instead of a", wrong=True)
+        for worker in (one, other):
+            together.unpack(json.loads(json.dumps(worker.drain())))
+        assert not one.tallies
+        assert (together.of("mnist").right, together.of("mnist").failed, together.of("text").wrong) == (4, 4, 1)
+
+    def test_points_are_the_steps_without_their_beginnings(self, tmp_path: Path):
+        record = a_run(steps=(1, 2, 4), seconds=5, rate=10)
+        points = record.points("mnist")
+        assert [(point.users, point.seconds, point.throughput) for point in points] == [
+            (1, 4, 10),
+            (2, 4, 20),
+            (4, 4, 40),
+        ]
+        record.save(tmp_path / "record.json")
+        assert Record.load(tmp_path / "record.json").points("mnist") == points
+
+    def test_a_constant_load_is_cut_into_points(self):
+        assert len(a_run(steps=(4,), seconds=25, rate=1).points("mnist")) == 12
+
+
+def a_run(steps: tuple[int, ...], seconds: int, rate: int) -> Record:
+    """`rate` right answers a second and user of mnist, and one failure a second of text."""
+    record = Record()
+    record.start(1000.0)
+    for step, users in enumerate(steps):
+        record.note_users(1000.0 + step * seconds, users)
+        for second in range(1000 + step * seconds, 1000 + (step + 1) * seconds):
+            record.add(second, "text", 1, "503")
+            for number in range(rate * users):
+                record.add(second + 0.5, "mnist", 10 + number)
+    record.stopped = 1000.0 + len(steps) * seconds
+    return record
+
+
+class TestPlot:
+    def test_points_and_pictures(self, tmp_path: Path):
+        table, png, svg = plot.write(a_run(steps=(1, 2, 4), seconds=5, rate=10), tmp_path / "run")
+        rows = list(csv.DictReader(table.open()))
+        assert [(row["model"], row["users"], row["throughput"], row["failed"]) for row in rows] == [
+            *(("mnist", str(users), f"{10 * users}.00", "0") for users in (1, 2, 4)),
+            *(("text", str(users), "0.00", "4") for users in (1, 2, 4)),
+        ]
+        assert rows[3]["p99_ms"] == ""
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in svg.read_text()
+
+    def test_nothing_to_draw(self, tmp_path: Path):
+        assert plot.write(Record(), tmp_path / "run") == [tmp_path / "run_points.csv"]
+
+
+class TestThresholds:
+    def test_the_shipped_file(self):
+        shipped = thresholds.read(thresholds.FILE, MODELS)
+        assert shipped.of("mnist").wrong == 0, "out of the defaults"
+        assert shipped.of("mnist") != shipped.of("something else") == shipped.defaults
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("defaults: {p99: 5}", "no threshold 'p99'"),
+            ("defaults: {p99_ms: fast}", "'fast', and must be a number"),
+            ("defaults: {wrong: true}", "True, and must be a number"),
+            ("defaults: {p99_ms: .nan}", "must be a number"),
+            ("defaults: {failures: 5}", "a share from 0 to 1"),
+            ("defaults: [1]", "no mapping"),
+            ("models: {mnits: {p99_ms: 5}}", "no model 'mnits'"),
+            ("limits: {}", "no 'limits'"),
+            ("a: [", "not valid YAML"),
+            ("text", "no mapping"),
+        ],
+    )
+    def test_a_wrong_file(self, tmp_path: Path, text: str, message: str):
+        file = tmp_path / "limits.yaml"
+        file.write_text(text)
+        with pytest.raises(LoadTestError, match=message):
+            thresholds.read(file, MODELS)
+
+    def test_an_absent_file(self, tmp_path: Path):
+        with pytest.raises(LoadTestError, match="cannot be read"):
+            thresholds.read(tmp_path / "none.yaml", MODELS)
+
+    @pytest.mark.parametrize(
+        ("limits", "met", "missed"),
+        [
+            (Limits(), tally({1e6: 1}, faults=1000), tally({})),
+            (Limits(p99_ms=100), tally({50: 99, 5000: 1}), tally({50: 98, 5000: 2})),
+            (Limits(failures=0.1), tally({1: 9}, faults=1), tally({1: 8}, faults=2)),
+            (Limits(failures=0.1, wrong=0), tally({1: 9}, faults=1), tally({1: 9}, wrong=1)),
+            (Limits(throughput=5), tally({1: 50}), tally({1: 49}, faults=50)),
+        ],
+    )
+    def test_each(self, limits: Limits, met: Tally, missed: Tally):
+        assert thresholds.misses(Outcome("m", met, 10), limits) == []
+        assert len(thresholds.misses(Outcome("m", missed, 10), limits)) == 1
+
+    def test_an_arrival_rate(self):
+        limits = Limits(throughput=100, arrivals=0.95)
+        assert thresholds.misses(Outcome("m", tally({1: 100}), 10, asked=100), limits) == []
+        assert len(thresholds.misses(Outcome("m", tally({1: 90}), 10, asked=100), limits)) == 2
+
+
+def test_no_server():
+    run = subprocess.run(
+        [sys.executable, "-m", "loadtest", "run", "mnist", "--host", "http://127.0.0.1:9"],
+        cwd=ROOT, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "error: no server answers at http://127.0.0.1:9. Start one: make serve\n"
