@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import yaml
 from bundle.catalog import CONFIG_NAME, HANDLERS, LABELS_NAME, MODEL_STORE, MODELS, ROOT, ModelFolder
 from bundle.errors import BundleError
 from bundle.export import export, handler_settings, labels
-from bundle.precision import settle
+from bundle.precision import set_precision, settle
 
 BUILDERS = ("archive.py", "catalog.py", "export.py", "precision.py", "quantize.py", "torchvision_source.py")
 REQUIREMENTS = HANDLERS / "requirements.txt"
@@ -59,11 +59,14 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
     store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"archive-{folder.name}-") as temporary:
         stage = gather(folder, Path(temporary) / "stage")
-        built = pack(folder, stage, Path(temporary))
         notes = []
         if folder.bundle.examples:
-            notes = settle(folder, built, stage.module, stage.extra, stage.config)
-            built = pack(folder, stage, Path(temporary))
+            in_float32 = replace(stage, config=Path(temporary) / CONFIG_NAME)
+            shutil.copy(stage.config, in_float32.config)
+            set_precision(in_float32.config, "float32")
+            plain = pack(folder, in_float32, Path(temporary))
+            notes = settle(folder, plain, stage.module, stage.extra, stage.config)
+        built = pack(folder, stage, Path(temporary))
         # a reader of the store never sees half an archive
         partial = store / f".{folder.name}.mar"
         shutil.move(built, partial)

@@ -22,7 +22,7 @@ def settle(folder: ModelFolder, archive: Path, module: Path, extra: Path, config
     """Compares reduced precisions with float32 on the folder's examples, and changes what the archive is made of.
 
     Args:
-        archive: the model's archive, as it is without this.
+        archive: the model's archive in float32, whose handler decodes the examples.
         module: its TorchScript file.
         extra: the folder of its extra files, for the int8 module.
         config: its model-config.yaml: where bfloat16 changes too many answers, float32 is written there.

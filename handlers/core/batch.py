@@ -20,6 +20,7 @@ from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
 from handlers.core import payload, precision, settings, topk
+from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
     InternalError,
     InvalidOption,
@@ -48,6 +49,7 @@ class Slot:
         top_k: how many classes it is answered.
         answer: the JSON value it is answered, once there is one.
         error: why it is answered an error instead.
+        key: of its answer in the cache, where one is kept.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -55,6 +57,7 @@ class Slot:
     top_k: int = 1
     answer: dict | None = None
     error: ServingError | None = None
+    key: bytes | None = None
 
 
 class BatchHandler(BaseHandler):
@@ -108,6 +111,7 @@ class BatchHandler(BaseHandler):
             raise FileNotFoundError("the archive has no index_to_name.json: a classifier needs its labels")
         self.context = context
         self.metrics = HandlerMetrics(context)
+        self.cache = AnswerCache(self.settings.cache_entries)
         self.batch_size = max(1, context.system_properties["batch_size"] or 1)
         self.load_assets(Path(context.system_properties["model_dir"]))
         self.optimize()
@@ -188,7 +192,10 @@ class BatchHandler(BaseHandler):
             raise UnsupportedOperation("This model gives no explanations. Use /predictions.")
         request = payload.read(row, headers, self.settings.max_instances)
         top_k = self.check_top_k(request.top_k)
-        return Slot([self.decode(content) for content in request.contents], request.many, top_k)
+        key = self.cache.key(request.contents, request.many, top_k)
+        if known := self.cache.get(key):
+            return Slot(answer=known)
+        return Slot([self.decode(content) for content in request.contents], request.many, top_k, key=key)
 
     def check_top_k(self, asked: int | None) -> int:
         """How many classes to answer.
@@ -203,12 +210,18 @@ class BatchHandler(BaseHandler):
     @torch.inference_mode()
     def inference(self, samples: list[Sample], top_k: int) -> list[Tensor]:
         """Runs the samples in batches of at most the configured size, and returns `reduce`'s rows on the host."""
-        rows: list[Tensor] = []
+        reduced = []
         for start in range(0, len(samples), self.batch_size):
             batch = self.collate(samples[start : start + self.batch_size])
-            outputs = self.model(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
-            rows.extend(self.reduce(precision.main_output(outputs), top_k).cpu())
-        return rows
+            outputs = self.model(*map(self.to_device, batch))
+            reduced.append(self.reduce(precision.main_output(outputs), top_k))
+        return [row for rows in reduced for row in rows.cpu().unbind()]
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Without waiting for the copy, where there is one: only pinned memory is copied while the CPU goes on."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def postprocess(self, slots: list[Slot], rows: list[Tensor]) -> list[str]:
         """Scatters the rows into the slots they came from, and sets each slot's status and content type.
@@ -223,6 +236,7 @@ class BatchHandler(BaseHandler):
                 try:
                     predictions = [self.encode(row, slot.top_k) for row in slot_rows]
                     slot.answer = {"predictions": predictions} if slot.many else predictions[0]
+                    self.cache.put(slot.key, slot.answer)
                 except NonFiniteOutput as error:
                     logger.error("%s answered a number that is not finite", self.context.model_name)
                     slot.error = error

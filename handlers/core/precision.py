@@ -6,6 +6,7 @@ is fast is decided here, by measurement on the worker's own device.
 
 import logging
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,7 +95,9 @@ def freeze(model: torch.jit.ScriptModule, precision: str, device: torch.device) 
     """
     model = model.to(memory_format=torch.channels_last)
     reduced = precision in ("bfloat16", "float16")
-    with torch.autocast(device.type, getattr(torch, precision) if reduced else None, enabled=reduced):
+    autocast = torch.autocast(device.type, getattr(torch, precision) if reduced else None, enabled=reduced)
+    with autocast, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         return torch.jit.freeze(model)
 
 

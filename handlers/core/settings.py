@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from handlers.core.precision import Precision
 
 PositiveInt = Annotated[int, Field(gt=0)]
+NaturalInt = Annotated[int, Field(ge=0)]
 
 
 class Settings(BaseModel):
@@ -22,3 +23,4 @@ class Settings(BaseModel):
     threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
     precision: Precision = "auto"  # of the arithmetic; "auto" measures, when the worker starts
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request
+    cache_entries: NaturalInt = 0  # answers that a worker keeps, for inputs that come again; 0 keeps none
