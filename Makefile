@@ -3,8 +3,8 @@
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
 # MODELS (which to archive and serve), MODEL (which to train), ARGS (of train.py), DATA_DIR (where data sets are, or are
 # put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run), COMPOSE (`docker compose`
-# or docker-compose); of the Docker stack PROJECT (its name), SERVICES (which), GPU=1, ADMIN=1 (Grafana's administrator); loadtest/README.md
-# has those of the load tests.
+# or docker-compose); of the Docker stack PROJECT (its name), SERVICES (which), GPU=1, ADMIN=1 (Grafana's administrator).
+# loadtest/README.md has those of the load tests, loadtest/bench/README.md those of the benchmark.
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -25,7 +25,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
   $(if $(ADMIN),-f docker/compose.admin.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down loadtest loadtest-ui \
+.PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down loadtest loadtest-ui profile \
   test test-docker lint lock clean
 
 help:  ## show the commands
@@ -91,6 +91,10 @@ loadtest: .venv/loadtest.done  ## load what is served, check answers and thresho
 
 loadtest-ui: .venv/loadtest.done  ## the same by hand, in locust's web interface on http://127.0.0.1:8089 (UI_PORT=8090)
 	@$(BIN)/python -m loadtest ui $(LOADTEST_OPTIONS) $(if $(UI_PORT),--port "$(UI_PORT)")
+
+profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mnist CONCURRENCY=64 SECONDS=10)
+	@test -n "$(MODEL)" || { echo "error: say which: make profile MODEL=mnist" >&2; exit 2; }
+	@$(BUNDLE) profile "$(MODEL)" $(if $(CONCURRENCY),--concurrency "$(CONCURRENCY)") $(if $(SECONDS),--seconds "$(SECONDS)")
 
 test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
 	$(BIN)/python -m pytest $(TESTS)

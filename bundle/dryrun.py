@@ -24,12 +24,13 @@ METRICS_CONFIG = Path(__file__).parent / "config" / "metrics.yaml"
 
 
 class DryRun:
-    """Loads an archive as a worker on the CPU does: `ts.model_loader` imports the handler out of the unpacked archive,
+    """Loads an archive as a worker does: `ts.model_loader` imports the handler out of the unpacked archive,
     `ts.service` calls it, a real metrics cache counts.
 
     Args:
         mar: the archive.
         batch_size: what the frontend would tell the worker; by default, as the archive's model-config.yaml says.
+        gpu: the number of the GPU that the frontend would give the worker; by default, none.
 
     Attributes:
         handler: the handler's instance.
@@ -38,10 +39,10 @@ class DryRun:
         Exception: whatever the handler's `initialize` raises.
     """
 
-    def __init__(self, mar: Path, batch_size: int | None = None):
+    def __init__(self, mar: Path, batch_size: int | None = None, gpu: int | None = None):
         self.unpacked = tempfile.TemporaryDirectory(prefix=f"dryrun-{mar.stem}-")
         try:
-            self.service = self.load(mar, Path(self.unpacked.name), batch_size)
+            self.service = self.load(mar, Path(self.unpacked.name), batch_size, gpu)
         except BaseException:
             self.close()
             raise
@@ -49,7 +50,7 @@ class DryRun:
         self.handler: BaseHandler = self.service._entry_point.__self__
 
     @staticmethod
-    def load(mar: Path, folder: Path, batch_size: int | None) -> Service:
+    def load(mar: Path, folder: Path, batch_size: int | None, gpu: int | None) -> Service:
         with zipfile.ZipFile(mar) as archive:
             archive.extractall(folder)
         model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
@@ -62,7 +63,7 @@ class DryRun:
                 model_name=model["modelName"],
                 model_dir=str(folder),
                 handler=model["handler"],
-                gpu_id=None,
+                gpu_id=gpu,
                 batch_size=batch_size or config.get("batchSize", 1),
                 metrics_cache=metrics,
             )

@@ -117,20 +117,22 @@ def separate_ink(pixels: numpy.ndarray) -> tuple[numpy.ndarray, float]:
     depth = max(1, min(height, width) // 25)
     if not any(edge.any() for edge in (pixels[:depth], pixels[-depth:], pixels[:, :depth], pixels[:, -depth:])):
         return pixels, 0.0  # black, as MNIST's own: the plane through it is known
-    y, x = numpy.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    x, y = numpy.linspace(-1, 1, width), numpy.linspace(-1, 1, height)
     frame = numpy.ones_like(pixels, dtype=bool)
     frame[depth:-depth, depth:-depth] = False
-    plane = numpy.stack([x, y, numpy.ones_like(x)], axis=-1)
-    known, values = plane[frame], pixels[frame]
+    rows, columns = frame.nonzero()
+    known, values = numpy.stack([x[columns], y[rows], numpy.ones(len(rows))], axis=1), pixels[frame]
     background = numpy.array([0, 0, numpy.median(values)])
     for _ in range(2):
         error = numpy.abs(values - known @ background)
         inlier = error <= max(3 * numpy.median(error), 1e-3)
-        background = numpy.linalg.lstsq(known[inlier], values[inlier], rcond=None)[0]
-    error = numpy.abs(values - known @ background)
-    difference = pixels - plane @ background
+        design = known[inlier]
+        background = numpy.linalg.lstsq(design.T @ design, design.T @ values[inlier], rcond=None)[0]
+    noise = 4 * float(numpy.median(numpy.abs(values - known @ background)))
+    across, down = (background[0] * x).astype(numpy.float32), (background[1] * y + background[2]).astype(numpy.float32)
+    difference = pixels - (across + down[:, None])
     bright, dark = numpy.clip(difference, 0, None), numpy.clip(-difference, 0, None)
-    return (bright if bright.sum() > dark.sum() else dark), 4 * float(numpy.median(error))
+    return (bright if bright.sum() > dark.sum() else dark), noise
 
 
 def fit(ink: numpy.ndarray, box: int) -> numpy.ndarray:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bundle.dryrun import DryRun
+from handlers.core.cache import AnswerCache
 
 ROOT = Path(__file__).resolve().parents[2]
 HANDLERS = sorted((ROOT / "handlers").glob("*.py"))
@@ -228,6 +229,20 @@ def test_waiting_is_counted_from_the_proxys_stamp(worker: DryRun, caplog: pytest
     for stage in ("queue", "request"):
         [line] = [m for r in caplog.records if f"bundle_{stage}_seconds.Seconds:" in (m := r.getMessage())]
         assert 4.99 <= float(line.split("Seconds:")[1].split("|")[0]) < 60
+
+
+def test_an_input_that_comes_again_takes_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture):
+    worker.handler.cache = AnswerCache(2)
+    try:
+        first = worker.predict([row(1), {"body": b"1,2"}])
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert worker.predict([row(1), {"body": b"1,2"}]) == first
+        assert "bundle_inference_seconds" not in caplog.text
+        [(_, other)] = worker.predict([{"data": b"1,1,1,-1", "top_k": b"1"}])
+        assert len(other["top_k"]) == 1
+    finally:
+        worker.handler.cache = AnswerCache(0)
 
 
 def test_nothing_to_run_takes_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture):

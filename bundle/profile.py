@@ -1,0 +1,144 @@
+"""Where a request's time goes: stages, processor time by process, and a flame graph of a worker."""
+
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from rich.table import Table
+
+from bundle.catalog import ROOT, ModelFolder
+from bundle.client import Client, session
+from bundle.errors import BundleError
+from bundle.load import Load, closed_loop
+from bundle.server import Running, Settings
+
+STAGES = ("queue", "decode", "inference", "encode")
+SAMPLES_A_SECOND = 250
+WARM_UP_SECONDS = 2.0
+MIME = "application/octet-stream"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a load of one model showed.
+
+    Attributes:
+        load: what the clients saw.
+        batch_size: the mean, in requests.
+        stages: seconds a batch spends in each stage of the handler, on average.
+        cpu: seconds of processor time a request, of the frontend (Java) and of the model's workers.
+        graph: the flame graph.
+    """
+
+    load: Load
+    batch_size: float
+    stages: dict[str, float]
+    cpu: dict[str, float]
+    graph: Path
+
+    def table(self) -> Table:
+        table = Table("where", "ms", "of")
+        for stage, seconds in self.stages.items():
+            table.add_row(stage, f"{1000 * seconds:.2f}", f"a batch of {self.batch_size:.1f} on average")
+        for process, seconds in self.cpu.items():
+            table.add_row(f"CPU of the {process}", f"{1000 * seconds:.3f}", "a request")
+        table.add_row("p50, as clients see it", f"{1000 * self.load.p50:.2f}", "a request")
+        table.add_row("p99", f"{1000 * self.load.p99:.2f}", "a request")
+        return table
+
+
+def profile(running: Running, settings: Settings, folder: ModelFolder, concurrency: int, seconds: float) -> Profile:
+    """Loads a served model with its sample, and watches the server meanwhile.
+
+    Raises:
+        BundleError: the model is not served, py-spy or wrk is missing, or py-spy may not look into a worker.
+    """
+    workers = worker_pids(running.client(), folder)
+    if folder.bundle.sample is None:
+        raise BundleError(f"{folder.name} has no sample to send: set `sample` in its model-config.yaml.")
+    content = folder.existing(folder.bundle.sample).read_bytes()
+    url, headers = f"{running.inference}/predictions/{folder.name}", {"Content-Type": MIME}
+    closed_loop(url, content, headers, concurrency, WARM_UP_SECONDS)
+    graph = ROOT / "build" / "profile" / f"{folder.name}.svg"
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    spy = Spy(workers[0], seconds, graph)
+    before, cpu_before = sums(settings, folder), cpu_seconds(running, workers)
+    load = closed_loop(url, content, headers, concurrency, seconds)
+    after, cpu_after = sums(settings, folder), cpu_seconds(running, workers)
+    spy.wait()
+    if not load.answered:
+        raise BundleError(f"{folder.name} answered none of the requests: make logs")
+    gained = {name: after[name] - before.get(name, 0) for name in after}
+    batches = gained["bundle_batch_size_count"]
+    stages = {
+        stage: gained[f"bundle_{stage}_seconds_sum"] / batches
+        for stage in STAGES
+        if gained.get(f"bundle_{stage}_seconds_count")
+    }
+    cpu = {process: (cpu_after[process] - cpu_before[process]) / load.answered for process in cpu_after}
+    return Profile(load, gained["bundle_batch_size_sum"] / batches, stages, cpu, graph)
+
+
+def worker_pids(client: Client, folder: ModelFolder) -> list[int]:
+    described = client.describe(folder.name)
+    pids = [worker["pid"] for worker in (described or {}).get("workers", []) if worker["pid"] > 0]
+    if not pids:
+        raise BundleError(f"{folder.name} is not served, or has no worker: make serve MODELS={folder.name}")
+    return pids
+
+
+def sums(settings: Settings, folder: ModelFolder) -> dict[str, float]:
+    """The bundle's counters of the model, over all its versions, by name."""
+    text = session.get(f"{settings.url('metrics_address')}/metrics", timeout=10).text
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            ours = sample.name.startswith("bundle_") and sample.labels.get("ModelName") == folder.name
+            if ours and not sample.name.endswith("_bucket"):
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found
+
+
+def cpu_seconds(running: Running, workers: list[int]) -> dict[str, float]:
+    """User and system time of the frontend, and of the model's workers together."""
+
+    def of(pid: int) -> float:
+        times = psutil.Process(pid).cpu_times()
+        return times.user + times.system
+
+    return {"frontend": of(running.pid), "workers": sum(map(of, workers))}
+
+
+class Spy:
+    """py-spy, which samples a process from outside: the worker is neither changed nor started again."""
+
+    def __init__(self, pid: int, seconds: float, graph: Path):
+        program = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+        if program is None:
+            raise BundleError("py-spy is missing: pip install -r requirements/dev.txt")
+        command = [program, "record", "--pid", str(pid), "--duration", str(max(1, round(seconds)))]
+        command += ["--rate", str(SAMPLES_A_SECOND), "--nonblocking", "--output", str(graph)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.said = ""
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        self.said = self.process.stdout.read()
+
+    def wait(self) -> None:
+        """Raises:
+        BundleError: it could not look into the process."""
+        status = self.process.wait()
+        self.reader.join()
+        if status:
+            raise BundleError(
+                "py-spy could not look into a worker. Where it lacks the permission, run it as root, or allow it: "
+                "sysctl kernel.yama.ptrace_scope=0",
+                self.said,
+            )

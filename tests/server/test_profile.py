@@ -1,0 +1,26 @@
+"""`make profile`, on the server that the tests share."""
+
+import shutil
+
+import pytest
+
+from bundle.catalog import ROOT
+from tests.server.conftest import Place
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_profile_tells_where_the_time_goes(served: Place):
+    graph = ROOT / "build" / "profile" / "text.svg"
+    graph.unlink(missing_ok=True)
+    profiled = served.bundle("profile", "text", "--concurrency", "8", "--seconds", "3")
+    assert profiled.returncode == 0, profiled.stderr
+    for row in ("decode", "inference", "encode", "CPU of the frontend", "CPU of the workers", "p99"):
+        assert row in profiled.stdout
+    assert "0 failed" in profiled.stdout
+    assert "run_server" in graph.read_text()
+
+
+def test_profile_of_what_is_not_served(served: Place):
+    profiled = served.bundle("profile", "imagenet")
+    assert profiled.returncode == 1
+    assert "not served" in profiled.stderr

@@ -1,0 +1,47 @@
+"""The handlers on a GPU; skipped where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bundle.archive import archive
+from bundle.catalog import ModelFolder, select
+from bundle.client import first_class
+from bundle.dryrun import DryRun
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+MODELS = ("mnist", "image", "audio", "text")
+
+
+def answers(folder: ModelFolder, mar: Path, size: int, gpu: int | None) -> list[dict]:
+    content = folder.sample_file.read_bytes()
+    with DryRun(mar, gpu=gpu) as worker:
+        assert worker.handler.device.type == ("cpu" if gpu is None else "cuda")
+        found = worker.predict([{"body": content} for _ in range(size)])
+    assert [status for status, _ in found] == [200] * size
+    return [body for _, body in found]
+
+
+def probability(answer: dict) -> float:
+    ranked = answer.get("top_3_probabilities")
+    return ranked[0] if ranked else answer["top_k"][0]["probability"]
+
+
+@pytest.mark.parametrize("size", [1, 5, 32])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gpu_answers_as_the_cpu_does(model: str, size: int, tmp_path: Path):
+    [folder] = select([model])
+    mar = archive(folder, store=tmp_path).path
+    [expected] = answers(folder, mar, 1, None)
+    for answer in answers(folder, mar, size, 0):
+        assert first_class(answer) == first_class(expected)
+        assert probability(answer) == pytest.approx(probability(expected), abs=0.03)
+
+
+def test_inputs_reach_the_gpu_from_pinned_memory(tmp_path: Path):
+    [folder] = select(["mnist"])
+    with DryRun(archive(folder, store=tmp_path).path, gpu=0) as worker:
+        moved = worker.handler.to_device(torch.arange(6).view(2, 3))
+        assert moved.is_cuda
+        assert moved.tolist() == [[0, 1, 2], [3, 4, 5]]
