@@ -25,8 +25,8 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
   $(if $(ADMIN),-f docker/compose.admin.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down loadtest loadtest-ui profile \
-  test test-docker lint lock clean
+.PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down loadtest loadtest-ui bench \
+  profile test test-docker lint lock clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -91,6 +91,11 @@ loadtest: .venv/loadtest.done  ## load what is served, check answers and thresho
 
 loadtest-ui: .venv/loadtest.done  ## the same by hand, in locust's web interface on http://127.0.0.1:8089 (UI_PORT=8090)
 	@$(BIN)/python -m loadtest ui $(LOADTEST_OPTIONS) $(if $(UI_PORT),--port "$(UI_PORT)")
+
+bench: dev .venv/loadtest.done  ## measure the bundle beside its peers (ROUNDS=1 SECONDS=3 CASES=mnist SYSTEMS=bundle,litserve CONCURRENCY=16)
+	@$(BIN)/python -m loadtest.bench $(if $(ROUNDS),--rounds "$(ROUNDS)") $(if $(SECONDS),--seconds "$(SECONDS)") \
+	  $(if $(CASES),--cases "$(CASES)") $(if $(SYSTEMS),--systems "$(SYSTEMS)") \
+	  $(if $(CONCURRENCY),--concurrency "$(CONCURRENCY)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
 profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mnist CONCURRENCY=64 SECONDS=10)
 	@test -n "$(MODEL)" || { echo "error: say which: make profile MODEL=mnist" >&2; exit 2; }

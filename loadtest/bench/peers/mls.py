@@ -1,0 +1,61 @@
+"""MLServer: https://docs.seldon.ai/mlserver"""
+
+import base64
+import json
+import os
+import sys
+from pathlib import Path
+
+from mlserver import MLModel
+from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
+
+from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
+from loadtest.bench.pipeline import Pipeline
+from loadtest.bench.ports import free_ports
+
+
+class Model(MLModel):
+    """Takes BYTES as base64, and answers a string of JSON for each."""
+
+    async def load(self) -> bool:
+        self.pipeline = Pipeline(self.settings.parameters.extra["case"], threads=1)
+        return True
+
+    async def predict(self, payload: InferenceRequest) -> InferenceResponse:
+        data = payload.inputs[0].data
+        samples = [self.pipeline.decode(base64.b64decode(item)) for item in getattr(data, "root", data)]
+        answers = [json.dumps(answer) for answer in self.pipeline.predict(samples)]
+        output = ResponseOutput(name="answer", shape=[len(answers)], datatype="BYTES", data=answers)
+        return InferenceResponse(model_name=self.name, outputs=[output])
+
+
+def configure(folder: Path, port: int, case: str) -> None:
+    """Writes what `mlserver start` reads."""
+    grpc, metrics = free_ports(2)
+    settings = {
+        "host": "127.0.0.1",
+        "http_port": port,
+        "grpc_port": grpc,
+        "metrics_port": metrics,
+        "metrics_dir": str(folder / "metrics"),
+        "environments_dir": str(folder / "environments"),
+        "debug": False,  # logs a line for each request
+        "gzip_enabled": False,
+        "parallel_workers": workers(),
+    }
+    model = {
+        "name": "model",
+        "implementation": "loadtest.bench.peers.mls.Model",
+        "max_batch_size": BATCH_SIZES[case],
+        "max_batch_time": DELAY,
+        "parameters": {"extra": {"case": case}},
+    }
+    (folder / "metrics").mkdir()
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "model-settings.json").write_text(json.dumps(model))
+
+
+if __name__ == "__main__":
+    configure(Path.cwd(), int(sys.argv[1]), sys.argv[2])
+    program = str(Path(sys.executable).with_name("mlserver"))
+    os.execv(program, [program, "start", "."])

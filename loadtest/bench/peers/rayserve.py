@@ -1,0 +1,59 @@
+"""Ray Serve: https://docs.ray.io/en/latest/serve"""
+
+import json
+import os
+import signal
+import sys
+
+# Of what RAY_SERVE_THROUGHPUT_OPTIMIZED sets. Left out: gRPC between proxy and replicas, which was slower here, and the
+# ingress without a proxy, which needs a load balancer.
+os.environ |= {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+import ray
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
+
+ONGOING = 512  # requests that a replica accepts: more than there are clients
+OBJECT_STORE = 200_000_000  # bytes; requests do not pass through it
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+
+@serve.deployment(
+    num_replicas=workers(), max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": 0.5}, logging_config=QUIET
+)
+class Model:
+    def __init__(self, case: str):
+        from loadtest.bench.pipeline import Pipeline  # imports torch, in the replica only
+
+        self.pipeline = Pipeline(case, threads=1)
+        self.answer.set_max_batch_size(BATCH_SIZES[case])
+
+    @serve.batch(batch_wait_timeout_s=DELAY)
+    async def answer(self, bodies: list[bytes]) -> list[dict]:
+        return self.pipeline.predict([self.pipeline.decode(body) for body in bodies])
+
+    async def __call__(self, request: Request) -> Response:
+        return Response(json.dumps(await self.answer(await request.body())), media_type="application/json")
+
+
+if __name__ == "__main__":
+    port, case = sys.argv[1:]
+    ray.init(
+        num_cpus=workers(),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=os.environ["TMPDIR"],
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": int(port)}, logging_config=QUIET)
+    serve.run(Model.bind(case), route_prefix="/predict")
+    signal.pause()

@@ -1,0 +1,140 @@
+"""What a competent user of any server writes for these models: the code that all peers run, and the limit, too.
+
+Decoding per request by the usual libraries, the eager float32 module on the batch, the bundle's own form of answer.
+"""
+
+import io
+import json
+from collections.abc import Callable
+
+import soundfile
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from loadtest.bench.cases import CASES, ROOT
+from models.audio import model as audio
+from models.mnist import model as mnist
+from models.text import model as text
+
+MAX_TOKENS = 64
+
+
+class Pipeline:
+    """Decodes and answers the requests of one case.
+
+    Args:
+        case: the case's name.
+        threads: that torch may use for one operation.
+    """
+
+    def __init__(self, case: str, threads: int):
+        torch.set_num_threads(threads)
+        steps = STEPS[CASES[case].model]()
+        self.decode: Callable[[bytes], Tensor] = steps.decode
+        self.collate: Callable[[list[Tensor]], tuple[Tensor, ...]] = steps.collate
+        self.answer: Callable[[list[float], list[int]], dict] = steps.answer
+        self.model: nn.Module = steps.model
+        self.top_k: int = steps.top_k
+
+    @torch.inference_mode()
+    def predict(self, samples: list[Tensor]) -> list[dict]:
+        """What `decode` has made of each request of one batch -> an answer for each."""
+        logits = self.model(*self.collate(samples))
+        probabilities, classes = logits.softmax(dim=1).topk(self.top_k)
+        return list(map(self.answer, probabilities.tolist(), classes.tolist()))
+
+
+class Steps:
+    """What differs between the models; `decode` makes one CPU tensor of one request."""
+
+    model: nn.Module
+    labels: list[str]
+    top_k: int
+
+    def collate(self, samples: list[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.stack(samples),)
+
+    def answer(self, probabilities: list[float], classes: list[int]) -> dict:
+        ranking = zip(classes, probabilities, strict=True)
+        return {"top_k": [{"label": self.labels[index], "class": index, "probability": p} for index, p in ranking]}
+
+
+class Digits(Steps):
+    top_k = 3
+
+    def __init__(self):
+        self.model = mnist.build()
+
+    def decode(self, body: bytes) -> Tensor:
+        """-> uint8 [1, 28, 28]."""
+        return v2.functional.pil_to_tensor(Image.open(io.BytesIO(body)).convert("L").resize((mnist.SIZE, mnist.SIZE)))
+
+    def answer(self, probabilities: list[float], classes: list[int]) -> dict:
+        return {"top_3_classes": classes, "top_3_probabilities": probabilities}
+
+
+class Photos(Steps):
+    top_k = 5
+
+    def __init__(self):
+        from loadtest.bench import resnet  # imports the bundle, which the peers of the other cases need not
+
+        self.model = resnet.build()
+        self.labels = json.loads(resnet.LABELS.read_text())
+        self.transform = v2.Compose(
+            [
+                v2.Resize(256),
+                v2.CenterCrop(224),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(resnet.MEAN, resnet.STD),
+            ]
+        )
+
+    def decode(self, body: bytes) -> Tensor:
+        """-> float32 [3, 224, 224], normalised."""
+        return self.transform(Image.open(io.BytesIO(body)).convert("RGB"))
+
+
+class Words(Steps):
+    top_k = 3
+
+    def __init__(self):
+        self.model = audio.build()
+        self.labels = labels_of("audio")
+
+    def decode(self, body: bytes) -> Tensor:
+        """-> float32 [16000]; the case's sound has the model's rate and length."""
+        samples, _ = soundfile.read(io.BytesIO(body), dtype="float32")
+        return torch.from_numpy(samples)
+
+
+class Texts(Steps):
+    top_k = 3
+
+    def __init__(self):
+        self.model = text.build()
+        self.labels = labels_of("text")
+        self.tokenizer = Tokenizer.from_file(str(text.FOLDER / "tokenizer.json"))
+        self.tokenizer.enable_truncation(MAX_TOKENS)
+
+    def decode(self, body: bytes) -> Tensor:
+        """-> token ids int64 [T]."""
+        return torch.tensor(self.tokenizer.encode(body.decode()).ids)
+
+    def collate(self, samples: list[Tensor]) -> tuple[Tensor, ...]:
+        """Pads to the longest text of the batch."""
+        ids = nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=text.PADDING)
+        lengths = torch.tensor([len(sample) for sample in samples])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+def labels_of(model: str) -> list[str]:
+    names = json.loads((ROOT / "models" / model / "index_to_name.json").read_text())
+    return [names[str(index)] for index in range(len(names))]
+
+
+STEPS: dict[str, type[Steps]] = {"mnist": Digits, "resnet18": Photos, "audio": Words, "text": Texts}

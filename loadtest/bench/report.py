@@ -1,0 +1,353 @@
+"""Results -> tables, for the terminal and for BENCHMARKS.md."""
+
+import math
+import os
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from bundle.errors import BundleError
+from loadtest.bench.cases import CASES
+from loadtest.bench.results import TOLERANCE, Failure, Limit, Measurement, Results
+from loadtest.bench.runner import LIMIT, OURS, UTILISATION
+
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+DISTURBED = 0.05  # share of the CPU that something else used: above it, numbers are doubtful
+TOLERATED = 0.01  # share of failed requests above which a system is nobody's best peer
+WRONG = "†"  # marks a system whose answer is not the reference's
+
+METHOD = """{rounds}, {seconds:g} s each; medians over the rounds. The load generator runs on the same machine.
+MB is memory: the proportional set size of all processes of a server, right after load. The best peer is the one with
+the highest throughput at that number of clients, among those that answer correctly and fail at most {tolerated:.0%} of
+the requests. The limit is what the reference pipeline, which all peers run, does in a loop without a server."""
+
+LOOPS = {"pipeline": "the reference pipeline", "handler": "the bundle's handler"}
+CLOSED = (
+    "system",
+    "clients",
+    "req/s",
+    "p50 ms",
+    "p99 ms",
+    "failed",
+    "× best peer",
+    "of limit",
+    "CPU ms/req",
+    "MB",
+)
+OPEN = (
+    "system",
+    "req/s asked",
+    f"{UTILISATION:.0%} of",
+    "req/s answered",
+    "p50 ms",
+    "p95 ms",
+    "p99 ms",
+    "longest ms",
+    "failed",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system at one number of clients: medians over the rounds, and the sum of the failures.
+
+    Attributes:
+        to_best_peer: its throughput as a multiple of the best peer's at the same number of clients; None: no peer.
+        to_limit: its throughput as a share of what a loop without a server does; None: no limit was measured.
+    """
+
+    system: str
+    clients: int
+    throughput: float
+    p50: float
+    p99: float
+    failed: int
+    is_sound: bool
+    cpu_per_request: float
+    memory: float
+    to_best_peer: float | None = None
+    to_limit: float | None = None
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def closed_rows(results: Results, case: str) -> list[Row]:
+    """By number of clients; in each, the fastest first."""
+    groups: dict[tuple[int, str], list[Measurement]] = defaultdict(list)
+    for one in results.measurements:
+        if one.case == case and one.clients is not None:
+            groups[one.clients, one.system].append(one)
+    wrong = wrong_systems(results, case)
+    best: dict[int, float] = defaultdict(float)
+    for (clients, system), seen in groups.items():
+        if system != OURS and system not in wrong and is_sound(seen):
+            best[clients] = max(best[clients], throughput(seen))
+    limit = results.limits.get(case, {}).get("pipeline")
+    rows = [
+        Row(
+            system=system,
+            clients=clients,
+            throughput=throughput(seen),
+            p50=median([one.load.p50 for one in seen]),
+            p99=median([one.load.p99 for one in seen]),
+            failed=sum(one.load.failed for one in seen),
+            is_sound=is_sound(seen) and system not in wrong,
+            cpu_per_request=median([one.cpu_per_request for one in seen]),
+            memory=max(one.memory for one in seen),
+            to_best_peer=throughput(seen) / best[clients] if best[clients] else None,
+            to_limit=throughput(seen) / limit.rate if limit else None,
+        )
+        for (clients, system), seen in groups.items()
+    ]
+    return sorted(rows, key=lambda row: (row.clients, -row.throughput))
+
+
+def throughput(seen: list[Measurement]) -> float:
+    return median([one.load.throughput for one in seen])
+
+
+def is_sound(seen: list[Measurement]) -> bool:
+    failed = sum(one.load.failed for one in seen)
+    return failed <= TOLERATED * sum(one.load.answered + one.load.failed for one in seen)
+
+
+def wrong_systems(results: Results, case: str) -> dict[str, str]:
+    """The systems whose answer is not the reference's -> in which way."""
+    return {
+        answer.system: "answers class {} with {:.3f}; the reference answers {} with {:.3f}".format(
+            *answer.seen, *answer.expected
+        )
+        for answer in results.answers
+        if answer.case == case and not answer.is_right
+    }
+
+
+def closed_table(results: Results, case: str) -> list[tuple[str, ...]]:
+    wrong = wrong_systems(results, case)
+    rows = [
+        (
+            row.system + (WRONG if row.system in wrong else ""),
+            str(row.clients),
+            number(row.throughput),
+            milliseconds(row.p50),
+            milliseconds(row.p99),
+            f"{row.failed:,}",
+            f"{row.to_best_peer:.2f}" if row.to_best_peer is not None else "",
+            f"{row.to_limit:.0%}" if row.to_limit is not None else "",
+            f"{1000 * row.cpu_per_request:.3g}" if math.isfinite(row.cpu_per_request) else "-",
+            number(row.memory / 1e6),
+        )
+        for row in closed_rows(results, case)
+    ]
+    return rows + [(system, "", "failed", *[""] * (len(CLOSED) - 3)) for system in unmeasured(results, case)]
+
+
+def unmeasured(results: Results, case: str) -> list[str]:
+    """The systems that were asked for and have no row: why not is in the list of failures."""
+    seen = {one.system for one in results.measurements if one.case == case}
+    failed = [one.system for one in results.failures if one.case in (case, None) and one.system != LIMIT]
+    return [system for system in dict.fromkeys(failed) if system not in seen]
+
+
+def open_table(results: Results, case: str) -> list[tuple[str, ...]]:
+    """By system, the bundle first; its second row is the one at the best peer's rate."""
+    groups: dict[tuple[str, bool], list[Measurement]] = defaultdict(list)
+    for one in results.measurements:
+        if one.case == case and one.rate is not None:
+            groups[one.system, one.rate_of != one.system].append(one)
+    return [
+        (
+            system,
+            number(median([one.rate for one in seen])),
+            "best peer" if at_a_peers_rate else "itself",
+            number(throughput(seen)),
+            *(milliseconds(median([getattr(one.load, name) for one in seen])) for name in ("p50", "p95", "p99")),
+            milliseconds(max(one.load.longest for one in seen)),
+            f"{sum(one.load.failed for one in seen):,}",
+        )
+        for (system, at_a_peers_rate), seen in sorted(groups.items(), key=lambda group: (group[0][0] != OURS, group[0]))
+    ]
+
+
+def best_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
+    """What each system answers at the number of clients where it is fastest: a row a system, a column a case."""
+    cases = measured_cases(results)
+    rows = {case: closed_rows(results, case) for case in cases}
+    systems = [name for name in results.versions if any(row.system == name for held in rows.values() for row in held)]
+
+    def best(case: str, names: list[str]) -> float | None:
+        return max((row.throughput for row in rows[case] if row.system in names and row.is_sound), default=None)
+
+    table = [
+        (name, *("-" if (found := best(case, [name])) is None else number(found) for case in cases)) for name in systems
+    ]
+    ratios = []
+    for case in cases:
+        ours, theirs = best(case, [OURS]), best(case, [name for name in systems if name != OURS])
+        ratios.append(f"{ours / theirs:.2f}" if ours and theirs else "")
+    if any(ratios):
+        table.append(("bundle × best peer", *ratios))
+    return ["system", *cases], table
+
+
+def measured_cases(results: Results) -> list[str]:
+    seen = {one.case for one in results.measurements}
+    return [case for case in CASES if case in seen]
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def milliseconds(seconds: float) -> str:
+    return number(1000 * seconds) if math.isfinite(seconds) else "-"
+
+
+def limit_line(limits: dict[str, Limit]) -> str:
+    told = [
+        f"{LOOPS[kind]} {number(limit.rate)} requests/s (batch {limit.batch}, "
+        f"{limit.processes} {'process' if limit.processes == 1 else 'processes'} × {limit.threads} "
+        f"{'thread' if limit.threads == 1 else 'threads'})"
+        for kind, limit in limits.items()
+    ]
+    return "In-process limit: " + "; ".join(told) + "."
+
+
+def disturbance(results: Results) -> str:
+    """What else the machine was doing."""
+    shares = [one.others for one in results.measurements]
+    told = (
+        f"While it measured, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
+    )
+    if median(shares) > DISTURBED:
+        told += " The machine was not idle: take these numbers for a trial."
+    return told
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------
+
+
+def terminal_tables(results: Results) -> list[Table]:
+    tables = []
+    for case in measured_cases(results):
+        limits = results.limits.get(case)
+        tables.append(rich_table(case, CLOSED, closed_table(results, case), limit_line(limits) if limits else ""))
+        if rows := open_table(results, case):
+            tables.append(rich_table(f"{case}, open loop", OPEN, rows))
+    header, rows = best_table(results)
+    tables.append(rich_table("best requests/s", header, rows))
+    return tables
+
+
+def rich_table(
+    title: str, header: list[str] | tuple[str, ...], rows: list[tuple[str, ...]], caption: str = ""
+) -> Table:
+    table = Table(title=title, caption=caption or None, header_style="bold", box=SIMPLE_HEAD, padding=0)
+    for index, name in enumerate(header):
+        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", no_wrap=not index)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0].rstrip(WRONG) == OURS else "")
+    return table
+
+
+# --- BENCHMARKS.md -------------------------------------------------------------------------------------------------
+
+
+def markdown(results: Results, chart: str | None) -> str:
+    """The generated part.
+
+    Args:
+        chart: path of the picture, from the file's own folder.
+    """
+    parts = ["\n".join(f"- {name}: {value}" for name, value in results.about.items())]
+    parts.append("Systems: " + ", ".join(f"{name} {version}" for name, version in results.versions.items()) + ".")
+    parts.append(METHOD.format(rounds=plural(results.rounds, "round"), seconds=results.seconds, tolerated=TOLERATED))
+    parts.append(disturbance(results))
+    header, rows = best_table(results)
+    parts += ["Requests a second, at the number of clients where each system is fastest:", markdown_table(header, rows)]
+    if chart:
+        parts.append(f"![Requests a second by number of clients, a panel a case]({chart})")
+    for case in measured_cases(results):
+        parts += case_section(results, case)
+    if results.failures:
+        parts += ["### What failed", "\n".join(map(failure_text, results.failures))]
+    return "\n\n".join(parts)
+
+
+def case_section(results: Results, case: str) -> list[str]:
+    parts = [f"### {case}"]
+    if limits := results.limits.get(case):
+        parts.append(limit_line(limits))
+    parts.append(markdown_table(CLOSED, closed_table(results, case)))
+    if wrong := wrong_systems(results, case):
+        told = "; ".join(f"{system} {how}" for system, how in wrong.items())
+        parts.append(
+            f"{WRONG} Another answer than the reference's (first class, or by more than {TOLERANCE:g}): {told}."
+        )
+    if rows := open_table(results, case):
+        parts.append(
+            f"Open loop: requests at random times, at {UTILISATION:.0%} of what the system did best, and the bundle at "
+            "the best peer's rate as well. Latency counts from when a request was due."
+        )
+        parts.append(markdown_table(OPEN, rows))
+    return parts
+
+
+def markdown_table(header: list[str] | tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    def line(cells: list[str] | tuple[str, ...]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    def emphasised(row: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"**{cell}**" if cell else "" for cell in row) if row[0].rstrip(WRONG) == OURS else row
+
+    return "\n".join([line(header), "|---|" + "---:|" * (len(header) - 1), *(line(emphasised(row)) for row in rows)])
+
+
+def failure_text(failure: Failure) -> str:
+    where = ", ".join(filter(None, [failure.case, f"round {failure.round}" if failure.round else ""]))
+    text = f"- {failure.system}{f' ({where})' if where else ''}: {failure.message}"
+    if failure.details:
+        indented = "\n".join("  " + line.replace("```", "'''") for line in failure.details.splitlines())
+        text += f"\n\n  ```\n{indented}\n  ```\n"
+    return text
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def surroundings(file: Path) -> tuple[str, str]:
+    """What stands before and after the generated part of a file, which need not have one, nor exist.
+
+    Raises:
+        BundleError: the file has one of the marks only, or one twice, or they are in the wrong order.
+    """
+    text = file.read_text() if file.exists() else "# Benchmarks\n"
+    if (text.count(START), text.count(END)) == (0, 0):
+        return text.rstrip("\n") + "\n\n", "\n"
+    if (text.count(START), text.count(END)) != (1, 1) or text.find(START) > text.find(END):
+        raise BundleError(f"{file} must have {START} and {END} once each, in this order: the report goes between them.")
+    return text[: text.find(START)], text[text.find(END) + len(END) :]
+
+
+def write(generated: str, file: Path) -> None:
+    """Puts the generated part between its marks; everything else in the file stays as it is.
+
+    Raises:
+        BundleError: see `surroundings`; nothing is written.
+    """
+    before, after = surroundings(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(f"{before}{START}\n\n{generated}\n\n{END}{after}")
+    partial.replace(file)
+
+
+def relative_to(file: Path, folder: Path) -> str:
+    return Path(os.path.relpath(file, folder)).as_posix()

@@ -1,0 +1,68 @@
+"""What a system is to the runner: something to install, to serve a case with, and to ask."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loadtest.bench.cases import Case
+
+
+def first(answer: bytes) -> tuple[int, float]:
+    """The class that comes first in an answer of this project's form, and its probability.
+
+    Raises:
+        ValueError: the answer has another form.
+    """
+    try:
+        ranking = json.loads(answer)
+        if "top_k" in ranking:
+            return int(ranking["top_k"][0]["class"]), float(ranking["top_k"][0]["probability"])
+        return int(ranking["top_3_classes"][0]), float(ranking["top_3_probabilities"][0])
+    except (KeyError, IndexError, TypeError, ValueError) as exc:
+        raise ValueError(f"The answer is not a ranking: {answer[:200]!r}") from exc
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how a served case is asked.
+
+    Attributes:
+        url: what to POST to.
+        body: the case's input in the wire form of this system.
+        pid: the root of the server's process tree.
+        pids: further roots, of servers that are not one tree.
+        top: reads the first class and its probability out of an answer.
+    """
+
+    url: str
+    headers: dict[str, str]
+    body: bytes
+    pid: int
+    pids: tuple[int, ...] = ()
+    top: Callable[[bytes], tuple[int, float]] = field(default=first)
+
+
+class System(Protocol):
+    name: str
+
+    @property
+    def version(self) -> str:
+        """The release that is measured."""
+
+    def install(self) -> None:
+        """Makes the system's own environment; does nothing where it is up to date.
+
+        Raises:
+            BundleError: its packages cannot be installed.
+        """
+
+    def serve(self, case: Case) -> AbstractContextManager[Endpoint]:
+        """Starts the system on a free port of 127.0.0.1 and waits until it has answered the case once.
+
+        All its processes are ended with the block, whatever happens in it.
+
+        Raises:
+            BundleError: it did not start, or did not answer; the last lines of its log are the details.
+        """

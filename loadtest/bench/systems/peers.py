@@ -1,0 +1,113 @@
+"""LitServe, BentoML, Ray Serve and MLServer: each runs `loadtest.bench.peers.NAME` in its own environment."""
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from loadtest.bench import resnet
+from loadtest.bench.cases import Case
+from loadtest.bench.ports import free_ports
+from loadtest.bench.systems.base import Endpoint, first
+from loadtest.bench.systems.environment import Environment
+from loadtest.bench.systems.processes import wait_for_answer, workplace
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How a server wants to be asked.
+
+    Attributes:
+        path: of the URL.
+        content_type: of every request; None: the case's own.
+        pack: the case's input -> the body of a request.
+        top: see Endpoint.
+    """
+
+    path: str = "/predict"
+    content_type: str | None = None
+    pack: Callable[[bytes], bytes] = bytes
+    top: Callable[[bytes], tuple[int, float]] = first
+
+
+def v2_request(body: bytes) -> bytes:
+    """The Open Inference Protocol's JSON: binary input as base64, a batch of one."""
+    data = [base64.b64encode(body).decode()]
+    return json.dumps({"inputs": [{"name": "input", "shape": [1], "datatype": "BYTES", "data": data}]}).encode()
+
+
+def v2_first(answer: bytes) -> tuple[int, float]:
+    return first_of(answer, lambda parsed: json.loads(parsed["outputs"][0]["data"][0]))
+
+
+def bento_request(body: bytes) -> bytes:
+    """BentoML's JSON: a batchable endpoint takes a list."""
+    return json.dumps({"inputs": [base64.b64encode(body).decode()]}).encode()
+
+
+def bento_first(answer: bytes) -> tuple[int, float]:
+    return first_of(answer, lambda parsed: parsed[0])
+
+
+def first_of(answer: bytes, ranking: Callable[[Any], Any]) -> tuple[int, float]:
+    """`first` of an answer that has the ranking further inside."""
+    try:
+        inside = json.dumps(ranking(json.loads(answer))).encode()
+    except (KeyError, IndexError, TypeError, ValueError) as exc:
+        raise ValueError(f"The answer is not of this server's form: {answer[:200]!r}") from exc
+    return first(inside)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server with an environment of its own.
+
+    Attributes:
+        module: of `loadtest.bench.peers`, run with the port and the case as its arguments.
+    """
+
+    name: str
+    package: str
+    module: str
+    wire: Wire = field(default_factory=Wire)
+
+    @property
+    def environment(self) -> Environment:
+        return Environment(self.name)
+
+    @property
+    def version(self) -> str:
+        return self.environment.version(self.package)
+
+    def install(self) -> None:
+        self.environment.install()
+
+    @contextmanager
+    def serve(self, case: Case) -> Iterator[Endpoint]:
+        self.install()
+        if case.model == resnet.NAME:
+            resnet.make()
+        headers = {"Content-Type": self.wire.content_type or case.content_type}
+        body = self.wire.pack(case.body)
+        with workplace(f"{self.name}-{case.name}") as place:
+            [port] = free_ports(1)
+            url = f"http://127.0.0.1:{port}{self.wire.path}"
+            module = f"loadtest.bench.peers.{self.module}"
+            server = place.start([self.environment.python, "-m", module, str(port), case.name])
+            wait_for_answer(place, server, url, headers, body, self.wire.top)
+            yield Endpoint(url, headers, body, server.pid, top=self.wire.top)
+
+
+PEERS = (
+    Peer("litserve", "litserve", "lit"),
+    Peer("bentoml", "bentoml", "bento", Wire(content_type="application/json", pack=bento_request, top=bento_first)),
+    Peer("ray-serve", "ray", "rayserve"),
+    Peer(
+        "mlserver",
+        "mlserver",
+        "mls",
+        Wire("/v2/models/model/infer", "application/json", v2_request, v2_first),
+    ),
+)

@@ -1,0 +1,97 @@
+"""TorchServe as it is, with a handler in the manner of its own examples."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from bundle.errors import BundleError
+from bundle.java import java_home
+from loadtest.bench import resnet
+from loadtest.bench.cases import Case
+from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
+from loadtest.bench.ports import free_ports
+from loadtest.bench.systems.base import Endpoint, first
+from loadtest.bench.systems.processes import Workplace, wait_for_answer, workplace
+
+HANDLER = Path(__file__).parent.parent / "peers" / "torchserve_handler.py"
+ADDRESSES = ("inference_address", "management_address", "metrics_address")
+GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
+QUEUE = 1000  # requests; the default of 100 answers 503 to some of 256 clients
+
+
+@dataclass(frozen=True)
+class TorchServe:
+    """Its defaults, one worker for each core, and a queue that is long enough for the clients.
+
+    Attributes:
+        batch_sizes: by case; None: requests are not batched, which is TorchServe's default.
+        delay: ms that a batch waits to fill.
+    """
+
+    name: str
+    batch_sizes: dict[str, int] | None = None
+    delay: int = round(1000 * DELAY)
+
+    @property
+    def version(self) -> str:
+        return version("torchserve")
+
+    def install(self) -> None:
+        """It is in the environment of the bundle."""
+
+    @contextmanager
+    def serve(self, case: Case) -> Iterator[Endpoint]:
+        if case.model == resnet.NAME:
+            resnet.make()
+        headers = {"Content-Type": case.content_type}
+        with workplace(f"{self.name}-{case.name}") as place:
+            port = self.configure(place)
+            self.archive(place, case)
+            command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
+            command += ["--ts-config", "config.properties", "--model-store", ".", "--models", "model=model.mar"]
+            server = place.start(command, JAVA_HOME=str(java_home()), TEMP=str(place.folder))
+            url = f"http://127.0.0.1:{port}/predictions/model"
+            wait_for_answer(place, server, url, headers, case.body, first)
+            [java] = psutil.Process(server.pid).children()
+            yield Endpoint(url, headers, case.body, java.pid)
+
+    def configure(self, place: Workplace) -> int:
+        """Writes config.properties, and returns the port of inference. What is not in it keeps its default."""
+        ports = free_ports(len(ADDRESSES) + len(GRPC_PORTS))
+        lines = [f"{key}=http://127.0.0.1:{port}" for key, port in zip(ADDRESSES, ports, strict=False)]
+        lines += [f"{key}={port}" for key, port in zip(GRPC_PORTS, ports[len(ADDRESSES) :], strict=True)]
+        lines += ["disable_token_authorization=true", f"job_queue_size={QUEUE}"]
+        (place.folder / "config.properties").write_text("\n".join(lines) + "\n")
+        return ports[0]
+
+    def archive(self, place: Workplace, case: Case) -> None:
+        batch_size = self.batch_sizes[case.name] if self.batch_sizes else 1
+        config = {
+            "minWorkers": workers(),
+            "maxWorkers": workers(),
+            "batchSize": batch_size,
+            "maxBatchDelay": self.delay,
+            "responseTimeout": 120,
+            "startupTimeout": 120,
+            "jobQueueSize": QUEUE,
+            "handler": {"case": case.name, "threads": 1},
+        }
+        (place.folder / "model-config.yaml").write_text(json.dumps(config))  # YAML contains JSON
+        command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", "model", "--version", "1.0"]
+        command += ["--handler", str(HANDLER), "--config-file", "model-config.yaml", "--export-path", "."]
+        run = subprocess.run(command, cwd=place.folder, env=place.environment, capture_output=True, text=True)
+        if run.returncode:
+            raise BundleError("torch-model-archiver failed.", run.stdout + run.stderr)
+
+
+TORCHSERVES = (
+    TorchServe("torchserve"),
+    TorchServe("torchserve-batched", BATCH_SIZES),
+)

@@ -1,0 +1,237 @@
+"""The benchmark's report, of results made up here."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from bundle.errors import BundleError
+from bundle.load import Load
+from loadtest.bench import report
+from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results, about_this_machine
+
+HAND_WRITTEN = (
+    "# Benchmarks\n\nWhat changed, and why.\n\n<!-- bench:start -->\nold\n<!-- bench:end -->\n\n## Before\n\nslow\n"
+)
+
+
+def measurement(
+    system: str,
+    throughput: float,
+    clients: int | None = 16,
+    round_: int = 1,
+    failed: int = 0,
+    rate: float | None = None,
+    rate_of: str | None = None,
+    p99: float = 0.02,
+    others: float = 0.01,
+) -> Measurement:
+    answered = int(throughput * 2)
+    load = Load(2, answered, failed, throughput, *((0.01, 0.015, p99, 0.05) if answered else (math.inf,) * 4))
+    return Measurement(
+        "text", system, round_, clients, rate, rate_of, load, cpu_seconds=1.0, others=others, memory=500_000_000
+    )
+
+
+def results(*measurements: Measurement, **others: object) -> Results:
+    names = ("bundle", "litserve", "bentoml", "mlserver")
+    held = {"limits": {"text": {"pipeline": Limit(2000, 32, 2, 1), "handler": Limit(3000, 64, 1, 2)}}}
+    return Results(
+        about_this_machine(), 1, 2, {name: "1.2.3" for name in names}, **(held | others), measurements=[*measurements]
+    )
+
+
+def row(held: Results, system: str, clients: int = 16) -> report.Row:
+    [found] = [row for row in report.closed_rows(held, "text") if (row.system, row.clients) == (system, clients)]
+    return found
+
+
+def cells(markdown: str, system: str) -> list[list[str]]:
+    """The rows of all tables that start with a system."""
+    lines = [line.replace("*", "").strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines if line[0].strip() == system]
+
+
+def test_rounds_become_a_median():
+    seen = [measurement("bundle", rate, round_=index, failed=index) for index, rate in enumerate((900, 100, 1000))]
+    found = row(results(*seen), "bundle")
+    assert found.throughput == 900
+    assert found.failed == 3
+    assert found.cpu_per_request == 1 / 1800
+
+
+def test_ratios_are_to_the_best_peer_at_the_same_number_of_clients_and_to_the_pipelines_limit():
+    held = results(
+        measurement("bundle", 1000),
+        measurement("litserve", 400),
+        measurement("bentoml", 500),
+        measurement("bundle", 300, clients=1),
+        measurement("litserve", 600, clients=1),
+    )
+    assert row(held, "bundle").to_best_peer == 2
+    assert row(held, "litserve").to_best_peer == 0.8
+    assert row(held, "bentoml").to_best_peer == 1
+    assert row(held, "bundle", clients=1).to_best_peer == 0.5
+    assert row(held, "bundle").to_limit == 0.5
+
+
+def test_the_fastest_comes_first():
+    held = results(measurement("litserve", 400), measurement("bundle", 100), measurement("bundle", 900, clients=64))
+    assert [(row.clients, row.system) for row in report.closed_rows(held, "text")] == [
+        (16, "litserve"),
+        (16, "bundle"),
+        (64, "bundle"),
+    ]
+
+
+def test_a_peer_that_fails_requests_is_not_the_best():
+    held = results(measurement("bundle", 1000), measurement("litserve", 900, failed=100), measurement("bentoml", 500))
+    assert row(held, "bundle").to_best_peer == 2
+    assert cells(report.markdown(held, None), "bundle × best peer") == [["bundle × best peer", "2.00"]]
+
+
+def test_a_wrong_answer_is_marked_and_is_not_the_best():
+    answers = [
+        Answer("text", "litserve", 1, (7, 0.9), (130, 0.99)),
+        Answer("text", "bentoml", 1, (130, 0.975), (130, 0.99)),
+        Answer("text", "bundle", 1, (130, 0.96), (130, 0.99)),
+    ]
+    held = results(
+        measurement("bundle", 1000), measurement("litserve", 900), measurement("bentoml", 500), answers=answers
+    )
+    text = report.markdown(held, None)
+    assert row(held, "bundle").to_best_peer == 2
+    assert cells(text, "litserve†")[0][:3] == ["litserve†", "16", "900"]
+    assert cells(text, "bundle†")[0][:3] == ["bundle†", "16", "1,000"]
+    assert "litserve answers class 7 with 0.900; the reference answers 130 with 0.990" in text
+    assert "bentoml answers" not in text
+
+
+def test_without_a_peer_or_a_limit_there_is_no_ratio():
+    held = results(measurement("bundle", 1000), limits={})
+    assert row(held, "bundle").to_best_peer is row(held, "bundle").to_limit is None
+    assert cells(report.markdown(held, None), "bundle × best peer") == []
+
+
+def test_a_run_without_a_good_answer_has_no_latencies():
+    [_, found] = cells(report.markdown(results(measurement("litserve", 0, failed=50)), None), "litserve")
+    assert found[2:6] == ["0", "-", "-", "50"]
+
+
+def test_what_failed_stands_in_the_table_and_with_its_log():
+    failures = [
+        Failure("mlserver", None, None, "uv cannot make build/bench/env/mlserver.", "no such package\nhint: check it"),
+        Failure("bentoml", "text", 1, "The server ended with status 3 before it answered.", "Traceback\n```\nboom"),
+        Failure("bundle", "text", 2, "wrk could not load it."),
+    ]
+    text = report.markdown(results(measurement("bundle", 1000), failures=failures), None)
+    assert cells(text, "mlserver")[0][:3] == ["mlserver", "", "failed"]
+    assert cells(text, "bentoml")[0][:3] == ["bentoml", "", "failed"]
+    assert [line[2] for line in cells(text, "bundle")[1:]] == ["1,000"]
+    assert "- bentoml (text, round 1): The server ended with status 3 before it answered.\n\n  ```\n  Traceback" in text
+    assert "hint: check it" in text
+    assert text.count("```") == 4  # what a log says does not end the block it is in
+
+
+def test_the_open_loop_at_a_peers_rate_is_a_row_of_its_own():
+    held = results(
+        measurement("bundle", 699, None, rate=700, rate_of="bundle"),
+        measurement("bundle", 349, None, rate=350, rate_of="litserve", p99=0.012),
+        measurement("litserve", 348, None, rate=350, rate_of="litserve"),
+    )
+    assert [line[:7] for line in report.open_table(held, "text")] == [
+        ("bundle", "700", "itself", "699", "10", "15", "20"),
+        ("bundle", "350", "best peer", "349", "10", "15", "12"),
+        ("litserve", "350", "itself", "348", "10", "15", "20"),
+    ]
+
+
+def test_tables_fit_a_terminal_of_80_columns():
+    held = results(measurement("torchserve-batched", 12345, 256), measurement("bundle", 54321, 256))
+    from rich.console import Console
+
+    console = Console(width=80, record=True, quiet=True)
+    for table in report.terminal_tables(held):
+        assert console.measure(table).minimum <= 80
+
+
+@pytest.mark.parametrize(("others", "is_idle"), [(0.01, True), (0.3, False)])
+def test_a_machine_that_was_not_idle_is_said(others: float, is_idle: bool):
+    held = results(measurement("bundle", 1000, others=others), measurement("litserve", 500, others=others))
+    assert ("not idle" not in report.markdown(held, None)) == is_idle
+
+
+def test_what_people_wrote_stays(tmp_path: Path):
+    file = tmp_path / "BENCHMARKS.md"
+    file.write_text(HAND_WRITTEN)
+    report.write("| new |", file)
+    assert file.read_text() == HAND_WRITTEN.replace("\nold\n", "\n\n| new |\n\n")
+    once = file.read_text()
+    report.write("| new |", file)
+    assert file.read_text() == once
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_without_marks_gets_them_at_its_end(tmp_path: Path):
+    file = tmp_path / "BENCHMARKS.md"
+    file.write_text("# Ours\n\nnotes\n")
+    report.write("| new |", file)
+    assert file.read_text() == "# Ours\n\nnotes\n\n<!-- bench:start -->\n\n| new |\n\n<!-- bench:end -->\n"
+
+
+def test_a_missing_file_is_made(tmp_path: Path):
+    file = tmp_path / "docs" / "BENCHMARKS.md"
+    report.write("| new |", file)
+    assert file.read_text() == "# Benchmarks\n\n<!-- bench:start -->\n\n| new |\n\n<!-- bench:end -->\n"
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        "<!-- bench:start -->",
+        "<!-- bench:end -->",
+        "<!-- bench:end --> <!-- bench:start -->",
+        "<!-- bench:start --> <!-- bench:start --> <!-- bench:end -->",
+    ],
+)
+def test_broken_marks_lose_nothing(tmp_path: Path, marks: str):
+    file = tmp_path / "BENCHMARKS.md"
+    file.write_text(f"notes {marks} notes")
+    with pytest.raises(BundleError, match="once each"):
+        report.write("| new |", file)
+    assert file.read_text() == f"notes {marks} notes"
+
+
+def test_results_are_read_as_they_were_saved(tmp_path: Path):
+    held = results(
+        measurement("bundle", 1000),
+        measurement("litserve", 0, failed=3),
+        measurement("bundle", 349, None, rate=350, rate_of="litserve"),
+        answers=[Answer("text", "litserve", 1, (7, 0.9), (130, 0.99))],
+        failures=[Failure("mlserver", None, None, "no", "log")],
+    )
+    held.save(tmp_path / "results.json")
+    assert "Infinity" not in (tmp_path / "results.json").read_text()
+    assert Results.read(tmp_path / "results.json") == held
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"limits": {}}'])
+def test_other_files_are_no_results(tmp_path: Path, content: str | None):
+    file = tmp_path / "results.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(BundleError, match="make bench"):
+        Results.read(file)
+
+
+@pytest.mark.parametrize("systems", [1, 4])
+def test_the_chart_is_a_small_picture(tmp_path: Path, systems: int):
+    chart = pytest.importorskip("loadtest.bench.chart", reason="the chart needs requirements/loadtest.txt")
+    names = ("bundle", "litserve", "bentoml", "mlserver")[:systems]
+    held = results(*[measurement(name, 100 * count, count) for name in names for count in (1, 16, 64)])
+    chart.draw(held, tmp_path / "chart.png")
+    picture = (tmp_path / "chart.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 150_000
+    chart.draw(held, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == picture

@@ -1,0 +1,233 @@
+"""The benchmark's runner, with small HTTP servers as the systems and a real wrk."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from bundle.errors import BundleError
+from loadtest.bench import usage
+from loadtest.bench.cases import CASES
+from loadtest.bench.results import Results
+from loadtest.bench.runner import Plan, Runner
+from loadtest.bench.systems.base import Endpoint
+from tests.support import free_ports, wait_for
+
+pytestmark = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
+
+CASE = CASES["text"]
+ANSWER = {"top_k": [{"label": "transfer", "class": 130, "probability": 0.99}]}
+SERVER = """
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        answer = sys.argv[2].encode()
+        self.connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%s" % (len(answer), answer))
+    def log_message(self, *_):
+        pass
+
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@dataclass
+class Small:
+    """A system that answers every request the same.
+
+    Attributes:
+        started: the PIDs of its servers.
+    """
+
+    name: str
+    answer: dict = field(default_factory=lambda: ANSWER)
+    version: str = "1.0"
+    started: list[int] = field(default_factory=list)
+
+    def install(self) -> None:
+        pass
+
+    @contextmanager
+    def serve(self, case) -> Iterator[Endpoint]:
+        [port] = free_ports(1)
+        url = f"http://127.0.0.1:{port}/predict"
+        server = subprocess.Popen([sys.executable, "-c", SERVER, str(port), json.dumps(self.answer)])
+        self.started.append(server.pid)
+        try:
+            wait_for(lambda: answers(url))
+            yield Endpoint(url, {"Content-Type": case.content_type}, b"twelve words", server.pid)
+        finally:
+            server.kill()
+            server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.post(url, data=b"x", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+class DoesNotInstall(Small):
+    def install(self) -> None:
+        raise BundleError("uv cannot make it.", "no such package")
+
+
+class DoesNotStart(Small):
+    @contextmanager
+    def serve(self, case) -> Iterator[Endpoint]:
+        raise BundleError("The server ended.", "\n".join(f"line {number}" for number in range(100)))
+        yield
+
+
+class Breaks(Small):
+    """Its server is gone after the first answer."""
+
+    @contextmanager
+    def serve(self, case) -> Iterator[Endpoint]:
+        with super().serve(case) as endpoint:
+            psutil.Process(endpoint.pid).kill()
+            psutil.Process(endpoint.pid).wait()
+            yield endpoint
+
+
+class Interrupted(Small):
+    @contextmanager
+    def serve(self, case) -> Iterator[Endpoint]:
+        with super().serve(case):
+            raise KeyboardInterrupt
+        yield
+
+
+@dataclass
+class Told:
+    """Progress, remembered."""
+
+    planned: float = 0
+    advanced: float = 0
+    lines: list[str] = field(default_factory=list)
+
+    def plan(self, seconds: float) -> None:
+        self.planned += seconds
+
+    def doing(self, what: str) -> None:
+        pass
+
+    def done(self, seconds: float) -> None:
+        self.advanced += seconds
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def runner(folder: Path, *systems: Small, rounds: int = 1) -> Runner:
+    plan = Plan([CASE], [*systems], rounds, seconds=0.3, warm_up=0.1, concurrencies=(1, 4))
+    results = Results({}, rounds, 0.3)
+    return Runner(plan, results, folder / "results.json", Told(), expected={CASE.name: (130, 0.985)})
+
+
+def test_every_system_is_measured_and_ended(tmp_path: Path):
+    ours, peer = Small("bundle"), Small("peer")
+    run = runner(tmp_path, ours, peer)
+    run.install()
+    run.measure_round(CASE, 1)
+    seen = run.results.measurements
+    rates = {(one.system, one.rate_of): one.rate for one in seen if one.rate}
+    best_of_peer = max(one.load.throughput for one in seen if one.system == "peer" and one.clients)
+    assert [(one.system, one.clients) for one in seen if one.clients] == [
+        ("bundle", 1),
+        ("bundle", 4),
+        ("peer", 1),
+        ("peer", 4),
+    ]
+    assert rates.keys() == {("bundle", "bundle"), ("peer", "peer"), ("bundle", "peer")}
+    assert rates["bundle", "peer"] == rates["peer", "peer"] == pytest.approx(0.7 * best_of_peer)
+    assert all(one.load.answered > 0 and one.load.failed == 0 for one in seen)
+    assert all(0 < one.cpu_seconds < 10 and 0 <= one.others < 1 and 5e6 < one.memory < 500e6 for one in seen)
+    assert all(answer.is_right for answer in run.results.answers)
+    assert Results.read(run.file) == run.results
+    assert not any(psutil.pid_exists(pid) for pid in ours.started + peer.started)
+
+
+def test_each_round_starts_with_another_system(tmp_path: Path):
+    run = runner(tmp_path, Small("one"), Small("two"), rounds=2)
+    for round_ in (1, 2):
+        run.measure_round(CASE, round_)
+    order = [(one.round, one.system) for one in run.results.measurements if one.clients == 1]
+    assert order == [(1, "one"), (1, "two"), (2, "two"), (2, "one")]
+
+
+def test_a_system_that_fails_does_not_stop_the_others(tmp_path: Path):
+    run = runner(tmp_path, DoesNotInstall("a"), DoesNotStart("b"), Breaks("c"), Small("d"))
+    run.install()
+    run.measure_round(CASE, 1)
+    assert {one.system for one in run.results.measurements} == {"d"}
+    reasons = {failure.system: failure for failure in run.results.failures}
+    assert reasons.keys() == {"a", "b", "c"}
+    assert (reasons["a"].case, reasons["a"].details) == (None, "no such package")
+    assert reasons["b"].details.splitlines()[-1] == "line 99"
+    assert len(reasons["b"].details.splitlines()) == 20
+    assert any("The server ended." in line for line in run.progress.lines)
+
+
+def test_a_wrong_answer_is_noticed(tmp_path: Path):
+    other = {"top_k": [{"label": "balance", "class": 6, "probability": 0.99}]}
+    run = runner(tmp_path, Small("right"), Small("wrong", other))
+    run.measure_round(CASE, 1)
+    assert {answer.system: answer.is_right for answer in run.results.answers} == {"right": True, "wrong": False}
+
+
+def test_an_interrupt_keeps_what_there_is_and_ends_the_server(tmp_path: Path):
+    first, second = Small("first"), Interrupted("second")
+    run = runner(tmp_path, first, second)
+    with pytest.raises(KeyboardInterrupt):
+        run.measure_round(CASE, 1)
+    assert {one.system for one in Results.read(run.file).measurements} == {"first"}
+    assert not any(psutil.pid_exists(pid) for pid in first.started + second.started)
+
+
+def test_progress_ends_where_it_was_planned_to(tmp_path: Path):
+    run = runner(tmp_path, Small("bundle"), DoesNotStart("peer"), rounds=1)
+    run.install()
+    run.measure_round(CASE, 1)
+    assert run.progress.advanced == pytest.approx(run.plan.guess - 45)  # the limit was not measured
+
+
+def test_usage_is_that_of_the_whole_tree():
+    work = "sum(range(20_000_000))"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}]); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        alone = subprocess.run(
+            [sys.executable, "-c", f"import time; {work}; print(time.process_time())"], capture_output=True, text=True
+        )
+        spent = usage.cpu_seconds((process.pid,))
+        assert spent > 0.5 * float(alone.stdout)
+        assert usage.memory((process.pid,)) > 1e6
+        process.stdin.close()
+    assert usage.cpu_seconds((process.pid, os.getpid())) > 0  # one that has ended counts nothing
+
+
+def test_what_others_use_is_seen():
+    spin = "import time; end = time.monotonic() + 3\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as other, subprocess.Popen(["sleep", "3"]) as server:
+        counted, ignored = usage.Meter((other.pid,)), usage.Meter((server.pid,))
+        time.sleep(1.5)
+        spent, _ = counted.read()
+        nothing, others = ignored.read()
+        assert spent > 0.3
+        assert nothing < 0.1
+        assert others > 0.7 * spent / (1.5 * psutil.cpu_count())
