@@ -25,7 +25,7 @@ def settle(folder: ModelFolder, archive: Path, module: Path, extra: Path, config
         archive: the model's archive in float32, whose handler decodes the examples.
         module: its TorchScript file.
         extra: the folder of its extra files, for the int8 module.
-        config: its model-config.yaml: where bfloat16 changes too many answers, float32 is written there.
+        config: its model-config.yaml: where bfloat16 changes too many answers, the others are written there.
 
     Returns:
         a line for each precision that was tried.
@@ -49,7 +49,7 @@ def settle(folder: ModelFolder, archive: Path, module: Path, extra: Path, config
     share = agreement(freeze(load(module), "bfloat16", torch.device("cpu")))
     lines = [line("bfloat16", share)]
     if share < least:
-        set_precision(config, "float32")
+        set_precision(config, ["float32", "int8"] if folder.bundle.int8 else "float32")
     if folder.bundle.int8:
         shares = []
 
@@ -84,7 +84,7 @@ def decode(folder: ModelFolder, archive: Path) -> list[Batch]:
         return [worker.handler.collate(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
 
 
-def set_precision(config: Path, precision: str) -> None:
+def set_precision(config: Path, precision: str | list[str]) -> None:
     content = yaml.safe_load(config.read_text())
     content["handler"] = (content.get("handler") or {}) | {"precision": precision}
     config.write_text(yaml.safe_dump(content, sort_keys=False))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
+Wanted = Literal["auto"] | Precision | list[Precision]  # the fastest; this one; the fastest of these
 INT8_NAME = "model.int8.pt"  # in an archive whose model was quantized
 WORTHWHILE = 0.9  # of float32's time: a smaller gain is not worth coarser numbers
 # of the outputs' norm: a guard against what cannot be right; what is right has been decided on data
@@ -38,9 +39,10 @@ class Candidate:
 
 
 def fastest(
-    model: torch.jit.ScriptModule, wanted: Precision, device: torch.device, inputs: tuple[Tensor, ...], folder: Path
+    model: torch.jit.ScriptModule, wanted: Wanted, device: torch.device, inputs: tuple[Tensor, ...], folder: Path
 ) -> Candidate:
-    """The module in the wanted precision, or with "auto" in the fastest of those that the device computes by itself.
+    """The module in the wanted precision, or in the fastest of those that are wanted and that the device computes by
+    itself. float32 always is one of them.
 
     Args:
         model: takes and returns float32, as scripted. Its outputs may come back in the reduced dtype.
@@ -52,11 +54,12 @@ def fastest(
     """
     if wanted == "int8" and not (folder / INT8_NAME).is_file():
         raise FileNotFoundError(f"the archive has no {INT8_NAME}: build it with `bundle: int8: true`")
+    fixed = isinstance(wanted, str) and wanted != "auto"
     expected = main_output(model(*inputs))
     exact = trial("float32", freeze(model, "float32", device), inputs, device)
     reduced = []
-    for precision in natively(device, folder) if wanted == "auto" else [wanted]:
-        if precision == "float32":
+    for precision in [wanted] if fixed else natively(device, folder):
+        if precision == "float32" or (isinstance(wanted, list) and precision not in wanted):
             continue
         source = torch.jit.load(folder / INT8_NAME).eval() if precision == "int8" else model
         candidate = trial(precision, freeze(source, precision, device), inputs, device)
@@ -66,7 +69,7 @@ def fastest(
         else:
             logger.warning("%s is not used: its outputs differ from float32's by %.0f %%", precision, 100 * error)
     best = min(reduced, key=lambda candidate: candidate.seconds, default=exact)
-    return best if wanted != "auto" or best.seconds < WORTHWHILE * exact.seconds else exact
+    return best if fixed or best.seconds < WORTHWHILE * exact.seconds else exact
 
 
 def natively(device: torch.device, folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from handlers.core.precision import Precision
+from handlers.core.precision import Wanted
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
@@ -21,6 +21,6 @@ class Settings(BaseModel):
     top_k: PositiveInt = 5  # classes in an answer, unless the request says how many
     outputs: Literal["logits", "probabilities"] = "logits"  # what the model returns
     threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
-    precision: Precision = "auto"  # of the arithmetic; "auto" measures, when the worker starts
+    precision: Wanted = "auto"  # of the arithmetic: "auto", and a list, are measured when the worker starts
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request
     cache_entries: NaturalInt = 0  # answers that a worker keeps, for inputs that come again; 0 keeps none

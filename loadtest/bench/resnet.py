@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import yaml
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ WEIGHTS, TORCHSCRIPT, LABELS = (WORK / NAME / file for file in ("weights.safeten
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 CLASSES = 1000
 VARIATIONS = 8  # scenes of each kind that the model is fitted on
+EXAMPLES = 20  # further ones, on which int8 is calibrated and compared
+SETTINGS = {"minWorkers": 2, "maxWorkers": 2, "batchSize": 8, "maxBatchDelay": 2}
 SIDE = 224
 RIDGE = 0.1  # of the features' mean variance
 SHARPNESS = 24.0  # logits between a kind that is recognised and the others
@@ -78,11 +81,22 @@ def fit() -> None:
 
 
 def add() -> None:
-    """`make add-model NAME=resnet18 SERIALIZED=model.pt LABELS=labels.json IMAGE=photo.jpg`, in folders of its own."""
+    """`make add-model NAME=resnet18 SERIALIZED=model.pt LABELS=labels.json IMAGE=photo.jpg`, in folders of its own;
+    then examples for int8, and settings for a model that has the machine to itself."""
     from bundle.add_model import add_model  # what the peers need not import
+    from bundle.catalog import CONFIG_NAME
 
     MODELS.mkdir(parents=True, exist_ok=True)
     add_model(NAME, TORCHSCRIPT, LABELS, "image_topk", image=made("photo.jpg"), models_dir=MODELS, store=STORE)
+    examples = folder() / "examples"
+    examples.mkdir()
+    for index in track(range(KINDS * EXAMPLES), "draw examples", transient=True):
+        picture = scene(index % KINDS, VARIATIONS + index // KINDS, SIDE * 2, SIDE * 2)
+        picture.save(examples / f"{index}.jpg", quality=90)
+    file = folder() / CONFIG_NAME
+    config = yaml.safe_load(file.read_text()) | SETTINGS
+    config["bundle"] |= {"examples": examples.name, "int8": True}
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def scenes() -> tuple[Tensor, Tensor]:

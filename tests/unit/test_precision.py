@@ -68,8 +68,22 @@ def test_a_precision_that_is_asked_for_is_taken_and_one_that_is_wrong_is_not(tmp
     assert fastest(right, "bfloat16", CPU, inputs, tmp_path).precision == "bfloat16"
     assert fastest(right, "float32", CPU, inputs, tmp_path).precision == "float32"
     wrong = scripted(Cancelling(), tmp_path / "wrong.pt")
-    for wanted in ("auto", "bfloat16"):
+    for wanted in ("auto", "bfloat16", ["float32", "bfloat16"]):
         assert fastest(wrong, wanted, CPU, inputs, tmp_path).precision == "float32"
+
+
+@torch.inference_mode()
+def test_of_a_list_only_what_is_in_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("handlers.core.precision.natively", lambda *_: ["bfloat16"])
+    monkeypatch.setattr("handlers.core.precision.measure", lambda module, *_: 0.1 if reduced(module) else 1.0)
+    module, inputs = scripted(nn.Linear(2, 2), tmp_path / "model.pt"), (torch.ones(1, 2),)
+
+    def reduced(frozen: torch.jit.ScriptModule) -> bool:
+        return frozen(*inputs).dtype == torch.bfloat16
+
+    assert fastest(module, "auto", CPU, inputs, tmp_path).precision == "bfloat16"
+    assert fastest(module, ["float32", "bfloat16"], CPU, inputs, tmp_path).precision == "bfloat16"
+    assert fastest(module, ["float32", "int8"], CPU, inputs, tmp_path).precision == "float32"
 
 
 def test_int8_takes_an_archive_that_has_it(tmp_path: Path):
