@@ -84,8 +84,8 @@ def numbers(text: str) -> tuple[int, ...] | None:
     " · `python -m loadtest.bench --report-only`",
 )
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How often each system is started and measured.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.5, help="Of each run of the load generator.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each system is started and measured.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of each run of the load generator.")] = 3,
     cases: Annotated[str, typer.Option(help=f"Which, separated by commas: {', '.join(CASES)}; by default all.")] = "",
     systems: Annotated[str, typer.Option(help="Which, separated by commas; by default all.")] = "",
     concurrency: Annotated[str, typer.Option(help="Numbers of clients, separated by commas.")] = "",

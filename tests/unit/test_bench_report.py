@@ -94,7 +94,7 @@ def test_a_wrong_answer_is_marked_and_is_not_the_best():
     answers = [
         Answer("text", "litserve", 1, (7, 0.9), (130, 0.99)),
         Answer("text", "bentoml", 1, (130, 0.975), (130, 0.99)),
-        Answer("text", "bundle", 1, (130, 0.96), (130, 0.99)),
+        Answer("text", "bundle", 1, (130, 0.93), (130, 0.99)),
     ]
     held = results(
         measurement("bundle", 1000), measurement("litserve", 900), measurement("bentoml", 500), answers=answers
