@@ -26,7 +26,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down loadtest loadtest-ui bench \
-  profile test test-docker lint lock clean
+  tune profile test test-docker lint lock clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -96,6 +96,12 @@ bench: dev .venv/loadtest.done  ## measure the bundle beside its peers (ROUNDS=1
 	@$(BIN)/python -m loadtest.bench $(if $(ROUNDS),--rounds "$(ROUNDS)") $(if $(SECONDS),--seconds "$(SECONDS)") \
 	  $(if $(CASES),--cases "$(CASES)") $(if $(SYSTEMS),--systems "$(SYSTEMS)") \
 	  $(if $(CONCURRENCY),--concurrency "$(CONCURRENCY)") $(if $(OUTPUT),--output "$(OUTPUT)")
+
+tune: setup .venv/loadtest.done  ## find a model's best workers, threads, batch and delay for a latency target (MODEL=image P99=100ms MINUTES=5 PATCH=1)
+	@test -n "$(MODEL)" -a -n "$(P99)" || { echo "error: say what: make tune MODEL=image P99=100ms" >&2; exit 2; }
+	@$(if $(filter 1,$(PATCH)),mkdir -p build/tune;) $(BUNDLE) tune "$(MODEL)" --p99 "$(P99)" $(if $(MINUTES),--minutes "$(MINUTES)") \
+	  $(if $(PATCH),--patch "$(if $(filter 1,$(PATCH)),build/tune/$(MODEL).patch,$(PATCH))") \
+	  $(if $(PRECISION),--precision "$(PRECISION)") $(foreach file,$(INPUTS),--input "$(file)")
 
 profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mnist CONCURRENCY=64 SECONDS=10)
 	@test -n "$(MODEL)" || { echo "error: say which: make profile MODEL=mnist" >&2; exit 2; }

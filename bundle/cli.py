@@ -23,6 +23,7 @@ from bundle.client import WorkerCount, check_sample, curl_lines
 from bundle.errors import BundleError
 from bundle.readiness import wait_until_ready
 from bundle.server import Running, Server
+from bundle.tuning import command as tuning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
 console = Console(highlight=False)
@@ -218,6 +219,27 @@ def rollout(
         server.adopt(running, folder)
 
 
+@app.command(epilog="Examples: `python -m bundle profile mnist` · `python -m bundle profile image --concurrency 16`")
+def profile(
+    model: Annotated[str, typer.Argument(help="A model that is served.")],
+    concurrency: Annotated[int, typer.Option(min=1, help="Clients that ask at a time.")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="How long to load the model and watch.")] = 10,
+) -> None:
+    """Show where a request's time goes: stages, processor time, and a flame graph of a worker (py-spy)."""
+    from bundle.profile import profile as watch
+
+    [folder] = catalog.select([model])
+    server = Server()
+    running = server.running()
+    if running is None:
+        raise BundleError("TorchServe is not running. Start it: make serve")
+    with console.status(f"{concurrency} clients ask {model} for {seconds:g} seconds"):
+        seen = watch(running, server.settings, folder, concurrency, seconds)
+    console.print(seen.table())
+    console.print(f"{seen.load.throughput:.0f} requests/s with {concurrency} clients, {seen.load.failed} failed")
+    console.print(f"Flame graph of a worker: {catalog.relative(seen.graph)}", markup=False)
+
+
 @app.command()
 def stop() -> None:
     """Stop the TorchServe that `serve` started, and its workers."""
@@ -330,6 +352,9 @@ def add_model(
     )  # fmt: skip
     console.print("Serve it, with the others: make serve")
     console.print(f"Its settings are in {catalog.relative(added.path / catalog.CONFIG_NAME)}.")
+
+
+app.command(epilog=tuning.EXAMPLES)(tuning.tune)
 
 
 def numbers(option: str, text: str | None) -> list[float] | None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,14 +31,23 @@ GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
 
 
 class Settings:
-    """config.properties under the environment: TS_<KEY> overrides a key, as TorchServe itself does it."""
+    """config.properties under the environment: TS_<KEY> overrides a key, as TorchServe itself does it.
 
-    def __init__(self, file: Path = CONFIG):
+    Args:
+        overrides: values by key, above both.
+    """
+
+    def __init__(self, file: Path = CONFIG, overrides: Mapping[str, str] | None = None):
         self.file = file
         self.values = load_properties(str(file))
+        self.overrides = {f"TS_{key.upper()}": value for key, value in (overrides or {}).items()}
 
     def __getitem__(self, key: str) -> str:
-        return os.environ.get(f"TS_{key.upper()}", self.values[key])
+        return self.environment().get(f"TS_{key.upper()}", self.values[key])
+
+    def environment(self) -> dict[str, str]:
+        """What TorchServe finds in its environment."""
+        return {**os.environ, **self.overrides}
 
     def url(self, key: str) -> str:
         """The address as a client on this machine calls it."""
@@ -67,7 +76,7 @@ class Settings:
         return {listeners[key][1] for key in ("inference_address", "grpc_inference_port")}
 
     def fingerprint(self) -> str:
-        overrides = sorted(f"{key}={value}" for key, value in os.environ.items() if key.startswith("TS_"))
+        overrides = sorted(f"{key}={value}" for key, value in self.environment().items() if key.startswith("TS_"))
         texts = [file.read_text() for file in (self.file, *SIDE_FILES)]
         return hashlib.sha256("\n".join([*texts, *overrides]).encode()).hexdigest()
 
@@ -136,7 +145,9 @@ class Server:
             with FileLock(self.run_dir / "lock", timeout=0):
                 yield
         except Timeout as exc:
-            raise BundleError("Another `make serve` or `make stop` is at work here. Wait until it is done.") from exc
+            raise BundleError(
+                "Another `make serve`, `make stop` or `make tune` is at work here. Wait until it is done."
+            ) from exc
 
     def running(self) -> Running | None:
         """The server that was started from this run folder and lives."""
@@ -171,14 +182,15 @@ class Server:
         """
         self.check_ports()
         environment = {
-            **os.environ,
+            **self.settings.environment(),
             "JAVA_HOME": str(java_home()),
             "LOG_LOCATION": str(self.logs),
             "METRICS_LOCATION": str(self.logs),
         }
         wanted, settings = self.wanted(folders), self.settings.fingerprint()
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(self.settings.file)]
-        command += ["--model-store", str(self.store), "--models", *(f"{name}={name}.mar" for name in wanted)]
+        command += ["--model-store", str(self.store)]
+        command += ["--models", *(f"{name}={name}.mar" for name in wanted)] if wanted else []
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True, exist_ok=True)
         # not below the project: a socket's path must not be longer than about 100 characters

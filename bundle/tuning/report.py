@@ -1,0 +1,134 @@
+"""What a search found, for people and for the record."""
+
+import math
+import platform
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from bundle.load import Load, wrk
+from bundle.tuning.search import Point, Score, Verdict, front, meets
+from bundle.tuning.space import Candidate
+
+PACKAGES = ("torch", "torchvision", "torchserve")
+
+
+def table(points: list[Point], current: Candidate, best: Candidate, target: float) -> Table:
+    """The Pareto front.
+
+    Args:
+        points: one for each candidate and concurrency.
+        target: of the 99th percentile (s).
+    """
+    heads = ("answers/s", "p99 ms", "clients", "workers", "threads", "batch", "delay", "precision", "")
+    shown = Table(title="Pareto front", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for head in heads:
+        shown.add_column(head, justify="left" if head in ("precision", "") else "right", no_wrap=True)
+    names = {current: "now", best: "best"} if current != best else {best: "now"}
+    for point in front(points):
+        candidate, load = point.candidate, point.load
+        cells = (candidate.workers, candidate.threads, candidate.batch_size)
+        delay = f"{candidate.delay} ms" if candidate.batch_size > 1 else ""
+        numbers = (f"{load.throughput:.1f}", f"{1000 * load.p99:.1f}", point.concurrency, *cells, delay)
+        style = "" if meets(load, target) else "dim"
+        style = "bold green" if candidate == best and not style else style
+        shown.add_row(*map(str, numbers), candidate.precision, names.get(candidate, ""), style=style)
+    return shown
+
+
+def describe(score: Score) -> str:
+    if not score.throughput:
+        return "target missed" if math.isinf(score.nearness) else f"target missed: p99 {-1000 * score.nearness:.1f} ms"
+    return f"{score.throughput:.1f} answers/s, p99 {-1000 * score.nearness:.1f} ms, {score.concurrency} clients"
+
+
+def outcome(current: Candidate, verdict: Verdict) -> dict:
+    """For the record: who won, and why."""
+    ranked = sorted(verdict.scores.items(), key=lambda item: item[1], reverse=True)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "current": asdict(current),
+        "best": asdict(verdict.best),
+        "replaces": verdict.replaces,
+        "reason": verdict.reason,
+        "final": [{"settings": asdict(candidate), **as_milliseconds(score)} for candidate, score in ranked],
+    }
+
+
+def measured(points: list[Point], broken: dict[Candidate, str], precisions: dict[Candidate, str]) -> dict:
+    """For the record: everything that was measured, in order.
+
+    Args:
+        precisions: what the candidates computed in.
+    """
+    return {
+        "method": "successive halving; closed loops; the final in turns, compared by medians",
+        "measurements": [measurement(point, precisions) for point in points],
+        "not_servable": [{"settings": asdict(candidate), "error": error} for candidate, error in broken.items()],
+    }
+
+
+def as_milliseconds(score: Score) -> dict:
+    p99 = None if math.isinf(score.nearness) else round(-1000 * score.nearness, 3)
+    return {"throughput": round(score.throughput, 2), "p99_ms": p99, "clients": score.concurrency}
+
+
+def measurement(point: Point, precisions: dict[Candidate, str]) -> dict:
+    return {
+        "stage": point.stage,
+        "settings": asdict(point.candidate),
+        "computed_in": precisions.get(point.candidate, ""),
+        "clients": point.concurrency,
+        **numbers(point.load),
+    }
+
+
+def numbers(load: Load) -> dict[str, float | int | None]:
+    latencies = {
+        f"{name}_ms": round(1000 * getattr(load, name), 3) if math.isfinite(getattr(load, name)) else None
+        for name in ("p50", "p95", "p99", "longest")
+    }
+    counts = {"answered": load.answered, "failed": load.failed, "throughput": round(load.throughput, 2)}
+    return {"seconds": round(load.seconds, 2), **counts, **latencies}
+
+
+def machine(cores: int) -> dict[str, str | int | float | dict[str, str]]:
+    packages = {name: version(name) for name in PACKAGES}
+    return {
+        "cpu": cpu_model(),
+        "cores": cores,
+        "gpus": gpus(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": {
+            "python": platform.python_version(),
+            **packages,
+            "wrk": wrk_version(),
+        },
+    }
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def wrk_version() -> str:
+    said = subprocess.run([wrk(), "--version"], capture_output=True, text=True, check=False).stdout.split()
+    return said[1] if len(said) > 1 else "unknown"

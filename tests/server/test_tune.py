@@ -1,0 +1,135 @@
+"""`make tune` with a real TorchServe and real load, on a copy of a model's folder."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from bundle.archive import archive
+from bundle.catalog import MODELS, ROOT, ModelFolder
+from bundle.errors import BundleError
+from bundle.tune import read_inputs
+from bundle.tuning import search
+from bundle.tuning.command import tune_folder
+from tests.support import wait_for
+
+pytest.importorskip("matplotlib", reason="it draws the chart: pip install -r requirements/loadtest.txt")
+pytestmark = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ModelFolder:
+    """MNIST with settings that nobody can be happy with: batches of 300, which take 400 ms to give up filling."""
+    shutil.copytree(MODELS / "mnist", tmp_path / "mnist")
+    file = tmp_path / "mnist" / "model-config.yaml"
+    text = re.sub(r"batchSize: \d+ ", "batchSize: 300", file.read_text())
+    file.write_text(re.sub(r"maxBatchDelay: \d+ ", "maxBatchDelay: 400", text))
+    return ModelFolder(tmp_path / "mnist")
+
+
+def files(folder: ModelFolder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.path.iterdir() if file.is_file()}
+
+
+def servers(run_dir: Path) -> list[psutil.Process]:
+    """Java processes that log into this run folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "java" in process.name() and process.environ().get("LOG_LOCATION") == str(run_dir / "logs"):
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def test_better_settings_are_found_and_written(
+    folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(search, "ENOUGH", 2)
+    before = files(folder)
+    old = folder.config
+    mar = archive(folder, tmp_path / "store").path
+    run_dir = tmp_path / "run"
+
+    tune_folder(folder, mar, 0.3, 10, read_inputs(folder, []), run_dir=run_dir)
+
+    shown = capsys.readouterr().out
+    assert "The current settings miss the target." in shown
+    assert "Pareto front" in shown
+    new = yaml.safe_load((folder.path / "model-config.yaml").read_text())
+    found = json.loads((folder.path / "tuning.json").read_text())
+    best = found["best"]
+    assert new["batchSize"] == best["batch_size"] <= 64
+    assert new["maxBatchDelay"] == best["delay"] <= 10
+    assert new["minWorkers"] == best["workers"] <= new["maxWorkers"]
+    assert new["handler"]["threads"] == best["threads"]
+    tuned = ("batchSize", "maxBatchDelay", "minWorkers", "maxWorkers", "handler")
+    assert {key: new[key] for key in new if key not in tuned} == {key: old[key] for key in old if key not in tuned}
+    assert "# requests that wait before further ones get 503" in (folder.path / "model-config.yaml").read_text()
+    assert b"<svg" in (folder.path / "tuning.svg").read_bytes()
+    assert files(folder).keys() - before.keys() == {"tuning.json", "tuning.svg"}
+
+    # the evidence: the current settings never came within the target, the best did in the final, with real answers
+    assert found["current"]["batch_size"] == 300
+    within = [m for m in found["measurements"] if m["p99_ms"] and m["p99_ms"] <= 300 and not m["failed"]]
+    assert not [m for m in within if m["settings"] == found["current"]]
+    assert [m for m in within if m["settings"] == best and m["stage"] == "final" and m["answered"] > 10]
+    assert found["machine"]["cores"] >= 1
+    assert found["machine"]["versions"]["torchserve"] == "0.12.0"
+
+    assert not servers(run_dir)
+    assert not (run_dir / "server.json").exists()
+
+
+def test_a_target_that_nothing_reaches_changes_nothing(folder: ModelFolder, tmp_path: Path):
+    before = files(folder)
+    mar = archive(folder, tmp_path / "store").path
+    with pytest.raises(BundleError, match=r"reach a p99 of 0\.01 ms\. The nearest: .* ms at .* answers/s"):
+        tune_folder(folder, mar, 0.00001, 1, read_inputs(folder, []), run_dir=tmp_path / "run")
+    assert files(folder) == before
+    assert not servers(tmp_path / "run")
+
+
+def test_ctrl_c_ends_the_server_and_writes_nothing(folder: ModelFolder, tmp_path: Path):
+    before = files(folder)
+    mar = archive(folder, tmp_path / "store").path
+    run_dir = tmp_path / "run"
+    code = f"""
+from pathlib import Path
+from bundle.catalog import ModelFolder
+from bundle.tune import read_inputs
+from bundle.tuning.command import tune
+from bundle.tuning import command
+folder = ModelFolder(Path({str(folder.path)!r}))
+command.select = lambda names: [folder]
+command.built = lambda folder: Path({str(mar)!r})
+command.RUN_DIR = Path({str(run_dir)!r})
+from bundle import cli
+cli.main()
+"""
+    arguments = ["tune", "mnist", "--p99", "300ms", "--minutes", "5"]
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for(lambda: (run_dir / "server.json").is_file(), 120)
+        time.sleep(8)  # a candidate starts, or is measured
+        [server] = servers(run_dir)
+        family = [server, *server.children(recursive=True)]
+        run.send_signal(signal.SIGINT)
+        said, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130, said
+    assert "nothing is written" in said
+    assert not [member for member in family if member.is_running()]
+    assert files(folder) == before

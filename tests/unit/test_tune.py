@@ -1,0 +1,309 @@
+"""What `make tune` tries, and whom it declares the winner."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bundle import tune
+from bundle.errors import BundleError
+from bundle.load import Load
+from bundle.tuning import search
+from bundle.tuning.search import Point, Score
+from bundle.tuning.space import Candidate, distance, space, spread
+
+NOW = Candidate(1, 1, 16, 5)
+TARGET = 0.1
+
+
+def load(throughput: float, p99: float, p50: float | None = None, failed: int = 0) -> Load:
+    p50 = p99 / 2 if p50 is None else p50
+    return Load(1.0, int(throughput), failed, throughput, p50, p99, p99, p99)
+
+
+# --- durations and precisions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("100ms", 0.1), ("0.1s", 0.1), ("2s", 2), (" 1.5 ms ", 0.0015), (".5s", 0.5)]
+)
+def test_durations(text: str, seconds: float):
+    assert tune.parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["100", "", "ms", "-1s", "0ms", "1m", "1e3ms", "100 msec", "1,5s", "nan s"])
+def test_what_is_no_duration(text: str):
+    with pytest.raises(BundleError, match="must look like 100ms"):
+        tune.parse_duration(text)
+
+
+def test_precisions():
+    assert tune.parse_precisions(None) == []
+    assert tune.parse_precisions("float32, int8,float32") == ["float32", "int8"]
+    with pytest.raises(BundleError, match="no precision 'fp8'; there are: auto, float32, bfloat16"):
+        tune.parse_precisions("fp8")
+
+
+# --- the space ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    cores=st.integers(1, 96),
+    largest_batch=st.integers(1, 300),
+    largest_load=st.integers(1, 256),
+    target=st.floats(0.0005, 5),
+)
+def test_the_space_has_nothing_that_cannot_win(cores: int, largest_batch: int, largest_load: int, target: float):
+    found = space(cores, ["auto"], largest_batch, largest_load, target)
+    assert len(set(found)) == len(found) > 0
+    for candidate in found:
+        assert candidate.workers * candidate.threads <= cores
+        assert candidate.batch_size <= largest_batch
+        if candidate.batch_size > 1:
+            assert candidate.workers * candidate.batch_size <= largest_load
+            assert candidate.delay / 1000 < target
+    alone = [candidate for candidate in found if candidate.batch_size == 1]
+    assert len({(candidate.workers, candidate.threads) for candidate in alone}) == len(alone)  # one delay
+    assert {1, cores} <= {candidate.workers for candidate in alone}
+
+
+def test_precisions_multiply_the_space_and_threads_do_not_on_a_gpu():
+    one = space(4, ["auto"], 64, 256, TARGET)
+    assert len(space(4, ["float32", "int8"], 64, 256, TARGET)) == 2 * len(one)
+    assert {candidate.threads for candidate in space(4, ["auto"], 64, 256, TARGET, on_gpu=True)} == {1}
+
+
+@given(count=st.integers(1, 100), extra=st.integers(0, 30))
+def test_a_sample_begins_with_what_there_is_and_grows(count: int, extra: int):
+    everything = space(2, ["auto"], 64, 256, TARGET)
+    taken = spread(everything, NOW, count)
+    assert taken[0] == NOW
+    assert len(set(taken)) == len(taken) == min(count, len(everything))
+    assert spread(everything, NOW, count + extra)[: len(taken)] == taken
+
+
+def test_a_sample_is_well_spread():
+    """Better than nearly all random ones of its size: every candidate has one of the sample near it."""
+    everything = space(8, ["auto"], 64, 256, TARGET)
+
+    def radius(sample: list[Candidate]) -> float:
+        return max(min(distance(each, taken) for taken in sample) for each in everything)
+
+    chance = random.Random(1)
+    others = sorted(radius([NOW, *chance.sample(everything, 11)]) for _ in range(100))
+    assert radius(spread(everything, NOW, 12)) <= others[5]
+
+
+def test_current_settings_outside_of_the_space_are_in_the_sample():
+    odd = Candidate(3, 5, 24, 100)
+    assert spread(space(2, ["auto"], 64, 256, TARGET), odd, 4)[0] == odd
+
+
+# --- scores and climbs ----------------------------------------------------------------------------------------------
+
+
+def test_the_score_is_the_best_throughput_within_the_target():
+    loads = {1: load(50, 0.02), 4: load(150, 0.09), 16: load(400, 0.2), 64: load(500, 0.05, failed=1)}
+    assert search.score(loads, TARGET) == Score(150, -0.09, 4)
+
+
+def test_a_score_without_the_target_says_how_near_it_came():
+    near = search.score({1: load(5, 0.3), 4: load(6, 0.9)}, TARGET)
+    far = search.score({1: load(900, 0.4)}, TARGET)
+    none = search.score({1: load(900, 0.01, failed=3)}, TARGET)
+    assert near == Score(0, -0.3, 1)
+    assert search.score({1: load(1, 0.1)}, TARGET) > near > far > none
+
+
+def climbed(loads: dict[int, Load], rungs: list[int]) -> list[int]:
+    asked = []
+
+    def measured(concurrency: int) -> Load:
+        asked.append(concurrency)
+        return loads[concurrency]
+
+    search.climb(measured, rungs, TARGET)
+    return asked
+
+
+def test_a_climb_ends_where_the_target_is_missed():
+    loads = {1: load(50, 0.02), 4: load(150, 0.09), 16: load(400, 0.2), 64: load(500, 0.9)}
+    assert climbed(loads, [1, 4, 16, 64]) == [1, 4, 16]
+
+
+def test_a_climb_ends_where_requests_fail():
+    assert climbed({1: load(50, 0.02), 4: load(150, 0.03, failed=1), 16: load(1, 1)}, [1, 4, 16]) == [1, 4]
+
+
+def test_a_few_late_answers_do_not_end_a_climb():
+    loads = {1: load(50, 0.3, p50=0.01), 4: load(150, 0.09), 16: load(1, 0.4)}
+    assert climbed(loads, [1, 4, 16]) == [1, 4, 16]
+
+
+def test_a_climb_that_starts_too_high_goes_down():
+    loads = {8: load(150, 0.4), 4: load(150, 0.2), 2: load(100, 0.08), 1: load(1, 0.01)}
+    assert climbed(loads, [8, 16]) == [8, 4, 2]
+
+
+def test_later_climbs_start_below_the_best():
+    assert search.rising(16) == [8, 16, 32, 64, 128, 256]
+    assert search.rising(1) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert search.rising(256) == [128, 256]
+
+
+# --- halving --------------------------------------------------------------------------------------------------------
+
+
+def test_halving_keeps_the_best_of_a_known_function_under_noise():
+    """More often than the same time does, spent on all alike. A measurement's noise falls with the root of its time."""
+    field = spread(space(8, ["auto"], 64, 256, TARGET), NOW, 32)
+
+    def truth(candidate: Candidate) -> float:
+        return 1000 - 60 * distance(candidate, Candidate(4, 2, 32, 2))
+
+    best = max(field, key=truth)
+    kept = alike = 0
+    for seed in range(100):
+        noise = random.Random(seed)
+
+        def measured(some: Sequence[Candidate], seconds: float, noise=noise) -> dict[Candidate, Score]:
+            return {each: Score(truth(each) + noise.gauss(0, 100 / math.sqrt(seconds)), 0, 1) for each in some}
+
+        def judge(some, number, left, measured=measured):
+            return measured(some, len(field) / len(some))
+
+        kept += best in search.halve(field, judge)
+        scores = measured(field, search.rounds(len(field)))
+        alike += best in sorted(field, key=scores.__getitem__, reverse=True)[: search.FINALISTS]
+    assert kept >= 90
+    assert kept > alike
+
+
+@given(st.integers(1, 100))
+def test_halving_takes_as_many_rounds_as_planned(count: int):
+    field = [Candidate(1, 1, size, 1) for size in range(1, count + 1)]
+    asked = []
+
+    def judge(some, number, left):
+        asked.append((number, left))
+        return {each: Score(each.batch_size, 0, 1) for each in some}
+
+    finalists = search.halve(field, judge)
+    assert finalists == field[::-1][: search.FINALISTS]
+    planned = search.rounds(count)
+    assert asked == [(number, planned + 2 - number) for number in range(1, planned + 1)]
+
+
+def test_halving_goes_on_with_what_was_measured_when_time_is_over():
+    field = [Candidate(1, 1, size, 1) for size in range(1, 9)]
+
+    def judge(some, number, left):
+        return {} if number > 1 else {each: Score(each.batch_size, 0, 1) for each in some[:4]}
+
+    assert [each.batch_size for each in search.halve(field, judge)] == [4, 3]
+
+
+@given(budget=st.floats(1, 10_000), start=st.floats(0.1, 60), shortest=st.floats(0.5, 8))
+def test_the_first_round_takes_no_more_than_its_share(budget: float, start: float, shortest: float):
+    count = search.affordable(budget, start, shortest)
+    each = start + search.EXPECTED_RUNGS * shortest
+    assert count == 2 or count * each <= budget / (search.rounds(count) + 1)
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def final(mine: list[float], current: list[float], p99: float = 0.05) -> dict[Candidate, list[dict[int, Load]]]:
+    other = replace(NOW, batch_size=32)
+    return {
+        NOW: [{16: load(throughput, p99)} for throughput in current],
+        other: [{16: load(throughput, 0.05)} for throughput in mine],
+    }
+
+
+def test_what_is_clearly_better_replaces_the_current_settings():
+    verdict = search.decide(final([120, 121, 130], [100, 101, 99]), NOW, TARGET)
+    assert verdict.replaces
+    assert verdict.best.batch_size == 32
+    assert "21% more" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("mine", "current", "reason"),
+    [
+        ([104, 104, 104], [100, 100, 100], "4.0% better: less than 5%"),
+        ([120, 98, 121], [100, 101, 99], "in 2 of 3 turns only"),
+        ([90, 98, 91], [100, 101, 99], "No other settings"),
+    ],
+)
+def test_the_current_settings_stay_otherwise(mine: list[float], current: list[float], reason: str):
+    verdict = search.decide(final(mine, current), NOW, TARGET)
+    assert not verdict.replaces
+    assert reason in verdict.reason
+
+
+def test_current_settings_that_miss_the_target_are_replaced():
+    verdict = search.decide(final([50, 50, 50], [400, 400, 400], p99=0.2), NOW, TARGET)
+    assert verdict.replaces
+    assert "miss the target" in verdict.reason
+
+
+def test_nothing_replaces_where_all_miss_the_target():
+    missed = {candidate: [{1: load(9, 0.3)}] for candidate in (NOW, replace(NOW, batch_size=2))}
+    verdict = search.decide(missed, NOW, TARGET)
+    assert not verdict.replaces
+    assert not verdict.scores[verdict.best].throughput
+
+
+def test_one_failure_in_one_turn_counts():
+    found = final([120, 121, 130], [100, 101, 99])
+    found[replace(NOW, batch_size=32)][1][16] = load(121, 0.05, failed=1)
+    assert search.decide(found, NOW, TARGET).best == NOW
+
+
+def test_the_middle_forgives_one_disturbed_turn():
+    verdict = search.decide(final([120, 120, 120], [100, 100, 100]), NOW, TARGET)
+    disturbed = final([120, 120, 120], [100, 100, 100])
+    disturbed[replace(NOW, batch_size=32)][2][16] = load(118, 0.9)
+    assert search.decide(disturbed, NOW, TARGET).best == verdict.best
+
+
+# --- the Pareto front -----------------------------------------------------------------------------------------------
+
+measured_points = st.lists(
+    st.builds(
+        lambda throughput, p99, failed: Point(NOW, "round 1", 1, load(throughput, p99, failed=failed)),
+        st.integers(0, 30),
+        st.integers(1, 30),
+        st.sampled_from([0, 0, 0, 1]),
+    )
+)
+
+
+@given(measured_points)
+def test_the_front_is_what_no_other_point_beats(points: list[Point]):
+    front = search.front(points)
+    whole = [point.load for point in points if point.load.answered and not point.load.failed]
+
+    def beats(one: Load, other: Load) -> bool:
+        as_good = one.throughput >= other.throughput and one.p99 <= other.p99
+        return as_good and (one.throughput, one.p99) != (other.throughput, other.p99)
+
+    unbeaten = {(each.throughput, each.p99) for each in whole if not any(beats(other, each) for other in whole)}
+    shown = [(point.load.throughput, point.load.p99) for point in front]
+    assert set(shown) == unbeaten
+    assert len(shown) == len(unbeaten)
+    assert shown == sorted(shown)
+
+
+def test_a_summary_prefers_the_final():
+    first = Point(NOW, "round 1", 4, load(500, 0.01))
+    later = Point(NOW, "round 2", 16, load(300, 0.03))
+    finals = [Point(NOW, search.FINAL, 4, load(throughput, 0.02)) for throughput in (90, 100, 200)]
+    [four, sixteen] = search.summary([first, later, *finals])
+    assert four.load.throughput == 100
+    assert sixteen.load == later.load

@@ -1,0 +1,256 @@
+"""What `make tune` reads and writes: settings, inputs, archives, evidence."""
+
+import json
+import math
+import shutil
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bundle import tune
+from bundle.catalog import MODELS, ModelFolder
+from bundle.errors import BundleError
+from bundle.load import Load
+from bundle.tuning import command, config_file, measure, report, search
+from bundle.tuning.search import Point
+from bundle.tuning.space import Candidate
+
+NOW = Candidate(1, 1, 16, 5)
+TARGET = 0.1
+
+
+def load(throughput: float, p99: float) -> Load:
+    return Load(1.0, int(throughput), 0, throughput, p99 / 2, p99, p99, p99)
+
+
+# --- model-config.yaml ----------------------------------------------------------------------------------------------
+
+WANTED = {("minWorkers",): 2, ("batchSize",): 128, ("maxBatchDelay",): 10, ("handler", "threads"): 2}
+
+
+@pytest.mark.parametrize("name", ["mnist", "image", "audio", "text", "imagenet"])
+def test_an_edit_changes_values_and_nothing_else(name: str):
+    old = (MODELS / name / "model-config.yaml").read_text()
+    new = config_file.edited(old, WANTED)
+    expected = yaml.safe_load(old)
+    expected |= {"minWorkers": 2, "batchSize": 128, "maxBatchDelay": 10}
+    expected["handler"]["threads"] = 2
+    assert yaml.safe_load(new) == expected
+    changed = [(a, b) for a, b in zip(old.splitlines(), new.splitlines(), strict=True) if a != b]
+    assert len(changed) <= len(WANTED)
+    for before, after in changed:
+        assert before.partition("#")[1:] == after.partition("#")[1:]
+        assert before.find("#") == after.find("#")  # comments keep their column
+    assert config_file.edited(new, WANTED) == new
+
+
+def test_an_edit_adds_what_is_missing():
+    old = "# mine\nbatchSize: 4  # few\n\nbundle:\n  handler: mnist\n"
+    new = config_file.edited(old, {("minWorkers",): 2, ("handler", "precision"): "bfloat16"})
+    assert new == f"# mine\nminWorkers: 2\n{old[7:]}\nhandler:\n  precision: bfloat16\n"
+    threads = {("handler", "threads"): 2}
+    assert config_file.edited("handler:\n  top_k: 1\n", threads) == "handler:\n  threads: 2\n  top_k: 1\n"
+    assert config_file.edited("handler: {top_k: 1}\n", threads) == "handler: {threads: 2, top_k: 1}\n"
+    assert config_file.edited("handler: {}\n", threads) == "handler: {threads: 2}\n"
+    assert config_file.edited("handler:\nbundle: {}\n", threads) == "handler:\n  threads: 2\nbundle: {}\n"
+
+
+keys = st.sampled_from(["minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "jobQueueSize", "note"])
+values = st.one_of(st.integers(0, 2000), st.booleans(), st.text(max_size=20), st.lists(st.integers(), max_size=3))
+
+
+@given(
+    config=st.dictionaries(keys, values, min_size=1),
+    handler=st.one_of(st.none(), st.dictionaries(st.sampled_from(["threads", "top_k", "precision"]), values)),
+    flow=st.sampled_from([None, False]),
+    width=st.sampled_from([20, 120]),
+)
+def test_an_edit_is_right_or_refused(config: dict, handler: dict | None, flow: bool | None, width: int):
+    text = yaml.safe_dump(config | {"handler": handler}, default_flow_style=flow, width=width, sort_keys=False)
+    expected = config | {"minWorkers": 2, "batchSize": 128, "maxBatchDelay": 10}
+    expected["handler"] = (handler or {}) | {"threads": 2}
+    try:
+        new = config_file.edited(text, WANTED)
+    except BundleError:
+        return  # nothing is written then; the shipped files' style is never refused
+    assert yaml.safe_load(new) == expected
+
+
+def test_what_cannot_be_edited_is_refused():
+    with pytest.raises(BundleError, match="must hold a mapping"):
+        config_file.edited("- a\n", WANTED)
+    shared = "other: &it\n  threads: 1\nhandler: *it\n"
+    with pytest.raises(BundleError, match="Set by hand: .*handler.threads: 2"):
+        config_file.edited(shared, WANTED)
+
+
+def test_the_patch_applies(tmp_path: Path):
+    file = tmp_path / "models" / "mnist" / "model-config.yaml"
+    file.parent.mkdir(parents=True)
+    old = (MODELS / "mnist" / "model-config.yaml").read_text()
+    file.write_text(old)
+    new = config_file.edited(old, WANTED)
+    (tmp_path / "p.patch").write_text(config_file.difference(old, new, "models/mnist/model-config.yaml"))
+    subprocess.run(["git", "apply", "p.patch"], cwd=tmp_path, check=True)
+    assert file.read_text() == new
+
+
+def test_a_write_that_fails_loses_nothing(tmp_path: Path):
+    file = tmp_path / "model-config.yaml"
+    config_file.write(file, "old")
+    file.chmod(0o640)
+    with pytest.raises(UnicodeEncodeError):
+        config_file.write(file, "\ud800")
+    config_file.write(file, "new")
+    assert file.read_text() == "new"
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ModelFolder:
+    shutil.copytree(MODELS / "mnist", tmp_path / "mnist")
+    return ModelFolder(tmp_path / "mnist")
+
+
+def test_only_what_differs_is_written(folder: ModelFolder):
+    (folder.path / "model-config.yaml").write_text(
+        "minWorkers: 1\nmaxWorkers: 2\nbatchSize: 32\nmaxBatchDelay: 2\nhandler:\n  threads: 1\n"
+    )
+    now = tune.current_settings(folder)
+    assert now == Candidate(1, 1, 32, 2, "auto")
+    assert command.changes(folder, now, replace(now, batch_size=64, workers=2)) == {
+        ("minWorkers",): 2,
+        ("batchSize",): 64,
+    }
+    many = command.changes(folder, now, replace(now, workers=4, precision="float32"))
+    assert many == {("minWorkers",): 4, ("maxWorkers",): 4, ("handler", "precision"): "float32"}
+    assert command.changes(folder, now, now) == {}
+
+
+def test_torchserve_needs_both_numbers_of_workers(folder: ModelFolder):
+    (folder.path / "model-config.yaml").write_text("bundle:\n  handler: mnist\n")
+    now = tune.current_settings(folder)
+    assert now == Candidate(1, 1, 1, 100, "auto")
+    wanted = command.changes(folder, now, replace(now, workers=2))
+    assert wanted == {("minWorkers",): 2, ("maxWorkers",): 2}
+
+
+def test_a_patch_leaves_the_folder_alone(folder: ModelFolder, tmp_path: Path):
+    before = {file: file.read_bytes() for file in folder.path.iterdir() if file.is_file()}
+    command.write_down(folder, {"model": "mnist"}, b"<svg/>", {("batchSize",): 63}, tmp_path / "m.patch")
+    assert {file: file.read_bytes() for file in folder.path.iterdir() if file.is_file()} == before
+    assert "+batchSize: 63 " in (tmp_path / "m.patch").read_text()
+    assert json.loads((tmp_path / "m.json").read_text()) == {"model": "mnist"}
+    assert (tmp_path / "m.svg").read_bytes() == b"<svg/>"
+
+
+def test_a_variant_of_an_archive(tmp_path: Path):
+    archive, target = tmp_path / "m.mar", tmp_path / "v.mar"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": {"configFile": "c.yaml"}}))
+        file.writestr("c.yaml", "batchSize: 1\njobQueueSize: 7\nhandler: {top_k: 3, cache_entries: 50}\n")
+        file.writestr("model.pt", b"weights")
+    measure.variant(archive, target, Candidate(2, 1, 8, 5), "float32")
+    assert measure.archived_config(target) == {
+        "batchSize": 8,
+        "jobQueueSize": 7,
+        "handler": {"top_k": 3, "cache_entries": 0, "threads": 1, "precision": "float32"},  # no cached answers
+        "minWorkers": 2,
+        "maxWorkers": 2,
+        "maxBatchDelay": 5,
+    }
+    with zipfile.ZipFile(target) as file:
+        assert file.read("model.pt") == b"weights"
+
+
+def archived(tmp_path: Path, precision: str, *files: str) -> Path:
+    """An archive whose model-config.yaml has this precision."""
+    archive = tmp_path / "settled.mar"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": {"configFile": "c.yaml"}}))
+        file.writestr("c.yaml", f"handler: {{precision: {precision}}}\n")
+        for name in files:
+            file.writestr(name, b"")
+    return archive
+
+
+def test_precisions_that_the_examples_forbid_are_not_tried(folder: ModelFolder, tmp_path: Path):
+    settled = archived(tmp_path, "[float32, int8]", "model.int8.pt")
+    tune.check_precisions(["auto", "float32", "int8"], "auto", folder, settled)
+    with pytest.raises(BundleError, match="Not bfloat16: on its examples, mnist is right in float32, int8 only"):
+        tune.check_precisions(["float32", "bfloat16"], "auto", folder, settled)
+    unsettled = archived(tmp_path, "auto")
+    tune.check_precisions(["auto", "bfloat16", "float16"], "auto", folder, unsettled)
+    with pytest.raises(BundleError, match="no int8 module"):
+        tune.check_precisions(["int8"], "auto", folder, unsettled)
+
+
+def test_a_list_of_precisions_stays_what_it_is(folder: ModelFolder):
+    (folder.path / "model-config.yaml").write_text("batchSize: 2\nhandler: {precision: [float32, int8]}\n")
+    now = tune.current_settings(folder)
+    assert now.precision == "float32 or int8"
+    assert command.changes(folder, now, replace(now, batch_size=4)) == {("batchSize",): 4}
+
+
+def test_inputs_that_take_turns_count_alike():
+    fast, slow = load(400, 0.02), load(100, 0.08)
+    joined = measure.joined([fast, slow])
+    assert joined.throughput == pytest.approx(160)  # a second of each: 2 / (1/400 + 1/100)
+    assert joined.p99 == 0.08
+    assert joined.answered == 500
+
+
+def test_answers_bound_the_batch():
+    assert measure.largest_batch(16 * 2**20, 1024) == 8192
+    assert measure.largest_batch(16 * 2**20, 15 * 2**20) == 1
+
+
+def test_missing_inputs(folder: ModelFolder, tmp_path: Path):
+    with pytest.raises(BundleError, match="There is no file"):
+        tune.read_inputs(folder, [tmp_path / "none.png"])
+    (tmp_path / "a.json").write_text("{}")
+    [sent] = tune.read_inputs(folder, [tmp_path / "a.json"])
+    assert sent.headers == {"Content-Type": "application/json"}
+    unsampled = ModelFolder(MODELS / "imagenet")
+    with pytest.raises(BundleError, match="no sample of its own. Name what to send: --input"):
+        tune.read_inputs(unsampled, [])
+
+
+def test_the_record_is_json_and_has_everything():
+    lost = Point(NOW, "round 1", 4, Load(1.0, 0, 3, 0.0, *(math.inf,) * 4))
+    other = replace(NOW, batch_size=32)
+    final = {NOW: [{1: load(100, 0.02)}], other: [{1: load(121, 0.02)}]}
+    verdict = search.decide(final, NOW, TARGET)
+    measured = report.measured([lost, Point(NOW, search.FINAL, 1, load(5, 0.02))], {NOW: "died"}, {NOW: "bfloat16"})
+    found = json.loads(json.dumps(report.outcome(NOW, verdict) | measured, allow_nan=False))
+    assert found["replaces"] is True
+    assert [each["throughput"] for each in found["final"]] == [121, 100]
+    first, second = found["measurements"]
+    assert (first["p99_ms"], first["failed"]) == (None, 3)
+    assert (second["p99_ms"], second["computed_in"]) == (20, "bfloat16")
+    assert found["not_servable"][0]["error"] == "died"
+
+
+def test_the_picture_is_small_and_the_same_every_time():
+    chart = pytest.importorskip("bundle.tuning.chart")
+    other = replace(NOW, batch_size=32)
+    points = [
+        Point(candidate, "round 1", concurrency, load(100 * factor * concurrency, 0.01 * concurrency))
+        for candidate, factor in ((NOW, 1), (other, 1.3))
+        for concurrency in (1, 4, 16)
+    ]
+    first, second = (chart.draw("mnist", points, NOW, other, TARGET, ("svg",))["svg"] for _ in range(2))
+    assert first == second
+    assert len(first) < 60_000
+    assert b"target: 100 ms" in first
+    assert f"best: {other}".encode() in first
