@@ -125,7 +125,8 @@ def pack(folder: ModelFolder, stage: Stage, temporary: Path) -> Path:
 
 def fingerprint(folder: ModelFolder) -> str:
     """A digest of all that decides what is in the archive: the folder, the handlers, the code that builds it."""
-    not_archived = {"train.py", "metrics.json", "make_sample.py", "README.md", "tuning.json", "tuning.svg", folder.bundle.sample}
+    not_archived = {"train.py", "make_sample.py", "README.md", folder.bundle.sample}
+    not_archived |= {"metrics.json", "tuning.json", "tuning.svg"}
     inputs = [folder.handler_file, REQUIREMENTS, HANDLERS / "__init__.py", *(HANDLERS / "core").glob("*.py")]
     inputs += [file for file in folder.path.rglob("*") if file.is_file() and file.name not in not_archived]
     inputs += [ROOT / "bundle" / name for name in BUILDERS]
