@@ -73,7 +73,7 @@ class AudioMFCCHandler(BatchHandler):
         if not len(samples):
             raise EmptyInput("The sound file holds no samples.")
         with numpy.errstate(over="ignore", invalid="ignore"):  # what is not finite in a channel, or in the sum of them
-            mono = samples.mean(axis=1)
+            mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
         if not numpy.isfinite(mono).all():
             raise UndecodableAudio("The sound holds samples that are not finite numbers.")
         return mono.clip(-1, 1), sample_rate
@@ -89,7 +89,9 @@ def loudest_window(waveform: numpy.ndarray, window: int) -> numpy.ndarray:
     Hann curve, so that a word that fits several windows is put in the middle of the one that is taken.
     """
     missing = window - len(waveform)
-    if missing >= 0:
+    if missing == 0:
+        return waveform
+    if missing > 0:
         return numpy.pad(waveform, (missing // 2, missing - missing // 2))
     hop = max(1, window // 100)
     blocks = len(waveform) // hop
