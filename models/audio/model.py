@@ -51,8 +51,8 @@ class KeywordNet(nn.Module):
     def cepstra(self, waveforms: Tensor) -> Tensor:
         """float32 [N, T] -> float32 [N, 40, T // 160 + 1]: what `self.mfcc` computes, in half the time.
 
-        It takes the root of each number's power and squares it again. Here the squares of real and imaginary parts stand
-        side by side, and the filter bank sums them.
+        It takes the root of each number's power and squares it again. Here the squares of real and imaginary parts
+        stand side by side, and the filter bank sums them.
         """
         spectrogram = self.mfcc.MelSpectrogram.spectrogram
         spectrum = torch.stft(
