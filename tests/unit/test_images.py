@@ -92,6 +92,25 @@ def test_float_that_is_not_finite_is_black_or_white():
     assert numpy.asarray(opened)[0, :3].tolist() == [0, 255, 0]
 
 
+@pytest.mark.parametrize(("size", "enough"), [((1600, 1200), 256), ((720, 721), 256), ((640, 480), 32)])
+def test_a_large_jpeg_is_decoded_no_larger_than_needed(size: tuple[int, int], enough: int):
+    """Resized to what is used, it differs from the whole one by less than 1 of 255 on average."""
+    coarse = numpy.random.default_rng(0).integers(0, 256, (size[1] // 40, size[0] // 40, 3), dtype=numpy.uint8)
+    content = encode_image(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
+    whole, scaled = open_image(content, SETTINGS), open_image(content, SETTINGS, enough)
+    assert whole.size == size
+    assert enough <= min(scaled.size) < min(size)
+    used = [
+        numpy.asarray(image.resize((enough, enough), Image.Resampling.BILINEAR), float) for image in (whole, scaled)
+    ]
+    assert numpy.abs(used[0] - used[1]).mean() < 1
+
+
+def test_a_jpeg_that_is_not_twice_as_large_is_decoded_whole():
+    content = encode_image(Image.new("RGB", (500, 400)), "JPEG")
+    assert open_image(content, SETTINGS, 256).size == (500, 400)
+
+
 def test_opens_1_bit():
     image = Image.new("1", (16, 16), 1)
     image.paste(0, (0, 0, 8, 16))
