@@ -94,7 +94,7 @@ def test_float_that_is_not_finite_is_black_or_white():
 
 @pytest.mark.parametrize(("size", "enough"), [((1600, 1200), 256), ((720, 721), 256), ((640, 480), 32)])
 def test_a_large_jpeg_is_decoded_no_larger_than_needed(size: tuple[int, int], enough: int):
-    """Resized to what is used, it differs from the whole one by less than 1 of 255 on average."""
+    """Resized to what is used, it differs from the whole one by less than 2 of 255 on average."""
     coarse = numpy.random.default_rng(0).integers(0, 256, (size[1] // 40, size[0] // 40, 3), dtype=numpy.uint8)
     content = encode_image(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
     whole, scaled = open_image(content, SETTINGS), open_image(content, SETTINGS, enough)
@@ -103,7 +103,7 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed(size: tuple[int, int], en
     used = [
         numpy.asarray(image.resize((enough, enough), Image.Resampling.BILINEAR), float) for image in (whole, scaled)
     ]
-    assert numpy.abs(used[0] - used[1]).mean() < 1
+    assert numpy.abs(used[0] - used[1]).mean() < 2
 
 
 def test_a_jpeg_that_is_not_twice_as_large_is_decoded_whole():
