@@ -125,9 +125,12 @@ def run_wrk(
         said = {"BODY": file.name, "CLIENTS": clients, "THREADS": threads, "SECONDS": seconds, "TIMEOUT": timeout}
         said |= {"SEED": SEED, **(settings or {})}
         environment = os.environ | {f"LOAD_{name}": str(value) for name, value in said.items()}
-        ended = subprocess.run(
-            [*command, url], env=environment, capture_output=True, text=True, timeout=limit + 60, check=False
-        )
+        try:
+            ended = subprocess.run(
+                [*command, url], env=environment, capture_output=True, text=True, timeout=limit + 60, check=False
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise BundleError(f"wrk did not end within {limit + 60} seconds.") from exc
     results = [line for line in ended.stdout.splitlines() if line.startswith(RESULT)]
     if not results:
         raise BundleError(f"wrk could not load {url}.", (ended.stdout + ended.stderr).strip())

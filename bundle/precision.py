@@ -3,6 +3,7 @@
 Which of those is fast is decided by the worker (handlers/core/precision.py).
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from bundle.quantize import Batch, load, quantize, run
 from handlers.core.precision import INT8_NAME, freeze
 
 BATCH = 16  # examples a batch
-FEWEST = 100  # examples; with fewer, one of them is more than the loss that is looked for
+MOST_NEEDED = 200  # examples to judge with
 
 
 def settle(folder: ModelFolder, archive: Path, module: Path, extra: Path, config: Path) -> list[str]:
@@ -33,10 +34,10 @@ def settle(folder: ModelFolder, archive: Path, module: Path, extra: Path, config
     Raises:
         BundleError: there are too few examples, one cannot be decoded, or int8 was asked for and changes too much.
     """
-    batches = decode(folder, archive)
     least = folder.bundle.agreement
-    # every other batch calibrates int8, the others judge
-    calibration, judged = batches[::2], batches[1::2]
+    batches = decode(folder, archive, examples(folder))
+    # half of them calibrate int8, so that those that judge are new to it
+    calibration, judged = (batches[::2], batches[1::2]) if folder.bundle.int8 else ([], batches)
     expected = run(load(module), judged).argmax(dim=1)
 
     def agreement(candidate: torch.jit.ScriptModule) -> float:
@@ -67,13 +68,23 @@ def settle(folder: ModelFolder, archive: Path, module: Path, extra: Path, config
     return lines
 
 
-def decode(folder: ModelFolder, archive: Path) -> list[Batch]:
-    """The folder's examples, as the archive's own handler decodes and collates them."""
+def examples(folder: ModelFolder) -> list[Path]:
+    """The files of the folder's examples.
+
+    Raises:
+        BundleError: there are so few that a single one is more than the loss that is looked for.
+    """
     files = sorted(file for file in folder.existing_folder(folder.bundle.examples).iterdir() if file.is_file())
-    if len(files) < FEWEST:
-        raise BundleError(
-            f"{folder.name}: {len(files)} examples are too few to compare precisions; {FEWEST} are needed."
-        )
+    loss = 1 - folder.bundle.agreement
+    judges = MOST_NEEDED if loss * MOST_NEEDED < 1 else math.ceil(1 / loss)
+    needed = 2 * judges + 2 * BATCH if folder.bundle.int8 else judges  # whole batches calibrate or judge
+    if len(files) < needed:
+        raise BundleError(f"{folder.name}: {len(files)} examples are too few; comparing precisions takes {needed}.")
+    return files
+
+
+def decode(folder: ModelFolder, archive: Path, files: list[Path]) -> list[Batch]:
+    """Files, sent as raw bodies, as the archive's own handler decodes and collates them."""
     with DryRun(archive) as worker:
         samples = []
         for file in files:

@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
-import threading
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,13 +68,12 @@ def profile(running: Running, settings: Settings, folder: ModelFolder, concurren
     closed_loop(url, content, headers, concurrency, WARM_UP_SECONDS)
     graph = ROOT / "build" / "profile" / f"{folder.name}.svg"
     graph.parent.mkdir(parents=True, exist_ok=True)
-    spy = Spy(workers[0], seconds, graph)
-    before, cpu_before = sums(settings, folder), cpu_seconds(running, workers)
-    load = closed_loop(url, content, headers, concurrency, seconds)
-    after, cpu_after = sums(settings, folder), cpu_seconds(running, workers)
-    spy.wait()
-    if not load.answered:
-        raise BundleError(f"{folder.name} answered none of the requests: make logs")
+    with watched(workers[0], seconds, graph):
+        before, cpu_before = sums(settings, folder), cpu_seconds(running, workers)
+        load = closed_loop(url, content, headers, concurrency, seconds)
+        after, cpu_after = sums(settings, folder), cpu_seconds(running, workers)
+    if not load.answered or not after.get("bundle_batch_size_count"):
+        raise BundleError(f"{folder.name} answered none of the requests, or has no handler of the bundle: make logs")
     gained = {name: after[name] - before.get(name, 0) for name in after}
     batches = gained["bundle_batch_size_count"]
     stages = {
@@ -111,34 +112,34 @@ def cpu_seconds(running: Running, workers: list[int]) -> dict[str, float]:
         times = psutil.Process(pid).cpu_times()
         return times.user + times.system
 
-    return {"frontend": of(running.pid), "workers": sum(map(of, workers))}
+    try:
+        return {"frontend": of(running.pid), "workers": sum(map(of, workers))}
+    except psutil.NoSuchProcess as exc:
+        raise BundleError("The server or a worker ended while it was watched: make logs") from exc
 
 
-class Spy:
-    """py-spy, which samples a process from outside: the worker is neither changed nor started again."""
+@contextmanager
+def watched(pid: int, seconds: float, graph: Path) -> Iterator[None]:
+    """Has py-spy sample a worker from outside, which neither changes it nor starts it again, until it has its graph.
 
-    def __init__(self, pid: int, seconds: float, graph: Path):
-        program = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
-        if program is None:
-            raise BundleError("py-spy is missing: pip install -r requirements/dev.txt")
-        command = [program, "record", "--pid", str(pid), "--duration", str(max(1, round(seconds)))]
-        command += ["--rate", str(SAMPLES_A_SECOND), "--nonblocking", "--output", str(graph)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.said = ""
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        self.said = self.process.stdout.read()
-
-    def wait(self) -> None:
-        """Raises:
-        BundleError: it could not look into the process."""
-        status = self.process.wait()
-        self.reader.join()
-        if status:
+    Raises:
+        BundleError: it is missing, or cannot look into the process.
+    """
+    program = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    if program is None:
+        raise BundleError("py-spy is missing: pip install -r requirements/dev.txt")
+    command = [program, "record", "--pid", str(pid), "--duration", str(max(1, round(seconds)))]
+    command += ["--rate", str(SAMPLES_A_SECOND), "--nonblocking", "--output", str(graph)]
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=said) as spy:
+        try:
+            yield
+        except BaseException:
+            spy.terminate()
+            raise
+        if spy.wait():
+            said.seek(0)
             raise BundleError(
                 "py-spy could not look into a worker. Where it lacks the permission, run it as root, or allow it: "
                 "sysctl kernel.yama.ptrace_scope=0",
-                self.said,
+                said.read(),
             )

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver, QConfig
 from torch.ao.quantization.quantize_jit import convert_jit, prepare_jit
 
+from bundle.errors import BundleError
+
 Batch = tuple[Tensor, ...]
 
 # All 256 steps of an activation, where the default spares one bit for processors without VNNI: a worker on such a
@@ -17,6 +19,7 @@ QCONFIG = QConfig(
     activation=HistogramObserver.with_args(dtype=torch.quint8),
     weight=PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric),
 )
+ENGINE = "x86"  # of torch's quantized kernels
 LAYERS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 
 
@@ -30,7 +33,12 @@ def quantize(
 
     Returns:
         how many layers are in int8, and how many there are; None where even half of them are too many.
+
+    Raises:
+        BundleError: this processor cannot run what a worker would.
     """
+    if ENGINE not in torch.backends.quantized.supported_engines or not torch.cpu._is_vnni_supported():
+        raise BundleError("int8 modules are made and judged on a processor with VNNI, which this one lacks.")
     sensitive: list[str] = []
     names = layers(file)
     kept = 0
@@ -51,7 +59,7 @@ def convert(file: Path, target: Path, calibration: list[Batch], in_float32: list
         module = prepare_jit(load(file), {"": QCONFIG, **dict.fromkeys(in_float32)})
         for batch in calibration:
             module(*batch)
-        torch.backends.quantized.engine = "x86"
+        torch.backends.quantized.engine = ENGINE
         convert_jit(module).save(target)
 
 

@@ -37,10 +37,6 @@ class ImageTopKHandler(BatchHandler):
         pixels = torch.from_numpy(numpy.array(image))
         return pixels.unsqueeze(0) if self.settings.channels == 1 else pixels.permute(2, 0, 1)
 
-    def collate(self, samples: list[Tensor]) -> tuple[Tensor]:
-        """As Pillow lays pixels out, and convolutions like them best: channels last."""
-        return (torch.stack([sample.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),)
-
     def example(self) -> Tensor:
         return torch.zeros(self.settings.channels, self.settings.crop, self.settings.crop, dtype=torch.uint8)
 

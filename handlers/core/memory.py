@@ -4,8 +4,10 @@ import ctypes
 import gc
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-LARGEST_FROM_HEAP = 32 << 20  # bytes; what glibc admits at most
-KEPT_FREE = 512 << 20
+LARGEST_FROM_HEAP = (
+    12 << 20
+)  # bytes: the tensors of a batch, not the 16 MiB blocks that Pillow unpacks photographs into
+KEPT_FREE = 64 << 20  # bytes, at most, that a worker keeps between batches
 
 
 def keep_freed_memory() -> None:

@@ -1,13 +1,13 @@
 """A TorchScript module -> the same, frozen, in the number format that is fastest on this machine.
 
-Which formats are right for a model is decided when its archive is built, on data (bundle/precision.py); which of those
-is fast is decided here, by measurement on the worker's own device.
+Which formats are right for a model is decided on its examples, when its archive is built (bundle/precision.py); without
+examples there is only the guard here, against what cannot be right. Which of those is fast is decided here, by
+measurement on the worker's own device.
 """
 
 import logging
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,29 +20,18 @@ Precision = Literal["float32", "bfloat16", "float16", "int8"]
 Wanted = Literal["auto"] | Precision | list[Precision]  # the fastest; this one; the fastest of these
 INT8_NAME = "model.int8.pt"  # in an archive whose model was quantized
 WORTHWHILE = 0.9  # of float32's time: a smaller gain is not worth coarser numbers
-# of the outputs' norm: a guard against what cannot be right; what is right has been decided on data
-LARGEST_ERROR = {"float16": 0.05, "bfloat16": 0.1, "int8": 0.3}
-MEASURED_RUNS = 5
+LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05, "int8": 0.3}  # of the outputs' norm
+WARM_UP_RUNS, MEASURED_RUNS = 2, 5
+MEASURED_SECONDS = 1.0  # after which no further run begins
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A module in one precision.
-
-    Attributes:
-        seconds: the shortest of its runs on the inputs that it was tried on.
-    """
-
-    precision: str
-    module: torch.jit.ScriptModule
-    seconds: float
+Modules = dict[str, torch.jit.ScriptModule]
 
 
 def fastest(
     model: torch.jit.ScriptModule, wanted: Wanted, device: torch.device, inputs: tuple[Tensor, ...], folder: Path
-) -> Candidate:
-    """The module in the wanted precision, or in the fastest of those that are wanted and that the device computes by
-    itself. float32 always is one of them.
+) -> tuple[str, torch.jit.ScriptModule]:
+    """The wanted precision, or the fastest of those that are wanted and that the device computes by itself, and the
+    module in it. float32 always is one of them, and takes the place of one that does not work.
 
     Args:
         model: takes and returns float32, as scripted. Its outputs may come back in the reduced dtype.
@@ -51,31 +40,34 @@ def fastest(
 
     Raises:
         FileNotFoundError: int8 is wanted, and the archive has no such module.
+        ValueError: int8 is wanted, and the device does not compute it right.
     """
+    native = natively(device, folder)
     if wanted == "int8" and not (folder / INT8_NAME).is_file():
         raise FileNotFoundError(f"the archive has no {INT8_NAME}: build it with `bundle: int8: true`")
+    if wanted == "int8" and "int8" not in native:
+        raise ValueError("precision is int8, which takes a processor with VNNI: set it to auto")
     fixed = isinstance(wanted, str) and wanted != "auto"
+    tried = [wanted] if fixed else [name for name in native if wanted == "auto" or name in wanted]
     expected = main_output(model(*inputs))
-    exact = trial("float32", freeze(model, "float32", device), inputs, device)
-    reduced = []
-    for precision in [wanted] if fixed else natively(device, folder):
-        if precision == "float32" or (isinstance(wanted, list) and precision not in wanted):
-            continue
+    modules: Modules = {}
+    for precision in dict.fromkeys([*tried, "float32"]):  # float32 last: trying leaves the model in its layout
         source = torch.jit.load(folder / INT8_NAME).eval() if precision == "int8" else model
-        candidate = trial(precision, freeze(source, precision, device), inputs, device)
-        error = relative_error(main_output(candidate.module(*inputs)), expected)
-        if error <= LARGEST_ERROR[precision]:
-            reduced.append(candidate)
-        else:
-            logger.warning("%s is not used: its outputs differ from float32's by %.0f %%", precision, 100 * error)
-    best = min(reduced, key=lambda candidate: candidate.seconds, default=exact)
-    return best if fixed or best.seconds < WORTHWHILE * exact.seconds else exact
+        module = attempt(source, precision, device, inputs, expected)
+        if module is not None:
+            modules[precision] = module
+    modules.setdefault("float32", model)
+    if fixed:
+        return next(iter(modules.items()))
+    seconds = measure(modules, inputs, device)
+    best = min(seconds, key=seconds.get)
+    return (best, modules[best]) if seconds[best] < WORTHWHILE * seconds["float32"] else ("float32", modules["float32"])
 
 
 def natively(device: torch.device, folder: Path) -> list[str]:
     """The reduced precisions that the device has instructions for, and the archive a module."""
     if device.type == "cuda":
-        return ["bfloat16", "float16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["float16"]
+        return ["bfloat16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["float16"]
     precisions = []
     if device.type == "cpu":
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
@@ -85,18 +77,45 @@ def natively(device: torch.device, folder: Path) -> list[str]:
     return precisions
 
 
-def trial(
-    precision: str, module: torch.jit.ScriptModule, inputs: tuple[Tensor, ...], device: torch.device
-) -> Candidate:
-    return Candidate(precision, module, measure(module, inputs, device))
+def attempt(
+    model: torch.jit.ScriptModule,
+    precision: str,
+    device: torch.device,
+    inputs: tuple[Tensor, ...],
+    expected: Tensor,
+) -> torch.jit.ScriptModule | None:
+    """The frozen module, or None where it does not run or does not compute what it should.
+
+    Channels last first, which convolutions are fastest in. A module that takes its tensors' layout for granted (`view`
+    after a convolution) does not run in it.
+    """
+    problem = ""
+    for layout in (torch.channels_last, torch.contiguous_format):
+        try:
+            module = freeze(model, precision, device, layout)
+            error = relative_error(main_output(module(*inputs)), expected)
+        except RuntimeError as exc:
+            problem = str(exc).strip().splitlines()[-1]
+            continue
+        if error <= LARGEST_ERROR[precision]:
+            return module
+        problem = f"its outputs differ from float32's by {error:.0%} of their norm"
+    logger.warning("the model is not frozen in %s: %s", precision, problem)
+    model.to(memory_format=torch.contiguous_format)
+    return None
 
 
-def freeze(model: torch.jit.ScriptModule, precision: str, device: torch.device) -> torch.jit.ScriptModule:
-    """Weights as constants, batch norms folded into convolutions, channels last.
+def freeze(
+    model: torch.jit.ScriptModule,
+    precision: str,
+    device: torch.device,
+    layout: torch.memory_format = torch.channels_last,
+) -> torch.jit.ScriptModule:
+    """Weights as constants, batch norms folded into convolutions; the model itself is left in `layout`.
 
     Freezing under autocast writes the casts into the graph, and rounds the weights once instead of in every run.
     """
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=layout)
     reduced = precision in ("bfloat16", "float16")
     autocast = torch.autocast(device.type, getattr(torch, precision) if reduced else None, enabled=reduced)
     with autocast, warnings.catch_warnings():
@@ -110,18 +129,29 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def measure(module: torch.jit.ScriptModule, inputs: tuple[Tensor, ...], device: torch.device) -> float:
-    """Seconds of the shortest run; the first ones, in which TorchScript specialises, do not count."""
-    seconds = []
-    for _ in range(2 + MEASURED_RUNS):
-        start = time.perf_counter()
-        module(*inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[2:])
+def measure(modules: Modules, inputs: tuple[Tensor, ...], device: torch.device) -> dict[str, float]:
+    """Seconds of each module's shortest run. They take turns, so that what else runs on the machine is fair to all."""
+    seconds: dict[str, list[float]] = {name: [] for name in modules}
+    deadline = time.monotonic() + MEASURED_SECONDS
+    for turn in range(WARM_UP_RUNS + MEASURED_RUNS):
+        if turn > WARM_UP_RUNS and time.monotonic() > deadline:
+            break
+        for name, module in modules.items():
+            start = time.perf_counter()
+            module(*inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: min(runs[WARM_UP_RUNS:]) for name, runs in seconds.items()}
 
 
-def main_output(outputs: Tensor | tuple) -> Tensor:
-    """Models with auxiliary outputs return the main one first."""
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def main_output(outputs: object) -> Tensor:
+    """What is served of a model's outputs: models with auxiliary ones return the main one first.
+
+    Raises:
+        TypeError: there is no tensor to serve.
+    """
+    main = outputs[0] if isinstance(outputs, tuple) else outputs
+    if not isinstance(main, Tensor):
+        raise TypeError(f"the model returns a {type(main).__name__}; a tensor, or a tuple of tensors, can be served")
+    return main

@@ -1,0 +1,143 @@
+"""What a worker does to its own process: how it reads, what it keeps, and that any module it is given still serves."""
+
+import gc
+import logging
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from bundle.catalog import ROOT
+from bundle.quantize import load
+from handlers.core import memory, wire
+from handlers.core.precision import fastest, main_output
+from models.audio.model import build
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.binary(max_size=3000), min_size=1, max_size=8), st.integers(1, 700))
+def test_reads_what_was_sent_however_it_arrives(values: list[bytes], piece: int):
+    sender, receiver = socket.socketpair()
+    content = b"".join(values)
+
+    def send() -> None:
+        for start in range(0, len(content), piece):
+            sender.sendall(content[start : start + piece])
+        sender.close()
+
+    with sender, receiver:
+        thread = threading.Thread(target=send)
+        thread.start()
+        read = [wire.retrieve_buffer(receiver, len(value)) for value in values]
+        thread.join()
+        assert read == [bytearray(value) for value in values]
+        with pytest.raises(SystemExit):  # the frontend has gone
+            wire.retrieve_buffer(receiver, 1)
+        wire.readers.pop(receiver).close()
+
+
+def test_torchserve_reads_through_it():
+    code = (
+        "from ts.protocol import otf_message_handler as handler; from handlers.core import wire; wire.buffer_reads();"
+        "print(handler._retrieve_buffer is wire.retrieve_buffer)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="page faults are counted on Linux")
+def test_freed_memory_is_kept():
+    """A block of 4 MiB again and again: without it, each of 40 pages in a thousand pages."""
+    code = (
+        "import resource, torch; from handlers.core import memory; memory.keep_freed_memory()\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def touch(): torch.ones(1 << 20).add(1)\n"
+        "for _ in range(3): touch()\n"
+        "before = faults()\n"
+        "for _ in range(20): touch()\n"
+        "print(faults() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(run.stdout.splitlines()[-1]) < 10_000, run.stdout + run.stderr
+
+
+def test_what_is_there_is_not_collected_again():
+    memory.settle()
+    assert gc.get_freeze_count() > 10_000
+    gc.unfreeze()
+
+
+class Flattening(nn.Module):
+    """`view` after a convolution takes the layout of its tensor for granted."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolve, self.classify = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.convolve(images.float() / 255)
+        return self.classify(features.view(features.size(0), -1))
+
+
+class Volumes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolve, self.classify = nn.Conv3d(1, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.convolve(images.float().unsqueeze(1)).amax((2, 3, 4)))
+
+
+class Accumulating(nn.Module):
+    """Adds what autocast reduces into what stays float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.classify = nn.Linear(3 * 8 * 8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = self.classify(images.float().flatten(1))
+        return torch.zeros_like(rows, dtype=torch.float32).index_add_(0, torch.arange(rows.size(0)), rows)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("module", [Flattening, Volumes, Accumulating])
+@pytest.mark.parametrize("traced", [False, True])
+def test_any_module_serves(module: type[nn.Module], wanted: str, traced: bool, tmp_path: Path):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    eager = module().eval()
+    exported = torch.jit.trace(eager, images) if traced else torch.jit.script(eager)
+    exported.save(tmp_path / "model.pt")
+    precision, served = fastest(load(tmp_path / "model.pt"), wanted, CPU, (images,), tmp_path)
+    tolerance = 1e-4 if precision == "float32" else 0.05
+    torch.testing.assert_close(served(images).float(), eager(images), rtol=tolerance, atol=tolerance * 100)
+
+
+def test_outputs_that_cannot_be_served_are_named():
+    with pytest.raises(TypeError, match="returns a dict"):
+        main_output({"logits": torch.zeros(1)})
+
+
+def test_cepstra_are_those_of_torchaudio():
+    model = build()
+    waveforms = torch.rand(3, 16_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        torch.testing.assert_close(model.cepstra(waveforms), model.mfcc(waveforms), rtol=1e-4, atol=1e-4)
+
+
+def test_a_precision_that_does_not_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    torch.jit.script(Accumulating().eval()).save(tmp_path / "model.pt")
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        assert fastest(load(tmp_path / "model.pt"), "bfloat16", CPU, (images,), tmp_path)[0] == "float32"
+    assert "not frozen in bfloat16" in caplog.text
