@@ -12,6 +12,7 @@ from tests.support import reversioned, wait_for
 
 SHIPPED = select(["mnist", "image", "audio", "text"])
 MNIST = SHIPPED[0]
+BATCHING = ("batchSize", "maxBatchDelay")
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_scale_and_describe(served, management):
     wait_for(lambda: served.client.workers("mnist").ready == 2)
     described = served.client.describe("mnist")
     assert (described["minWorkers"], described["maxWorkers"]) == (2, 4)
-    assert (described["batchSize"], described["maxBatchDelay"]) == (32, 2)
+    assert {key: described[key] for key in BATCHING} == {key: MNIST.config[key] for key in BATCHING}
     asked = requests.put(f"{management}/models/mnist", params={"min_worker": 1, "max_worker": 1}, timeout=60)
     assert asked.status_code == 202, asked.text
     wait_for(lambda: len(served.client.describe("mnist")["workers"]) == 1)
