@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bundle import torchvision_source
 from bundle.catalog import ModelFolder, relative
 from bundle.errors import BundleError
+from handlers.core.precision import main_output
 
 DEFAULT_SIDES = {"image_topk": 224, "mnist": 28}  # pixels: what the handlers make where a folder sets no `crop`
 
@@ -152,8 +153,3 @@ def compare(name: str, eager: nn.Module, exported: nn.Module, inputs: list[tuple
             raise BundleError(
                 f"{name}: the exported module does not compute what the eager one does.", str(exc)
             ) from exc
-
-
-def main_output(outputs: Tensor | tuple) -> Tensor:
-    """What the handlers read: models with auxiliary outputs return the main one first."""
-    return outputs[0] if isinstance(outputs, tuple) else outputs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bundle.errors import BundleError
-from bundle.export import DEFAULT_SIDES, main_output
+from bundle.export import DEFAULT_SIDES
 
 SIDES = (224, 32, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 512)  # pixels, in the order they are tried
 BATCH = 3
@@ -149,7 +149,8 @@ def examine(model: nn.Module, inputs: tuple[Tensor, ...], report: Callable[[str]
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> object:
     try:
         with torch.no_grad():
-            return main_output(model(*inputs))
+            outputs = model(*inputs)
+            return outputs[0] if isinstance(outputs, tuple) else outputs  # whatever it is: `check_output` names it
     except Exception as exc:  # a stranger's code may raise anything
         shapes = ", ".join(f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in inputs)
         raise BundleError(f"The model does not take what the handler gives it: {shapes}.", last_line(exc)) from exc

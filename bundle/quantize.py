@@ -10,6 +10,7 @@ from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver, Q
 from torch.ao.quantization.quantize_jit import convert_jit, prepare_jit
 
 from bundle.errors import BundleError
+from handlers.core.precision import main_output
 
 Batch = tuple[Tensor, ...]
 
@@ -88,5 +89,4 @@ def load(file: Path) -> torch.jit.ScriptModule:
 @torch.inference_mode()
 def run(module: torch.jit.ScriptModule, batches: list[Batch]) -> Tensor:
     """float32 [inputs, classes]: what the module answers to all batches."""
-    outputs = [module(*batch) for batch in batches]
-    return torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs]).float()
+    return torch.cat([main_output(module(*batch)) for batch in batches]).float()

@@ -1,7 +1,6 @@
 """What the tests of running servers share."""
 
 import json
-import socket
 import threading
 import time
 import zipfile
@@ -10,16 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import requests
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def reversioned(archive: Path, version: str, target: Path, without: str = "") -> Path:

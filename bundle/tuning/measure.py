@@ -2,7 +2,6 @@
 
 import json
 import math
-import socket
 import time
 import zipfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from bundle.catalog import ModelFolder
 from bundle.client import SECONDS, Client, first_class, session
 from bundle.errors import BundleError
 from bundle.load import Load, closed_loop
+from bundle.ports import free_ports
 from bundle.readiness import last_words, start_version
 from bundle.rollout import archive_version, withdraw
 from bundle.server import ADDRESSES, GRPC_PORTS, Running, Server, Settings
@@ -217,14 +217,6 @@ def own_settings(store: Path) -> dict[str, str]:
         key.replace("port", "address"): "127.0.0.1" for key in GRPC_PORTS
     }
     return {**addresses, **grpc, "model_store": str(store), "load_models": ""}
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def variant(archive: Path, target: Path, candidate: Candidate, precision: str | list[str]) -> None:

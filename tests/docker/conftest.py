@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from bundle.client import Client
+from bundle.ports import free_ports
 from tests.docker.proxy import engine, fresh, proxy, start, supervisor, upstream  # noqa: F401 - fixtures
-from tests.support import free_ports, wait_for
+from tests.support import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = ("PORT", "TLS_PORT", "MANAGEMENT_PORT", "PROMETHEUS_PORT", "LOCUST_PORT")

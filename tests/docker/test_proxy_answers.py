@@ -5,8 +5,8 @@ import uuid
 
 import pytest
 
+from bundle.ports import free_ports
 from tests.docker.proxy import PREDICT, check_error, http
-from tests.support import free_ports
 
 # what TorchServe 0.12.0 answers, to the byte
 QUEUE_FULL = (

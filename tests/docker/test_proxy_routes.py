@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from bundle.ports import free_ports
 from tests.docker.proxy import PREDICT, check_error, http
-from tests.support import free_ports
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
 

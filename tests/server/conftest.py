@@ -12,8 +12,8 @@ import pytest
 
 from bundle.catalog import MODEL_STORE
 from bundle.client import Client
+from bundle.ports import free_ports
 from bundle.server import ADDRESSES, GRPC_PORTS
-from tests.support import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("mnist", "image", "audio", "text")  # whatever else a user has put into models/

@@ -16,8 +16,9 @@ import pytest
 import requests
 
 from bundle.catalog import ROOT, select
+from bundle.ports import free_ports
 from tests.server.conftest import Place
-from tests.support import Traffic, free_ports, reversioned, wait_for
+from tests.support import Traffic, reversioned, wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()

@@ -21,7 +21,8 @@ from bundle.archive import archive
 from bundle.catalog import ModelFolder
 from bundle.dryrun import DryRun
 from bundle.errors import BundleError
-from bundle.export import PreprocessedImages, main_output
+from bundle.export import PreprocessedImages
+from handlers.core.precision import main_output
 
 CLASSES = 7
 LABELS = [f"label {index}" for index in range(CLASSES)]

@@ -16,12 +16,13 @@ import pytest
 import requests
 
 from bundle.errors import BundleError
+from bundle.ports import free_ports
 from loadtest.bench import usage
 from loadtest.bench.cases import CASES
 from loadtest.bench.results import Results
 from loadtest.bench.runner import Plan, Runner
 from loadtest.bench.systems.base import Endpoint
-from tests.support import free_ports, wait_for
+from tests.support import wait_for
 
 pytestmark = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
 

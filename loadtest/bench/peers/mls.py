@@ -9,9 +9,9 @@ from pathlib import Path
 from mlserver import MLModel
 from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
 
+from bundle.ports import free_ports
 from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
 from loadtest.bench.pipeline import Pipeline
-from loadtest.bench.ports import free_ports
 
 
 class Model(MLModel):

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from bundle.catalog import MODELS, ROOT
+from bundle.ports import free_ports
 from bundle.server import ADDRESSES, GRPC_PORTS
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
-from loadtest.bench.ports import free_ports
 from loadtest.bench.systems.base import Endpoint, first
 from loadtest.bench.systems.processes import Workplace, wait_for_answer, workplace
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from bundle.ports import free_ports
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
-from loadtest.bench.ports import free_ports
 from loadtest.bench.systems.base import Endpoint, first
 from loadtest.bench.systems.environment import Environment
 from loadtest.bench.systems.processes import wait_for_answer, workplace

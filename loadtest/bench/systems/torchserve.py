@@ -13,10 +13,10 @@ import psutil
 
 from bundle.errors import BundleError
 from bundle.java import java_home
+from bundle.ports import free_ports
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
 from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
-from loadtest.bench.ports import free_ports
 from loadtest.bench.systems.base import Endpoint, first
 from loadtest.bench.systems.processes import Workplace, wait_for_answer, workplace
 
