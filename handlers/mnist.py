@@ -1,5 +1,7 @@
 """Handwritten digits: an image of one digit -> the three most probable classes."""
 
+from collections.abc import Sequence
+
 import numpy
 import torch
 from PIL import Image
@@ -20,6 +22,9 @@ MIN_CONTRAST = 20  # of 255, between ink and background
 FAINT, FIRM = 0.04, 0.2  # of the strongest ink: what is ink in MNIST's own pixels, and in all other pictures
 MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
 
+# of the 28 x 28 pixels: mass, and mass by distance down and across. Sums of uint8 are exact in float32.
+MOMENTS = numpy.stack([numpy.ones(SIDE**2), *numpy.indices((SIDE, SIDE)).reshape(2, -1)], axis=1, dtype=numpy.float32)
+
 
 class MNISTHandler(BatchHandler):
     """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises by itself) -> logits [N, 10].
@@ -33,8 +38,10 @@ class MNISTHandler(BatchHandler):
         """-> uint8 [1, 28, 28]."""
         image = open_image(binary(content), self.settings, enough=LARGEST)
         image.thumbnail((LARGEST, LARGEST))
-        pixels = grey(image)
-        return torch.from_numpy(pixels if is_mnist(pixels) else as_mnist(pixels)).unsqueeze(0)
+        image = grey(image)
+        if is_mnist(image):
+            return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE)
+        return torch.from_numpy(as_mnist(numpy.asarray(image))).unsqueeze(0)
 
     def check_top_k(self, asked: int | None) -> int:
         if asked not in (None, TOP_K):
@@ -52,25 +59,27 @@ class MNISTHandler(BatchHandler):
         return torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
 
 
-def grey(image: Image.Image) -> numpy.ndarray:
-    """-> uint8 [H, W]. Transparent pixels become a background that the ink stands out from."""
+def grey(image: Image.Image) -> Image.Image:
+    """-> mode "L". Transparent pixels become a background that the ink stands out from."""
     if image.mode == "RGBA":
         alpha = numpy.asarray(image.getchannel("A"), dtype=numpy.float32)
         ink = numpy.asarray(image.convert("L"), dtype=numpy.float32)
         bright = alpha.any() and numpy.average(ink, weights=alpha) > 127
         image = flatten(image, (0, 0, 0) if bright else (255, 255, 255))
-    return numpy.array(image if image.mode == "L" else image.convert("L"))
+    return image if image.mode == "L" else image.convert("L")
 
 
-def is_mnist(pixels: numpy.ndarray) -> bool:
-    """Whether uint8 [H, W] is as `as_mnist` makes it: most of what is sent, by those who have MNIST."""
-    if pixels.shape != (SIDE, SIDE):
+def is_mnist(image: Image.Image) -> bool:
+    """Whether an image of mode "L" is as `as_mnist` makes it: most of what is sent, by those who have MNIST."""
+    box = image.getbbox()
+    if image.size != (SIDE, SIDE) or box is None:
         return False
-    rows, columns = numpy.flatnonzero(pixels.max(axis=1)), numpy.flatnonzero(pixels.max(axis=0))
-    if not len(rows):
+    left, top, right, bottom = box
+    size = bottom - top, right - left
+    if max(size) != BOX or image.getextrema()[1] != 255:
         return False
-    digit = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return max(digit.shape) == BOX and digit.max() == 255 and corner(digit) == (rows[0], columns[0])
+    mass, down, across = (numpy.frombuffer(image.tobytes(), numpy.uint8).astype(numpy.float32) @ MOMENTS).tolist()
+    return corner(((down - top * mass) / mass, (across - left * mass) / mass), size) == (top, left)
 
 
 def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
@@ -165,14 +174,14 @@ def thicken(ink: numpy.ndarray) -> numpy.ndarray:
 def centre(ink: numpy.ndarray) -> numpy.ndarray:
     """[H, W], 0 to 255, at most 20 x 20 -> uint8 [28, 28], the centre of mass in the middle."""
     canvas = numpy.zeros((SIDE, SIDE), dtype=numpy.uint8)
-    top, left = corner(ink)
+    mass = ink.sum()
+    middle = [(ink.sum(axis=1 - axis) @ numpy.arange(length)) / mass for axis, length in enumerate(ink.shape)]
+    top, left = corner(middle, ink.shape)
     canvas[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
     return canvas
 
 
-def corner(ink: numpy.ndarray) -> tuple[int, int]:
-    """Top and left of [H, W] where its centre of mass is in the middle, or as near to it as the canvas allows."""
-    total = ink.sum()
-    middles = (ink.sum(axis=1 - axis) @ numpy.arange(size) / total for axis, size in enumerate(ink.shape))
-    wanted = (round(SIDE / 2 - middle) for middle in middles)
-    return tuple(min(max(start, 0), SIDE - size) for start, size in zip(wanted, ink.shape, strict=True))
+def corner(middle: Sequence[float], size: Sequence[int]) -> tuple[int, int]:
+    """Top and left of what has its centre of mass at `middle` of its `size` (both down, across), where that is in the
+    middle of the canvas, or as near to it as the canvas allows."""
+    return tuple(min(max(round(SIDE / 2 - at), 0), SIDE - length) for at, length in zip(middle, size, strict=True))

@@ -163,6 +163,7 @@ class BatchHandler(BaseHandler):
             answers = self.postprocess([Slot(error=error) for _ in data], [])
         if arrival is not None:
             self.metrics.observe("request", time.time() - arrival)
+        self.metrics.emit()
         return answers
 
     def first_arrival(self, requests: int) -> float | None:

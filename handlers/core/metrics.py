@@ -1,8 +1,11 @@
 """The bundle's own metrics, on TorchServe's `/metrics` beside its own (declared in bundle/config/metrics.yaml).
 
-Each observation is a line that the worker prints and the frontend parses, so nothing here is observed per request.
+Each observation is a line that the worker prints and the frontend parses, so nothing here is observed per request, and
+a batch's lines are printed at once (BENCHMARKS.md).
 """
 
+import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +16,8 @@ from ts.metrics.caching_metric import CachingMetric
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.metrics.metric_type_enum import MetricTypes
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("queue", "decode", "inference", "encode", "request")
 DIMENSIONS = ["ModelName", "ModelVersion"]
@@ -35,18 +40,34 @@ class HandlerMetrics:
         self.answered = counter(cache, "bundle_requests_total", "Status")
         self.rejected = counter(cache, "bundle_rejected_requests_total", "ErrorType")
 
+        self.lines: list[str] = []
+
+    def add(self, metric: CachingMetric, value: float, *dimensions: str) -> None:
+        """In the notation of `CachingMetric.emit_metrics`, which the frontend parses."""
+        names = zip(metric.dimension_names, [*self.identity, *dimensions], strict=True)
+        described = ",".join(f"{name}:{dimension}" for name, dimension in names)
+        self.lines.append(
+            f"[METRICS]{metric.metric_name}.{metric.unit}:{value}|#{described}|#type:{metric.metric_type.name}|"
+            f"#hostname:{socket.gethostname()},{int(time.time())}"
+        )
+
+    def emit(self) -> None:
+        """Prints what has been added."""
+        logger.info("\n".join(self.lines))
+        self.lines.clear()
+
     def count_batch(self, requests: int) -> None:
-        self.batch_size.add_or_update(requests, self.identity)
+        self.add(self.batch_size, requests)
 
     def count_answers(self, statuses: list[int], rejections: list[str]) -> None:
         """Counts a batch's HTTP statuses, and the types of error of those that were the request's own fault."""
         for status, requests in Counter(statuses).items():
-            self.answered.add_or_update(requests, [*self.identity, str(status)])
+            self.add(self.answered, requests, str(status))
         for error_type, requests in Counter(rejections).items():
-            self.rejected.add_or_update(requests, [*self.identity, error_type])
+            self.add(self.rejected, requests, error_type)
 
     def observe(self, stage: str, seconds: float) -> None:
-        self.seconds[stage].add_or_update(round(seconds, 6), self.identity)
+        self.add(self.seconds[stage], round(seconds, 6))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

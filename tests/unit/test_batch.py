@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 import subprocess
 import sys
 import textwrap
@@ -199,11 +200,30 @@ def test_the_model_runs_on_the_workers_threads(worker: DryRun):
 # --- metrics -----------------------------------------------------------------------------------------------------
 
 
+def emitted(caplog: pytest.LogCaptureFixture, start: str) -> list[str]:
+    """The lines of metrics that begin so, as the frontend reads them."""
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    return [line for line in lines if line.startswith(f"[METRICS]{start}")]
+
+
+def test_a_batchs_metrics_are_one_message(worker: DryRun, caplog: pytest.LogCaptureFixture):
+    """As TorchServe's own writes each of them."""
+    with caplog.at_level(logging.INFO):
+        worker.predict([row(0)])
+        [message] = [record.getMessage() for record in caplog.records if "[METRICS]bundle_" in record.getMessage()]
+        caplog.clear()
+        metrics = worker.handler.metrics
+        metrics.batch_size.add_or_update(1, metrics.identity)
+    [written_by_torchserve] = emitted(caplog, "bundle_batch_size")
+    mine = message.splitlines()[0]
+    assert re.sub(r"\d+$", "", mine) == re.sub(r"\d+$", "", written_by_torchserve)
+
+
 def test_metrics(worker: DryRun, caplog: pytest.LogCaptureFixture):
     """The frontend reads them off the worker's output."""
     with caplog.at_level(logging.INFO):
         worker.predict([row(0), {"body": b""}, {"body": b""}, {"body": b"1"}])
-    lines = [record.getMessage() for record in caplog.records if "[METRICS]bundle_" in record.getMessage()]
+    lines = emitted(caplog, "bundle_")
     of_the_model = "|#ModelName:numbers,ModelVersion:1.0"
     assert sum(f"bundle_batch_size.Count:4{of_the_model}|#type:HISTOGRAM" in line for line in lines) == 1
     for stage in ("decode", "inference", "encode"):
@@ -227,7 +247,7 @@ def test_waiting_is_counted_from_the_proxys_stamp(worker: DryRun, caplog: pytest
     with caplog.at_level(logging.INFO):
         worker.predict([row(0)] * len(headers), headers)
     for stage in ("queue", "request"):
-        [line] = [m for r in caplog.records if f"bundle_{stage}_seconds.Seconds:" in (m := r.getMessage())]
+        [line] = emitted(caplog, f"bundle_{stage}_seconds.Seconds:")
         assert 4.99 <= float(line.split("Seconds:")[1].split("|")[0]) < 60
 
 
