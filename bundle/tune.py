@@ -30,12 +30,13 @@ from bundle.tuning.measure import (
     precision_of,
 )
 from bundle.tuning.search import FINAL, Point, Score, Verdict
-from bundle.tuning.space import Candidate, space, spread
+from bundle.tuning.space import Candidate, neighbours, space, spread
 from handlers.core.precision import INT8_NAME, Precision
 
 UNITS = {"ms": 0.001, "s": 1.0}
 PRECISIONS = ("auto", *get_args(Precision))
 ROOM = 0.6  # of the free memory, for the finalists side by side
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 RUNG_OVERHEAD = 0.4  # seconds: wrk's start, and the last answers
 
 
@@ -111,8 +112,19 @@ def on_gpu() -> bool:
 
 
 def cores() -> int:
-    """Of this process: physical ones, for two threads on one core's halves get in each other's way."""
-    return max(1, min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or os.cpu_count() or 1))
+    """Of this process: physical ones, for two threads on one core's halves get in each other's way; in a container, no
+    more than its share of processor time."""
+    usable = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+    return max(1, min(usable, round(quota(CPU_QUOTA))))
+
+
+def quota(file: Path) -> float:
+    """Cores' worth of time that a control group may use (Linux, cgroup v2); without a limit, the number of all."""
+    try:
+        time_allowed, period = file.read_text().split()
+        return int(time_allowed) / int(period)
+    except (OSError, ValueError):  # no such file; "max 100000"
+        return os.cpu_count() or 1
 
 
 class Tuning:
@@ -144,7 +156,9 @@ class Tuning:
         self.points: list[Point] = []
         self.broken: dict[Candidate, str] = {}
         self.precisions: dict[Candidate, str] = {}
+        self.candidates: list[Candidate] = []
         self.final: dict[Candidate, list[dict[int, Load]]] = {}
+        self.steady: dict[Candidate, Load] = {}
         self.best: tuple[Score, Candidate] | None = None
         self.scores: dict[Candidate, Score] = {}
         self.memory: dict[Candidate, int] = {}
@@ -158,8 +172,8 @@ class Tuning:
             BundleError: the current settings cannot be served, or nothing reaches the target.
         """
         field = self.field()
-        self.finals(search.halve(field, self.judge))
-        verdict = search.decide(self.final, self.current, self.target)
+        self.finals(search.halve(field, self.judge, lambda leader: neighbours(self.candidates, leader)))
+        verdict = search.decide(self.final, self.steady, self.current, self.target)
         if not verdict.scores[verdict.best].throughput:
             raise BundleError(f"No settings that were tried reach a p99 of {1000 * self.target:g} ms. {self.nearest()}")
         return verdict
@@ -184,10 +198,15 @@ class Tuning:
             self.shortest = search.shortest(alone.p50, len(self.bench.inputs))
             self.climb(service, "round 1", search.COARSE, self.shortest)
         limit = largest_batch(int(self.bench.server.settings["max_response_size"]), service.answer_bytes)
-        candidates = space(cores(), self.precisions_wanted, limit, search.LARGEST_LOAD, self.target, on_gpu())
+        waited = self.current.delay / 1000 if self.current.batch_size > 1 else 0
+        longest_delay = min(
+            self.target / 2, alone.p50 - waited
+        )  # so that waiting at most doubles a lone request's time
+        largest_load = search.LARGEST_LOAD
+        self.candidates = space(cores(), self.precisions_wanted, limit, largest_load, longest_delay, on_gpu())
         left = self.deadline - time.monotonic()
         count = search.affordable(left, self.start_seconds(), self.shortest + RUNG_OVERHEAD)
-        return spread(candidates, self.current, count)
+        return spread(self.candidates, self.current, count)
 
     def judge(self, field: Sequence[Candidate], number: int, rounds_left: int) -> dict[Candidate, Score]:
         """A round: each candidate is started, and loaded as long as the round's share of the time allows."""
@@ -236,17 +255,27 @@ class Tuning:
                     opened = nullcontext(served[entrant]) if together else self.bench.started(entrant)
                     with self.spared(entrant), opened as service:
                         self.final[entrant].append(self.turn(service, seconds))
+                        if turn == search.REPEATS - 1:
+                            self.steady |= self.random_arrivals(service, seconds)
 
     def turn(self, service: Service, seconds: float) -> dict[int, Load]:
-        """The first turn finds the loads; the others repeat them, whatever comes."""
+        """Finds its own loads, lest a disturbed turn decide for the others, and repeats those of the earlier turns."""
         candidate = service.candidate
 
         def measure(concurrency: int) -> Load:
             return self.measure(service, FINAL, concurrency, seconds)
 
-        if earlier := self.final[candidate]:
-            return {concurrency: measure(concurrency) for concurrency in earlier[0]}
-        return search.climb(measure, search.rising(self.scores[candidate].concurrency), self.target)
+        loads = search.climb(measure, search.rising(self.scores[candidate].concurrency), self.target)
+        missing = set().union(*self.final[candidate]) - set(loads)
+        return loads | {concurrency: measure(concurrency) for concurrency in sorted(missing)}
+
+    def random_arrivals(self, service: Service, seconds: float) -> dict[Candidate, Load]:
+        """None for a candidate that missed the target anyway."""
+        throughput = search.score(search.medians(self.final[service.candidate]), self.target).throughput
+        if not throughput:
+            return {}
+        self.say(f"final, random arrivals: {service.candidate.short()}")
+        return {service.candidate: service.random_arrivals(search.UTILISATION * throughput, seconds, self.timeout)}
 
     def climb(self, service: Service, stage: str, steps: Sequence[int], seconds: float) -> Score:
         loads = search.climb(lambda step: self.measure(service, stage, step, seconds), steps, self.target)

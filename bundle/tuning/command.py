@@ -138,7 +138,7 @@ def tune_folder(
         "budget_minutes": budget / 60,
         "inputs": [{"file": each.file.name, "bytes": len(each.body)} for each in inputs],
         "machine": report.machine(tune.cores()),
-        **report.outcome(current, verdict),
+        **report.outcome(current, verdict, tuning.steady),
         **report.measured(tuning.points, tuning.broken, tuning.precisions),
     }
     title = f"{folder.name}: p99 within {1000 * target:g} ms"
@@ -155,6 +155,8 @@ def tell(points: list["Point"], tuning: "Tuning", verdict: "Verdict") -> None:
         name = {verdict.best: "best:", tuning.current: "now: "}.get(candidate)
         if name:
             console.print(f"{name} {candidate}: {report.describe(score)}", soft_wrap=True)
+            if candidate in tuning.steady:
+                console.print(f"      {report.describe_steady(tuning.steady[candidate])}", soft_wrap=True)
     for candidate, why in tuning.broken.items():
         console.print(f"not servable: {candidate}: {why}", style="yellow", markup=False, soft_wrap=True)
     console.print(verdict.reason)

@@ -17,7 +17,7 @@ import yaml
 from bundle.catalog import ModelFolder
 from bundle.client import SECONDS, Client, first_class, session
 from bundle.errors import BundleError
-from bundle.load import Load, closed_loop
+from bundle.load import Load, closed_loop, open_loop
 from bundle.ports import free_ports
 from bundle.readiness import last_words, start_version
 from bundle.rollout import archive_version, withdraw
@@ -82,6 +82,16 @@ class Service:
         """
         share = seconds / len(self.inputs)
         loads = [closed_loop(self.url, i.body, i.headers, concurrency, share, timeout) for i in self.inputs]
+        return joined(loads)
+
+    def random_arrivals(self, rate: float, seconds: float, timeout: float) -> Load:
+        """An open loop: requests come at random times, whether or not the server keeps up.
+
+        Raises:
+            BundleError: nobody answers.
+        """
+        share = seconds / len(self.inputs)
+        loads = [open_loop(self.url, i.body, i.headers, rate, share, LARGEST_LOAD, timeout) for i in self.inputs]
         return joined(loads)
 
 

@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bundle.load import Load, wrk
-from bundle.tuning.search import Point, Score, Verdict, front, meets
+from bundle.tuning.search import UTILISATION, Point, Score, Verdict, front, meets
 from bundle.tuning.space import Candidate
 
 PACKAGES = ("torch", "torchvision", "torchserve")
@@ -48,8 +48,17 @@ def describe(score: Score) -> str:
     return f"{score.throughput:.1f} answers/s, p99 {-1000 * score.nearness:.1f} ms, {score.concurrency} clients"
 
 
-def outcome(current: Candidate, verdict: Verdict) -> dict:
-    """For the record: who won, and why."""
+def describe_steady(load: Load) -> str:
+    latencies = f"p50 {1000 * load.p50:.1f} ms, p99 {1000 * load.p99:.1f} ms"
+    return f"requests at random times, {UTILISATION:.0%} of that: {latencies}"
+
+
+def outcome(current: Candidate, verdict: Verdict, steady: dict[Candidate, Load]) -> dict:
+    """For the record: who won, and why.
+
+    Args:
+        steady: requests at random times, of the finalists that had a throughput.
+    """
     ranked = sorted(verdict.scores.items(), key=lambda item: item[1], reverse=True)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -57,7 +66,14 @@ def outcome(current: Candidate, verdict: Verdict) -> dict:
         "best": asdict(verdict.best),
         "replaces": verdict.replaces,
         "reason": verdict.reason,
-        "final": [{"settings": asdict(candidate), **as_milliseconds(score)} for candidate, score in ranked],
+        "final": [
+            {
+                "settings": asdict(candidate),
+                **as_milliseconds(score),
+                f"at_{UTILISATION:.0%}": numbers(steady[candidate]) if candidate in steady else None,
+            }
+            for candidate, score in ranked
+        ],
     }
 
 
@@ -68,7 +84,7 @@ def measured(points: list[Point], broken: dict[Candidate, str], precisions: dict
         precisions: what the candidates computed in.
     """
     return {
-        "method": "successive halving; closed loops; the final in turns, compared by medians",
+        "method": "successive halving; closed loops; the final in turns, compared by medians, and an open loop",
         "measurements": [measurement(point, precisions) for point in points],
         "not_servable": [{"settings": asdict(candidate), "error": error} for candidate, error in broken.items()],
     }

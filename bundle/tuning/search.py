@@ -3,7 +3,8 @@ so on; the last few are measured in turns, together with the settings that there
 
 Every round gets the same share of the time that is left (Karnin, Koren, Somekh 2013: "sequential halving"), so the
 field halves and each measurement doubles. It needs no model of how settings act (Jamieson, Talwalkar 2016), and takes
-its time where noise matters: between candidates that are near each other.
+its time where noise matters: between candidates that are near each other. The first field is a sparse sample, so half
+of the places of each next one go to neighbours of the leader that were not tried.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +23,11 @@ EXPECTED_RUNGS = 4  # of a climb, before it misses the target
 SHORTEST, LONGEST = 1.0, 8.0  # seconds at a rung
 ENOUGH = 50  # answers to one client, for a 99th percentile to be of use; where that takes too long, fewer
 LEAST_GAIN = 0.05  # of throughput: what is less may be noise, and is not worth a change
+UTILISATION = 0.7  # of its throughput, at which a finalist must answer in time whenever requests come
 FINAL = "final"
 
 Judge = Callable[[Sequence[Candidate], int, int], "dict[Candidate, Score]"]
+Neighbours = Callable[[Candidate], list[Candidate]]
 
 
 @dataclass(frozen=True)
@@ -98,25 +101,28 @@ def rising(concurrency: int) -> list[int]:
     return [start * 2**step for step in range(LARGEST_LOAD.bit_length()) if start * 2**step <= LARGEST_LOAD]
 
 
-def halve(field: Sequence[Candidate], judge: Judge) -> list[Candidate]:
+def halve(field: Sequence[Candidate], judge: Judge, neighbours: Neighbours = lambda leader: []) -> list[Candidate]:
     """
     Args:
         field: who takes part.
         judge: measures a field, given the number of the round, from 1, and how many rounds are left with this one, the
             final included. Whom it leaves out drops out.
+        neighbours: of a candidate, the best first.
 
     Returns:
         the finalists, best first.
     """
-    field, number = list(field), 1
+    field, tried, number = list(field), set(field), 1
     while True:
         scores = judge(field, number, rounds(len(field)) + 1)
         if not scores:
             return field[:FINALISTS]
         ranked = sorted(scores, key=scores.__getitem__, reverse=True)
-        field, number = ranked[: max(FINALISTS, ceil(len(field) / 2))], number + 1
-        if len(field) <= FINALISTS:
-            return field
+        places = max(FINALISTS, ceil(len(field) / 2))
+        if places == FINALISTS:
+            return ranked[:FINALISTS]
+        new = [each for each in neighbours(ranked[0]) if each not in tried][: places // 2]
+        field, tried, number = ranked[: places - len(new)] + new, tried | set(new), number + 1
 
 
 def rounds(count: int) -> int:
@@ -179,12 +185,19 @@ class Verdict:
     reason: str
 
 
-def decide(final: dict[Candidate, list[dict[int, Load]]], current: Candidate, target: float) -> Verdict:
+def decide(
+    final: dict[Candidate, list[dict[int, Load]]], steady: dict[Candidate, Load], current: Candidate, target: float
+) -> Verdict:
     """
     Args:
         final: of each finalist, the loads by concurrency, in each repeat.
+        steady: of each finalist, requests at random times, at `UTILISATION` of its throughput. Clients that wait for
+            their answers fill batches in step, which others do not: who is late here has no throughput.
     """
     scores = {candidate: score(medians(repeats), target) for candidate, repeats in final.items()}
+    for candidate, load in steady.items():
+        if not meets(load, target):
+            scores[candidate] = Score(0.0, -load.p99 if not load.failed else -inf, scores[candidate].concurrency)
     best = max(scores, key=scores.__getitem__)
     won, held = scores[best], scores.get(current)
     if best == current:
@@ -194,8 +207,12 @@ def decide(final: dict[Candidate, list[dict[int, Load]]], current: Candidate, ta
     gain = won.throughput / held.throughput - 1
     if gain < LEAST_GAIN:
         return Verdict(best, scores, False, f"The best settings are {gain:.1%} better: less than {LEAST_GAIN:.0%}.")
-    turns = list(zip(final[best], final[current], strict=True))
-    ahead = sum(mine[won.concurrency].throughput > its[held.concurrency].throughput for mine, its in turns)
+    turns = [
+        (mine[won.concurrency].throughput, its[held.concurrency].throughput)
+        for mine, its in zip(final[best], final[current], strict=True)
+        if won.concurrency in mine and held.concurrency in its
+    ]
+    ahead = sum(mine > its for mine, its in turns)
     if ahead < len(turns):
         reason = f"The best settings are {gain:.1%} better by medians, but in {ahead} of {len(turns)} turns only."
         return Verdict(best, scores, False, f"{reason} More time, or a quieter machine, may tell.")
@@ -203,9 +220,12 @@ def decide(final: dict[Candidate, list[dict[int, Load]]], current: Candidate, ta
 
 
 def medians(repeats: list[dict[int, Load]]) -> dict[int, Load]:
-    """The middle of the repeats, at the concurrencies that all of them have."""
-    common = set(repeats[0]).intersection(*repeats)
-    return {concurrency: middle([repeat[concurrency] for repeat in repeats]) for concurrency in sorted(common)}
+    """The middle of the repeats, at the concurrencies that more than half of them have."""
+    loads: dict[int, list[Load]] = {}
+    for repeat in repeats:
+        for concurrency, load in repeat.items():
+            loads.setdefault(concurrency, []).append(load)
+    return {concurrency: middle(found) for concurrency, found in sorted(loads.items()) if 2 * len(found) > len(repeats)}
 
 
 def summary(points: Iterable[Point]) -> list[Point]:

@@ -40,7 +40,12 @@ class Candidate:
 
 
 def space(
-    cores: int, precisions: Iterable[str], largest_batch: int, largest_load: int, target: float, on_gpu: bool = False
+    cores: int,
+    precisions: Iterable[str],
+    largest_batch: int,
+    largest_load: int,
+    longest_delay: float,
+    on_gpu: bool = False,
 ) -> list[Candidate]:
     """Every candidate worth trying.
 
@@ -48,10 +53,10 @@ def space(
         cores: that workers and their threads share.
         largest_batch: the largest whose answers TorchServe takes from a worker.
         largest_load: the most requests that are ever on their way: a batch beyond a worker's share of them never fills.
-        target: seconds that the 99th percentile may take. A lone request waits the delay out, so no delay may reach it.
+        longest_delay: seconds. A lone request waits the delay out.
         on_gpu: the model computes there, and threads on the CPU do not matter.
     """
-    delays = [delay for delay in DELAYS if delay / 1000 < target]
+    delays = [delay for delay in DELAYS if delay / 1000 <= longest_delay] or [min(DELAYS)]
     found = []
     for precision in precisions:
         for workers in steps(cores):
@@ -96,3 +101,17 @@ def spread(candidates: list[Candidate], first: Candidate, count: int) -> list[Ca
         del nearest[farthest]
         nearest = {candidate: min(gap, distance(candidate, farthest)) for candidate, gap in nearest.items()}
     return taken
+
+
+def neighbours(candidates: Iterable[Candidate], leader: Candidate) -> list[Candidate]:
+    """What differs from the leader by a step of batch size or delay: first by batch size, first the larger one.
+
+    Workers and threads have few values, which `spread` reaches by itself.
+    """
+    near = [
+        candidate
+        for candidate in candidates
+        if (candidate.workers, candidate.threads) == (leader.workers, leader.threads)
+        and 0 < distance(candidate, leader) <= max(WEIGHTS.values())
+    ]
+    return sorted(near, key=lambda candidate: (-distance(candidate, leader), -candidate.batch_size))

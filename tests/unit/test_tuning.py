@@ -1,9 +1,11 @@
 """What `make tune` tries, and whom it declares the winner."""
 
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +16,7 @@ from bundle.errors import BundleError
 from bundle.load import Load
 from bundle.tuning import search
 from bundle.tuning.search import Point, Score
-from bundle.tuning.space import Candidate, distance, space, spread
+from bundle.tuning.space import Candidate, distance, neighbours, space, spread
 
 NOW = Candidate(1, 1, 16, 5)
 TARGET = 0.1
@@ -48,6 +50,15 @@ def test_precisions():
         tune.parse_precisions("fp8")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"), [("150000 100000\n", 1.5), ("max 100000\n", os.cpu_count()), ("", os.cpu_count())]
+)
+def test_a_containers_share_of_the_cores(tmp_path: Path, text: str, expected: float):
+    (tmp_path / "cpu.max").write_text(text)
+    assert tune.quota(tmp_path / "cpu.max") == expected
+    assert tune.quota(tmp_path / "missing") == os.cpu_count()
+
+
 # --- the space ------------------------------------------------------------------------------------------------------
 
 
@@ -55,17 +66,17 @@ def test_precisions():
     cores=st.integers(1, 96),
     largest_batch=st.integers(1, 300),
     largest_load=st.integers(1, 256),
-    target=st.floats(0.0005, 5),
+    longest_delay=st.floats(0.001, 5),
 )
-def test_the_space_has_nothing_that_cannot_win(cores: int, largest_batch: int, largest_load: int, target: float):
-    found = space(cores, ["auto"], largest_batch, largest_load, target)
+def test_the_space_has_nothing_that_cannot_win(cores: int, largest_batch: int, largest_load: int, longest_delay: float):
+    found = space(cores, ["auto"], largest_batch, largest_load, longest_delay)
     assert len(set(found)) == len(found) > 0
     for candidate in found:
         assert candidate.workers * candidate.threads <= cores
         assert candidate.batch_size <= largest_batch
         if candidate.batch_size > 1:
             assert candidate.workers * candidate.batch_size <= largest_load
-            assert candidate.delay / 1000 < target
+            assert candidate.delay / 1000 <= longest_delay
     alone = [candidate for candidate in found if candidate.batch_size == 1]
     assert len({(candidate.workers, candidate.threads) for candidate in alone}) == len(alone)  # one delay
     assert {1, cores} <= {candidate.workers for candidate in alone}
@@ -101,6 +112,18 @@ def test_a_sample_is_well_spread():
 def test_current_settings_outside_of_the_space_are_in_the_sample():
     odd = Candidate(3, 5, 24, 100)
     assert spread(space(2, ["auto"], 64, 256, TARGET), odd, 4)[0] == odd
+
+
+def test_a_model_that_is_faster_than_any_delay_gets_the_shortest():
+    assert {candidate.delay for candidate in space(2, ["auto"], 64, 256, 0.0002)} == {1}
+
+
+def test_neighbours_are_a_step_of_batch_size_or_delay_away():
+    everything = space(2, ["float32", "auto"], 64, 256, TARGET)
+    found = neighbours(everything, Candidate(2, 1, 16, 2))
+    assert [(each.batch_size, each.delay) for each in found[:2]] == [(32, 2), (8, 2)]
+    assert {(each.workers, each.threads, each.precision) for each in found} == {(2, 1, "auto")}
+    assert {each.batch_size * each.delay for each in found} <= {8 * 2, 32 * 2, 16 * 1, 16 * 5, 16 * 2}
 
 
 # --- scores and climbs ----------------------------------------------------------------------------------------------
@@ -198,6 +221,21 @@ def test_halving_takes_as_many_rounds_as_planned(count: int):
     assert asked == [(number, planned + 2 - number) for number in range(1, planned + 1)]
 
 
+def test_a_best_that_the_sample_lacks_is_found_by_steps():
+    everything = space(2, ["auto"], 64, 256, 0.002)
+    best = Candidate(2, 1, 64, 1)
+    field = [each for each in spread(everything, NOW, 12) if each != best]
+
+    def judge(some, number, left):
+        return {each: Score(1000 - 60 * distance(each, best), 0, 1) for each in some}
+
+    assert best not in field
+    assert search.halve(field, judge, lambda leader: neighbours(everything, leader))[0] == best
+    asked = []
+    search.halve(field, lambda some, *_: asked.append(len(some)) or judge(some, 0, 0), lambda leader: everything)
+    assert asked == [len(field), 6, 3]  # no more measurements than without them
+
+
 def test_halving_goes_on_with_what_was_measured_when_time_is_over():
     field = [Candidate(1, 1, size, 1) for size in range(1, 9)]
 
@@ -226,7 +264,7 @@ def final(mine: list[float], current: list[float], p99: float = 0.05) -> dict[Ca
 
 
 def test_what_is_clearly_better_replaces_the_current_settings():
-    verdict = search.decide(final([120, 121, 130], [100, 101, 99]), NOW, TARGET)
+    verdict = search.decide(final([120, 121, 130], [100, 101, 99]), {}, NOW, TARGET)
     assert verdict.replaces
     assert verdict.best.batch_size == 32
     assert "21% more" in verdict.reason
@@ -241,20 +279,20 @@ def test_what_is_clearly_better_replaces_the_current_settings():
     ],
 )
 def test_the_current_settings_stay_otherwise(mine: list[float], current: list[float], reason: str):
-    verdict = search.decide(final(mine, current), NOW, TARGET)
+    verdict = search.decide(final(mine, current), {}, NOW, TARGET)
     assert not verdict.replaces
     assert reason in verdict.reason
 
 
 def test_current_settings_that_miss_the_target_are_replaced():
-    verdict = search.decide(final([50, 50, 50], [400, 400, 400], p99=0.2), NOW, TARGET)
+    verdict = search.decide(final([50, 50, 50], [400, 400, 400], p99=0.2), {}, NOW, TARGET)
     assert verdict.replaces
     assert "miss the target" in verdict.reason
 
 
 def test_nothing_replaces_where_all_miss_the_target():
     missed = {candidate: [{1: load(9, 0.3)}] for candidate in (NOW, replace(NOW, batch_size=2))}
-    verdict = search.decide(missed, NOW, TARGET)
+    verdict = search.decide(missed, {}, NOW, TARGET)
     assert not verdict.replaces
     assert not verdict.scores[verdict.best].throughput
 
@@ -262,14 +300,36 @@ def test_nothing_replaces_where_all_miss_the_target():
 def test_one_failure_in_one_turn_counts():
     found = final([120, 121, 130], [100, 101, 99])
     found[replace(NOW, batch_size=32)][1][16] = load(121, 0.05, failed=1)
-    assert search.decide(found, NOW, TARGET).best == NOW
+    assert search.decide(found, {}, NOW, TARGET).best == NOW
+
+
+def test_who_is_late_when_requests_come_at_random_times_does_not_win():
+    found = final([120, 121, 130], [100, 101, 99])
+    other = replace(NOW, batch_size=32)
+    steady = {NOW: load(70, 0.05), other: load(84, 0.05)}
+    assert search.decide(found, steady, NOW, TARGET).best == other
+    assert search.decide(found, steady | {other: load(84, 0.2)}, NOW, TARGET).best == NOW
+    assert search.decide(found, steady | {other: load(84, 0.05, failed=1)}, NOW, TARGET).best == NOW
+
+
+def test_a_turn_that_ended_early_does_not_decide_for_the_others():
+    found = final([90, 90, 90], [100, 100, 100])
+    other = replace(NOW, batch_size=32)
+    found[other] = [
+        {8: load(60, 0.3)},
+        {8: load(90, 0.05), 32: load(120, 0.05)},
+        {8: load(90, 0.05), 32: load(121, 0.05)},
+    ]
+    verdict = search.decide(found, {}, NOW, TARGET)
+    assert verdict.replaces
+    assert verdict.scores[other].concurrency == 32
 
 
 def test_the_middle_forgives_one_disturbed_turn():
-    verdict = search.decide(final([120, 120, 120], [100, 100, 100]), NOW, TARGET)
+    verdict = search.decide(final([120, 120, 120], [100, 100, 100]), {}, NOW, TARGET)
     disturbed = final([120, 120, 120], [100, 100, 100])
     disturbed[replace(NOW, batch_size=32)][2][16] = load(118, 0.9)
-    assert search.decide(disturbed, NOW, TARGET).best == verdict.best
+    assert search.decide(disturbed, {}, NOW, TARGET).best == verdict.best
 
 
 # --- the Pareto front -----------------------------------------------------------------------------------------------

@@ -230,11 +230,13 @@ def test_the_record_is_json_and_has_everything():
     lost = Point(NOW, "round 1", 4, Load(1.0, 0, 3, 0.0, *(math.inf,) * 4))
     other = replace(NOW, batch_size=32)
     final = {NOW: [{1: load(100, 0.02)}], other: [{1: load(121, 0.02)}]}
-    verdict = search.decide(final, NOW, TARGET)
+    verdict = search.decide(final, {}, NOW, TARGET)
     measured = report.measured([lost, Point(NOW, search.FINAL, 1, load(5, 0.02))], {NOW: "died"}, {NOW: "bfloat16"})
-    found = json.loads(json.dumps(report.outcome(NOW, verdict) | measured, allow_nan=False))
+    found = json.loads(json.dumps(report.outcome(NOW, verdict, {other: load(84, 0.03)}) | measured, allow_nan=False))
     assert found["replaces"] is True
     assert [each["throughput"] for each in found["final"]] == [121, 100]
+    assert found["final"][0]["at_70%"]["p99_ms"] == 30
+    assert found["final"][1]["at_70%"] is None
     first, second = found["measurements"]
     assert (first["p99_ms"], first["failed"]) == (None, 3)
     assert (second["p99_ms"], second["computed_in"]) == (20, "bfloat16")
