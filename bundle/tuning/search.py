@@ -80,13 +80,16 @@ def score(loads: dict[int, Load], target: float) -> Score:
 
 
 def climb(measure: Callable[[int], Load], rungs: Iterable[int], target: float) -> dict[int, Load]:
-    """Raises the load until requests fail, or take too long, which more of them only would longer. Where even the
-    lowest is too much, lowers it."""
+    """Raises the load until requests fail, or take too long, which more of them only would longer, or until it has
+    brought nothing twice in a row. Where even the lowest is too much, lowers it."""
     loads = {}
+    best = in_vain = 0
     for concurrency in rungs:
         load = loads[concurrency] = measure(concurrency)
+        in_vain = 0 if load.throughput > (1 + LEAST_GAIN) * best else in_vain + 1
+        best = max(best, load.throughput)
         # with half of the answers well in time, a few late ones may have been the machine's
-        if load.failed or (load.p99 > target and load.p50 > target / 2):
+        if load.failed or (load.p99 > target and load.p50 > target / 2) or in_vain == 2:
             break
     lowest = min(loads)
     while lowest > 1 and not any(meets(load, target) for load in loads.values()):

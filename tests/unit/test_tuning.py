@@ -162,6 +162,12 @@ def test_a_climb_ends_where_requests_fail():
     assert climbed({1: load(50, 0.02), 4: load(150, 0.03, failed=1), 16: load(1, 1)}, [1, 4, 16]) == [1, 4]
 
 
+def test_a_climb_ends_where_more_load_brings_nothing_more():
+    loads = {1: load(50, 0.01), 4: load(150, 0.02), 16: load(149, 0.03), 64: load(151, 0.04), 256: load(150, 0.05)}
+    assert climbed(loads, [1, 4, 16, 64, 256]) == [1, 4, 16, 64]
+    assert climbed(loads | {64: load(200, 0.04)}, [1, 4, 16, 64, 256]) == [1, 4, 16, 64, 256]
+
+
 def test_a_few_late_answers_do_not_end_a_climb():
     loads = {1: load(50, 0.3, p50=0.01), 4: load(150, 0.09), 16: load(1, 0.4)}
     assert climbed(loads, [1, 4, 16]) == [1, 4, 16]
