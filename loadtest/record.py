@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GROWTH = 1.02  # from one class of response times to the next: percentiles are right within 1 %
+GROWTH = 1.01  # from one class of response times to the next: a percentile is told up to 1 % too low, never too high
 SETTLE_SECONDS = 1.0  # after the number of users has changed
 
 
@@ -20,7 +20,7 @@ class Tally:
     """Requests of one model.
 
     Attributes:
-        times: right answers by class of their response time.
+        times: right answers by class of their response time: k from GROWTH**k ms on.
         faults: all others by their kind.
         wrong: how many of these were of status 200.
     """
@@ -46,7 +46,7 @@ class Tally:
 
     def add(self, milliseconds: float, fault: str | None = None, wrong: bool = False) -> None:
         if fault is None:
-            self.times[round(math.log(max(milliseconds, 0.01), GROWTH))] += 1
+            self.times[math.floor(math.log(max(milliseconds, 0.01), GROWTH))] += 1
         else:
             self.faults[fault] += 1
             self.wrong += wrong
@@ -57,7 +57,8 @@ class Tally:
         self.wrong += other.wrong
 
     def percentile(self, share: float) -> float | None:
-        """Milliseconds that this share of the right answers did not exceed; None without any."""
+        """Milliseconds that this share of the right answers did not exceed, rounded down to the edge of a class; None
+        without any."""
         rank, seen = math.ceil(share * self.right), 0
         for time in sorted(self.times):
             seen += self.times[time]

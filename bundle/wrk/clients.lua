@@ -54,7 +54,7 @@ function clients.add(thread)
   table.insert(clients.all, thread)
   thread:set("address", tonumber(ffi.cast("intptr_t", clients.shared)))
   thread:set("is_first", #clients.all == 1)
-  if #clients.all == clients.threads then clients.shared.start = clients.now() + 0.1 end
+  if #clients.all == clients.threads then clients.shared.start = clients.now() + 0.3 end
 end
 
 -- main state: the sum of a global of the threads
@@ -67,7 +67,7 @@ end
 -- a thread: the time of the start, when it has come
 function clients.start()
   local shared = clients.shared
-  while shared.start == 0 do clients.sleep_until(clients.now() + 0.001) end
+  while shared.start == 0 do clients.sleep_until(clients.now() + 0.05) end
   clients.sleep_until(shared.start)
   return shared.start
 end

@@ -1,6 +1,5 @@
 """Measures the bundle side by side with its peers, on this machine, in one interleaved run."""
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -14,15 +13,18 @@ from bundle.load import wrk
 from loadtest.bench import report
 from loadtest.bench.cases import CASES, ROOT, WORK
 from loadtest.bench.results import Results, about_this_machine
-from loadtest.bench.runner import Plan, Runner
+from loadtest.bench.runner import Plan, Runner, allow_open_files
+from loadtest.bench.systems.processes import interrupt_on_signals
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 OUTPUT = ROOT / "BENCHMARKS.md"
-RESULTS = WORK / "results.json"
 CHART = ROOT / "loadtest" / "bench" / "throughput.png"
+RESULTS = WORK / "results.json"  # behind these two
+PARTIAL = WORK / "partial.md"  # of a run that measures less than everything, or is ended early
+WARM_UP = 5.0  # seconds: TorchServe's frontend, stock or the bundle's, is compiled while it runs
 INTERRUPTED = 130
 
 
@@ -89,24 +91,35 @@ def main(
     cases: Annotated[str, typer.Option(help=f"Which, separated by commas: {', '.join(CASES)}; by default all.")] = "",
     systems: Annotated[str, typer.Option(help="Which, separated by commas; by default all.")] = "",
     concurrency: Annotated[str, typer.Option(help="Numbers of clients, separated by commas.")] = "",
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before anything counts.")] = 2,
-    output: Annotated[Path, typer.Option(help="The Markdown file whose marked part is written.")] = OUTPUT,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before anything counts.")] = WARM_UP,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The Markdown file whose marked part is written; by default BENCHMARKS.md once everything is measured,"
+            " build/bench/partial.md otherwise.",
+            show_default=False,
+        ),
+    ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Report the results of the last run again.")
     ] = False,
 ) -> None:
-    output = output.resolve()
-    # a run with an output of its own has results of its own, too: it does not replace those behind BENCHMARKS.md
-    file = RESULTS if output == OUTPUT else output.with_suffix(".json")
+    output = output and output.resolve()
     try:
-        report.surroundings(output)  # what is wrong with the file is said before anything is measured
+        report.surroundings(output or OUTPUT)  # what is wrong with the file is said before anything is measured
         if report_only:
-            results, interrupted = Results.read(file), False
+            target, interrupted = output or OUTPUT, False
+            results = Results.read(results_file(target))
         else:
-            results = Results(about_this_machine(), rounds, seconds)
-            interrupted = measure(results, file, chosen_plan(rounds, seconds, warm_up, cases, systems, concurrency))
+            plan = chosen_plan(rounds, seconds, warm_up, cases, systems, concurrency)
+            target = output or PARTIAL
+            results = Results(about_this_machine(), seconds, warm_up)
+            interrupted = measure(results, results_file(target), plan)
+            if results.measurements and not (output or interrupted) and is_everything(plan):
+                results_file(PARTIAL).replace(RESULTS)
+                target = OUTPUT
         if results.measurements or not interrupted:
-            show(results, output)
+            show(results, target)
     except BundleError as exc:
         errors.print(f"error: {exc}", style="red", markup=False, soft_wrap=True)
         if exc.details:
@@ -133,14 +146,27 @@ def chosen_plan(rounds: int, seconds: float, warm_up: float, cases: str, systems
     )
 
 
+def is_everything(plan: Plan) -> bool:
+    """Whether all cases are measured with all systems at all their numbers of clients."""
+    from loadtest.bench.systems import SYSTEMS
+
+    return len(plan.cases) == len(CASES) and len(plan.systems) == len(SYSTEMS) and plan.concurrencies is None
+
+
+def results_file(output: Path) -> Path:
+    """The results behind a report."""
+    return RESULTS if output == OUTPUT else output.with_suffix(".json")
+
+
 def measure(results: Results, file: Path, plan: Plan) -> bool:
-    """Measures the plan; returns whether it was ended early, by Ctrl-C or a SIGTERM.
+    """Measures the plan; returns whether it was ended early: by Ctrl-C, SIGTERM or SIGHUP.
 
     Raises:
-        BundleError: the load generator is missing.
+        BundleError: the load generator is missing, or may not open as many files as it needs.
     """
     wrk()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends with its servers ended, as on Ctrl-C
+    allow_open_files()
+    interrupt_on_signals()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with RichProgress(*columns, TimeRemainingColumn(), console=console) as bars:
         try:

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from loadtest.bench.report import closed_rows, measured_cases  # noqa: E402
 from loadtest.bench.results import Results  # noqa: E402
-from loadtest.bench.runner import LIMIT, OURS  # noqa: E402
+from loadtest.bench.runner import OURS  # noqa: E402
 
 COLUMNS = 3
+LIMIT = "in-process limit of the peers' pipeline"
 OUR_COLOUR = "#d1495b"
 INK, FAINT = "#333333", "#bbbbbb"
 # colours that those who see few of them tell apart too, and a shape each

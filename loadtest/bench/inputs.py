@@ -1,4 +1,4 @@
-"""Draws the inputs of the cases into build/bench/inputs; the same bytes each time, by the same Pillow and NumPy.
+"""Draws the inputs of the cases into build/bench/made-*/inputs; the same bytes each time, by the same Pillow and NumPy.
 
     python -m loadtest.bench.inputs
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy
 from PIL import Image, ImageDraw
 
-from loadtest.bench.cases import ROOT, WORK
+from loadtest.bench.cases import MADE, ROOT
 from models.mnist import make_sample
 
-INPUTS = WORK / "inputs"
+INPUTS = MADE / "inputs"
 KINDS = 20  # of scenes
 SHAPES = 12  # on a scene
 GRAIN = 11  # of 255

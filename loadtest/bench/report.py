@@ -2,28 +2,32 @@
 
 import math
 import os
-import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bundle.errors import BundleError
 from loadtest.bench.cases import CASES
-from loadtest.bench.results import TOLERANCE, Failure, Limit, Measurement, Results
-from loadtest.bench.runner import LIMIT, OURS, UTILISATION
+from loadtest.bench.results import TOLERANCE, TOLERATED, Failure, Limit, Measurement, Results
+from loadtest.bench.runner import CONNECTIONS, LIMIT, OURS, UTILISATION
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 DISTURBED = 0.05  # share of the CPU that something else used: above it, numbers are doubtful
-TOLERATED = 0.01  # share of failed requests above which a system is nobody's best peer
 WRONG = "†"  # marks a system whose answer is not the reference's
+CROWDED = "‡"  # marks an open loop that kept many of the load generator's connections busy
+CROWD = 0.5  # of the connections, by the median latency: in a bad moment all of them are
 
-METHOD = """{rounds}, {seconds:g} s each; medians over the rounds. The load generator runs on the same machine.
-MB is memory: the proportional set size of all processes of a server, right after load. The best peer is the one with
-the highest throughput at that number of clients, among those that answer correctly and fail at most {tolerated:.0%} of
-the requests. The limit is what the reference pipeline, which all peers run, does in a loop without a server."""
+METHOD = """{rounds}, {seconds:g} s for each number of clients, after {warm_up:g} s of warm-up at the largest.{medians}
+The load generator runs on the same machine. MB is memory: the proportional set size of all processes of a server, right
+after load. The best peer is the one with the highest throughput at that number of clients, among those that answer
+correctly and fail at most {tolerated:.0%} of the requests. A system's own limit is what its code does in a loop without
+a server: for the bundle its handler, for all others the reference pipeline, which they run."""
+MEDIANS = """ Numbers are medians over the rounds, with the range of throughput beside it; failures are added up,
+and MB and the longest latency are maxima."""
 
 LOOPS = {"pipeline": "the reference pipeline", "handler": "the bundle's handler"}
 CLOSED = (
@@ -34,7 +38,7 @@ CLOSED = (
     "p99 ms",
     "failed",
     "× best peer",
-    "of limit",
+    "of own limit",
     "CPU ms/req",
     "MB",
 )
@@ -53,16 +57,19 @@ OPEN = (
 
 @dataclass(frozen=True)
 class Row:
-    """One system at one number of clients: medians over the rounds, and the sum of the failures.
+    """One system at one number of clients: medians over the rounds, the sum of the failures, the most memory.
 
     Attributes:
+        spread: the lowest and the highest throughput of a round; None: there was one round only.
         to_best_peer: its throughput as a multiple of the best peer's at the same number of clients; None: no peer.
-        to_limit: its throughput as a share of what a loop without a server does; None: no limit was measured.
+        to_limit: its throughput as a share of what its code does in a loop without a server; None: that was not
+            measured.
     """
 
     system: str
     clients: int
     throughput: float
+    spread: tuple[float, float] | None
     p50: float
     p99: float
     failed: int
@@ -73,35 +80,35 @@ class Row:
     to_limit: float | None = None
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
-
-
 def closed_rows(results: Results, case: str) -> list[Row]:
     """By number of clients; in each, the fastest first."""
     groups: dict[tuple[int, str], list[Measurement]] = defaultdict(list)
     for one in results.measurements:
         if one.case == case and one.clients is not None:
             groups[one.clients, one.system].append(one)
-    wrong = wrong_systems(results, case)
     best: dict[int, float] = defaultdict(float)
     for (clients, system), seen in groups.items():
-        if system != OURS and system not in wrong and is_sound(seen):
+        if system != OURS and results.is_sound(case, system, seen):
             best[clients] = max(best[clients], throughput(seen))
-    limit = results.limits.get(case, {}).get("pipeline")
+
+    def to_limit(system: str, seen: list[Measurement]) -> float | None:
+        limit = results.limits.get(case, {}).get("handler" if system == OURS else "pipeline")
+        return throughput(seen) / limit.rate if limit else None
+
     rows = [
         Row(
             system=system,
             clients=clients,
             throughput=throughput(seen),
+            spread=spread(seen),
             p50=median([one.load.p50 for one in seen]),
             p99=median([one.load.p99 for one in seen]),
             failed=sum(one.load.failed for one in seen),
-            is_sound=is_sound(seen) and system not in wrong,
+            is_sound=results.is_sound(case, system, seen),
             cpu_per_request=median([one.cpu_per_request for one in seen]),
             memory=max(one.memory for one in seen),
             to_best_peer=throughput(seen) / best[clients] if best[clients] else None,
-            to_limit=throughput(seen) / limit.rate if limit else None,
+            to_limit=to_limit(system, seen),
         )
         for (clients, system), seen in groups.items()
     ]
@@ -112,9 +119,9 @@ def throughput(seen: list[Measurement]) -> float:
     return median([one.load.throughput for one in seen])
 
 
-def is_sound(seen: list[Measurement]) -> bool:
-    failed = sum(one.load.failed for one in seen)
-    return failed <= TOLERATED * sum(one.load.answered + one.load.failed for one in seen)
+def spread(seen: list[Measurement]) -> tuple[float, float] | None:
+    rates = [one.load.throughput for one in seen]
+    return (min(rates), max(rates)) if len(rates) > 1 else None
 
 
 def wrong_systems(results: Results, case: str) -> dict[str, str]:
@@ -123,8 +130,7 @@ def wrong_systems(results: Results, case: str) -> dict[str, str]:
         answer.system: "answers class {} with {:.3f}; the reference answers {} with {:.3f}".format(
             *answer.seen, *answer.expected
         )
-        for answer in results.answers
-        if answer.case == case and not answer.is_right
+        for answer in results.wrong_answers(case)
     }
 
 
@@ -134,7 +140,7 @@ def closed_table(results: Results, case: str) -> list[tuple[str, ...]]:
         (
             row.system + (WRONG if row.system in wrong else ""),
             str(row.clients),
-            number(row.throughput),
+            number(row.throughput) + (f" ({number(row.spread[0])}-{number(row.spread[1])})" if row.spread else ""),
             milliseconds(row.p50),
             milliseconds(row.p99),
             f"{row.failed:,}",
@@ -157,13 +163,14 @@ def unmeasured(results: Results, case: str) -> list[str]:
 
 def open_table(results: Results, case: str) -> list[tuple[str, ...]]:
     """By system, the bundle first; its second row is the one at the best peer's rate."""
+    wrong = wrong_systems(results, case)
     groups: dict[tuple[str, bool], list[Measurement]] = defaultdict(list)
     for one in results.measurements:
         if one.case == case and one.rate is not None:
             groups[one.system, one.rate_of != one.system].append(one)
     return [
         (
-            system,
+            system + (WRONG if system in wrong else "") + (CROWDED if is_crowded(seen) else ""),
             number(median([one.rate for one in seen])),
             "best peer" if at_a_peers_rate else "itself",
             number(throughput(seen)),
@@ -173,6 +180,11 @@ def open_table(results: Results, case: str) -> list[tuple[str, ...]]:
         )
         for (system, at_a_peers_rate), seen in sorted(groups.items(), key=lambda group: (group[0][0] != OURS, group[0]))
     ]
+
+
+def is_crowded(seen: list[Measurement]) -> bool:
+    """Whether so many requests were on their way at once that some may have waited for a connection."""
+    return any(one.rate * one.load.p50 >= CROWD * CONNECTIONS for one in seen)
 
 
 def best_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -207,6 +219,16 @@ def number(value: float) -> str:
 
 def milliseconds(seconds: float) -> str:
     return number(1000 * seconds) if math.isfinite(seconds) else "-"
+
+
+def rounds_done(results: Results) -> str:
+    """How often each system was measured with each case; where that differs, the fewest and the most."""
+    groups: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for one in results.measurements:
+        groups[one.case, one.system].add(one.round)
+    counts = [len(rounds) for rounds in groups.values()]
+    fewest, most = min(counts), max(counts)
+    return (f"{fewest} to " if fewest < most else "") + plural(most, "round")
 
 
 def limit_line(limits: dict[str, Limit]) -> str:
@@ -252,7 +274,7 @@ def rich_table(
     for index, name in enumerate(header):
         table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", no_wrap=not index)
     for row in rows:
-        table.add_row(*row, style="bold" if row[0].rstrip(WRONG) == OURS else "")
+        table.add_row(*row, style="bold" if row[0].rstrip(WRONG + CROWDED) == OURS else "")
     return table
 
 
@@ -267,7 +289,7 @@ def markdown(results: Results, chart: str | None) -> str:
     """
     parts = ["\n".join(f"- {name}: {value}" for name, value in results.about.items())]
     parts.append("Systems: " + ", ".join(f"{name} {version}" for name, version in results.versions.items()) + ".")
-    parts.append(METHOD.format(rounds=plural(results.rounds, "round"), seconds=results.seconds, tolerated=TOLERATED))
+    parts.append(method(results))
     parts.append(disturbance(results))
     header, rows = best_table(results)
     parts += ["Requests a second, at the number of clients where each system is fastest:", markdown_table(header, rows)]
@@ -278,6 +300,17 @@ def markdown(results: Results, chart: str | None) -> str:
     if results.failures:
         parts += ["### What failed", "\n".join(map(failure_text, results.failures))]
     return "\n\n".join(parts)
+
+
+def method(results: Results) -> str:
+    medians = MEDIANS if any(one.round > 1 for one in results.measurements) else ""
+    return METHOD.format(
+        rounds=rounds_done(results),
+        seconds=results.seconds,
+        warm_up=results.warm_up,
+        medians=medians,
+        tolerated=TOLERATED,
+    )
 
 
 def case_section(results: Results, case: str) -> list[str]:
@@ -296,6 +329,11 @@ def case_section(results: Results, case: str) -> list[str]:
             "the best peer's rate as well. Latency counts from when a request was due."
         )
         parts.append(markdown_table(OPEN, rows))
+        if any(CROWDED in row[0] for row in rows):
+            parts.append(
+                f"{CROWDED} So many requests were on their way that some may have waited for one of the load "
+                f"generator's {CONNECTIONS} connections: these latencies are not the server's alone."
+            )
     return parts
 
 
@@ -304,7 +342,7 @@ def markdown_table(header: list[str] | tuple[str, ...], rows: list[tuple[str, ..
         return "| " + " | ".join(cells) + " |"
 
     def emphasised(row: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(f"**{cell}**" if cell else "" for cell in row) if row[0].rstrip(WRONG) == OURS else row
+        return tuple(f"**{cell}**" if cell else "" for cell in row) if row[0].rstrip(WRONG + CROWDED) == OURS else row
 
     return "\n".join([line(header), "|---|" + "---:|" * (len(header) - 1), *(line(emphasised(row)) for row in rows)])
 

@@ -15,6 +15,7 @@ another decoder of JPEG could turn the answer.
 
 import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -26,15 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from loadtest.bench.cases import WORK
+from loadtest.bench.cases import MADE, WORK
 from loadtest.bench.inputs import KINDS, made, scene
 
 NAME = "resnet18"
-MODELS, STORE = WORK / "models", WORK / "store"
-WEIGHTS, TORCHSCRIPT, LABELS = (WORK / NAME / file for file in ("weights.safetensors", "model.pt", "labels.json"))
+MODELS, STORE = MADE / "models", WORK / "store"
+WEIGHTS, TORCHSCRIPT, LABELS = (MADE / NAME / file for file in ("weights.safetensors", "model.pt", "labels.json"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 CLASSES = 1000
-VARIATIONS = 8  # scenes of each kind that the model is fitted on
+VARIATIONS = 24  # scenes of each kind that the model is fitted on
 EXAMPLES = 22  # further ones, on which int8 is calibrated and compared
 SETTINGS = {"minWorkers": 2, "maxWorkers": 2, "batchSize": 8, "maxBatchDelay": 2}
 SIDE = 224
@@ -87,16 +88,21 @@ def add() -> None:
     from bundle.catalog import CONFIG_NAME
 
     MODELS.mkdir(parents=True, exist_ok=True)
-    add_model(NAME, TORCHSCRIPT, LABELS, "image_topk", image=made("photo.jpg"), models_dir=MODELS, store=STORE)
-    examples = folder() / "examples"
-    examples.mkdir()
-    for index in track(range(KINDS * EXAMPLES), "draw examples", transient=True):
-        picture = scene(index % KINDS, VARIATIONS + index // KINDS, SIDE * 2, SIDE * 2)
-        picture.save(examples / f"{index}.jpg", quality=90)
-    file = folder() / CONFIG_NAME
-    config = yaml.safe_load(file.read_text()) | SETTINGS
-    config["bundle"] |= {"examples": examples.name, "int8": True}
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    with tempfile.TemporaryDirectory(prefix=".add-", dir=MADE) as temporary:
+        place = Path(temporary)
+        image = made("photo.jpg")
+        # the archive that it makes knows nothing of the examples: it goes with the temporary folder
+        add_model(NAME, TORCHSCRIPT, LABELS, "image_topk", image=image, models_dir=place, store=place / ".store")
+        examples = place / NAME / "examples"
+        examples.mkdir()
+        for index in track(range(KINDS * EXAMPLES), "draw examples", transient=True):
+            picture = scene(index % KINDS, VARIATIONS + index // KINDS, SIDE * 2, SIDE * 2)
+            picture.save(examples / f"{index}.jpg", quality=90)
+        file = place / NAME / CONFIG_NAME
+        config = yaml.safe_load(file.read_text()) | SETTINGS
+        config["bundle"] |= {"examples": examples.name, "int8": True}
+        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        (place / NAME).rename(folder())  # last and whole: the folder says that all is there
 
 
 def scenes() -> tuple[Tensor, Tensor]:

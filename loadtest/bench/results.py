@@ -14,9 +14,11 @@ import psutil
 
 from bundle.errors import BundleError
 from bundle.load import Load
+from bundle.tuning.report import cpu_model
 from loadtest.bench.cases import ROOT
 
 TOLERANCE = 0.05  # by which the probability of the first class may differ from the reference's
+TOLERATED = 0.01  # share of failed requests above which a system is nobody's best peer
 LATENCIES = ("p50", "p95", "p99", "longest")
 
 
@@ -94,18 +96,29 @@ class Results:
     """
     Attributes:
         about: machine, date and commit, in words.
+        seconds: of each run of the load generator.
+        warm_up: seconds of load before the first of them, for each system.
         versions: of every system that was asked for.
         limits: case -> "pipeline" or "handler" -> Limit.
     """
 
     about: dict[str, str]
-    rounds: int
     seconds: float
+    warm_up: float
     versions: dict[str, str] = field(default_factory=dict)
     limits: dict[str, dict[str, Limit]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+
+    def wrong_answers(self, case: str) -> list[Answer]:
+        return [answer for answer in self.answers if answer.case == case and not answer.is_right]
+
+    def is_sound(self, case: str, system: str, seen: list[Measurement]) -> bool:
+        """Whether one system's measurements count: it answers right, and failed few of these requests."""
+        return few_failed([one.load for one in seen]) and all(
+            answer.system != system for answer in self.wrong_answers(case)
+        )
 
     def save(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +152,11 @@ class Results:
             raise BundleError(f"{file} is not what this benchmark writes ({exc}). Measure again: make bench") from exc
 
 
+def few_failed(loads: list[Load]) -> bool:
+    failed = sum(load.failed for load in loads)
+    return failed <= TOLERATED * sum(load.answered + load.failed for load in loads)
+
+
 def finite(value: object) -> object:
     """JSON has no infinity: null stands for it."""
     if isinstance(value, dict):
@@ -163,15 +181,6 @@ def about_this_machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "torch": version("torch"),
     }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def commit() -> str:

@@ -1,6 +1,8 @@
 """The measurement itself: every system with every case, interleaved, one at a time."""
 
 import json
+import math
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,13 +17,14 @@ from bundle.errors import BundleError
 from bundle.load import Load, closed_loop, open_loop
 from loadtest.bench import usage
 from loadtest.bench.cases import ROOT, Case
-from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results
+from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results, few_failed
 from loadtest.bench.systems.base import Endpoint, System
 
 OURS = "bundle"
 LIMIT = "in-process limit"
 UTILISATION = 0.7  # of the best throughput just seen: the rate of an open loop
-CONNECTIONS = 64  # of an open loop, at most
+CONNECTIONS = 512  # of an open loop, at most: each is a thread of wrk's, and with more it hardly starts on two cores
+OPEN_FILES = 4096  # that wrk and each server may need: wrk has two for a connection of an open loop
 START_GUESS = 20.0  # seconds to start and stop a system, before one has been seen
 LIMIT_GUESS = 45.0  # seconds to measure a case's limit
 LOG_LINES = 20
@@ -94,11 +97,14 @@ class Runner:
 
     def run(self) -> None:
         self.progress.plan(self.plan.guess)
-        self.install()
-        for case in self.plan.cases:
-            self.measure_limit(case)
-            for round_ in range(1, self.plan.rounds + 1):
-                self.measure_round(case, round_)
+        try:
+            self.install()
+            for case in self.plan.cases:
+                self.measure_limit(case)
+                for round_ in range(1, self.plan.rounds + 1):
+                    self.measure_round(case, round_)
+        finally:
+            self.results.save(self.file)  # with the failures since the last measurement
 
     def install(self) -> None:
         for system in self.plan.systems:
@@ -137,7 +143,8 @@ class Runner:
             self.progress.done(self.plan.revisit_seconds)
 
     def visit(self, system: System, case: Case, round_: int) -> None:
-        """Every number of clients, and the open loop at a share of the best throughput."""
+        """Every number of clients, and the open loop at a share of the best throughput that was reached without many
+        failures."""
         where = f"{case.name}: {system.name}, round {round_}"
         self.progress.doing(f"{where}: start")
         with system.serve(case) as endpoint:
@@ -149,7 +156,7 @@ class Runner:
                 self.progress.doing(f"{where}: {count} clients")
                 with self.noting(system.name, case.name, round_):
                     load = self.measure(system, case, round_, endpoint, clients=count)
-                    best = max(best, load.throughput)
+                    best = max(best, load.throughput if few_failed([load]) else 0)
             if best:
                 self.progress.doing(f"{where}: open loop")
                 with self.noting(system.name, case.name, round_):
@@ -163,6 +170,7 @@ class Runner:
             (one.rate, one.system)
             for one in self.results.measurements
             if one.rate and (one.case, one.round) == (case.name, round_) and one.system != OURS
+            if self.results.is_sound(case.name, one.system, [one])
         ]
         if peers:
             rate, peer = max(peers)
@@ -205,7 +213,7 @@ class Runner:
         if clients:
             load = closed_loop(*target, clients, self.plan.seconds)
         else:
-            load = open_loop(*target, rate, self.plan.seconds, min(CONNECTIONS, max(case.concurrencies)))
+            load = open_loop(*target, rate, self.plan.seconds, connections(rate * self.plan.seconds))
         used, others = meter.read()
         self.results.measurements.append(
             Measurement(case.name, system.name, round_, clients, rate, rate_of, load, used, others, usage.memory(roots))
@@ -223,6 +231,25 @@ class Runner:
             details = last_lines(exc.details) if isinstance(exc, BundleError) else ""
             self.results.failures.append(Failure(system, case, round_, message, details))
             self.progress.say(f"{system}{f', {case}' if case else ''}: {message}")
+
+
+def connections(requests: float) -> int:
+    """Of an open loop of so many requests on average, one for each of them: none waits in the load generator."""
+    at_most = requests + 5 * math.sqrt(requests)  # they come at random: five standard deviations more
+    return min(CONNECTIONS, math.ceil(at_most))
+
+
+def allow_open_files() -> None:
+    """Lets this process, and what it starts, open as many files as the connections need.
+
+    Raises:
+        BundleError: it is not allowed to.
+    """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != resource.RLIM_INFINITY and now < OPEN_FILES:
+        if most != resource.RLIM_INFINITY and most < OPEN_FILES:
+            raise BundleError(f"The benchmark needs {OPEN_FILES:,} open files, and {most:,} are allowed: ulimit -n.")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, most))
 
 
 def last_lines(text: str) -> str:

@@ -37,7 +37,7 @@ def results(*measurements: Measurement, **others: object) -> Results:
     names = ("bundle", "litserve", "bentoml", "mlserver")
     held = {"limits": {"text": {"pipeline": Limit(2000, 32, 2, 1), "handler": Limit(3000, 64, 1, 2)}}}
     return Results(
-        about_this_machine(), 1, 2, {name: "1.2.3" for name in names}, **(held | others), measurements=[*measurements]
+        about_this_machine(), 2, 5, {name: "1.2.3" for name in names}, **(held | others), measurements=[*measurements]
     )
 
 
@@ -58,9 +58,27 @@ def test_rounds_become_a_median():
     assert found.throughput == 900
     assert found.failed == 3
     assert found.cpu_per_request == 1 / 1800
+    text = report.markdown(results(*seen), None)
+    assert cells(text, "bundle")[1][2] == "900 (100-1,000)"
+    assert (
+        "\n3 rounds, 2 s for each number of clients, after 5 s of warm-up at the largest. Numbers are medians" in text
+    )
 
 
-def test_ratios_are_to_the_best_peer_at_the_same_number_of_clients_and_to_the_pipelines_limit():
+def test_one_round_has_no_median_and_no_range():
+    text = report.markdown(results(measurement("bundle", 900)), None)
+    assert "\n1 round, 2 s" in text
+    assert "median" not in report.method(results(measurement("bundle", 900)))
+    assert cells(text, "bundle")[1][2] == "900"
+
+
+def test_the_rounds_that_were_done_are_told():
+    """The second of three was interrupted."""
+    seen = [measurement(name, 900, round_=round_) for name, round_ in (("bundle", 1), ("litserve", 1), ("litserve", 2))]
+    assert report.rounds_done(results(*seen)) == "1 to 2 rounds"
+
+
+def test_ratios_are_to_the_best_peer_at_the_same_number_of_clients():
     held = results(
         measurement("bundle", 1000),
         measurement("litserve", 400),
@@ -72,7 +90,12 @@ def test_ratios_are_to_the_best_peer_at_the_same_number_of_clients_and_to_the_pi
     assert row(held, "litserve").to_best_peer == 0.8
     assert row(held, "bentoml").to_best_peer == 1
     assert row(held, "bundle", clients=1).to_best_peer == 0.5
-    assert row(held, "bundle").to_limit == 0.5
+
+
+def test_the_limit_is_that_of_what_a_system_runs():
+    held = results(measurement("bundle", 1000), measurement("litserve", 1000))
+    assert row(held, "bundle").to_limit == 1 / 3  # of the handler's 3000
+    assert row(held, "litserve").to_limit == 1 / 2  # of the pipeline's 2000
 
 
 def test_the_fastest_comes_first():
@@ -146,8 +169,22 @@ def test_the_open_loop_at_a_peers_rate_is_a_row_of_its_own():
     ]
 
 
-def test_tables_fit_a_terminal_of_80_columns():
-    held = results(measurement("torchserve-batched", 12345, 256), measurement("bundle", 54321, 256))
+@pytest.mark.parametrize(("rate", "is_crowded"), [(10_000, False), (30_000, True)])
+def test_an_open_loop_that_may_have_waited_for_a_connection_is_marked(rate: int, is_crowded: bool):
+    """At a median latency of 10 ms, 100 or 300 of the 512 connections are busy."""
+    text = report.markdown(results(measurement("bundle", rate, None, rate=rate, rate_of="bundle")), None)
+    assert ("| **bundle‡** |" in text) == ("may have waited" in text) == is_crowded
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_tables_fit_a_terminal_of_80_columns(rounds: int):
+    held = results(
+        *[
+            measurement(system, rate, 256, round_)
+            for round_ in range(1, rounds + 1)
+            for system, rate in (("torchserve-batched", 12345), ("bundle", 54321))
+        ]
+    )
     from rich.console import Console
 
     console = Console(width=80, record=True, quiet=True)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -19,8 +19,8 @@ from bundle.errors import BundleError
 from bundle.ports import free_ports
 from loadtest.bench import usage
 from loadtest.bench.cases import CASES
-from loadtest.bench.results import Results
-from loadtest.bench.runner import Plan, Runner
+from loadtest.bench.results import Failure, Results
+from loadtest.bench.runner import CONNECTIONS, Plan, Runner, connections
 from loadtest.bench.systems.base import Endpoint
 from tests.support import wait_for
 
@@ -136,7 +136,7 @@ class Told:
 
 def runner(folder: Path, *systems: Small, rounds: int = 1) -> Runner:
     plan = Plan([CASE], [*systems], rounds, seconds=0.3, warm_up=0.1, concurrencies=(1, 4))
-    results = Results({}, rounds, 0.3)
+    results = Results({}, 0.3, 0.1)
     return Runner(plan, results, folder / "results.json", Told(), expected={CASE.name: (130, 0.985)})
 
 
@@ -189,6 +189,54 @@ def test_a_wrong_answer_is_noticed(tmp_path: Path):
     run = runner(tmp_path, Small("right"), Small("wrong", other))
     run.measure_round(CASE, 1)
     assert {answer.system: answer.is_right for answer in run.results.answers} == {"right": True, "wrong": False}
+
+
+def test_the_best_peers_rate_is_that_of_one_that_answers_right(tmp_path: Path):
+    other = {"top_k": [{"label": "balance", "class": 6, "probability": 0.99}]}
+    run = runner(tmp_path, Small("bundle"), Small("right"), Small("wrong", other))
+    run.measure_round(CASE, 1)
+    [revisit] = [one for one in run.results.measurements if one.rate and one.rate_of != one.system]
+    assert (revisit.system, revisit.rate_of) == ("bundle", "right")
+    assert any(one.rate_of == "wrong" for one in run.results.measurements)
+
+
+def test_a_peer_that_fails_requests_sets_no_rate(tmp_path: Path):
+    run = runner(tmp_path, Small("bundle"), Small("peer"))
+    run.measure_round(CASE, 1)
+    seen = run.results.measurements
+    [opened] = [one for one in seen if one.system == "peer" and one.rate]
+    seen.remove(opened)
+    seen.append(replace(opened, load=replace(opened.load, failed=opened.load.answered)))
+    before = len(seen)
+    run.revisit(run.plan.systems[0], CASE, 1)
+    assert len(seen) == before
+
+
+def test_failures_after_the_last_measurement_are_saved(tmp_path: Path):
+    run = runner(tmp_path, DoesNotInstall("a"))
+    run.plan.cases.clear()
+    run.run()
+    assert Results.read(run.file).failures == [Failure("a", None, None, "uv cannot make it.", "no such package")]
+
+
+@pytest.mark.parametrize(("requests", "expected"), [(0.5, 5), (21, 44), (7200, CONNECTIONS)])
+def test_an_open_loop_has_a_connection_for_each_request(requests: float, expected: int):
+    assert connections(requests) == expected
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"), [(256, 8192, "4096"), (5000, 8192, "5000"), (256, 1024, "ulimit")]
+)
+def test_enough_open_files_are_allowed(soft: int, hard: int, expected: str):
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+from loadtest.bench.runner import allow_open_files
+allow_open_files()
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert expected in ended.stdout + ended.stderr
 
 
 def test_an_interrupt_keeps_what_there_is_and_ends_the_server(tmp_path: Path):

@@ -187,7 +187,14 @@ class TestRecord:
     def test_percentiles(self, times: list[float], share: float):
         made = tally({time: times.count(time) for time in times})
         exact = sorted(times)[max(0, -int(-share * len(times) // 1) - 1)]
-        assert made.percentile(share) == pytest.approx(exact, rel=0.011)
+        assert 0.989 * exact <= made.percentile(share) <= exact * (1 + 1e-9)
+
+    @pytest.mark.parametrize("p99", [1987, 1999.9, 2000])
+    def test_no_threshold_is_missed_by_a_rounding(self, p99: float):
+        outcome = Outcome("mnist", tally({p99: 100}), 10)
+        assert thresholds.misses(outcome, Limits(p99_ms=2000)) == []
+        [missed] = thresholds.misses(outcome, Limits(p99_ms=1900))
+        assert missed.startswith("p99 was 19")
 
     def test_failures_have_no_part_in_percentiles(self):
         made = tally({100: 10}, faults=90)

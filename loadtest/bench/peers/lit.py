@@ -1,12 +1,11 @@
 """LitServe: https://lightning.ai/docs/litserve"""
 
-import sys
 from typing import Annotated
 
 import litserve
 from fastapi import Body
 
-from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
+from loadtest.bench.peers import Task, task, workers
 from loadtest.bench.pipeline import Pipeline
 
 # cores left to its HTTP server, a process of its own: for small models one worker was faster than two (audio not tried)
@@ -14,9 +13,9 @@ FOR_HTTP = {"mnist": 1, "text": 1, "audio": 0, "photo": 0, "photo-12mp": 0}
 
 
 class API(litserve.LitAPI):
-    def __init__(self, case: str):
-        super().__init__(max_batch_size=BATCH_SIZES[case], batch_timeout=DELAY)
-        self.case = case
+    def __init__(self, asked: Task):
+        super().__init__(max_batch_size=asked.batch_size, batch_timeout=asked.delay)
+        self.case = asked.case
 
     def setup(self, device: str) -> None:
         self.pipeline = Pipeline(self.case, threads=1)
@@ -36,8 +35,8 @@ class API(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    port, case = sys.argv[1:]
-    count = max(1, workers() - FOR_HTTP[case])
-    server = litserve.LitServer(API(case), accelerator="cpu", workers_per_device=count, fast_queue=True)
+    asked = task()
+    count = max(1, workers() - FOR_HTTP[asked.case])
+    server = litserve.LitServer(API(asked), accelerator="cpu", workers_per_device=count, fast_queue=True)
     quiet = {"generate_client_file": False, "log_level": "warning", "access_log": False}
-    server.run(host="127.0.0.1", port=int(port), num_api_servers=1, **quiet)
+    server.run(host="127.0.0.1", port=asked.port, num_api_servers=1, **quiet)

@@ -10,7 +10,7 @@ from mlserver import MLModel
 from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
 
 from bundle.ports import free_ports
-from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
+from loadtest.bench.peers import Task, task, workers
 from loadtest.bench.pipeline import Pipeline
 
 
@@ -29,12 +29,12 @@ class Model(MLModel):
         return InferenceResponse(model_name=self.name, outputs=[output])
 
 
-def configure(folder: Path, port: int, case: str) -> None:
+def configure(folder: Path, asked: Task) -> None:
     """Writes what `mlserver start` reads."""
     grpc, metrics = free_ports(2)
     settings = {
         "host": "127.0.0.1",
-        "http_port": port,
+        "http_port": asked.port,
         "grpc_port": grpc,
         "metrics_port": metrics,
         "metrics_dir": str(folder / "metrics"),
@@ -46,9 +46,9 @@ def configure(folder: Path, port: int, case: str) -> None:
     model = {
         "name": "model",
         "implementation": "loadtest.bench.peers.mls.Model",
-        "max_batch_size": BATCH_SIZES[case],
-        "max_batch_time": DELAY,
-        "parameters": {"extra": {"case": case}},
+        "max_batch_size": asked.batch_size,
+        "max_batch_time": asked.delay,
+        "parameters": {"extra": {"case": asked.case}},
     }
     (folder / "metrics").mkdir()
     (folder / "settings.json").write_text(json.dumps(settings))
@@ -56,6 +56,6 @@ def configure(folder: Path, port: int, case: str) -> None:
 
 
 if __name__ == "__main__":
-    configure(Path.cwd(), int(sys.argv[1]), sys.argv[2])
+    configure(Path.cwd(), task())
     program = str(Path(sys.executable).with_name("mlserver"))
     os.execv(program, [program, "start", "."])

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 
 # Of what RAY_SERVE_THROUGHPUT_OPTIMIZED sets. Left out: gRPC between proxy and replicas, which was slower here, and the
 # ingress without a proxy, which needs a load balancer.
@@ -20,9 +19,9 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
+from loadtest.bench.peers import Task, task, workers
 
-ONGOING = 512  # requests that a replica accepts: more than there are clients
+ONGOING = 2048  # requests that a replica accepts: more than there are clients
 OBJECT_STORE = 200_000_000  # bytes; requests do not pass through it
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -31,13 +30,14 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
     num_replicas=workers(), max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": 0.5}, logging_config=QUIET
 )
 class Model:
-    def __init__(self, case: str):
+    def __init__(self, asked: Task):
         from loadtest.bench.pipeline import Pipeline  # imports torch, in the replica only
 
-        self.pipeline = Pipeline(case, threads=1)
-        self.answer.set_max_batch_size(BATCH_SIZES[case])
+        self.pipeline = Pipeline(asked.case, threads=1)
+        self.answer.set_max_batch_size(asked.batch_size)
+        self.answer.set_batch_wait_timeout_s(asked.delay)
 
-    @serve.batch(batch_wait_timeout_s=DELAY)
+    @serve.batch
     async def answer(self, bodies: list[bytes]) -> list[dict]:
         return self.pipeline.predict([self.pipeline.decode(body) for body in bodies])
 
@@ -46,7 +46,7 @@ class Model:
 
 
 if __name__ == "__main__":
-    port, case = sys.argv[1:]
+    asked = task()
     ray.init(
         num_cpus=workers(),
         include_dashboard=False,
@@ -54,6 +54,6 @@ if __name__ == "__main__":
         _node_ip_address="127.0.0.1",
         _temp_dir=os.environ["TMPDIR"],
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": int(port)}, logging_config=QUIET)
-    serve.run(Model.bind(case), route_prefix="/predict")
+    serve.start(http_options={"host": "127.0.0.1", "port": asked.port}, logging_config=QUIET)
+    serve.run(Model.bind(asked), route_prefix="/predict")
     signal.pause()

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from bundle.catalog import ModelFolder
 from loadtest.bench.cases import Case
 
 
@@ -22,6 +23,25 @@ def first(answer: bytes) -> tuple[int, float]:
         return int(ranking["top_3_classes"][0]), float(ranking["top_3_probabilities"][0])
     except (KeyError, IndexError, TypeError, ValueError) as exc:
         raise ValueError(f"The answer is not a ranking: {answer[:200]!r}") from exc
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How requests are put together.
+
+    Attributes:
+        size: requests, at most.
+        delay: ms that a batch waits to fill.
+    """
+
+    size: int
+    delay: int
+
+
+def batching(case: Case) -> Batching:
+    """The bundle's own, out of the model's folder: all systems that batch do it so."""
+    config = ModelFolder(case.folder).config
+    return Batching(config["batchSize"], config["maxBatchDelay"])
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from bundle.catalog import MODELS, ROOT
-from bundle.ports import free_ports
-from bundle.server import ADDRESSES, GRPC_PORTS
+from bundle.tuning.measure import own_settings
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
 from loadtest.bench.systems.base import Endpoint, first
-from loadtest.bench.systems.processes import Workplace, wait_for_answer, workplace
+from loadtest.bench.systems.processes import wait_for_answer, workplace
 
 RUN = "run"  # the folder of the server's record and logs, in its workplace
 # the same commands, for model folders that are not in models/
@@ -45,13 +44,16 @@ class Bundle:
             resnet.make()
         headers = {"Content-Type": case.content_type}
         with workplace(f"{self.name}-{case.name}") as place:
-            ports = dict(zip((*ADDRESSES, *GRPC_PORTS), free_ports(len(ADDRESSES) + len(GRPC_PORTS)), strict=True))
-            server = place.start([*self.command(case), "serve", case.model], **self.settings(place, ports))
+            settings = own_settings(resnet.STORE)
+            del settings["load_models"]  # it is for a server without models, and would stand above what is asked for
+            variables = {f"TS_{key.upper()}": value for key, value in settings.items()}
+            run_dir = place.folder / RUN
+            server = place.start([*self.command(case), "serve", case.model], **variables, RUN_DIR=str(run_dir))
             if server.wait():
                 raise place.failure("`python -m bundle serve` failed.")
-            url = f"http://127.0.0.1:{ports['inference_address']}/predictions/{case.model}"
+            url = f"{settings['inference_address']}/predictions/{case.model}"
             wait_for_answer(place, None, url, headers, case.body, first)
-            record = json.loads((place.folder / RUN / "server.json").read_text())
+            record = json.loads((run_dir / "server.json").read_text())
             yield Endpoint(url, headers, case.body, record["pid"])
 
     @staticmethod
@@ -59,10 +61,3 @@ class Bundle:
         if case.folder.parent == MODELS:
             return [sys.executable, "-m", "bundle"]
         return [sys.executable, "-c", ELSEWHERE, str(case.folder.parent)]
-
-    @staticmethod
-    def settings(place: Workplace, ports: dict[str, int]) -> dict[str, str]:
-        """Ports, archives and a run folder of its own, by the variables that override config.properties."""
-        addresses = {f"TS_{key.upper()}": f"http://127.0.0.1:{ports[key]}" for key in ADDRESSES}
-        grpc = {f"TS_{key.upper()}": str(ports[key]) for key in GRPC_PORTS}
-        return addresses | grpc | {"TS_MODEL_STORE": str(resnet.STORE), "RUN_DIR": str(place.folder / RUN)}

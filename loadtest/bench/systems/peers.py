@@ -10,7 +10,7 @@ from typing import Any
 from bundle.ports import free_ports
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
-from loadtest.bench.systems.base import Endpoint, first
+from loadtest.bench.systems.base import Endpoint, batching, first
 from loadtest.bench.systems.environment import Environment
 from loadtest.bench.systems.processes import wait_for_answer, workplace
 
@@ -65,7 +65,7 @@ class Peer:
     """A server with an environment of its own.
 
     Attributes:
-        module: of `loadtest.bench.peers`, run with the port and the case as its arguments.
+        module: of `loadtest.bench.peers`, run with what its `task()` reads.
     """
 
     name: str
@@ -95,7 +95,9 @@ class Peer:
             [port] = free_ports(1)
             url = f"http://127.0.0.1:{port}{self.wire.path}"
             module = f"loadtest.bench.peers.{self.module}"
-            server = place.start([self.environment.python, "-m", module, str(port), case.name])
+            wanted = batching(case)
+            task = map(str, (port, case.name, wanted.size, wanted.delay))
+            server = place.start([self.environment.python, "-m", module, *task])
             wait_for_answer(place, server, url, headers, body, self.wire.top)
             yield Endpoint(url, headers, body, server.pid, top=self.wire.top)
 

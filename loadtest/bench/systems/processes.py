@@ -22,6 +22,7 @@ LOGS = WORK / "logs"
 START_SECONDS = 180
 STOP_SECONDS = 5  # what ignores SIGTERM for so long is killed: LitServe's workers do
 LAST_LINES = 30  # of a log, shown when a server does not start
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they ask this program to end
 
 
 class Workplace:
@@ -84,7 +85,7 @@ def workplace(name: str) -> Iterator[Workplace]:
     try:
         yield place
     finally:
-        with without_interrupts():
+        with signals_deferred():
             end(place)
             shutil.rmtree(place.folder, ignore_errors=True)
 
@@ -111,18 +112,29 @@ def end(place: Workplace) -> None:
         process.poll()  # a child that nobody waits for stays a zombie
 
 
+def interrupt_on_signals() -> None:
+    """What asks this program to end does so as Ctrl-C does: by way of every `finally`, which ends the servers."""
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
+
+
 @contextmanager
-def without_interrupts() -> Iterator[None]:
-    """A second Ctrl-C does not leave half of the processes behind."""
+def signals_deferred() -> Iterator[None]:
+    """What asks this program to end during the block does so after it: no half of the processes is left behind."""
+    late = []
     try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which gets no signals
+        before = {number: signal.signal(number, lambda number, _: late.append(number)) for number in ENDING}
+    except ValueError:  # not the main thread, which alone handles signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if late:
+            signal.raise_signal(late[0])
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:

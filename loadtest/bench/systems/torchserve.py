@@ -14,16 +14,15 @@ import psutil
 from bundle.errors import BundleError
 from bundle.java import java_home
 from bundle.ports import free_ports
+from bundle.server import ADDRESSES, GRPC_PORTS
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
-from loadtest.bench.peers import BATCH_SIZES, DELAY, workers
-from loadtest.bench.systems.base import Endpoint, first
+from loadtest.bench.peers import workers
+from loadtest.bench.systems.base import Endpoint, batching, first
 from loadtest.bench.systems.processes import Workplace, wait_for_answer, workplace
 
 HANDLER = Path(__file__).parent.parent / "peers" / "torchserve_handler.py"
-ADDRESSES = ("inference_address", "management_address", "metrics_address")
-GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
-QUEUE = 1000  # requests; the default of 100 answers 503 to some of 256 clients
+QUEUE = 4096  # requests; the default of 100 answers 503 to some of 256 clients
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,11 @@ class TorchServe:
     """Its defaults, one worker for each core, and a queue that is long enough for the clients.
 
     Attributes:
-        batch_sizes: by case; None: requests are not batched, which is TorchServe's default.
-        delay: ms that a batch waits to fill.
+        is_batched: as the bundle does it; otherwise requests are not batched, which is TorchServe's default.
     """
 
     name: str
-    batch_sizes: dict[str, int] | None = None
-    delay: int = round(1000 * DELAY)
+    is_batched: bool = False
 
     @property
     def version(self) -> str:
@@ -72,17 +69,17 @@ class TorchServe:
         return ports[0]
 
     def archive(self, place: Workplace, case: Case) -> None:
-        batch_size = self.batch_sizes[case.name] if self.batch_sizes else 1
         config = {
             "minWorkers": workers(),
             "maxWorkers": workers(),
-            "batchSize": batch_size,
-            "maxBatchDelay": self.delay,
             "responseTimeout": 120,
             "startupTimeout": 120,
             "jobQueueSize": QUEUE,
             "handler": {"case": case.name, "threads": 1},
         }
+        if self.is_batched:
+            wanted = batching(case)
+            config |= {"batchSize": wanted.size, "maxBatchDelay": wanted.delay}
         (place.folder / "model-config.yaml").write_text(json.dumps(config))  # YAML contains JSON
         command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", "model", "--version", "1.0"]
         command += ["--handler", str(HANDLER), "--config-file", "model-config.yaml", "--export-path", "."]
@@ -93,5 +90,5 @@ class TorchServe:
 
 TORCHSERVES = (
     TorchServe("torchserve"),
-    TorchServe("torchserve-batched", BATCH_SIZES),
+    TorchServe("torchserve-batched", is_batched=True),
 )

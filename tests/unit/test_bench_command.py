@@ -1,0 +1,75 @@
+"""What a run of the benchmark leaves behind."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bundle.load import Load
+from loadtest.bench import __main__ as command
+from loadtest.bench.results import Measurement, Results
+
+BEFORE = "# Benchmarks\n\n<!-- bench:start -->\nthe last full run\n<!-- bench:end -->\n"
+LOAD = Load(1, 900, 0, 900, 0.01, 0.015, 0.02, 0.05)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the results of a full run, in which runs measure nothing but one made-up load."""
+    places = {"OUTPUT": "BENCHMARKS.md", "CHART": "throughput.png", "RESULTS": "results.json", "PARTIAL": "partial.md"}
+    for name, file in places.items():
+        monkeypatch.setattr(command, name, tmp_path / file)
+    (tmp_path / "BENCHMARKS.md").write_text(BEFORE)
+    (tmp_path / "results.json").write_text("{}")
+    measuring(monkeypatch)
+    return tmp_path
+
+
+def measuring(monkeypatch: pytest.MonkeyPatch, interrupted: bool = False) -> None:
+    def measure(results: Results, file: Path, _: object) -> bool:
+        results.versions["bundle"] = "1"
+        results.measurements.append(Measurement("text", "bundle", 1, 16, None, None, LOAD, 1.0, 0.0, 500_000_000))
+        results.save(file)
+        return interrupted
+
+    monkeypatch.setattr(command, "measure", measure)
+
+
+def run(*arguments: str) -> int:
+    return CliRunner().invoke(command.app, [*arguments]).exit_code
+
+
+def is_untouched(project: Path) -> bool:
+    texts = ((project / file).read_text() for file in ("BENCHMARKS.md", "results.json"))
+    return [*texts] == [BEFORE, "{}"] and not (project / "throughput.png").exists()
+
+
+def test_a_full_run_is_what_benchmarks_md_reports(project: Path):
+    assert run() == 0
+    text = (project / "BENCHMARKS.md").read_text()
+    assert "the last full run" not in text
+    assert "| **bundle** | **16** | **900** |" in text
+    assert [one.load for one in Results.read(project / "results.json").measurements] == [LOAD]
+    assert run("--report-only") == 0
+    assert (project / "BENCHMARKS.md").read_text() == text
+
+
+@pytest.mark.parametrize("part", [("--cases", "text"), ("--systems", "bundle"), ("--concurrency", "16")])
+def test_a_part_of_it_leaves_the_full_run_as_it_is(project: Path, part: tuple[str, str]):
+    assert run(*part) == 0
+    assert is_untouched(project)
+    assert "**900**" in (project / "partial.md").read_text()
+
+
+def test_so_does_a_run_that_is_interrupted(project: Path, monkeypatch: pytest.MonkeyPatch):
+    measuring(monkeypatch, interrupted=True)
+    assert run() == 130
+    assert is_untouched(project)
+    assert "**900**" in (project / "partial.md").read_text()
+
+
+def test_an_output_of_ones_own_is_written_whatever_was_measured(project: Path):
+    assert run("--cases", "text", "--output", str(project / "mine.md")) == 0
+    assert is_untouched(project)
+    assert "**900**" in (project / "mine.md").read_text()
+    assert (project / "mine.json").is_file()

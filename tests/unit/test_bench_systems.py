@@ -1,0 +1,147 @@
+"""How the benchmark ends servers, and what it tells them."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from loadtest.bench import resnet
+from loadtest.bench.cases import CASES, INGREDIENTS, MADE, ROOT
+from loadtest.bench.peers import Task, task
+from loadtest.bench.systems.base import Batching, batching
+from loadtest.bench.systems.torchserve import TorchServe
+
+# a benchmark with one server, which ignores SIGTERM
+BENCHMARK = """
+import sys, time
+from loadtest.bench.systems import processes
+
+processes.STOP_SECONDS = 1.5
+processes.interrupt_on_signals()
+server = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
+try:
+    with processes.workplace("test-stubborn") as place:
+        child = place.start([sys.executable, "-c", server])
+        while b"up" not in place.log.read_bytes():
+            time.sleep(0.02)
+        print(child.pid, flush=True)
+        time.sleep(300)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_the_servers_even_when_more_come_meanwhile(first: signal.Signals):
+    with subprocess.Popen([sys.executable, "-c", BENCHMARK], stdout=subprocess.PIPE, text=True) as benchmark:
+        server = psutil.Process(int(benchmark.stdout.readline()))
+        benchmark.send_signal(first)
+        for again in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            with pytest.raises(subprocess.TimeoutExpired):
+                benchmark.wait(0.3)
+            benchmark.send_signal(again)
+        assert benchmark.stdout.read() == "interrupted\n"
+    assert benchmark.returncode == 0
+    assert not server.is_running()
+
+
+def test_a_signal_that_was_ignored_stays_so():
+    """As nohup wants it."""
+    code = """
+import os, signal
+from loadtest.bench.systems.processes import interrupt_on_signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+interrupt_on_signals()
+os.kill(os.getpid(), signal.SIGHUP)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_signal_during_the_clean_up_counts_after_it():
+    code = """
+import os, signal
+from loadtest.bench.systems.processes import interrupt_on_signals, signals_deferred
+interrupt_on_signals()
+try:
+    with signals_deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("cleaned up", flush=True)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.splitlines() == ["cleaned up", "interrupted"]
+
+
+def test_a_model_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def add_model(name: str, *_: object, models_dir: Path, **__: object) -> None:
+        (models_dir / name).mkdir()
+        (models_dir / name / "model-config.yaml").write_text("minWorkers: 1\nbundle: {}")
+
+    class Interrupted:
+        def save(self, *_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+    for name, value in {"MADE": tmp_path, "MODELS": tmp_path / "models", "EXAMPLES": 1, "made": Path}.items():
+        monkeypatch.setattr(resnet, name, value)
+    monkeypatch.setattr("bundle.add_model.add_model", add_model)
+    monkeypatch.setattr(resnet, "scene", lambda *_: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        resnet.add()
+    assert [*tmp_path.rglob("*")] == [tmp_path / "models"]
+
+    monkeypatch.setattr(resnet, "scene", lambda *_: Image.new("RGB", (8, 8)))
+    resnet.add()
+    config = yaml.safe_load((tmp_path / "models" / "resnet18" / "model-config.yaml").read_text())
+    assert config == resnet.SETTINGS | {"bundle": {"examples": "examples", "int8": True}}
+    assert len([*(tmp_path / "models" / "resnet18" / "examples").iterdir()]) == resnet.KINDS
+    assert [*tmp_path.iterdir()] == [tmp_path / "models"]
+
+
+def test_another_recipe_is_made_in_another_folder(tmp_path: Path):
+    """A copy of the benchmark with other settings for the model of the photographs."""
+    for file in ("loadtest/bench/cases.py", *(file.relative_to(ROOT) for file in INGREDIENTS)):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+
+    def made() -> str:
+        code = "from loadtest.bench import cases; print(cases.MADE.name)"
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert made() == MADE.name
+    with (tmp_path / "loadtest/bench/resnet.py").open("a") as file:
+        file.write("EXAMPLES = 44\n")
+    assert made() != MADE.name
+
+
+@pytest.mark.parametrize("name", ["mnist", "audio", "text"])
+def test_all_systems_batch_as_the_bundles_folder_says(name: str):
+    config = yaml.safe_load((CASES[name].folder / "model-config.yaml").read_text())
+    assert batching(CASES[name]) == Batching(config["batchSize"], config["maxBatchDelay"])
+
+
+@pytest.mark.parametrize(("size", "delay", "expected"), [("32", "5", (32, 0.005)), ("1", "0", (2, 0.001))])
+def test_a_peer_reads_what_it_is_to_serve(size: str, delay: str, expected: tuple, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["lit", "8080", "text", size, delay])
+    assert task() == Task(8080, "text", *expected)
+
+
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_stock_torchserve_batches_as_the_bundle_or_not_at_all(
+    is_batched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr("loadtest.bench.systems.torchserve.subprocess.run", lambda *_, **__: done)
+    TorchServe("any", is_batched).archive(SimpleNamespace(folder=tmp_path, environment={}), CASES["text"])
+    config = yaml.safe_load((tmp_path / "model-config.yaml").read_text())
+    wanted = batching(CASES["text"])
+    batched = {"batchSize": wanted.size, "maxBatchDelay": wanted.delay}
+    assert {key: value for key, value in config.items() if "atch" in key} == (batched if is_batched else {})
+    assert config["jobQueueSize"] > max(max(case.concurrencies) for case in CASES.values())
