@@ -16,7 +16,7 @@ import yaml
 from bundle.catalog import CONFIG_NAME, HANDLERS, LABELS_NAME, MODEL_STORE, MODELS, ROOT, ModelFolder
 from bundle.errors import BundleError
 from bundle.export import export, handler_settings, labels
-from bundle.precision import set_precision, settle
+from bundle.precision import keep_what_is_right, set_precision
 
 BUILDERS = ("archive.py", "catalog.py", "export.py", "precision.py", "quantize.py", "torchvision_source.py")
 REQUIREMENTS = HANDLERS / "requirements.txt"
@@ -65,7 +65,7 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
             shutil.copy(stage.config, in_float32.config)
             set_precision(in_float32.config, "float32")
             plain = pack(folder, in_float32, Path(temporary))
-            notes = settle(folder, plain, stage.module, stage.extra, stage.config)
+            notes = keep_what_is_right(folder, plain, stage.module, stage.extra, stage.config)
         built = pack(folder, stage, Path(temporary))
         # a reader of the store never sees half an archive
         partial = store / f".{folder.name}.mar"

@@ -3,9 +3,7 @@
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from bundle.errors import BundleError
 from bundle.load import Load, closed_loop
 from bundle.server import Running, Settings
 
-STAGES = ("queue", "decode", "inference", "encode")
+STAGES = ("decode", "inference", "encode")
+QUEUE = "ts_queue_latency_microseconds_total"  # TorchServe's own, of requests; the parser puts _total behind a counter
 SAMPLES_A_SECOND = 250
 WARM_UP_SECONDS = 2.0
 MIME = "application/octet-stream"
@@ -32,6 +31,7 @@ class Profile:
     Attributes:
         load: what the clients saw.
         batch_size: the mean, in requests.
+        queue: seconds a request waits for its batch and for a worker, on average.
         stages: seconds a batch spends in each stage of the handler, on average.
         cpu: seconds of processor time a request, of the frontend (Java) and of the model's workers.
         graph: the flame graph.
@@ -39,12 +39,14 @@ class Profile:
 
     load: Load
     batch_size: float
+    queue: float
     stages: dict[str, float]
     cpu: dict[str, float]
     graph: Path
 
     def table(self) -> Table:
         table = Table("where", "ms", "of")
+        table.add_row("queue", f"{1000 * self.queue:.2f}", "a request")
         for stage, seconds in self.stages.items():
             table.add_row(stage, f"{1000 * seconds:.2f}", f"a batch of {self.batch_size:.1f} on average")
         for process, seconds in self.cpu.items():
@@ -55,7 +57,8 @@ class Profile:
 
 
 def profile(running: Running, settings: Settings, folder: ModelFolder, concurrency: int, seconds: float) -> Profile:
-    """Loads a served model with its sample, and watches the server meanwhile.
+    """Loads a served model with its sample: half of the seconds to measure the server undisturbed, half to draw the
+    graph, as sampling slows the worker down.
 
     Raises:
         BundleError: the model is not served, py-spy or wrk is missing, or py-spy may not look into a worker.
@@ -63,26 +66,36 @@ def profile(running: Running, settings: Settings, folder: ModelFolder, concurren
     workers = worker_pids(running.client(), folder)
     if folder.bundle.sample is None:
         raise BundleError(f"{folder.name} has no sample to send: set `sample` in its model-config.yaml.")
+    py_spy("dump", workers[0])  # what it may not do, it says before the load
     content = folder.existing(folder.bundle.sample).read_bytes()
-    url, headers = f"{running.inference}/predictions/{folder.name}", {"Content-Type": MIME}
-    closed_loop(url, content, headers, concurrency, WARM_UP_SECONDS)
-    graph = ROOT / "build" / "profile" / f"{folder.name}.svg"
-    graph.parent.mkdir(parents=True, exist_ok=True)
-    with watched(workers[0], seconds, graph):
-        before, cpu_before = sums(settings, folder), cpu_seconds(running, workers)
-        load = closed_loop(url, content, headers, concurrency, seconds)
-        after, cpu_after = sums(settings, folder), cpu_seconds(running, workers)
+
+    def loaded(seconds: float) -> Load:
+        url = f"{running.inference}/predictions/{folder.name}"
+        return closed_loop(url, content, {"Content-Type": MIME}, concurrency, seconds)
+
+    loaded(WARM_UP_SECONDS)
+    before, cpu_before = sums(settings, folder), cpu_seconds(running, workers)
+    load = loaded(seconds / 2)
+    after, cpu_after = sums(settings, folder), cpu_seconds(running, workers)
     if not load.answered or not after.get("bundle_batch_size_count"):
         raise BundleError(f"{folder.name} answered none of the requests, or has no handler of the bundle: make logs")
+    graph = ROOT / "build" / "profile" / f"{folder.name}.svg"
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    sampled = max(1, round(seconds / 2))  # py-spy takes whole seconds
+    with ThreadPoolExecutor(1) as beside:
+        loading = beside.submit(loaded, sampled)
+        py_spy("record", workers[0], f"--duration={sampled}", f"--rate={SAMPLES_A_SECOND}", f"--output={graph}")
+        loading.result()  # or what went wrong in it
     gained = {name: after[name] - before.get(name, 0) for name in after}
-    batches = gained["bundle_batch_size_count"]
+    batches, requests = gained["bundle_batch_size_count"], gained["bundle_batch_size_sum"]
+    queue = gained[QUEUE] / 1e6 / requests
     stages = {
         stage: gained[f"bundle_{stage}_seconds_sum"] / batches
         for stage in STAGES
         if gained.get(f"bundle_{stage}_seconds_count")
     }
     cpu = {process: (cpu_after[process] - cpu_before[process]) / load.answered for process in cpu_after}
-    return Profile(load, gained["bundle_batch_size_sum"] / batches, stages, cpu, graph)
+    return Profile(load, requests / batches, queue, stages, cpu, graph)
 
 
 def worker_pids(client: Client, folder: ModelFolder) -> list[int]:
@@ -94,13 +107,13 @@ def worker_pids(client: Client, folder: ModelFolder) -> list[int]:
 
 
 def sums(settings: Settings, folder: ModelFolder) -> dict[str, float]:
-    """The bundle's counters of the model, over all its versions, by name."""
+    """TorchServe's and the bundle's counters of the model, over all its versions, by name."""
     text = session.get(f"{settings.url('metrics_address')}/metrics", timeout=10).text
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            ours = sample.name.startswith("bundle_") and sample.labels.get("ModelName") == folder.name
-            if ours and not sample.name.endswith("_bucket"):
+            name = sample.labels.get("ModelName", sample.labels.get("model_name"))
+            if name == folder.name and not sample.name.endswith("_bucket"):
                 found[sample.name] = found.get(sample.name, 0) + sample.value
     return found
 
@@ -118,9 +131,8 @@ def cpu_seconds(running: Running, workers: list[int]) -> dict[str, float]:
         raise BundleError("The server or a worker ended while it was watched: make logs") from exc
 
 
-@contextmanager
-def watched(pid: int, seconds: float, graph: Path) -> Iterator[None]:
-    """Has py-spy sample a worker from outside, which neither changes it nor starts it again, until it has its graph.
+def py_spy(command: str, pid: int, *options: str) -> None:
+    """Has py-spy look into a process from outside, which neither changes it nor starts it again.
 
     Raises:
         BundleError: it is missing, or cannot look into the process.
@@ -128,18 +140,12 @@ def watched(pid: int, seconds: float, graph: Path) -> Iterator[None]:
     program = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
     if program is None:
         raise BundleError("py-spy is missing: pip install -r requirements/dev.txt")
-    command = [program, "record", "--pid", str(pid), "--duration", str(max(1, round(seconds)))]
-    command += ["--rate", str(SAMPLES_A_SECOND), "--nonblocking", "--output", str(graph)]
-    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=said) as spy:
-        try:
-            yield
-        except BaseException:
-            spy.terminate()
-            raise
-        if spy.wait():
-            said.seek(0)
-            raise BundleError(
-                "py-spy could not look into a worker. Where it lacks the permission, run it as root, or allow it: "
-                "sysctl kernel.yama.ptrace_scope=0",
-                said.read(),
-            )
+    looked = subprocess.run(
+        [program, command, "--pid", str(pid), "--nonblocking", *options], capture_output=True, text=True
+    )
+    if looked.returncode:
+        raise BundleError(
+            "py-spy could not look into a worker. Where it lacks the permission, run it as root, or allow it: "
+            "sysctl kernel.yama.ptrace_scope=0",
+            looked.stdout + looked.stderr,
+        )

@@ -30,7 +30,7 @@ def quantize(
     """Writes the int8 module of `file` to `target`.
 
     The layers that the module is most sensitive to stay in float32 where it is not good enough without: one of them,
-    two, four, and so on, up to half.
+    two, four, and so on, at last half.
 
     Returns:
         how many layers are in int8, and how many there are; None where even half of them are too many.
@@ -42,13 +42,13 @@ def quantize(
         raise BundleError("int8 modules are made and judged on a processor with VNNI, which this one lacks.")
     sensitive: list[str] = []
     names = layers(file)
-    kept = 0
-    while kept <= len(names) // 2:
+    half = len(names) // 2
+    for kept in sorted({0, half, *(1 << power for power in range(half.bit_length()))}):
+        if kept and not sensitive:
+            sensitive = by_sensitivity(file, target, calibration, names)
         convert(file, target, calibration, sensitive[:kept])
         if good_enough(load(target)):
             return len(names) - kept, len(names)
-        sensitive = sensitive or by_sensitivity(file, target, calibration, names)
-        kept = max(1, 2 * kept)
     target.unlink()
     return None
 

@@ -4,10 +4,10 @@ import ctypes
 import gc
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-LARGEST_FROM_HEAP = (
-    12 << 20
-)  # bytes: the tensors of a batch, not the 16 MiB blocks that Pillow unpacks photographs into
-KEPT_FREE = 64 << 20  # bytes, at most, that a worker keeps between batches
+# bytes: the tensors of a batch, not the 16 MiB blocks that Pillow unpacks photographs into
+LARGEST_FROM_HEAP = 12 << 20
+# bytes that may be free at the top of a heap before they go back to the system; what is free further down stays anyway
+KEPT_FREE = 64 << 20
 
 
 def keep_freed_memory() -> None:

@@ -31,7 +31,7 @@ def fastest(
     model: torch.jit.ScriptModule, wanted: Wanted, device: torch.device, inputs: tuple[Tensor, ...], folder: Path
 ) -> tuple[str, torch.jit.ScriptModule]:
     """The wanted precision, or the fastest of those that are wanted and that the device computes by itself, and the
-    module in it. float32 always is one of them, and takes the place of one that does not work.
+    module in it. float32 always is one of them, and takes the place, with a warning, of one that does not work here.
 
     Args:
         model: takes and returns float32, as scripted. Its outputs may come back in the reduced dtype.
@@ -40,25 +40,30 @@ def fastest(
 
     Raises:
         FileNotFoundError: int8 is wanted, and the archive has no such module.
-        ValueError: int8 is wanted, and the device does not compute it right.
     """
-    native = natively(device, folder)
     if wanted == "int8" and not (folder / INT8_NAME).is_file():
         raise FileNotFoundError(f"the archive has no {INT8_NAME}: build it with `bundle: int8: true`")
-    if wanted == "int8" and "int8" not in native:
-        raise ValueError("precision is int8, which takes a processor with VNNI: set it to auto")
+    native = natively(device, folder)
     fixed = isinstance(wanted, str) and wanted != "auto"
     tried = [wanted] if fixed else [name for name in native if wanted == "auto" or name in wanted]
     expected = main_output(model(*inputs))
     modules: Modules = {}
     for precision in dict.fromkeys([*tried, "float32"]):  # float32 last: trying leaves the model in its layout
-        source = torch.jit.load(folder / INT8_NAME).eval() if precision == "int8" else model
-        module = attempt(source, precision, device, inputs, expected)
-        if module is not None:
-            modules[precision] = module
+        try:
+            if precision == "int8" and "int8" not in native:
+                raise RuntimeError("the device has no instructions for it")  # it would run, and saturate
+            source = torch.jit.load(folder / INT8_NAME).eval() if precision == "int8" else model
+            modules[precision] = attempt(source, precision, device, inputs, expected)
+        except RuntimeError as exc:
+            logger.warning("the model is not frozen in %s: %s", precision, exc)
+        if fixed and modules:
+            break
     modules.setdefault("float32", model)
     if fixed:
-        return next(iter(modules.items()))
+        [chosen, *_] = modules
+        if chosen != wanted:
+            logger.warning("precision is %s, which does not work here: the model computes in %s", wanted, chosen)
+        return chosen, modules[chosen]
     seconds = measure(modules, inputs, device)
     best = min(seconds, key=seconds.get)
     return (best, modules[best]) if seconds[best] < WORTHWHILE * seconds["float32"] else ("float32", modules["float32"])
@@ -83,11 +88,18 @@ def attempt(
     device: torch.device,
     inputs: tuple[Tensor, ...],
     expected: Tensor,
-) -> torch.jit.ScriptModule | None:
-    """The frozen module, or None where it does not run or does not compute what it should.
+) -> torch.jit.ScriptModule:
+    """The frozen module, in a layout that it runs in.
 
     Channels last first, which convolutions are fastest in. A module that takes its tensors' layout for granted (`view`
     after a convolution) does not run in it.
+
+    Args:
+        inputs: a batch on the device.
+        expected: the model's main output for it in float32.
+
+    Raises:
+        RuntimeError: it does not run, or does not compute what it should; the message says so in one line.
     """
     problem = ""
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -95,14 +107,13 @@ def attempt(
             module = freeze(model, precision, device, layout)
             error = relative_error(main_output(module(*inputs)), expected)
         except RuntimeError as exc:
-            problem = str(exc).strip().splitlines()[-1]
+            problem = f"it does not run: {str(exc).strip().splitlines()[-1]}"
             continue
         if error <= LARGEST_ERROR[precision]:
             return module
         problem = f"its outputs differ from float32's by {error:.0%} of their norm"
-    logger.warning("the model is not frozen in %s: %s", precision, problem)
     model.to(memory_format=torch.contiguous_format)
-    return None
+    raise RuntimeError(problem)
 
 
 def freeze(

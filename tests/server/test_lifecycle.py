@@ -22,20 +22,19 @@ def management(served) -> str:
 
 @pytest.fixture(autouse=True)
 def as_found(served, management):
-    """Afterwards, mnist is registered once, with one worker."""
+    """Afterwards, mnist is registered once, with the workers that its folder says."""
     yield
     requests.put(f"{management}/models/mnist/1.0/set-default", timeout=60)
-    requests.put(
-        f"{management}/models/mnist", params={"min_worker": 1, "max_worker": 2, "synchronous": "true"}, timeout=60
-    )
+    workers = {"min_worker": MNIST.config["minWorkers"], "max_worker": MNIST.config["maxWorkers"]}
+    requests.put(f"{management}/models/mnist", params={**workers, "synchronous": "true"}, timeout=60)
 
 
 def test_scale_and_describe(served, management):
-    asked = requests.put(f"{management}/models/mnist", params={"min_worker": 2, "max_worker": 4}, timeout=60)
+    asked = requests.put(f"{management}/models/mnist", params={"min_worker": 3, "max_worker": 4}, timeout=60)
     assert asked.status_code == 202, asked.text
-    wait_for(lambda: served.client.workers("mnist").ready == 2)
+    wait_for(lambda: served.client.workers("mnist").ready == 3)
     described = served.client.describe("mnist")
-    assert (described["minWorkers"], described["maxWorkers"]) == (2, 4)
+    assert (described["minWorkers"], described["maxWorkers"]) == (3, 4)
     assert {key: described[key] for key in BATCHING} == {key: MNIST.config[key] for key in BATCHING}
     asked = requests.put(f"{management}/models/mnist", params={"min_worker": 1, "max_worker": 1}, timeout=60)
     assert asked.status_code == 202, asked.text

@@ -1,10 +1,13 @@
 """`make profile`, on the server that the tests share."""
 
 import shutil
+import subprocess
 
 import pytest
 
-from bundle.catalog import ROOT
+from bundle import profile
+from bundle.catalog import ROOT, select
+from bundle.errors import BundleError
 from tests.server.conftest import Place
 
 
@@ -14,7 +17,7 @@ def test_profile_tells_where_the_time_goes(served: Place):
     graph.unlink(missing_ok=True)
     profiled = served.bundle("profile", "text", "--concurrency", "8", "--seconds", "3")
     assert profiled.returncode == 0, profiled.stderr
-    for row in ("decode", "inference", "encode", "CPU of the frontend", "CPU of the workers", "p99"):
+    for row in ("queue", "decode", "inference", "encode", "CPU of the frontend", "CPU of the workers", "p99"):
         assert row in profiled.stdout
     assert "0 failed" in profiled.stdout
     assert "run_server" in graph.read_text()
@@ -24,3 +27,16 @@ def test_profile_of_what_is_not_served(served: Place):
     profiled = served.bundle("profile", "imagenet")
     assert profiled.returncode == 1
     assert "not served" in profiled.stderr
+
+
+def test_what_py_spy_may_not_do_it_says_before_the_load(monkeypatch: pytest.MonkeyPatch):
+    class Server:
+        inference = "http://127.0.0.1:1"
+        client = staticmethod(lambda: None)
+
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setattr(profile, "worker_pids", lambda *_: [ended.pid])
+    monkeypatch.setattr(profile, "closed_loop", lambda *_: pytest.fail("the load began"))
+    with pytest.raises(BundleError, match="could not look into a worker"):
+        profile.profile(Server(), None, *select(["text"]), 8, 3)

@@ -16,7 +16,7 @@ from tests.support import Traffic, reversioned
 
 @pytest.fixture
 def rolling(place: Place, store: Path) -> Place:
-    """A server of MNIST 1.0 with two workers, out of the test's own store."""
+    """A server of MNIST 1.0, out of the test's own store."""
     place.environment["TS_MODEL_STORE"] = str(store)
     started = place.bundle("serve", "mnist")
     assert started.returncode == 0, started.stderr
@@ -34,7 +34,7 @@ def traffic(place: Place) -> Traffic:
 
 def test_no_request_fails(rolling: Place, store: Path, tmp_path: Path):
     new = reversioned(store / "mnist.mar", "1.1", tmp_path / "new.mar")
-    rolling.client.scale("mnist", "1.0", 2, 3)
+    rolling.client.scale("mnist", "1.0", 3, 4)
     with traffic(rolling) as load:
         load.wait_for(50)
         rolled = rolling.bundle("rollout", "mnist", "--archive", str(new))
@@ -43,7 +43,7 @@ def test_no_request_fails(rolling: Place, store: Path, tmp_path: Path):
     assert set(load.counts) == {200}, load.counts
     assert versions(rolling) == ["1.1"]
     described = rolling.client.describe("mnist")
-    assert (described["minWorkers"], described["maxWorkers"]) == (2, 3)
+    assert (described["minWorkers"], described["maxWorkers"]) == (3, 4)
     # what a restart serves, and no more of it than there was
     assert (store / "mnist.mar").read_bytes() == new.read_bytes()
     assert not list(store.glob("*1.1*"))

@@ -22,6 +22,7 @@ from tests.support import Traffic, reversioned, wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
+WORKERS = MNIST.config["minWorkers"]
 
 
 class Supervised:
@@ -56,8 +57,7 @@ class Supervised:
         return psutil.Process(json.loads((Path(self.place.environment["RUN_DIR"]) / "server.json").read_text())["pid"])
 
     def worker(self) -> int:
-        [worker] = self.place.client.describe("mnist")["workers"]
-        return worker["pid"]
+        return self.place.client.describe("mnist")["workers"][0]["pid"]
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -104,17 +104,17 @@ def test_what_was_managed_survives_a_restart(supervised: Supervised, store: Path
     supervised.start()
     client = supervised.place.client
     reversioned(store / "mnist.mar", "1.5", store / "mnist-again.mar")
-    client.scale("mnist", "1.0", 2, 3)
+    client.scale("mnist", "1.0", WORKERS + 1, WORKERS + 2)
     client.register("mnist-again.mar", "mnist")
     client.set_default("mnist", "1.5")
     client.register("mnist.mar", "digits")
-    wait_for(lambda: client.workers("mnist", "1.0").ready == 2 and client.workers("digits").ready == 1)
+    wait_for(lambda: client.workers("mnist", "1.0").ready == WORKERS + 1 and client.workers("digits").ready == WORKERS)
     wait_for(lambda: supervised.state.read_text().count('"version"') == 3, 20)
     assert supervised.end() == 0
 
     supervised.start()
     described = {v["modelVersion"]: v for v in client.versions("mnist")}
-    assert {version: v["minWorkers"] for version, v in described.items()} == {"1.0": 2, "1.5": 1}
+    assert {version: v["minWorkers"] for version, v in described.items()} == {"1.0": WORKERS + 1, "1.5": WORKERS}
     assert client.describe("mnist")["modelVersion"] == "1.5"
     assert client.predict("digits", DIGIT).status_code == 200
     client.unregister("mnist", "1.0")

@@ -2,11 +2,14 @@
 
 import gc
 import logging
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mode
 
 import pytest
 import torch
@@ -16,8 +19,8 @@ from torch import nn
 
 from bundle.catalog import ROOT
 from bundle.quantize import load
-from handlers.core import memory, wire
-from handlers.core.precision import fastest, main_output
+from handlers.core import memory, precision, wire
+from handlers.core.precision import INT8_NAME, fastest, main_output
 from models.audio.model import build
 
 CPU = torch.device("cpu")
@@ -45,12 +48,19 @@ def test_reads_what_was_sent_however_it_arrives(values: list[bytes], piece: int)
 
 
 def test_torchserve_reads_through_it():
+    """A prediction without requests, as the frontend sends it: TorchServe's own reader gets it out of the buffer."""
     code = (
-        "from ts.protocol import otf_message_handler as handler; from handlers.core import wire; wire.buffer_reads();"
-        "print(handler._retrieve_buffer is wire.retrieve_buffer)"
+        "import socket, struct\n"
+        "from ts.protocol import otf_message_handler as handler\n"
+        "from handlers.core import wire\n"
+        "handler._retrieve_buffer\n"  # what is replaced is there
+        "wire.buffer_reads()\n"
+        "frontend, worker = socket.socketpair()\n"
+        "frontend.sendall(b'I' + struct.pack('!i', -1))\n"
+        "print(handler.retrieve_msg(worker), worker in wire.readers)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout.strip() == "True", run.stderr
+    assert run.stdout.strip() == "(bytearray(b'I'), []) True", run.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="page faults are counted on Linux")
@@ -118,8 +128,8 @@ def test_any_module_serves(module: type[nn.Module], wanted: str, traced: bool, t
     eager = module().eval()
     exported = torch.jit.trace(eager, images) if traced else torch.jit.script(eager)
     exported.save(tmp_path / "model.pt")
-    precision, served = fastest(load(tmp_path / "model.pt"), wanted, CPU, (images,), tmp_path)
-    tolerance = 1e-4 if precision == "float32" else 0.05
+    taken, served = fastest(load(tmp_path / "model.pt"), wanted, CPU, (images,), tmp_path)
+    tolerance = 1e-4 if taken == "float32" else 0.05
     torch.testing.assert_close(served(images).float(), eager(images), rtol=tolerance, atol=tolerance * 100)
 
 
@@ -141,3 +151,65 @@ def test_a_precision_that_does_not_run_says_so(tmp_path: Path, caplog: pytest.Lo
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
         assert fastest(load(tmp_path / "model.pt"), "bfloat16", CPU, (images,), tmp_path)[0] == "float32"
     assert "not frozen in bfloat16" in caplog.text
+    assert "the model computes in float32" in caplog.text
+
+
+@torch.inference_mode()
+def test_int8_gives_way_where_the_device_has_no_instructions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(precision, "natively", lambda *_: [])
+    torch.jit.script(nn.Linear(2, 2).eval()).save(tmp_path / "model.pt")
+    shutil.copy(tmp_path / "model.pt", tmp_path / INT8_NAME)
+    assert fastest(load(tmp_path / "model.pt"), "int8", CPU, (torch.ones(1, 2),), tmp_path)[0] == "float32"
+    assert "precision is int8, which does not work here" in caplog.text
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("wanted", ["bfloat16", "float32"])
+def test_a_fixed_precision_is_all_that_is_frozen(wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    frozen, freeze = [], precision.freeze
+    monkeypatch.setattr(
+        precision, "freeze", lambda model, name, *rest: frozen.append(name) or freeze(model, name, *rest)
+    )
+    torch.jit.script(nn.Linear(2, 2).eval()).save(tmp_path / "model.pt")
+    assert fastest(load(tmp_path / "model.pt"), wanted, CPU, (torch.ones(1, 2),), tmp_path)[0] == wanted
+    assert frozen == [wanted]
+
+
+class Turning(nn.Module):
+    """Rolls its rows by a quarter, so that four products more are the same outputs, for more work."""
+
+    def __init__(self, products: int):
+        super().__init__()
+        self.products = products
+        self.register_buffer("turn", torch.eye(128).roll(32, dims=0))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.products):
+            rows = rows @ self.turn
+        return rows
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As workers have: two would wait for one another on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("products", "taken"), [(41, "int8"), (197, "float32")])
+def test_what_is_much_faster_is_taken_and_what_is_little_faster_is_not(
+    products: int, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both in float32: the module of an archive that is called int8 may be any."""
+    monkeypatch.setattr(precision, "natively", lambda *_: ["int8"])
+    for name, count in {"model.pt": 201, INT8_NAME: products}.items():
+        torch.jit.script(Turning(count).eval()).save(tmp_path / name)
+    inputs = (torch.rand(32, 128),)
+    choices = [fastest(load(tmp_path / "model.pt"), "auto", CPU, inputs, tmp_path)[0] for _ in range(5)]
+    assert mode(choices) == taken  # a busy machine may mislead one of them
