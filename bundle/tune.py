@@ -225,10 +225,9 @@ class Tuning:
                 break
             stage = f"round {number}"
             self.say(f"{stage}, {place}/{len(field)}: {candidate.short()}")
-            steps = search.COARSE if number == 1 else search.rising(self.scores[candidate].concurrency)
             with self.spared(candidate), self.bench.started(candidate) as service:
                 self.learn(service)
-                scores[candidate] = self.climb(service, stage, steps, seconds)
+                scores[candidate] = self.climb(service, stage, self.rungs(candidate), seconds)
         return scores
 
     def finals(self, finalists: Sequence[Candidate]) -> None:
@@ -265,7 +264,7 @@ class Tuning:
         def measure(concurrency: int) -> Load:
             return self.measure(service, FINAL, concurrency, seconds)
 
-        loads = search.climb(measure, search.rising(self.scores[candidate].concurrency), self.target)
+        loads = search.climb(measure, self.rungs(candidate), self.target)
         missing = set().union(*self.final[candidate]) - set(loads)
         return loads | {concurrency: measure(concurrency) for concurrency in sorted(missing)}
 
@@ -276,6 +275,11 @@ class Tuning:
             return {}
         self.say(f"final, random arrivals: {service.candidate.short()}")
         return {service.candidate: service.random_arrivals(search.UTILISATION * throughput, seconds, self.timeout)}
+
+    def rungs(self, candidate: Candidate) -> Sequence[int]:
+        """Coarse for one that is new, fine near its best for one that was measured."""
+        known = self.scores.get(candidate)
+        return search.rising(known.concurrency) if known else search.COARSE
 
     def climb(self, service: Service, stage: str, steps: Sequence[int], seconds: float) -> Score:
         loads = search.climb(lambda step: self.measure(service, stage, step, seconds), steps, self.target)

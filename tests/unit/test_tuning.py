@@ -3,9 +3,11 @@
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -256,6 +258,42 @@ def test_the_first_round_takes_no_more_than_its_share(budget: float, start: floa
     count = search.affordable(budget, start, shortest)
     each = start + search.EXPECTED_RUNGS * shortest
     assert count == 2 or count * each <= budget / (search.rounds(count) + 1)
+
+
+class Machine:
+    """A bench whose services answer at once: the nearer to `best` their settings are, the faster."""
+
+    server = SimpleNamespace(settings={"max_response_size": "16777216"})
+    inputs = [None]
+
+    def __init__(self, best: Candidate):
+        self.best, self.served = best, []
+
+    def lives(self) -> bool:
+        return True
+
+    @contextmanager
+    def started(self, candidate: Candidate) -> Iterator[SimpleNamespace]:
+        def answer(concurrency: int, seconds: float, timeout: float) -> Load:
+            return load((1000 - 60 * distance(candidate, self.best)) * min(1, concurrency / 64), 0.01)
+
+        self.served.append(candidate)
+        facts = {"candidate": candidate, "start_seconds": 0.1, "memory": 1, "precision": "float32", "answer_bytes": 99}
+        yield SimpleNamespace(**facts, load=answer, random_arrivals=answer)
+
+
+def test_a_search_tries_neighbours_of_its_leader(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "cores", lambda: 2)
+    monkeypatch.setattr(tune, "on_gpu", lambda: False)
+    best = Candidate(2, 1, 32, 1)
+    machine = Machine(best)
+    search_for = tune.Tuning(machine, NOW, ["auto"], TARGET, 120, lambda doing, score: None)
+    first = search_for.field()
+    assert best not in first
+    verdict = search_for.run()
+    assert verdict.replaces
+    assert verdict.best == best
+    assert set(machine.served) > set(first)
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
