@@ -23,7 +23,7 @@ MOST_NEEDED = 200  # examples to judge with; among so few, an agreement above 0.
 # Clients compare probabilities with thresholds of their own: one that moves further is another answer to them, even
 # where the class is the same. A share of the examples may: those that are undecided in float32, too.
 LARGEST_MOVE = 0.05
-MOVING_LESS = 0.99  # of the examples
+MOVING_LESS = 0.95  # of the examples
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,10 +47,15 @@ def quantize(
     for kept in sorted({0, half, *(1 << power for power in range(half.bit_length()))}):
         if kept and not sensitive:
             sensitive = by_sensitivity(file, target, calibration, names)
-        convert(file, target, calibration, sensitive[:kept])
+        try:
+            convert(file, target, calibration, sensitive[:kept])
+        except RuntimeError:
+            if not kept:
+                raise
+            continue  # TorchScript cannot leave out each set of layers: those of one type may have to stay together
         if good_enough(load(target)):
             return len(names) - kept, len(names)
-    target.unlink()
+    target.unlink(missing_ok=True)
     return None
 
 
@@ -65,14 +71,14 @@ def convert(file: Path, target: Path, calibration: list[Batch], in_float32: list
 
 
 def by_sensitivity(file: Path, scratch: Path, calibration: list[Batch], names: list[str]) -> list[str]:
-    """The layers, first those whose quantization alone changes the outputs most."""
+    """The layers, first those that change the outputs least when they alone are left in float32."""
     expected = run(load(file), calibration)
-
-    def error(name: str) -> float:
-        convert(file, scratch, calibration, [other for other in names if other != name])
-        return (run(load(scratch), calibration) - expected).square().sum().item()
-
-    return sorted(names, key=error, reverse=True)
+    errors = {}
+    for name in names:
+        with suppress(RuntimeError):  # it cannot be left out alone
+            convert(file, scratch, calibration, [name])
+            errors[name] = (run(load(scratch), calibration) - expected).square().sum().item()
+    return sorted(errors, key=errors.__getitem__)
 
 
 def layers(file: Path) -> list[str]:
