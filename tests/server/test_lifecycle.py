@@ -45,13 +45,13 @@ def test_register_list_predict_unregister(served, management):
     """Out of the store, under a name of its own."""
     asked = requests.post(
         f"{management}/models",
-        params={"url": "mnist.mar", "model_name": "digits", "initial_workers": 1, "synchronous": "true"},
+        params={"url": "mnist.mar", "model_name": "digits", "synchronous": "true"},
         timeout=120,
     )
     assert asked.status_code == 200, asked.text
     try:
         assert "digits" in served.client.models()
-        wait_for(lambda: served.client.workers("digits").ready == 1)
+        wait_for(lambda: served.client.workers("digits").ready == MNIST.config["minWorkers"])
         answer = served.client.predict("digits", MNIST.sample_file.read_bytes())
         assert first_class(answer.json()) == MNIST.bundle.expect
     finally:
@@ -63,9 +63,7 @@ def test_register_list_predict_unregister(served, management):
 
 def test_versions(served, management, second_version):
     """A second version beside the first: both answer, the default moves, the old one goes."""
-    asked = requests.post(
-        f"{management}/models", params={"url": second_version, "initial_workers": 1, "synchronous": "true"}, timeout=120
-    )
+    asked = requests.post(f"{management}/models", params={"url": second_version, "synchronous": "true"}, timeout=120)
     assert asked.status_code == 200, asked.text
     listed = requests.get(f"{management}/models/mnist/all", timeout=30).json()
     assert {model["modelVersion"] for model in listed} == {"1.0", "2.0"}
