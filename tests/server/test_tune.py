@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not 
 @pytest.fixture
 def folder(tmp_path: Path) -> ModelFolder:
     """MNIST with settings that nobody can be happy with: batches of 300, which take 400 ms to give up filling."""
-    shutil.copytree(MODELS / "mnist", tmp_path / "mnist")
+    shutil.copytree(MODELS / "mnist", tmp_path / "mnist", ignore=shutil.ignore_patterns("tuning.*"))
     file = tmp_path / "mnist" / "model-config.yaml"
     text = re.sub(r"batchSize: \d+ ", "batchSize: 300", file.read_text())
     file.write_text(re.sub(r"maxBatchDelay: \d+ ", "maxBatchDelay: 400", text))

@@ -285,9 +285,9 @@ class Machine:
 def test_a_search_tries_neighbours_of_its_leader(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "cores", lambda: 2)
     monkeypatch.setattr(tune, "on_gpu", lambda: False)
-    best = Candidate(2, 1, 32, 1)
+    best = Candidate(1, 2, 32, 1)
     machine = Machine(best)
-    search_for = tune.Tuning(machine, NOW, ["auto"], TARGET, 120, lambda doing, score: None)
+    search_for = tune.Tuning(machine, NOW, ["auto"], TARGET, 90, lambda doing, score: None)
     first = search_for.field()
     assert best not in first
     verdict = search_for.run()

@@ -118,7 +118,7 @@ def test_a_write_that_fails_loses_nothing(tmp_path: Path):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> ModelFolder:
-    shutil.copytree(MODELS / "mnist", tmp_path / "mnist")
+    shutil.copytree(MODELS / "mnist", tmp_path / "mnist", ignore=shutil.ignore_patterns("tuning.*"))
     return ModelFolder(tmp_path / "mnist")
 
 
