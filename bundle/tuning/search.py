@@ -3,8 +3,8 @@ so on; the last few are measured in turns, together with the settings that there
 
 Every round gets the same share of the time that is left (Karnin, Koren, Somekh 2013: "sequential halving"), so the
 field halves and each measurement doubles. It needs no model of how settings act (Jamieson, Talwalkar 2016), and takes
-its time where noise matters: between candidates that are near each other. The first field is a sparse sample, so half
-of the places of each next one go to neighbours of the leader that were not tried.
+its time where noise matters: between candidates that are near each other. The first field is a sparse sample, so up to
+half of the places of each next one go to neighbours of the leader that were not tried.
 """
 
 from collections.abc import Callable, Iterable, Sequence

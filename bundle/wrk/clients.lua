@@ -64,7 +64,8 @@ function clients.sum(name)
   return sum
 end
 
--- a thread: the time of the start, when it has come
+-- a thread: the time of the start, when it has come. Hundreds of threads that looked more often would keep the others
+-- from starting; all have looked by the time that `add` sets.
 function clients.start()
   local shared = clients.shared
   while shared.start == 0 do clients.sleep_until(clients.now() + 0.05) end

@@ -22,7 +22,7 @@ from loadtest.bench.systems.base import Endpoint, batching, first
 from loadtest.bench.systems.processes import Workplace, wait_for_answer, workplace
 
 HANDLER = Path(__file__).parent.parent / "peers" / "torchserve_handler.py"
-QUEUE = 4096  # requests; the default of 100 answers 503 to some of 256 clients
+QUEUE = 4096  # requests; more than there are clients; the default of 100 answers 503 to some of 256
 
 
 @dataclass(frozen=True)
