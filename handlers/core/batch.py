@@ -5,7 +5,8 @@ device -> the model -> `reduce` on the device -> one copy back -> `encode` (one 
 
 A request that cannot be served takes its own slot out of the batch, with its own 4xx; its neighbours go on without
 it. Any other exception is a bug: its traceback is logged, and the whole batch is answered 500. TorchServe's own answer
-to it, 503, would read as "no room, come again".
+to it, 503, would read as "no room, come again". After a fault of the accelerator itself the worker ends, and TorchServe
+starts another one.
 """
 
 import json
@@ -22,9 +23,11 @@ from ts.torch_handler.base_handler import BaseHandler
 from handlers.core import memory, payload, precision, settings, topk, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
+    InsufficientMemory,
     InternalError,
     InvalidOption,
     NonFiniteOutput,
+    Overloaded,
     RequestError,
     ServingError,
     UnsupportedOperation,
@@ -156,8 +159,11 @@ class BatchHandler(BaseHandler):
         self.metrics.count_batch(len(data))
         try:
             answers = self.serve(data)
-        except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
-            raise  # TorchServe has a status for them: 507
+        except MemoryError:
+            raise  # TorchServe has a status for it: 507
+        except torch.AcceleratorError as exc:
+            logger.exception("the accelerator failed under %s: this worker ends", self.context.model_name)
+            raise SystemExit(1) from exc  # whatever this process asks of the device from now on fails, too
         except Exception:
             logger.exception("a bug failed a batch of %s", self.context.model_name)
             error = InternalError("The handler failed on this batch of requests. The server's log has the traceback.")
@@ -177,7 +183,7 @@ class BatchHandler(BaseHandler):
         with self.metrics.timed("decode"):
             slots = self.preprocess(data)
         samples = [sample for slot in slots for sample in slot.samples]
-        rows: list[Tensor] = []
+        rows: list[Tensor | None] = []
         if samples:
             with self.metrics.timed("inference"):
                 rows = self.inference(samples, max(slot.top_k for slot in slots))
@@ -190,7 +196,7 @@ class BatchHandler(BaseHandler):
         for index, row in enumerate(data):
             try:
                 slots.append(self.open_slot(row, self.context.get_all_request_header(index)))
-            except RequestError as error:
+            except (RequestError, Overloaded) as error:
                 slots.append(Slot(error=error))
         return slots
 
@@ -200,12 +206,29 @@ class BatchHandler(BaseHandler):
             return Slot(answer=self.describe())
         if payload.header(headers, "explain") == "True":
             raise UnsupportedOperation("This model gives no explanations. Use /predictions.")
+        self.check_wait(payload.arrival(headers))
         request = payload.read(row, headers, self.settings.max_instances)
         top_k = self.check_top_k(request.top_k)
         key = self.cache.key(request.contents, request.many, top_k)
         if known := self.cache.get(key):
             return Slot(answer=known)
         return Slot([self.decode(content) for content in request.contents], request.many, top_k, key=key)
+
+    def check_wait(self, arrival: float | None) -> None:
+        """Work on a request whose client may have given up delays those behind it, until all are late.
+
+        Args:
+            arrival: when the request reached the proxy (s since the epoch), if it came through one.
+
+        Raises:
+            Overloaded: it has waited longer than `max_wait_seconds`.
+        """
+        longest = self.settings.max_wait_seconds
+        if longest is not None and arrival is not None and time.time() - arrival > longest:
+            raise Overloaded(
+                f"More requests arrive than this model can answer: this one has waited {longest:g} s and was not "
+                "begun. Send it again after the seconds in Retry-After."
+            )
 
     def check_top_k(self, asked: int | None) -> int:
         """How many classes to answer.
@@ -218,14 +241,27 @@ class BatchHandler(BaseHandler):
         return asked or min(self.settings.top_k, len(self.mapping))
 
     @torch.inference_mode()
-    def inference(self, samples: list[Sample], top_k: int) -> list[Tensor]:
-        """Runs the samples in batches of at most the configured size, and returns `reduce`'s rows on the host."""
+    def inference(self, samples: list[Sample], top_k: int) -> list[Tensor | None]:
+        """Runs the samples in batches of at most the configured size, and returns `reduce`'s rows on the host; None for
+        a sample that does not fit the device's memory even by itself."""
         reduced = []
         for start in range(0, len(samples), self.batch_size):
-            batch = self.collate(samples[start : start + self.batch_size])
-            outputs = self.model(*map(self.to_device, batch))
-            reduced.append(self.reduce(precision.main_output(outputs), top_k))
-        return [row for rows in reduced for row in rows.cpu().unbind()]
+            reduced += self.run(samples[start : start + self.batch_size], top_k)
+        return [row for rows in reduced for row in ([None] if rows is None else rows.cpu().unbind())]
+
+    def run(self, samples: list[Sample], top_k: int) -> list[Tensor | None]:
+        """One batch -> `reduce`'s rows on the device; of a batch that does not fit its memory, those of its halves."""
+        try:
+            outputs = self.model(*map(self.to_device, self.collate(samples)))
+            return [self.reduce(precision.main_output(outputs), top_k)]
+        except torch.OutOfMemoryError as exc:
+            logger.warning("%d inputs of %s do not fit: %s", len(samples), self.context.model_name, exc)
+        # out of the `except`: the exception holds the frames, and they hold the tensors
+        torch.cuda.empty_cache()
+        if len(samples) == 1:
+            return [None]
+        middle = len(samples) // 2
+        return self.run(samples[:middle], top_k) + self.run(samples[middle:], top_k)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Without waiting for the copy, where there is one: only pinned memory is copied while the CPU goes on."""
@@ -233,7 +269,7 @@ class BatchHandler(BaseHandler):
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def postprocess(self, slots: list[Slot], rows: list[Tensor]) -> list[str]:
+    def postprocess(self, slots: list[Slot], rows: list[Tensor | None]) -> list[str]:
         """Scatters the rows into the slots they came from, and sets each slot's status and content type.
 
         Answers leave here as text: TorchServe would indent them, which is longer and takes Python's slow encoder.
@@ -242,7 +278,9 @@ class BatchHandler(BaseHandler):
         remaining = iter(rows)
         for index, slot in enumerate(slots):
             slot_rows = [next(remaining) for _ in slot.samples]
-            if slot_rows:
+            if any(row is None for row in slot_rows):
+                slot.error = InsufficientMemory("The device has not enough memory for this input. Send a smaller one.")
+            elif slot_rows:
                 try:
                     predictions = [self.encode(row, slot.top_k) for row in slot_rows]
                     slot.answer = {"predictions": predictions} if slot.many else predictions[0]

@@ -21,6 +21,8 @@
     │       ├── AudioTooLong
     │       ├── TextTooLong
     │       └── TooManyInstances
+    ├── Overloaded              429: it waited so long that its answer would be late
+    ├── InsufficientMemory      507: by itself, too large for the device
     ├── NonFiniteOutput         500: the model answered NaN or infinity
     └── InternalError           500: anything else that was raised is a bug
 
@@ -120,6 +122,14 @@ class TextTooLong(InputTooLarge):
 
 class TooManyInstances(InputTooLarge):
     pass
+
+
+class Overloaded(ServingError):
+    code = 429
+
+
+class InsufficientMemory(ServingError):
+    code = 507
 
 
 class NonFiniteOutput(ServingError):

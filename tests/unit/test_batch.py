@@ -272,6 +272,72 @@ def test_nothing_to_run_takes_no_inference(worker: DryRun, caplog: pytest.LogCap
     assert "bundle_inference_seconds" not in caplog.text
 
 
+# --- overload, and a device that is too small ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def limited(worker: DryRun) -> Iterator[DryRun]:
+    """Requests may wait a second."""
+    settings = worker.handler.settings
+    worker.handler.settings = settings.model_copy(update={"max_wait_seconds": 1.0})
+    yield worker
+    worker.handler.settings = settings
+
+
+def test_a_request_that_waited_too_long_is_not_begun(limited: DryRun):
+    now = time.time()
+    waited = [0.0, 1.5, 0.5, 30.0]
+    headers = [{"X-Request-Start": f"t={now - seconds:.3f}"} for seconds in waited]
+    answers = limited.predict([row(index) for index in range(5)], [*headers, {}])
+    assert [status for status, _ in answers] == [200, 429, 200, 429, 200]
+    assert answers[1][1] == answers[3][1]
+    assert (answers[1][1]["type"], "Retry-After" in answers[1][1]["message"]) == ("Overloaded", True)
+    assert answers[4] == limited.predict([row(4)])[0]
+
+
+@pytest.fixture
+def small_device(worker: DryRun, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device that has room for two inputs, and for none whose first number is above 40; the sizes that it ran."""
+    model, ran = worker.handler.model, []
+
+    def run(numbers: Tensor) -> Tensor:
+        if len(numbers) > 2 or numbers[:, 0].max() > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        ran.append(len(numbers))
+        return model(numbers)
+
+    monkeypatch.setattr(worker.handler, "model", run)
+    return ran
+
+
+def test_a_batch_that_does_not_fit_is_halved(worker: DryRun, small_device: list[int], caplog: pytest.LogCaptureFixture):
+    rows = [row(index) for index in (1, 2, 3, 50, 4, 5, 6)]
+    answers = worker.predict(rows)
+    assert [status for status, _ in answers] == [200, 200, 200, 507, 200, 200, 200]
+    assert answers[3][1]["type"] == "InsufficientMemory"
+    assert max(small_device) == 2
+    assert "7 inputs of numbers do not fit" in caplog.text
+    for index, one in enumerate(rows):
+        if index != 3:
+            assert answers[index][1] == alike(worker.predict([one])[0][1])
+
+
+def test_of_many_instances_one_that_does_not_fit_fails_its_request(worker: DryRun, small_device: list[int]):
+    answers = worker.predict([{"instances": [row(1)["body"], row(50)["body"]]}, row(2)])
+    assert [status for status, _ in answers] == [507, 200]
+
+
+def test_a_broken_accelerator_ends_the_worker(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
+    """What TorchServe's worker does not catch: its process ends, and the frontend starts another one."""
+
+    def run(numbers: Tensor) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker.handler, "model", run)
+    with pytest.raises(SystemExit):
+        worker.predict([row(0)])
+
+
 # --- what TorchServe asks of a handler's file --------------------------------------------------------------------
 
 
