@@ -187,6 +187,7 @@ class Tuning:
         return (
             f"The nearest: {1000 * load.p99:.3g} ms at {load.throughput:.3g} answers/s "
             f"and {point.concurrency} clients, with {point.candidate}."
+            + (" It was not held to the end: was the machine busy?" if load.p99 <= self.target else "")
         )
 
     def field(self) -> list[Candidate]:

@@ -27,11 +27,11 @@ pytestmark = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> ModelFolder:
-    """MNIST with settings that nobody can be happy with: batches of 300, which take 400 ms to give up filling."""
+    """MNIST with settings that nobody can be happy with: batches of 300, which take 1.5 s to give up filling."""
     shutil.copytree(MODELS / "mnist", tmp_path / "mnist", ignore=shutil.ignore_patterns("tuning.*"))
     file = tmp_path / "mnist" / "model-config.yaml"
     text = re.sub(r"batchSize: \d+ ", "batchSize: 300", file.read_text())
-    file.write_text(re.sub(r"maxBatchDelay: \d+ ", "maxBatchDelay: 400", text))
+    file.write_text(re.sub(r"maxBatchDelay: \d+ ", "maxBatchDelay: 1500", text))
     return ModelFolder(tmp_path / "mnist")
 
 
@@ -60,7 +60,7 @@ def test_better_settings_are_found_and_written(
     mar = archive(folder, tmp_path / "store").path
     run_dir = tmp_path / "run"
 
-    tune_folder(folder, mar, 0.3, 10, read_inputs(folder, []), run_dir=run_dir)
+    tune_folder(folder, mar, 1.2, 10, read_inputs(folder, []), run_dir=run_dir)
 
     shown = capsys.readouterr().out
     assert "The current settings miss the target." in shown
@@ -80,7 +80,7 @@ def test_better_settings_are_found_and_written(
 
     # the evidence: the current settings never came within the target, the best did in the final, with real answers
     assert found["current"]["batch_size"] == 300
-    within = [m for m in found["measurements"] if m["p99_ms"] and m["p99_ms"] <= 300 and not m["failed"]]
+    within = [m for m in found["measurements"] if m["p99_ms"] and m["p99_ms"] <= 1200 and not m["failed"]]
     assert not [m for m in within if m["settings"] == found["current"]]
     assert [m for m in within if m["settings"] == best and m["stage"] == "final" and m["answered"] > 10]
     assert found["machine"]["cores"] >= 1
@@ -116,7 +116,7 @@ command.RUN_DIR = Path({str(run_dir)!r})
 from bundle import cli
 cli.main()
 """
-    arguments = ["tune", "mnist", "--p99", "300ms", "--minutes", "5"]
+    arguments = ["tune", "mnist", "--p99", "1200ms", "--minutes", "5"]
     run = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -126,7 +126,7 @@ cli.main()
         [server] = servers(run_dir)
         family = [server, *server.children(recursive=True)]
         run.send_signal(signal.SIGINT)
-        said, _ = run.communicate(timeout=60)
+        said, _ = run.communicate(timeout=300)
     finally:
         run.kill()
     assert run.returncode == 130, said
