@@ -5,11 +5,12 @@
 #   TORCHSERVE_HOST   torchserve  host name or IPv4 address of the server
 #   TORCHSERVE_PORT   8080        its inference API
 #   SUPERVISOR_PORT   8083        its supervisor, which knows whether it is ready
-#   UPSTREAM_TIMEOUT  150         seconds for an answer: more than any model's responseTimeout
+#   UPSTREAM_TIMEOUT  25          seconds for an answer, its wait in a queue included: the deadline, after which it is 504
 #   MAX_BODY          16m         the largest body; TorchServe has a limit of its own, max_request_size
 #   RATE              200r/s      predictions of one client
 #   BURST             400         how far a client may be ahead of that rate
 #   CONNECTIONS       256         predictions of one client at the same time
+#   LARGE_BODIES      16          predictions of all clients at the same time whose body is more than a megabyte
 #   TRUSTED_PROXIES               networks of load balancers in front, whose X-Forwarded-For is believed
 #   LISTEN            8080        port, or address:port
 #   LISTEN_TLS        8443        the same for TLS, which is on when there are a certificate and its key
@@ -41,11 +42,12 @@ network='[0-9a-fA-F.:]+(/[0-9]+)?'
 setting TORCHSERVE_HOST "${TORCHSERVE_HOST:=torchserve}" '[A-Za-z0-9_.-]+' "a host name or an IPv4 address"
 setting TORCHSERVE_PORT "${TORCHSERVE_PORT:=8080}" "$port" "a port"
 setting SUPERVISOR_PORT "${SUPERVISOR_PORT:=8083}" "$port" "a port"
-setting UPSTREAM_TIMEOUT "${UPSTREAM_TIMEOUT:-150}" "$number" "a whole number of seconds"
+setting UPSTREAM_TIMEOUT "${UPSTREAM_TIMEOUT:-25}" "$number" "a whole number of seconds"
 setting MAX_BODY "${MAX_BODY:-16m}" "${number}[kKmM]?" "a size like 16m, and not 0"
 setting RATE "${RATE:-200r/s}" "${number}r/[sm]" "a rate like 200r/s or 30r/m"
 setting BURST "${BURST:-400}" "$number" "a whole number of at least 1"
 setting CONNECTIONS "${CONNECTIONS:-256}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
+setting LARGE_BODIES "${LARGE_BODIES:-16}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
 setting LISTEN "${LISTEN:-8080}" "([0-9.]+:)?$port" "a port, or address:port"
 setting LISTEN_TLS "${LISTEN_TLS:-8443}" "([0-9.]+:)?$port" "a port, or address:port"
 setting TLS_PORT "${TLS_PORT:-8443}" "$port" "a port"
@@ -81,9 +83,10 @@ addresses() {
 }
 
 # upstream FILE PORT: writes the upstream's servers. One slow model must not take a server out of rotation: max_fails.
+# Each twice, because nginx sends a request to another server again, never to the same one.
 upstream() {
   if [ -n "$known" ]; then
-    echo "$known" | sed "s|.*|server &:$2 max_fails=0;|" >"$run/$1.servers"
+    echo "$known" | sed "s|.*|server &:$2 max_fails=0; server &:$2 max_fails=0;|" >"$run/$1.servers"
   else
     echo "server 127.0.0.1:$2 down;" >"$run/$1.servers"
   fi

@@ -113,6 +113,15 @@ def test_errors_of_handlers_pass_unchanged(proxy, upstream, status):
     assert (answer.status_code, answer.content) == (status, upstream.body)
 
 
+def test_a_500_is_sent_once_more_and_nothing_else_is(proxy, upstream):
+    """A worker that died may have been one of several."""
+    for status, times in {500: 2, 400: 1, 413: 1, 429: 1, 507: 1}.items():
+        upstream.received.clear()
+        upstream.status = status
+        assert proxy.post(data=b"the same").status_code == status
+        assert [received.body for received in upstream.received] == [b"the same"] * times, status
+
+
 def test_a_full_queue_is_429(proxy, upstream):
     upstream.status, upstream.body = 503, QUEUE_FULL
     check_error(proxy.post(), 429, "QueueFull", "1")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import requests
 
 from tests.docker.proxy import PREDICT, Proxy, check_error, eventually, http
 
@@ -114,6 +115,30 @@ def test_connections_of_one_client(start, upstream):
     for thread in waiting:
         thread.join()
     assert proxy.post().status_code == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_bodies_of_all_clients(start, upstream, chunked):
+    """What is held in memory is bounded, whoever sends it; small requests do not notice."""
+    proxy = start(LARGE_BODIES="2", MAX_BODY="2m", TRUSTED_PROXIES="127.0.0.1")
+
+    def post(client: int, size: int = 1_500_000) -> requests.Response:
+        body = in_chunks(size) if chunked else b"x" * size
+        return proxy.post(data=body, headers={"X-Forwarded-For": f"1.1.1.{client}"})
+
+    upstream.release.clear()
+    waiting = [threading.Thread(target=post, args=(client,)) for client in (1, 2)]
+    for thread in waiting:
+        thread.start()
+    eventually(lambda: len(upstream.received) == 2)
+    check_error(post(3), 429, "TooManyRequests", "1")
+    small = threading.Thread(target=proxy.post)
+    small.start()
+    eventually(lambda: len(upstream.received) == 3)
+    upstream.release.set()
+    for thread in (*waiting, small):
+        thread.join()
+    assert post(3).status_code == 200
 
 
 def test_clients_behind_a_trusted_load_balancer_have_limits_of_their_own(start, upstream):
