@@ -15,7 +15,8 @@ import requests
 from bundle.catalog import select
 from bundle.client import check_sample
 from tests import queries
-from tests.docker.conftest import ROOT, SERVICES, Stack, docker
+from tests.docker.conftest import SERVICES
+from tests.docker.stack import ROOT, Stack, docker
 from tests.support import Traffic, reversioned, wait_for
 
 FOLDERS = select(["mnist", "image", "audio", "text"])

@@ -1,0 +1,121 @@
+"""The Docker stack under a project name and on ports of its own: for the tests, and for the trials of faults."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bundle.client import Client
+from bundle.errors import BundleError
+from bundle.ports import free_ports
+from tests.support import wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+PORTS = ("PORT", "TLS_PORT", "MANAGEMENT_PORT", "PROMETHEUS_PORT", "LOCUST_PORT")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running stack.
+
+    Attributes:
+        command: the compose command with project and file.
+        environment: what compose interpolates, ports included.
+    """
+
+    command: list[str]
+    environment: dict[str, str]
+
+    def compose(self, *arguments: str, check: bool = True, timeout: float = 1500) -> subprocess.CompletedProcess:
+        run = subprocess.run(
+            [*self.command, *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert not check or run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        return run
+
+    @property
+    def project(self) -> str:
+        return self.command[self.command.index("-p") + 1]
+
+    def make(self, *arguments: str) -> str:
+        run = subprocess.run(
+            ["make", *arguments, f"PROJECT={self.project}"],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=1700,
+        )
+        assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+        return run.stdout
+
+    def url(self, port: str) -> str:
+        return f"http://127.0.0.1:{self.environment[port]}"
+
+    @property
+    def client(self) -> Client:
+        """Predictions through the proxy, management on loopback."""
+        return Client(self.url("PORT"), self.url("MANAGEMENT_PORT"))
+
+    def container(self, service: str = "torchserve") -> str:
+        return self.compose("ps", "-a", "-q", service).stdout.strip()
+
+    def inspect(self, service: str = "torchserve") -> dict:
+        return json.loads(docker("inspect", self.container(service)))[0]
+
+    def execute(self, *command: str) -> str:
+        return docker("exec", self.container(), *command)
+
+    def wait_until_healthy(self, seconds: float = 300) -> None:
+        wait_for(lambda: self.inspect()["State"]["Health"]["Status"] == "healthy", seconds)
+
+    def logs(self, service: str = "torchserve") -> str:
+        return self.compose("logs", "--no-color", "--tail", "80", service).stdout
+
+
+def docker(*arguments: str) -> str:
+    run = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def compose_command() -> list[str]:
+    if given := os.environ.get("COMPOSE"):
+        return shlex.split(given)
+    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True)
+    return ["docker", "compose"] if plugin.returncode == 0 else ["docker-compose"]
+
+
+@contextmanager
+def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
+    """The stack, built and healthy, taken down with its volumes at the end.
+
+    Args:
+        settings: variables of compose.yaml.
+
+    Raises:
+        BundleError: no Docker engine answers.
+    """
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+        raise BundleError("No Docker engine answers: `docker info` says why.")
+    ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
+    project = f"torchserve-test-{os.getpid()}"
+    environment = {**os.environ, **ports, **settings}
+    stack = Stack([*compose_command(), "-p", project, "-f", "docker/compose.yaml"], environment)
+    stack.make("image")
+    try:
+        print(stack.make("up", f"SERVICES={' '.join(services)}"))
+        yield stack
+        stack.make("down")
+    finally:
+        stack.compose("--profile", "loadtest", "down", "--volumes", check=False)

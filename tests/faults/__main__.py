@@ -1,0 +1,90 @@
+"""Trials of faults on the real Docker stack, under constant load that is counted request by request."""
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bundle.cli import progress
+from bundle.errors import BundleError
+from tests.docker.stack import Stack, running
+from tests.faults import load, operation, workers
+from tests.faults.report import section
+from tests.faults.trial import Outcome, Trial
+from tests.reliability import write_section
+
+TRIALS: dict[str, Trial] = {
+    trial.name: trial for trial in (*workers.TRIALS, *load.TRIALS, *operation.TRIALS)
+}  # `rollout` and what comes after it find another version of mnist
+SETTINGS = {
+    "RATE": "10000r/s",  # all load comes from one client here
+    "BURST": "10000",
+    "CONNECTIONS": "9999",
+    "PATIENCE_SECONDS": "15",  # so that a trial need not wait two minutes
+    "TMP_SIZE": "2g",  # which is soon full
+}
+console = Console(highlight=False)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(TRIALS)}. By default, all.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Of a phase of load before and after a fault.")] = 3,
+    write: Annotated[bool, typer.Option(help="Write RELIABILITY.md; a run of some trials alone does not.")] = True,
+) -> None:
+    """Do to a stack of its own what happens to servers, and count what its clients notice. Exits 1 where a limit does
+    not hold."""
+    if unknown := [name for name in names or [] if name not in TRIALS]:
+        raise BundleError(f"There is no trial {unknown[0]!r}; there are: {', '.join(TRIALS)}.")
+    wanted = [TRIALS[name] for name in dict.fromkeys(names or TRIALS)]
+    console.print("The stack is built and started: some minutes.")
+    with running(("torchserve", "proxy"), **SETTINGS) as stack:
+        outcomes = run(stack, wanted, seconds)
+    console.print(table(wanted, outcomes))
+    for trial in wanted:
+        for limit in outcomes[trial.name].broken:
+            console.print(f"[red]{trial.name}: it does not hold that {limit}[/red]")
+        for note in outcomes[trial.name].notes:
+            console.print(f"{trial.name}: {note}", markup=False)
+    if write and not names:
+        write_section("faults", section(wanted, outcomes, seconds))
+        console.print("RELIABILITY.md is written.")
+    raise typer.Exit(1 if any(outcome.broken for outcome in outcomes.values()) else 0)
+
+
+def run(stack: Stack, trials: list[Trial], seconds: float) -> dict[str, Outcome]:
+    outcomes = {}
+    with progress() as bars:
+        task = bars.add_task("", total=len(trials), state="")
+        for trial in trials:
+            bars.update(task, description=trial.name)
+            began = time.monotonic()
+            outcomes[trial.name] = trial.run(stack, seconds)
+            held = "held" if not outcomes[trial.name].broken else "DID NOT HOLD"
+            bars.console.print(f"{trial.name}: {held}, {time.monotonic() - began:.0f} s", markup=False)
+            bars.advance(task)
+    return outcomes
+
+
+def table(trials: list[Trial], outcomes: dict[str, Outcome]) -> Table:
+    columns = ("sent", "answered", "refused", "failed", "lost", "silence_seconds", "recovery_seconds")
+    shown = Table("fault", *(column.replace("_seconds", " s") for column in columns), "holds")
+    for trial in trials:
+        row = outcomes[trial.name].row()
+        cells = ("" if row[column] is None else str(row[column]) for column in columns)
+        shown.add_row(trial.name, *cells, "no" if row["broken"] else "yes")
+    return shown
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command(epilog="Examples: python -m tests.faults · python -m tests.faults kill-one overload --seconds 10")(main)
+    try:
+        app()
+    except BundleError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

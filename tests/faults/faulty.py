@@ -1,0 +1,37 @@
+"""A text handler that fails as it is told to, for trials of what handlers do wrong: that of the archive `faulty`.
+
+A text that begins with one of these words does it: "hang", "bug", "log" (a megabyte), "break" (the accelerator), and
+"small" (from then on the device has room for two texts).
+"""
+
+import logging
+import time
+
+import torch
+from text import TextHandler
+
+logger = logging.getLogger(__name__)
+
+
+class FaultyHandler(TextHandler):
+    room = 1_000_000  # texts that the device has memory for
+
+    def decode(self, content: bytes | str) -> torch.Tensor:
+        command = self.read_text(content).split()[0]
+        if command == "hang":
+            time.sleep(3600)
+        if command == "bug":
+            raise ZeroDivisionError("as it was told")
+        if command == "log":
+            for _ in range(1000):
+                logger.info("a line of a thousand characters: %s", 970 * "x")
+        if command == "break":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        if command == "small":
+            self.room = 2
+        return super().decode(content)
+
+    def collate(self, samples: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        if len(samples) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().collate(samples)

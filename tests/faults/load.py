@@ -1,0 +1,229 @@
+"""Trials of too much load: floods of large bodies, more requests than can be answered, clients that dawdle."""
+
+import io
+import socket
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy
+import requests
+from PIL import Image
+
+from tests.docker.stack import Stack, docker
+from tests.faults.traffic import Answer, Traffic, median, p99
+from tests.faults.trial import Outcome, Trial
+from tests.faults.workers import RATE, digits, since
+
+TARGET = 1.0  # seconds: a request that waited longer is not begun (max_wait_seconds of the models)
+FLOOD_CLIENTS = 48
+FLOOD_BYTES = (16 << 20) - 1000  # just below max_request_size
+DAWDLERS = 150  # of each kind
+CUT_OFF = 10.0  # s after which the proxy ends a client that sends nothing
+
+
+def picture(width: int, height: int, kind: str) -> bytes:
+    """Smooth colours: much to decode, and as PNG little to send."""
+    rows, columns = numpy.indices((height, width), dtype=numpy.uint16)
+    pixels = numpy.stack([rows * 255 // height, columns * 255 // width, (rows + columns) % 256], axis=2)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(numpy.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def ask(url: str, body: bytes) -> Answer:
+    began = time.monotonic()
+    try:
+        answer = requests.post(url, data=body, timeout=40)
+    except requests.RequestException as exc:
+        return Answer(began, time.monotonic(), None, problem=type(exc).__name__)
+    right = answer.status_code == 200 and '"top_k"' in answer.text
+    return Answer(began, time.monotonic(), answer.status_code, right, "Retry-After" in answer.headers)
+
+
+def closed_loop(url: str, body: bytes, clients: int, seconds: float) -> list[Answer]:
+    """Clients that ask again as soon as they are answered, or a moment after they were refused."""
+    deadline = time.monotonic() + seconds
+    answers: list[Answer] = []
+
+    def client(_: int) -> None:
+        while time.monotonic() < deadline:
+            answers.append(ask(url, body))
+            if not answers[-1].right:
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    return answers
+
+
+class MemoryWatch:
+    """The most memory that a service's container has, in MB, as the kernel counts it, while the block runs."""
+
+    def __init__(self, stack: Stack, service: str):
+        self.container, self.highest = stack.container(service), 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.3):
+            shown = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", self.container).split("/")[0].strip()
+            number = float(shown.rstrip("kKMGiB"))
+            self.highest = max(self.highest, number * (1000 if "G" in shown else 1 if "M" in shown else 0.001))
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def flood(stack: Stack, seconds: float) -> Outcome:
+    url = f"{stack.url('PORT')}/predictions/image"
+    side = int((FLOOD_BYTES / 3) ** 0.5) - 8
+    body = picture(side, side, "BMP")
+    before = stack.inspect()["RestartCount"], stack.inspect("proxy")["RestartCount"]
+    with (
+        digits(stack, RATE / 2) as others,
+        MemoryWatch(stack, "proxy") as proxy,
+        MemoryWatch(stack, "torchserve") as server,
+    ):
+        answers = closed_loop(url, body, FLOOD_CLIENTS, 3 * seconds)
+    outcome = Outcome(answers + others.answers)
+    outcome.notes += [
+        f"{len(body) / 2**20:.1f} MiB each from {FLOOD_CLIENTS} clients",
+        f"most memory: proxy {proxy.highest:.0f} MB, TorchServe and workers {server.highest:.0f} MB",
+    ]
+    after = stack.inspect()["RestartCount"], stack.inspect("proxy")["RestartCount"]
+    killed = [stack.inspect(service)["State"]["OOMKilled"] for service in ("torchserve", "proxy")]
+    outcome.require(after == before and not any(killed), "nothing is killed for want of memory")
+    outcome.require(outcome.lost == 0, "no request is without an answer")
+    outcome.require(outcome.failed == 0, "what is not answered is told when to come again")
+    outcome.require(any(answer.right for answer in answers), "large bodies are answered, too")
+    outcome.require(proxy.highest < 2000, "the proxy stays below its limit of 2 GB")
+    return outcome
+
+
+def overload(stack: Stack, seconds: float) -> Outcome:
+    url = f"{stack.url('PORT')}/predictions/image"
+    body = picture(2000, 1500, "PNG")
+    answers = closed_loop(url, body, 16, seconds + 2)
+    rate = sum(answer.right for answer in answers) / (seconds + 2)
+    with Traffic(url, body, '"top_k"', 0.5 * rate) as calm:
+        time.sleep(seconds)
+    with Traffic(url, body, '"top_k"', 3 * rate) as storm:
+        time.sleep(max(5 * seconds, 15))
+        ended = storm.stop()
+    with Traffic(url, body, '"top_k"', 0.5 * rate, seed=2) as after:
+        time.sleep(seconds + 5)
+    late = since(after.answers, ended + 5)
+    outcome = Outcome(storm.answers + after.answers, recovery_time(after.answers, ended, median(calm.answers)))
+    right = [answer for answer in storm.answers if answer.right]
+    refused = [answer for answer in storm.answers if answer.refused]
+    outcome.notes += [
+        f"capacity {rate:.0f}/s, asked {3 * rate:.0f}/s, answered {len(right) / (ended - storm.answers[0].due):.0f}/s",
+        f"p99 of the answered {p99(right):.2f} s, of the refused {p99(refused):.2f} s, at half the capacity "
+        f"{p99(calm.answers):.2f} s",
+    ]
+    outcome.require(outcome.lost == 0 and outcome.failed == 0, "what is not answered is told when to come again")
+    outcome.require(p99(right) < 2 * TARGET, "what is answered has a p99 under twice the target (1 s)")
+    outcome.require(p99(refused) < 2 * TARGET, "what is refused is refused as soon")
+    outcome.require(len(right) > 0.5 * rate * (ended - storm.answers[0].due), "half of the capacity goes on, at least")
+    outcome.require(all(answer.right for answer in late), "five seconds after, all is answered")
+    outcome.require(median(late) < 2 * median(calm.answers) + 0.05, "and as fast as before")
+    return outcome
+
+
+def recovery_time(answers: list[Answer], ended: float, usual: float) -> float:
+    """Seconds from the end of the load until answers take no more than twice as long as usual."""
+    slow = [answer.done for answer in answers if not answer.right or answer.seconds > 2 * usual + 0.05]
+    return max(0.0, max(slow, default=ended) - ended)
+
+
+def dawdle(port: int, stop: threading.Event) -> list[socket.socket]:
+    """Clients that send half a header, half a body, or a body byte by byte; and some that hang up in the middle."""
+    head = b"POST /predictions/mnist HTTP/1.1\r\nHost: x\r\n"
+    openings = [head[:20], head + b"Content-Length: 1000\r\n\r\nhalf", head + b"Content-Length: 100000\r\n\r\n"]
+    held = []
+    for number in range(DAWDLERS * len(openings)):
+        connection = socket.create_connection(("127.0.0.1", port), 10)
+        connection.sendall(openings[number % len(openings)])
+        if number % 10 == 0:
+            connection.close()
+        else:
+            held.append(connection)
+
+    def trickle() -> None:
+        while not stop.wait(1):
+            for connection in held[2::3]:
+                try:
+                    connection.sendall(b"x")
+                except OSError:
+                    pass
+
+    threading.Thread(target=trickle, daemon=True).start()
+    return held
+
+
+def slow_clients(stack: Stack, seconds: float) -> Outcome:
+    """Without and with them, in turns."""
+    answers, quiet, disturbed, left = [], [], [], 0
+    for _ in range(3):
+        with digits(stack) as without:
+            time.sleep(seconds)
+        stop = threading.Event()
+        held = dawdle(int(stack.environment["PORT"]), stop)
+        with digits(stack) as among:
+            time.sleep(max(seconds, CUT_OFF + 2))
+        left = max(left, sum(is_open(connection) for connection in held if held.index(connection) % 3 != 2))
+        stop.set()
+        for connection in held:
+            connection.close()
+        answers += without.answers + among.answers
+        quiet.append(p99(without.answers))
+        disturbed.append(p99(among.answers))
+    outcome = Outcome(answers)
+    ratio = statistics.median(disturbed) / statistics.median(quiet)
+    outcome.notes.append(
+        f"{3 * DAWDLERS} slow clients; p99 {1000 * statistics.median(quiet):.0f} ms without, "
+        f"{1000 * statistics.median(disturbed):.0f} ms among them (medians of 3)"
+    )
+    outcome.require(outcome.answered == len(answers), "other clients are answered")
+    outcome.require(ratio < 2, "with the same p99, within twice of it on a shared machine")
+    outcome.require(left == 0, "clients that send nothing are cut off")
+    return outcome
+
+
+def is_open(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+TRIALS = (
+    Trial(
+        "flood",
+        "a flood of the largest allowed bodies",
+        "memory is bounded; 429 with Retry-After; nothing is killed",
+        flood,
+    ),
+    Trial(
+        "overload",
+        "three times the load that can be carried",
+        "what is answered has a p99 under twice the target of 1 s, the rest is refused as soon; as before within 5 s",
+        overload,
+    ),
+    Trial(
+        "slow-clients",
+        "clients that dawdle: half a header, half a body, byte by byte, hung up",
+        "they are cut off; the p99 of others is the same (within twice of it)",
+        slow_clients,
+    ),
+)

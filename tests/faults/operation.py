@@ -1,0 +1,115 @@
+"""Trials of what operators do and disks suffer: a stop, a rollout, more and fewer workers, a disk full of logs."""
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import requests
+
+from tests.docker.stack import ROOT, Stack, docker
+from tests.faults.archives import altered, register_faulty, shipped, versioned
+from tests.faults.traffic import eventually
+from tests.faults.trial import Outcome, Trial
+from tests.faults.workers import digits, since, whole
+
+LOG_MEGABYTES = 200  # three logs of 20 MB, and five compressed ones behind each, which hold less
+
+
+def full_disk(stack: Stack, seconds: float) -> Outcome:
+    """First as many lines as the logs rotate at, then no room at all."""
+    register_faulty(stack)
+    assert eventually(lambda: whole(stack, "faulty", 2), 60)
+    url = f"{stack.url('PORT')}/predictions/faulty"
+    with digits(stack) as traffic:
+        for _ in range(60):
+            requests.post(url, data=b"log", timeout=60)
+        size = int(stack.execute("sh", "-c", "du -sm /tmp/run/logs").split()[0])
+        rotated = stack.execute("sh", "-c", "ls /tmp/run/logs")
+        stack.execute("sh", "-c", "dd if=/dev/zero of=/tmp/fill bs=1M 2>/dev/null; true")
+        full = time.monotonic()
+        for _ in range(5):
+            requests.post(url, data=b"log", timeout=60)
+        time.sleep(2 * seconds)
+        free = stack.execute("sh", "-c", "df -m /tmp | tail -1").split()[3]
+        stack.execute("rm", "/tmp/fill")
+        time.sleep(seconds)
+    stack.client.unregister("faulty", "1.0")
+    outcome = Outcome(traffic.answers)
+    outcome.notes.append(f"60 MB of lines leave {size} MB of logs; then {free} MB are free for {2 * seconds:.0f} s")
+    outcome.require("model_log.1.log.gz" in rotated and size < LOG_MEGABYTES, "logs rotate and are bounded")
+    outcome.require(bool(since(traffic.answers, full)) and free == "0", "the disk was full")
+    outcome.require(outcome.answered == len(traffic.answers), "serving goes on")
+    return outcome
+
+
+def sigterm(stack: Stack, seconds: float) -> Outcome:
+    container = stack.container()
+    with digits(stack) as traffic:
+        time.sleep(seconds)
+        asked = time.monotonic()
+        docker("stop", "--time", "120", container)
+        stopped = time.monotonic() - asked
+        state = stack.inspect()["State"]
+        time.sleep(1)
+        docker("start", container)
+        began = time.monotonic()
+        back = eventually(lambda: requests.get(f"{stack.url('PORT')}/ping", timeout=10).ok, 120)
+        recovery = time.monotonic() - began
+        time.sleep(seconds)
+    stack.wait_until_healthy()
+    outcome = Outcome(traffic.answers, recovery)
+    outcome.notes.append(f"stopped after {stopped:.1f} s")
+    outcome.require(
+        outcome.lost == 0 and outcome.failed == 0, "every accepted request is answered, others told when to come"
+    )
+    outcome.require(all(a.right for a in traffic.answers if a.due < asked - 0.1), "what came before it is answered")
+    outcome.require((state["Status"], state["ExitCode"]) == ("exited", 0), "it ends by itself, with status 0")
+    outcome.require(back, "and starts again")
+    return outcome
+
+
+def rollout(stack: Stack, seconds: float) -> Outcome:
+    with tempfile.TemporaryDirectory() as temporary:
+        good = shipped(stack, "mnist", Path(temporary))
+        new = altered(good, Path(temporary) / "new.mar", {"MAR-INF/MANIFEST.json": versioned(good, "1.1")})
+        with digits(stack) as traffic:
+            time.sleep(seconds)
+            rolled = subprocess.run(
+                [sys.executable, "-m", "bundle", "rollout", "mnist", "--archive", str(new)],
+                cwd=ROOT,
+                env={**stack.environment, "COMPOSE": " ".join(stack.command), "RUN_DIR": temporary},
+                capture_output=True,
+                text=True,
+                timeout=400,
+            )
+            time.sleep(seconds)
+    outcome = Outcome(traffic.answers)
+    outcome.require(rolled.returncode == 0, "the rollout succeeds")
+    outcome.require(stack.client.describe("mnist")["modelVersion"] == "1.1", "the new version is the default")
+    outcome.require(outcome.answered == len(traffic.answers), "zero failed")
+    return outcome
+
+
+def scaling(stack: Stack, seconds: float) -> Outcome:
+    version = stack.client.describe("mnist")["modelVersion"]
+    done = threading.Event()
+    with digits(stack) as traffic:
+        for workers in (3, 1, 3, 2, 1, 2):
+            stack.client.scale("mnist", version, workers, workers)
+            eventually(lambda count=workers: whole(stack, "mnist", count), 60)
+            done.wait(seconds / 2)
+    outcome = Outcome(traffic.answers)
+    outcome.notes.append("2 to 3 to 1 to 3 to 2 to 1 to 2 workers")
+    outcome.require(outcome.answered == len(traffic.answers), "zero failed")
+    return outcome
+
+
+TRIALS = (
+    Trial("full-disk", "a disk full of logs", "logs rotate and are bounded; serving goes on", full_disk),
+    Trial("sigterm", "SIGTERM under load", "every accepted request is answered, later ones told when to come", sigterm),
+    Trial("rollout", "a rollout under load", "zero failed", rollout),
+    Trial("scaling", "more and fewer workers under load", "zero failed", scaling),
+)

@@ -1,0 +1,30 @@
+"""The section of RELIABILITY.md on faults."""
+
+from tests.faults.trial import Outcome, Trial
+from tests.reliability import about
+
+COLUMNS = ("sent", "answered", "refused", "failed", "lost", "silence_seconds", "recovery_seconds")
+HEAD = """\
+## Faults
+
+`make test-faults`, on the Docker stack (two workers a model), with requests at random times whose answers are counted
+one by one. Refused: 429 or 503 with Retry-After. Failed: any other answer that is not right. Lost: no answer at all.
+Silence: the longest time without a right answer, in seconds. Recovery: seconds until full strength.
+"""
+
+
+def section(trials: list[Trial], outcomes: dict[str, Outcome], seconds: float) -> str:
+    lines = [HEAD, f"{about()} Load for {seconds:g} s before and after each fault.", ""]
+    lines.append("| fault | must hold | sent | answered | refused | failed | lost | silence | recovery | holds |")
+    lines.append("|---|---|" + "---|" * 8)
+    for trial in trials:
+        row = outcomes[trial.name].row()
+        figures = " | ".join("" if row[column] is None else str(row[column]) for column in COLUMNS)
+        lines.append(f"| {trial.fault} | {trial.holds} | {figures} | {'**no**' if row['broken'] else 'yes'} |")
+    for trial in trials:
+        row = outcomes[trial.name].row()
+        answers = ", ".join(f"{status}: {count}" for status, count in sorted(row["statuses"].items()))
+        notes = "; ".join([f"answers {answers}", *row["notes"]])
+        broken = "".join(f" **It does not hold that {limit}.**" for limit in row["broken"])
+        lines += ["", f"**{trial.name}**: {notes}.{broken}"]
+    return "\n".join(lines)
