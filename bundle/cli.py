@@ -23,6 +23,7 @@ from bundle.client import WorkerCount, check_sample, curl_lines
 from bundle.errors import BundleError
 from bundle.readiness import wait_until_ready
 from bundle.server import Running, Server
+from bundle.signing import make_keys
 from bundle.tuning import command as tuning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
@@ -53,6 +54,19 @@ def archive(
 ) -> None:
     """Build the models' archives in model_store/, where something that goes into them has changed."""
     build(catalog.select(models or []), Server().store, force)
+
+
+@app.command(epilog="Examples: `python -m bundle keygen` · `python -m bundle keygen /safe/place/signing.key`")
+def keygen(
+    file: Annotated[Path, typer.Argument(help="Where the private key goes; the public one goes beside it.")] = Path(
+        "keys/signing.key"
+    ),
+) -> None:
+    """Make a pair of keys: SIGNING_KEY=FILE signs archives as they are built, and with TRUSTED_KEY=FILE.pub nothing
+    else is served."""
+    public = make_keys(file)
+    console.print(f"{file} signs: keep it where archives are built, and secret.", markup=False, soft_wrap=True)
+    console.print(f"{public} checks: take it where archives are served.", markup=False, soft_wrap=True)
 
 
 def build(folders: list[ModelFolder], store: Path, force: bool = False) -> None:
