@@ -25,7 +25,7 @@ def main(name: str, *arguments: str) -> None:
         # in the words of TorchServe's own worker, for bundle/readiness.py
         sys.exit(f"Backend worker process died.\n{type(exc).__name__}: {exc}")
     python = os.environ["BUNDLE_PYTHON"]
-    os.execve(python, [python, *LAUNCHERS.get(name, ()), *arguments], environment())
+    os.execve(python, [python, *LAUNCHERS.get(name, ()), *arguments], environment(Path.cwd()))
 
 
 def permit(folder: Path, arguments: tuple[str, ...]) -> None:
@@ -43,8 +43,8 @@ def permit(folder: Path, arguments: tuple[str, ...]) -> None:
     from bundle.signing import check
 
     if all(Path(argument).name != WORKER for argument in arguments):
-        # TorchServe's collector of metrics, that is; in a model's folder, it is pip or venv
-        if folder != Path(find_spec("ts").origin).parents[1]:
+        # in TorchServe's own folder, this is its collector of metrics; in a model's folder, it is pip or venv
+        if folder != torchserve():
             raise BundleError(
                 "A model is served with the packages that the server has: none are installed for it "
                 "(useVenv, install_py_dep_per_model), because nobody has checked them."
@@ -59,12 +59,23 @@ def permit(folder: Path, arguments: tuple[str, ...]) -> None:
     check(folder, Path(trusted) if trusted else None)
 
 
-def environment() -> dict[str, str]:
-    """The worker's."""
+def environment(folder: Path) -> dict[str, str]:
+    """What a command finds in it, in this folder."""
     guards = str(Path(__file__).resolve().parent / "bin")
-    path = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder != guards]
-    # compiled modules would be members that the archive does not list, at the next start
-    return {**os.environ, "PATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry != guards]
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join(path),
+        # TorchServe's begins with the folder of the handler that a registration names, wherever that is
+        "PYTHONPATH": f"{folder}{os.pathsep}{torchserve()}",
+        # compiled modules would be members that the archive does not list, at the next start
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def torchserve() -> Path:
+    """The folder that the package `ts` is in."""
+    return Path(find_spec("ts").origin).parents[1]
 
 
 if __name__ == "__main__":
