@@ -186,14 +186,12 @@ class Server:
             BundleError: an archive that is not what was built or signed, no Java, a port that is taken, or a process
                 that ended at once.
         """
-        trusted = key_of("TRUSTED_KEY")
-        for folder in folders:
-            check(self.archive(folder), trusted)
+        self.check_archives(folders)
         self.check_ports()
         environment = {
             **self.settings.environment(),
             "BUNDLE_PYTHON": sys.executable,
-            "TRUSTED_KEY": str(trusted or ""),  # even if there is none: to the guard, no such variable means no worker
+            "TRUSTED_KEY": str(key_of("TRUSTED_KEY") or ""),  # "", because without the variable no worker starts
             "PATH": f"{GUARDS}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "JAVA_HOME": str(java_home()),
             "LOG_LOCATION": str(self.logs),
@@ -237,6 +235,11 @@ class Server:
     def console(self) -> Path:
         """What the Java process prints before its logging is up: a heap that does not fit, a wrong option."""
         return self.logs / "console.log"
+
+    def check_archives(self, folders: list[ModelFolder]) -> None:
+        trusted = key_of("TRUSTED_KEY")
+        for folder in folders:
+            check(self.archive(folder), trusted)
 
     def check_ports(self) -> None:
         for key, (host, port) in self.settings.listeners().items():

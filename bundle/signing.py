@@ -26,6 +26,7 @@ SIGNATURE = f"{MANIFEST}.sig"
 SEALS = (MANIFEST, SIGNATURE)
 SEAL_BYTES = 2**24  # a manifest of more than 100,000 members is none
 FAULTS_SHOWN = 5
+KEY_FILE = Path("keys/signing.key")
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
