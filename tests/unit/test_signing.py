@@ -288,10 +288,12 @@ def start_worker(model: Path, trusted: str, *command: str, name: str = "python",
 
 @pytest.mark.parametrize("name", ["python", "python3"])
 def test_the_guard_becomes_the_worker(model: Path, trusted: Path, name: str):
-    pid, output, errors, status = start_worker(model, str(trusted), name=name)
+    pid, output, errors, status = start_worker(model, str(trusted), name=name, PYTHONPATH=f"/elsewhere:{model}")
     assert status == 0, errors
     assert output.startswith(f"{pid} ['--port', '9000']")
     assert str(GUARDS) not in output
+    assert f"'PYTHONPATH': '{model}:" in output
+    assert "/elsewhere" not in output
     assert "'PYTHONDONTWRITEBYTECODE': '1'" in output
 
 
