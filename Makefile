@@ -2,8 +2,9 @@
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
 # MODELS (which to archive and serve), MODEL (which to train), ARGS (of train.py), DATA_DIR (where data sets are, or are
-# put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run), COMPOSE (`docker compose`
-# or docker-compose); of the Docker stack PROJECT (its name), SERVICES (which), GPU=1, ADMIN=1 (Grafana's administrator).
+# put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run), SIGNING_KEY (what signs
+# archives), TRUSTED_KEY (what must have signed them to be served), COMPOSE (`docker compose` or docker-compose); of the
+# Docker stack PROJECT (its name), SERVICES (which), GPU=1, ADMIN=1 (Grafana's administrator).
 # loadtest/README.md has those of the load tests, loadtest/bench/README.md those of the benchmark.
 
 PYTHON ?= python3
@@ -15,6 +16,10 @@ GPU ?=
 ADMIN ?=
 PROJECT ?= torchserve-bundle
 SERVICES ?=
+ifneq ($(TRUSTED_KEY),)
+# compose takes relative paths to be relative to docker/
+override export TRUSTED_KEY := $(abspath $(TRUSTED_KEY))
+endif
 
 BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
@@ -22,10 +27,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # quiet where output goes to a log: pip's progress bars are for people
 QUIET := $(if $(CI),--quiet)
 STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml) \
-  $(if $(ADMIN),-f docker/compose.admin.yaml)
+  $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve stop status logs archive rollout train add-model image up down loadtest loadtest-ui bench \
+.PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench \
   tune profile test test-docker lint lock clean
 
 help:  ## show the commands
@@ -51,6 +56,9 @@ logs: made  ## follow the server's and the workers' logs
 
 archive: setup  ## build the archives into model_store/ (MODELS="mnist text")
 	@$(BUNDLE) archive $(MODELS)
+
+keygen: setup  ## make a pair of keys: SIGNING_KEY signs archives, TRUSTED_KEY has only those served (KEY=keys/signing.key)
+	@$(BUNDLE) keygen $(if $(KEY),"$(KEY)")
 
 rollout: setup  ## put a new version of a model in place of the one that is served, without an outage (MODEL=mnist)
 	@test -n "$(MODEL)" || { echo "error: say which: make rollout MODEL=mnist" >&2; exit 2; }

@@ -17,8 +17,10 @@ from bundle.catalog import CONFIG_NAME, HANDLERS, LABELS_NAME, MODEL_STORE, MODE
 from bundle.errors import BundleError
 from bundle.export import export, handler_settings, labels
 from bundle.precision import keep_what_is_right, set_precision
+from bundle.signing import key_id, key_of, seal
 
-BUILDERS = ("archive.py", "catalog.py", "export.py", "precision.py", "quantize.py", "torchvision_source.py")
+BUILDERS = ("archive.py", "catalog.py", "export.py", "precision.py", "quantize.py", "signing.py")
+BUILDERS += ("torchvision_source.py",)
 REQUIREMENTS = HANDLERS / "requirements.txt"
 
 
@@ -46,15 +48,16 @@ class Stage:
 
 
 def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False) -> Archive:
-    """Builds the folder's archive where it is missing or out of date.
+    """Builds the folder's archive where it is missing or out of date, and signs it where $SIGNING_KEY names a key.
 
     Raises:
         BundleError: something that belongs into it is missing or wrong.
     """
     target = store / f"{folder.name}.mar"
     record = target.with_suffix(".fingerprint")
-    wanted = fingerprint(folder)
-    if not force and target.is_file() and record.is_file() and record.read_text() == wanted:
+    key = key_of("SIGNING_KEY")
+    wanted = fingerprint(folder), key_id(key)
+    if not force and target.is_file() and is_current(record, *wanted):
         return Archive(target, rebuilt=False)
     store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"archive-{folder.name}-") as temporary:
@@ -67,12 +70,20 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
             plain = pack(folder, in_float32, Path(temporary))
             notes = keep_what_is_right(folder, plain, stage.module, stage.extra, stage.config)
         built = pack(folder, stage, Path(temporary))
+        seal(built, key)
         # a reader of the store never sees half an archive
         partial = store / f".{folder.name}.mar"
         shutil.move(built, partial)
         partial.replace(target)
-    record.write_text(wanted)
+    record.write_text(" ".join(filter(None, wanted)))
     return Archive(target, True, notes)
+
+
+def is_current(record: Path, content: str, signer: str) -> bool:
+    """Whether an archive was built of this content, and signed with this key. Who has no key (signer "") keeps what
+    others have signed."""
+    recorded = record.read_text().split(" ") if record.is_file() else []
+    return recorded[:1] == [content] and (not signer or recorded[1:] == [signer])
 
 
 def gather(folder: ModelFolder, target: Path) -> Stage:

@@ -23,6 +23,7 @@ from bundle.client import WorkerCount, check_sample, curl_lines
 from bundle.errors import BundleError
 from bundle.readiness import wait_until_ready
 from bundle.server import Running, Server
+from bundle.signing import KEY_FILE, make_keys
 from bundle.tuning import command as tuning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
@@ -55,6 +56,14 @@ def archive(
     build(catalog.select(models or []), Server().store, force)
 
 
+@app.command(epilog="Examples: `python -m bundle keygen` · `python -m bundle keygen /safe/place/signing.key`")
+def keygen(file: Annotated[Path, typer.Argument(help="Where the private key goes.")] = KEY_FILE) -> None:
+    """Make a pair of keys: SIGNING_KEY=FILE signs archives as they are built, and with TRUSTED_KEY=FILE.pub nothing
+    else is served."""
+    public = make_keys(file)
+    console.print(f"{file} signs, and stays secret; {public} checks.", markup=False, soft_wrap=True)
+
+
 def build(folders: list[ModelFolder], store: Path, force: bool = False) -> None:
     from bundle.archive import archive as build_archive  # imports torch: seconds that the other commands need not wait
 
@@ -83,6 +92,7 @@ def serve(
         build(folders, server.store)
         running = server.running()
         if running and not server.is_current(running, folders):
+            server.check_archives(folders)  # before what serves is stopped
             console.print(f"What runs ({', '.join(running.served)}) is not what is asked for: it is started again.")
             server.stop()
             running = None

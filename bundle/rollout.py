@@ -12,6 +12,7 @@ from bundle.drain import wait_until_idle
 from bundle.errors import BundleError
 from bundle.readiness import start_version
 from bundle.server import Server
+from bundle.signing import check, key_of
 
 
 def archive_version(archive: Path) -> str:
@@ -42,6 +43,7 @@ def roll_out(
             one could not be removed.
     """
     name, version = folder.name, archive_version(archive)
+    check(archive, key_of("TRUSTED_KEY"))
     old = client.describe(name)
     if old is None:
         raise BundleError(f"{name} is not served here: there is nothing to roll over. Serve it: make serve")

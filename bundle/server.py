@@ -23,11 +23,15 @@ from bundle.catalog import ROOT, ModelFolder
 from bundle.client import Client
 from bundle.errors import BundleError
 from bundle.java import java_home
+from bundle.signing import check, key_of
 
 CONFIG = ROOT / "config.properties"
 SIDE_FILES = sorted((ROOT / "bundle" / "config").iterdir())  # what config.properties names: logs, metrics
 ADDRESSES = ("inference_address", "management_address", "metrics_address")
 GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
+GUARDS = ROOT / "bundle" / "bin"  # what workers are started with: see bundle/guard.py
+# TorchServe starts workers with the Python that it was started with itself, and knows no other setting for it
+LAUNCH = "import sys; sys.executable = sys.argv.pop(1); from ts.model_server import start; start()"
 
 
 class Settings:
@@ -77,7 +81,8 @@ class Settings:
 
     def fingerprint(self) -> str:
         overrides = sorted(f"{key}={value}" for key, value in self.environment().items() if key.startswith("TS_"))
-        texts = [file.read_text() for file in (self.file, *SIDE_FILES)]
+        trusted = [key] if (key := key_of("TRUSTED_KEY")) else []
+        texts = [file.read_text() for file in (self.file, *SIDE_FILES, *trusted)]
         return hashlib.sha256("\n".join([*texts, *overrides]).encode()).hexdigest()
 
 
@@ -178,18 +183,23 @@ class Server:
         """Starts TorchServe with the archives of these models, and returns as soon as its process lives.
 
         Raises:
-            BundleError: no Java, a port that is taken, or a process that ended at once.
+            BundleError: an archive that is not what was built or signed, no Java, a port that is taken, or a process
+                that ended at once.
         """
+        self.check_archives(folders)
         self.check_ports()
         environment = {
             **self.settings.environment(),
+            "BUNDLE_PYTHON": sys.executable,
+            "TRUSTED_KEY": str(key_of("TRUSTED_KEY") or ""),  # "", because without the variable no worker starts
+            "PATH": f"{GUARDS}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "JAVA_HOME": str(java_home()),
             "LOG_LOCATION": str(self.logs),
             "METRICS_LOCATION": str(self.logs),
         }
         wanted, settings = self.wanted(folders), self.settings.fingerprint()
-        command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(self.settings.file)]
-        command += ["--model-store", str(self.store)]
+        command = [sys.executable, "-c", LAUNCH, str(GUARDS / "python"), "--start"]
+        command += ["--ts-config", str(self.settings.file), "--model-store", str(self.store)]
         command += ["--models", *(f"{name}={name}.mar" for name in wanted)] if wanted else []
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -225,6 +235,11 @@ class Server:
     def console(self) -> Path:
         """What the Java process prints before its logging is up: a heap that does not fit, a wrong option."""
         return self.logs / "console.log"
+
+    def check_archives(self, folders: list[ModelFolder]) -> None:
+        trusted = key_of("TRUSTED_KEY")
+        for folder in folders:
+            check(self.archive(folder), trusted)
 
     def check_ports(self) -> None:
         for key, (host, port) in self.settings.listeners().items():

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import requests
 
+from bundle.signing import SEALS, seal
+
 
 def reversioned(archive: Path, version: str, target: Path, without: str = "") -> Path:
-    """A copy of an archive that says it is another version; leaving out the member `without`."""
+    """A copy of an archive that says it is another version, with a manifest; leaving out the member `without`."""
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
             content = old.read(entry)
@@ -20,8 +22,9 @@ def reversioned(archive: Path, version: str, target: Path, without: str = "") ->
                 manifest = json.loads(content)
                 manifest["model"]["modelVersion"] = version
                 content = json.dumps(manifest).encode()
-            if entry.filename != without:
+            if entry.filename not in (without, *SEALS):
                 new.writestr(entry.filename, content)
+    seal(target, None)
     return target
 
 

@@ -22,6 +22,7 @@ from bundle.ports import free_ports
 from bundle.readiness import last_words, start_version
 from bundle.rollout import archive_version, withdraw
 from bundle.server import ADDRESSES, GRPC_PORTS, Running, Server, Settings
+from bundle.signing import SEALS, key_of, seal
 from bundle.tuning.config_file import Keys, put
 from bundle.tuning.search import LARGEST_LOAD
 from bundle.tuning.space import Candidate
@@ -235,6 +236,8 @@ def variant(archive: Path, target: Path, candidate: Candidate, precision: str | 
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
         config = config_name(old)
         for entry in old.infolist():
+            if entry.filename in SEALS:
+                continue
             content = old.read(entry)
             if entry.filename == config:
                 values = yaml.safe_load(content)
@@ -244,6 +247,7 @@ def variant(archive: Path, target: Path, candidate: Candidate, precision: str | 
                     put(values, ("handler", "cache_entries"), 0)
                 content = yaml.safe_dump(values, sort_keys=False).encode()
             new.writestr(entry.filename, content)
+    seal(target, key_of("SIGNING_KEY"))
 
 
 def archived_config(archive: Path) -> dict:

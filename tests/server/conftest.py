@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bundle.catalog import MODEL_STORE
-from bundle.client import Client
+from bundle.catalog import MODEL_STORE, MODELS
+from bundle.client import Client, first_class
 from bundle.ports import free_ports
 from bundle.server import ADDRESSES, GRPC_PORTS
+from bundle.signing import make_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("mnist", "image", "audio", "text")  # whatever else a user has put into models/
@@ -95,3 +96,39 @@ def store(served: Place, tmp_path: Path) -> Path:
     for file in MODEL_STORE.glob("mnist.*"):
         shutil.copy(file, store)
     return store
+
+
+@pytest.fixture(scope="session")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private key, for signing; the public one is beside it."""
+    file = tmp_path_factory.mktemp("keys") / "signing.key"
+    make_keys(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def trusting(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[Place]:
+    """A server of MNIST that trusts the key, out of a store of its own; tests leave it as they found it."""
+    folder = tmp_path_factory.mktemp("trusting")
+    (folder / "store").mkdir()
+    place = new_place(folder / "run")
+    place.environment.update(SIGNING_KEY=str(key), TRUSTED_KEY=f"{key}.pub", TS_MODEL_STORE=str(folder / "store"))
+    started = place.bundle("serve", "mnist")
+    assert started.returncode == 0, started.stdout + started.stderr
+    try:
+        yield place
+    finally:
+        place.bundle("stop")
+
+
+@pytest.fixture
+def good(trusting: Place) -> Iterator[Path]:
+    """The signed archive that it serves. Whatever a test had refused, it still does, and serves nothing else."""
+    archive = Path(trusting.environment["TS_MODEL_STORE"]) / "mnist.mar"
+    yield archive
+    answer = trusting.client.predict("mnist", (MODELS / "mnist" / "sample.png").read_bytes())
+    assert first_class(answer.json()) == "3"
+    assert trusting.client.models() == ["mnist"]
+    for file in archive.parent.iterdir():
+        if file.stem != "mnist":
+            shutil.rmtree(file) if file.is_dir() else file.unlink()

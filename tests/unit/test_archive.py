@@ -12,6 +12,7 @@ from bundle import catalog
 from bundle.archive import REQUIREMENTS, archive, fingerprint
 from bundle.catalog import ROOT, ModelFolder, select
 from bundle.errors import BundleError
+from bundle.signing import check, make_keys
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def test_an_archive_is_self_contained(model, tmp_path):
     found = contents(archive(source, store=tmp_path).path)
     core = {f"handlers/core/{file.name}" for file in (catalog.HANDLERS / "core").glob("*.py")}
     expected = {"model.pt", "index_to_name.json", "model-config.yaml", "requirements.txt", "MAR-INF/MANIFEST.json"}
+    expected.add("MAR-INF/SHA256SUMS")
     expected |= core | {"handlers/__init__.py", f"{source.bundle.handler}.py", *source.bundle.files}
     assert set(found) == expected
     manifest = json.loads(found["MAR-INF/MANIFEST.json"])["model"]
@@ -46,6 +48,8 @@ def test_an_archive_is_self_contained(model, tmp_path):
 def test_the_same_input_gives_the_same_content(folder, tmp_path):
     first = contents(archive(folder, store=tmp_path / "one").path)
     second = contents(archive(folder, store=tmp_path / "two").path)
+    for found in (first, second):
+        del found["MAR-INF/SHA256SUMS"]  # of the MANIFEST.json, too, which has its time of birth
     manifests = [json.loads(found.pop("MAR-INF/MANIFEST.json")) for found in (first, second)]
     for manifest in manifests:
         del manifest["createdOn"]
@@ -66,6 +70,21 @@ def test_it_is_built_again_only_when_an_input_changes(folder, tmp_path):
     assert archive(ModelFolder(folder.path), store=store).rebuilt
     (store / "mnist.mar").unlink()
     assert archive(ModelFolder(folder.path), store=store).rebuilt
+
+
+def test_it_is_built_again_for_another_signer(folder, tmp_path, monkeypatch):
+    """And who has no key keeps what others have signed."""
+    store = tmp_path / "store"
+    trusted = {name: make_keys(tmp_path / name) for name in ("one", "other")}
+    archive(folder, store=store)
+    for name, public in trusted.items():
+        monkeypatch.setenv("SIGNING_KEY", str(tmp_path / name))
+        assert archive(folder, store=store).rebuilt
+        assert not archive(folder, store=store).rebuilt
+        check(store / "mnist.mar", public)
+    monkeypatch.delenv("SIGNING_KEY")
+    assert not archive(folder, store=store).rebuilt
+    check(store / "mnist.mar", trusted["other"])
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "index_to_name.json", "model-config.yaml", "model.py"])

@@ -1,0 +1,65 @@
+"""Archives that are not what was built, or not signed by whom they should be."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bundle.signing import SEALS, make_keys, seal
+from tests.support import reversioned
+
+
+def changed(archive: Path, target: Path, members: dict[str, bytes]) -> Path:
+    """A copy with other members, or more of them, under the old manifest and signature."""
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
+        for name in {**dict.fromkeys(old.namelist()), **members}:
+            new.writestr(name, members[name] if name in members else old.read(name))
+    return target
+
+
+def one_bit(archive: Path, target: Path) -> Path:
+    with zipfile.ZipFile(archive) as old:
+        weights = bytearray(old.read("model.pt"))
+    weights[len(weights) // 2] ^= 1
+    return changed(archive, target, {"model.pt": bytes(weights)})
+
+
+def leaves_a_mark(mark: Path) -> bytes:
+    """A handler that shows that it ran."""
+    return f"open({str(mark)!r}, 'w')\ndef handle(data, context):\n    return ['ran'] * len(data or ())\n".encode()
+
+
+def another_handler(archive: Path, target: Path) -> Path:
+    return changed(archive, target, {"mnist.py": leaves_a_mark(target.with_name("mark"))})
+
+
+def another_file(archive: Path, target: Path) -> Path:
+    return changed(archive, target, {"sitecustomize.py": leaves_a_mark(target.with_name("mark"))})
+
+
+def unsigned(archive: Path, target: Path) -> Path:
+    return reversioned(archive, "1.0", target)
+
+
+def without_manifest(archive: Path, target: Path) -> Path:
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
+        for name in set(old.namelist()) - set(SEALS):
+            new.writestr(name, old.read(name))
+    return target
+
+
+def signed_by_another(archive: Path, target: Path) -> Path:
+    make_keys(target.with_name("another.key"))
+    seal(without_manifest(archive, target), target.with_name("another.key"))
+    return target
+
+
+REFUSED = {
+    one_bit: "'model.pt' was changed",
+    another_handler: "'mnist.py' was changed",
+    another_file: "'sitecustomize.py' was added",
+    unsigned: "it is not signed (it has no MAR-INF/SHA256SUMS.sig), and TRUSTED_KEY demands it",
+    without_manifest: "it is not signed (it has no MAR-INF/SHA256SUMS), and TRUSTED_KEY demands it",
+    signed_by_another: "its signature was not made with the key of",
+}
+every_refusal = pytest.mark.parametrize("wrong", REFUSED, ids=lambda wrong: wrong.__name__)
