@@ -31,7 +31,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench \
-  tune profile test test-docker lint lock clean
+  tune profile test test-docker test-faults soak lint lock clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -120,6 +120,12 @@ test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe
 
 test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
 	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
+
+test-faults: dev  ## do to a Docker stack what happens to servers, and count what clients notice (FAULTS="kill-one overload" SECONDS=3)
+	$(BIN)/python -m tests.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)")
+
+soak: dev .venv/loadtest.done  ## load all models at 70 % for long, and see whether anything grows (MINUTES=10)
+	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes "$(MINUTES)")
 
 lint: dev
 	$(BIN)/ruff check .
