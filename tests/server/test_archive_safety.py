@@ -212,15 +212,17 @@ def test_a_registration_over_grpc_is_refused(trusting: Place, good: Path, store:
 
 def test_a_workflow_runs_no_functions_that_nobody_signed(trusting: Place, store: Path):
     """TorchServe takes a workflow's archive out of the store by name, and starts workers for the functions in it."""
-    workflow = {"workflowName": "flow", "specFile": "flow.yaml", "handler": "flow.py"}
+    manifest = {"createdOn": "today", "archiverVersion": "1"}
+    manifest["workflow"] = {"workflowName": "flow", "specFile": "flow.yaml", "handler": "flow.py"}
     spec = "models:\n  min-workers: 1\n  digit:\n    url: mnist.mar\ndag:\n  before: [digit]\n"
     with zipfile.ZipFile(store / "flow.war", "w") as war:
-        war.writestr("WAR-INF/MANIFEST.json", json.dumps({"archiverVersion": "0.2.15", "workflow": workflow}))
+        war.writestr("WAR-INF/MANIFEST.json", json.dumps(manifest))
         war.writestr("flow.yaml", spec)
         war.writestr("flow.py", leaves_a_mark(store / "mark").replace(b"handle", b"before"))
     asked = register(trusting, "flow.war", "flow", api="workflows")
     assert asked.status_code == 500, asked.text
-    assert "it is not signed" in str(worker_failure(logs_of(trusting), "flow__before"))
+    said = (logs_of(trusting) / "model_log.log").read_text().splitlines()
+    assert any("-flow__before_" in line and "it is not signed" in line for line in said), asked.text
     assert not (store / "mark").exists()
 
 
