@@ -12,7 +12,7 @@ from bundle.cli import progress
 from bundle.errors import BundleError
 from tests.docker.stack import Stack, running
 from tests.faults import load, operation, workers
-from tests.faults.report import section
+from tests.faults.report import said, section
 from tests.faults.trial import Outcome, Trial
 from tests.reliability import write_section
 
@@ -46,8 +46,7 @@ def main(
     for trial in wanted:
         for limit in outcomes[trial.name].broken:
             console.print(f"[red]{trial.name}: it does not hold that {limit}[/red]")
-        for note in outcomes[trial.name].notes:
-            console.print(f"{trial.name}: {note}", markup=False)
+        console.print(f"{trial.name}: {said(outcomes[trial.name])}", markup=False)
     if write and not names:
         write_section("faults", section(wanted, outcomes, seconds))
         console.print("RELIABILITY.md is written.")

@@ -12,7 +12,7 @@ import requests
 from PIL import Image
 
 from tests.docker.stack import Stack, docker
-from tests.faults.traffic import Answer, Traffic, median, p99
+from tests.faults.traffic import Answer, Traffic, error_type, median, p99
 from tests.faults.trial import Outcome, Trial
 from tests.faults.workers import RATE, digits, since
 
@@ -39,7 +39,8 @@ def ask(url: str, body: bytes) -> Answer:
     except requests.RequestException as exc:
         return Answer(began, time.monotonic(), None, problem=type(exc).__name__)
     right = answer.status_code == 200 and '"top_k"' in answer.text
-    return Answer(began, time.monotonic(), answer.status_code, right, "Retry-After" in answer.headers)
+    problem = "" if right else error_type(answer.text)
+    return Answer(began, time.monotonic(), answer.status_code, right, "Retry-After" in answer.headers, problem)
 
 
 def closed_loop(url: str, body: bytes, clients: int, seconds: float) -> list[Answer]:

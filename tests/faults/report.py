@@ -22,9 +22,13 @@ def section(trials: list[Trial], outcomes: dict[str, Outcome], seconds: float) -
         figures = " | ".join("" if row[column] is None else str(row[column]) for column in COLUMNS)
         lines.append(f"| {trial.fault} | {trial.holds} | {figures} | {'**no**' if row['broken'] else 'yes'} |")
     for trial in trials:
-        row = outcomes[trial.name].row()
-        answers = ", ".join(f"{status}: {count}" for status, count in sorted(row["statuses"].items()))
-        notes = "; ".join([f"answers {answers}", *row["notes"]])
-        broken = "".join(f" **It does not hold that {limit}.**" for limit in row["broken"])
-        lines += ["", f"**{trial.name}**: {notes}.{broken}"]
+        broken = "".join(f" **It does not hold that {limit}.**" for limit in outcomes[trial.name].broken)
+        lines += ["", f"**{trial.name}**: {said(outcomes[trial.name])}.{broken}"]
     return "\n".join(lines)
+
+
+def said(outcome: Outcome) -> str:
+    """What was answered, and what else was measured."""
+    row = outcome.row()
+    answers = ", ".join(f"{count} x {status}" for status, count in sorted(row["statuses"].items()))
+    return "; ".join([answers, f"p99 of what was right {row['p99_seconds']:g} s", *row["notes"]])

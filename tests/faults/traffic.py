@@ -1,6 +1,7 @@
 """Constant load in an open loop, counted request by request: requests leave at their time, answered or not."""
 
 import asyncio
+import json
 import math
 import random
 import statistics
@@ -26,7 +27,7 @@ class Answer:
         status: of the answer; None where there was none.
         right: a 200 that says what was expected.
         retry_after: whether the answer says when to come again.
-        problem: the exception that took the place of an answer.
+        problem: the type that an error's body names, or the exception that took the place of an answer.
     """
 
     due: float
@@ -82,7 +83,8 @@ class Traffic:
                 text = await answer.text()
             right = answer.status == 200 and self.expected in text
             told = "Retry-After" in answer.headers
-            self.answers.append(Answer(due, time.monotonic(), answer.status, right, told))
+            problem = "" if right else error_type(text)
+            self.answers.append(Answer(due, time.monotonic(), answer.status, right, told, problem))
         except (aiohttp.ClientError, TimeoutError) as exc:
             self.answers.append(Answer(due, time.monotonic(), None, problem=type(exc).__name__))
 
@@ -98,6 +100,14 @@ class Traffic:
     def __exit__(self, *_: object) -> None:
         self.stop()
         self._thread.join()
+
+
+def error_type(body: str) -> str:
+    """As the bundle's, the proxy's and TorchServe's error bodies name it."""
+    try:
+        return json.loads(body)["type"]
+    except (ValueError, KeyError, TypeError):
+        return "no error body"
 
 
 def median(answers: list[Answer]) -> float:
@@ -122,8 +132,8 @@ def longest_silence(answers: list[Answer]) -> float:
 
 
 def statuses(answers: list[Answer]) -> Counter[str]:
-    """How many answers had each status, or each reason for having none."""
-    return Counter(str(answer.status or answer.problem) for answer in answers)
+    """How many answers had each status and type of error, or each reason for having none."""
+    return Counter(" ".join(filter(None, (str(answer.status or ""), answer.problem))) for answer in answers)
 
 
 def eventually(found: Callable[[], object], seconds: float) -> bool:
