@@ -59,12 +59,16 @@ class Client:
         described = self.describe(model, version)
         return WorkerCount(0, 1) if described is None else count_ready(described)
 
-    def register(self, url: str, model: str) -> None:
+    def register(self, url: str, model: str, workers: int | None = None) -> None:
         """Registers an archive of the store as a version of `model`.
 
-        Returns after the workers that its model-config.yaml asks for have started.
+        Args:
+            workers: to start. By default, those that its model-config.yaml asks for; this returns when they have
+                started, and until then TorchServe answers nothing on those connections of other clients that the same
+                thread of its serves.
         """
-        self._manage("POST", "", url=url, model_name=model)
+        initial = {} if workers is None else {"initial_workers": workers}
+        self._manage("POST", "", url=url, model_name=model, **initial)
 
     def scale(self, model: str, version: str, minimum: int, maximum: int) -> None:
         """Sets the numbers of workers; they start and end in the background."""

@@ -79,7 +79,7 @@ def start_version(
     """
     since = datetime.now()
     try:
-        client.register(archive, model)  # answers after its first workers, or after their failure
+        client.register(archive, model, workers=0)
     except BundleError as exc:
         raise worker_failure(logs, model, version, since) or exc from exc
     scale_version(client, logs, model, version, workers, seconds)

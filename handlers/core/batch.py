@@ -193,9 +193,13 @@ class BatchHandler(BaseHandler):
     def preprocess(self, data: list[dict]) -> list[Slot]:
         """Decodes each request by itself."""
         slots = []
+        crowded = len(data) >= self.batch_size
         for index, row in enumerate(data):
+            headers = self.context.get_all_request_header(index)
             try:
-                slots.append(self.open_slot(row, self.context.get_all_request_header(index)))
+                if crowded:
+                    self.check_wait(payload.arrival(headers))
+                slots.append(self.open_slot(row, headers))
             except (RequestError, Overloaded) as error:
                 slots.append(Slot(error=error))
         return slots
@@ -206,7 +210,6 @@ class BatchHandler(BaseHandler):
             return Slot(answer=self.describe())
         if payload.header(headers, "explain") == "True":
             raise UnsupportedOperation("This model gives no explanations. Use /predictions.")
-        self.check_wait(payload.arrival(headers))
         request = payload.read(row, headers, self.settings.max_instances)
         top_k = self.check_top_k(request.top_k)
         key = self.cache.key(request.contents, request.many, top_k)
@@ -215,7 +218,7 @@ class BatchHandler(BaseHandler):
         return Slot([self.decode(content) for content in request.contents], request.many, top_k, key=key)
 
     def check_wait(self, arrival: float | None) -> None:
-        """Work on a request whose client may have given up delays those behind it, until all are late.
+        """In a full batch, behind which others wait: work on what is late already delays them, until all are late.
 
         Args:
             arrival: when the request reached the proxy (s since the epoch), if it came through one.

@@ -24,5 +24,5 @@ class Settings(BaseModel):
     threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
     precision: Wanted = "auto"  # of the arithmetic: "auto", and a list, are measured when the worker starts
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request
-    max_wait_seconds: PositiveFloat | None = None  # a request that waited longer since the proxy took it gets 429
+    max_wait_seconds: PositiveFloat | None = None  # while others wait, what waited longer gets 429
     cache_entries: NaturalInt = 0  # answers that a worker keeps, for inputs that come again; 0 keeps none

@@ -284,15 +284,18 @@ def limited(worker: DryRun) -> Iterator[DryRun]:
     worker.handler.settings = settings
 
 
-def test_a_request_that_waited_too_long_is_not_begun(limited: DryRun):
+def test_a_request_that_waited_too_long_is_not_begun_while_others_wait(limited: DryRun):
     now = time.time()
     waited = [0.0, 1.5, 0.5, 30.0]
-    headers = [{"X-Request-Start": f"t={now - seconds:.3f}"} for seconds in waited]
-    answers = limited.predict([row(index) for index in range(5)], [*headers, {}])
-    assert [status for status, _ in answers] == [200, 429, 200, 429, 200]
+    headers = [{"X-Request-Start": f"t={now - seconds:.3f}"} for seconds in waited] + [{}] * (BATCH_SIZE - len(waited))
+    rows = [row(index) for index in range(BATCH_SIZE)]
+    answers = limited.predict(rows, headers)
+    assert [status for status, _ in answers] == [200, 429, 200, 429, *[200] * (BATCH_SIZE - len(waited))]
     assert answers[1][1] == answers[3][1]
     assert (answers[1][1]["type"], "Retry-After" in answers[1][1]["message"]) == ("Overloaded", True)
-    assert answers[4] == limited.predict([row(4)])[0]
+    assert answers[4][1] == alike(limited.predict([row(4)])[0][1])
+    # a batch that is not full leaves nobody behind
+    assert [status for status, _ in limited.predict(rows[:-1], headers[:-1])] == [200] * (BATCH_SIZE - 1)
 
 
 @pytest.fixture
