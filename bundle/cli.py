@@ -315,7 +315,10 @@ def predict(
         from bundle import grpc_client  # imports grpcio, which the other commands need not wait for
 
         try:
-            answer = json.loads(grpc_client.predict(running.grpc, model, file.read_bytes()))
+            keys = running.keys()
+            authorization = keys.header("inference") if keys else None
+            said = grpc_client.predict(running.grpc, model, file.read_bytes(), authorization=authorization)
+            answer = json.loads(said)
         except grpc_client.GrpcError as exc:
             raise BundleError(str(exc)) from exc
     else:
