@@ -315,10 +315,9 @@ def predict(
         from bundle import grpc_client  # imports grpcio, which the other commands need not wait for
 
         try:
-            keys = running.keys()
-            authorization = keys.header("inference") if keys else None
-            said = grpc_client.predict(running.grpc, model, file.read_bytes(), authorization=authorization)
-            answer = json.loads(said)
+            authorization = keys.header("inference") if (keys := running.keys()) else None
+            answer = grpc_client.predict(running.grpc, model, file.read_bytes(), authorization=authorization)
+            answer = json.loads(answer)
         except grpc_client.GrpcError as exc:
             raise BundleError(str(exc)) from exc
     else:
@@ -358,6 +357,14 @@ def add_model(
 
 
 app.command(epilog=tuning.EXAMPLES)(tuning.tune)
+
+
+@app.command()
+def sbom(output: Annotated[Path, typer.Option(help="The file to write.")] = ROOT / "build" / "sbom.json") -> None:
+    """Write the bill of materials of what serves: Python packages, Java libraries, the Java runtime (CycloneDX)."""
+    from bundle.sbom import write  # cyclonedx is of the development environment
+
+    console.print(f"{write(output)} components: {catalog.relative(output)}", markup=False)
 
 
 def numbers(option: str, text: str | None) -> list[float] | None:
