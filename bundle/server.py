@@ -55,6 +55,16 @@ class Settings:
         paths = {name: given.get(name, self.values.get(key)) for key, name in names.items()}
         return given | {name: str(ROOT / path) for name, path in paths.items() if path}
 
+    def passed_on(self) -> dict[str, str]:
+        """The environment without what is kept from workers: as the same user, they could read TorchServe's. Its own
+        settings stay, a keystore's password among them."""
+        kept_back = re.compile(self["blacklist_env_vars"])
+        return {
+            name: value
+            for name, value in self.environment().items()
+            if name.startswith("TS_") or not kept_back.fullmatch(name)
+        }
+
     @property
     def asks_for_keys(self) -> bool:
         return self["disable_token_authorization"].lower() != "true"
@@ -204,7 +214,7 @@ class Server:
         """
         self.check_ports()
         environment = {
-            **self.settings.environment(),
+            **self.settings.passed_on(),
             "JAVA_HOME": str(java_home()),
             "LOG_LOCATION": str(self.logs),
             "METRICS_LOCATION": str(self.logs),
