@@ -222,6 +222,8 @@ class Server:
         wanted, settings = self.wanted(folders), self.settings.fingerprint()
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(self.settings.file)]
         command += ["--model-store", str(self.store)]
+        # snapshots are read only where there is no --ts-config, and have a keystore's password in them
+        command += ["--no-config-snapshots"]
         command += ["--log-config", str(log_config)] if (log_config := self.settings.log_config) else []
         command += ["--models", *(f"{name}={name}.mar" for name in wanted)] if wanted else []
         shutil.rmtree(self.logs, ignore_errors=True)
