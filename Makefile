@@ -31,7 +31,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench \
-  tune profile test test-docker test-faults soak lint lock clean
+  tune profile test test-docker test-faults soak lint lock sbom clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -134,6 +134,9 @@ lint: dev
 lock: dev  ## choose the newest versions of requirements/*.in again
 	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
+
+sbom: dev  ## write the bill of materials of what serves, for scanners: build/sbom.json (CycloneDX)
+	@$(BUNDLE) sbom
 
 clean:  ## stop the server; remove archives and build products (not .venv, not data/)
 	@test ! -e .venv/dev.done -a ! -e .venv/serve.done || $(BUNDLE) stop

@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bundle import catalog
+from bundle import catalog, supply_chain
 from bundle.catalog import ROOT, ModelFolder
 from bundle.client import WorkerCount, check_sample, curl_lines
 from bundle.errors import BundleError
 from bundle.readiness import wait_until_ready
 from bundle.server import Running, Server
-from bundle.signing import KEY_FILE, make_keys
 from bundle.tuning import command as tuning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, rich_markup_mode="markdown")
@@ -54,14 +53,6 @@ def archive(
 ) -> None:
     """Build the models' archives in model_store/, where something that goes into them has changed."""
     build(catalog.select(models or []), Server().store, force)
-
-
-@app.command(epilog="Examples: `python -m bundle keygen` · `python -m bundle keygen /safe/place/signing.key`")
-def keygen(file: Annotated[Path, typer.Argument(help="Where the private key goes.")] = KEY_FILE) -> None:
-    """Make a pair of keys: SIGNING_KEY=FILE signs archives as they are built, and with TRUSTED_KEY=FILE.pub nothing
-    else is served."""
-    public = make_keys(file)
-    console.print(f"{file} signs, and stays secret; {public} checks.", markup=False, soft_wrap=True)
 
 
 def build(folders: list[ModelFolder], store: Path, force: bool = False) -> None:
@@ -325,7 +316,9 @@ def predict(
         from bundle import grpc_client  # imports grpcio, which the other commands need not wait for
 
         try:
-            answer = json.loads(grpc_client.predict(running.grpc, model, file.read_bytes()))
+            authorization = keys.header("inference") if (keys := running.keys()) else None
+            answer = grpc_client.predict(running.grpc, model, file.read_bytes(), authorization=authorization)
+            answer = json.loads(answer)
         except grpc_client.GrpcError as exc:
             raise BundleError(str(exc)) from exc
     else:
@@ -365,6 +358,8 @@ def add_model(
 
 
 app.command(epilog=tuning.EXAMPLES)(tuning.tune)
+app.command(epilog=supply_chain.EXAMPLES)(supply_chain.keygen)
+app.command()(supply_chain.sbom)
 
 
 def numbers(option: str, text: str | None) -> list[float] | None:

@@ -1,19 +1,76 @@
 """TorchServe's HTTP APIs, as far as the commands need them."""
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import requests
+from filelock import FileLock
 
-from bundle.catalog import ModelFolder
+from bundle.catalog import ModelFolder, relative
 from bundle.errors import BundleError
 
 DESCRIPTION_SECONDS = 10  # a server that takes longer to say what it has is not well
 SECONDS = 30  # for one answer; no request of the bundle's own takes longer
 MANAGEMENT_SECONDS = 150  # ending workers takes its time: unregister_model_timeout is 120
+TRANSIT_SECONDS = 1  # a key with less to live may be dead when it arrives
+Api = Literal["inference", "management"]
 session = requests.Session()
 session.trust_env = False  # a proxy for the internet knows nothing of this machine's loopback
+
+
+class NoKey(BundleError, requests.RequestException):
+    """The request cannot be made: TorchServe asks for a key, and there is none to send."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys that TorchServe asks for where `disable_token_authorization` is false: one for each API, which expires,
+    and the token API's own, which renews them and lives as long as the server.
+
+    Args:
+        file: TorchServe writes them there, at its start and with each renewal.
+        management: base URL of the token API.
+    """
+
+    file: Path
+    management: str
+
+    def header(self, api: Api) -> str:
+        """The Authorization header for an API, with a key that is valid now.
+
+        Only a key that has expired is replaced, because the old one is dead at once, for other clients, too.
+
+        Raises:
+            NoKey: the file is not there, or says nothing; or TorchServe does not renew the key.
+        """
+        with FileLock(self.file.with_suffix(".lock")):  # of several commands, one renews
+            key, seconds = self._read(api)
+            if seconds < TRANSIT_SECONDS:
+                time.sleep(max(0, seconds))
+                self._renew(api)
+                key, _ = self._read(api)
+        return f"Bearer {key}"
+
+    def _read(self, api: Api) -> tuple[str, float]:
+        """A key, and for how many seconds it is valid."""
+        try:
+            keys = json.loads(self.file.read_text())
+            expires = datetime.fromisoformat(keys[api]["expiration time"])
+            return keys[api]["key"], (expires - datetime.now(UTC)).total_seconds()
+        except (OSError, ValueError, KeyError, TypeError):
+            raise NoKey(f"There is no key of the {api} API in {relative(self.file)}.") from None
+
+    def _renew(self, api: Api) -> None:
+        headers = {"Authorization": f"Bearer {json.loads(self.file.read_text())['API']['key']}"}
+        answer = session.get(f"{self.management}/token", params={"type": api}, headers=headers, timeout=SECONDS)
+        if not answer.ok:
+            raise NoKey(f"TorchServe refused to renew the key of its {api} API with {answer.status_code}.")
 
 
 @dataclass(frozen=True)
@@ -28,14 +85,25 @@ class Client:
 
     Args:
         inference, management: base URLs.
+        keys: where the server asks for them.
     """
 
     inference: str
     management: str
+    keys: Keys | None = None
+
+    def auth(self, api: Api) -> Callable[[requests.PreparedRequest], requests.PreparedRequest] | None:
+        """For the argument `auth` of requests."""
+        return partial(self._sign, api) if self.keys else None
+
+    def _sign(self, api: Api, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = self.keys.header(api)
+        return request
 
     def models(self) -> list[str]:
         """The names of the registered models."""
-        listed = session.get(f"{self.management}/models", params={"limit": 1000}, timeout=SECONDS)
+        params, auth = {"limit": 1000}, self.auth("management")
+        listed = session.get(f"{self.management}/models", params=params, auth=auth, timeout=SECONDS)
         listed.raise_for_status()
         return [model["modelName"] for model in listed.json()["models"]]
 
@@ -48,7 +116,8 @@ class Client:
         return next(iter(self._described("/".join(filter(None, (model, version))))), None)
 
     def _described(self, path: str) -> list[dict]:
-        answer = session.get(f"{self.management}/models/{path}", timeout=DESCRIPTION_SECONDS)
+        url, auth = f"{self.management}/models/{path}", self.auth("management")
+        answer = session.get(url, auth=auth, timeout=DESCRIPTION_SECONDS)
         if answer.status_code == 404:
             return []
         answer.raise_for_status()
@@ -84,7 +153,8 @@ class Client:
     def _manage(self, method: str, path: str, **params: str | int) -> None:
         """Raises:
         BundleError: TorchServe refuses; with its reason."""
-        answer = session.request(method, f"{self.management}/models{path}", params=params, timeout=MANAGEMENT_SECONDS)
+        url, auth = f"{self.management}/models{path}", self.auth("management")
+        answer = session.request(method, url, params=params, auth=auth, timeout=MANAGEMENT_SECONDS)
         if not answer.ok:
             raise BundleError(
                 f"TorchServe refused {method} /models{path} with {answer.status_code}.", reason(answer) or answer.text
@@ -96,7 +166,7 @@ class Client:
         url = f"{self.inference}/predictions/{'/'.join(filter(None, (model, version)))}"
         with requests.Session() as once:
             once.trust_env = False
-            answer = once.post(url, data=content, timeout=SECONDS)
+            answer = once.post(url, data=content, auth=self.auth("inference"), timeout=SECONDS)
             answer.raw.close()  # or the session's end would not close it
         return answer
 
@@ -149,10 +219,17 @@ def first_class(answer: dict) -> str:
 
 
 def curl_lines(client: Client, folders: list[ModelFolder], root: Path) -> list[str]:
-    """What to type to try the models with their samples."""
+    """What to type to try the models with their samples. A key goes to curl through a pipe: everybody on the machine
+    can read the arguments of a process."""
+
+    def curl(api: Api) -> str:
+        if client.keys is None:
+            return "curl"
+        return f"jq -r '\"Authorization: Bearer \" + .{api}.key' {relative(client.keys.file)} | curl -H @-"
+
     lines = [
-        f"curl -T {folder.sample_file.relative_to(root) if folder.sample_file else 'FILE'} "
+        f"{curl('inference')} -T {folder.sample_file.relative_to(root) if folder.sample_file else 'FILE'} "
         f"{client.inference}/predictions/{folder.name}"
         for folder in folders
     ]
-    return [*lines, f"curl {client.management}/models"]
+    return [*lines, f"{curl('management')} {client.management}/models"]

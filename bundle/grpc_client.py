@@ -23,24 +23,34 @@ class GrpcError(Exception):
         self.details = details
 
 
-def predict(address: str, model: str, data: bytes, version: str | None = None, timeout: float = 30.0) -> bytes:
+def predict(
+    address: str,
+    model: str,
+    data: bytes,
+    version: str | None = None,
+    timeout: float = 30.0,
+    authorization: str | None = None,
+) -> bytes:
     """The answer of `model` (its default version, unless one is named) to one request.
 
     A request that the handler refuses with a 4xx comes back here like any answer: TorchServe drops the status
     that a handler sets per request when it answers over gRPC, so the error body is all there is of it.
 
-    `timeout` is in seconds and always ends the call: a worker that never answers would hold it for ever."""
+    `timeout` is in seconds and always ends the call: a worker that never answers would hold it for ever.
+    `authorization` is the header of that name, for a server that asks for keys."""
     messages, _ = _stubs()
     # The handler's row has the key "data", as a multipart field of that name has over HTTP.
     request = messages.PredictionsRequest(model_name=model, model_version=version or "", input={"data": data})
-    return _call(address, "Predictions", request, timeout).prediction
+    metadata = [("authorization", authorization)] if authorization else []
+    return _call(address, "Predictions", request, timeout, metadata).prediction
 
 
-def _call(address: str, method: str, request, timeout: float):
+def _call(address: str, method: str, request, timeout: float, metadata: list[tuple[str, str]]):
     _, services = _stubs()
     with grpc.insecure_channel(address, options=_OPTIONS) as channel:
         try:
-            return getattr(services.InferenceAPIsServiceStub(channel), method)(request, timeout=timeout)
+            call = getattr(services.InferenceAPIsServiceStub(channel), method)
+            return call(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as exc:
             raise GrpcError(address, exc.code(), exc.details() or "") from exc
 

@@ -61,8 +61,11 @@ def profile(running: Running, settings: Settings, folder: ModelFolder, concurren
     graph, as sampling slows the worker down.
 
     Raises:
-        BundleError: the model is not served, py-spy or wrk is missing, or py-spy may not look into a worker.
+        BundleError: the model is not served, py-spy or wrk is missing, py-spy may not look into a worker, or the server
+            asks for keys.
     """
+    if running.keys():  # wrk takes headers as arguments, which everybody on the machine can read
+        raise BundleError("The server asks for keys, which the load generator is not given: serve without them.")
     workers = worker_pids(running.client(), folder)
     if folder.bundle.sample is None:
         raise BundleError(f"{folder.name} has no sample to send: set `sample` in its model-config.yaml.")

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from filelock import FileLock, Timeout
 from ts.model_server import TS_NAMESPACE, load_properties
 
 from bundle.catalog import ROOT, ModelFolder
-from bundle.client import Client
+from bundle.client import Client, Keys
 from bundle.errors import BundleError
 from bundle.java import java_home
 from bundle.signing import check, key_of
@@ -32,6 +33,8 @@ GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
 GUARDS = ROOT / "bundle" / "bin"  # what workers are started with: see bundle/guard.py
 # TorchServe starts workers with the Python that it was started with itself, and knows no other setting for it
 LAUNCH = "import sys; sys.executable = sys.argv.pop(1); from ts.model_server import start; start()"
+PATHS = ("model_store", "workflow_store", "metrics_config", "keystore", "certificate_file", "private_key_file")
+LOG_CONFIG = re.compile(r"-Dlog4j\.configurationFile=(\S+)")
 
 
 class Settings:
@@ -50,8 +53,31 @@ class Settings:
         return self.environment().get(f"TS_{key.upper()}", self.values[key])
 
     def environment(self) -> dict[str, str]:
-        """What TorchServe finds in its environment."""
-        return {**os.environ, **self.overrides}
+        """What TorchServe finds in its environment. Relative paths are the repository's, wherever it is started."""
+        given = {**os.environ, **self.overrides}
+        names = {key: f"TS_{key.upper()}" for key in PATHS}
+        paths = {name: given.get(name, self.values.get(key)) for key, name in names.items()}
+        return given | {name: str(ROOT / path) for name, path in paths.items() if path}
+
+    def passed_on(self) -> dict[str, str]:
+        """The environment without what is kept from workers: as the same user, they could read TorchServe's. Its own
+        settings stay, a keystore's password among them."""
+        kept_back = re.compile(self["blacklist_env_vars"])
+        return {
+            name: value
+            for name, value in self.environment().items()
+            if name.startswith("TS_") or not kept_back.fullmatch(name)
+        }
+
+    @property
+    def asks_for_keys(self) -> bool:
+        return self["disable_token_authorization"].lower() != "true"
+
+    @property
+    def log_config(self) -> Path | None:
+        """What vmargs names; None where it names nothing."""
+        named = LOG_CONFIG.search(self.values.get("vmargs", ""))
+        return ROOT / named[1] if named else None
 
     def url(self, key: str) -> str:
         """The address as a client on this machine calls it."""
@@ -97,6 +123,7 @@ class Running:
         settings: `Settings.fingerprint` at its start.
         inference, management: base URLs.
         grpc: host:port of inference.
+        key_file: of its keys; "" where it asks for none.
     """
 
     pid: int
@@ -107,9 +134,13 @@ class Running:
     inference: str
     management: str
     grpc: str
+    key_file: str = ""
+
+    def keys(self) -> Keys | None:
+        return Keys(Path(self.key_file), self.management) if self.key_file else None
 
     def client(self) -> Client:
-        return Client(self.inference, self.management)
+        return Client(self.inference, self.management, self.keys())
 
     def process(self) -> psutil.Process | None:
         """The Java process while it lives."""
@@ -137,6 +168,7 @@ class Server:
         self.store = ROOT / self.settings["model_store"]
         self.logs = self.run_dir / "logs"
         self.record = self.run_dir / "server.json"
+        self.key_file = self.run_dir / "key_file.json"  # TorchServe's name for it, in the folder that it is started in
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -189,7 +221,7 @@ class Server:
         self.check_archives(folders)
         self.check_ports()
         environment = {
-            **self.settings.environment(),
+            **self.settings.passed_on(),
             "BUNDLE_PYTHON": sys.executable,
             "TRUSTED_KEY": str(key_of("TRUSTED_KEY") or ""),  # "", because without the variable no worker starts
             "PATH": f"{GUARDS}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -200,16 +232,22 @@ class Server:
         wanted, settings = self.wanted(folders), self.settings.fingerprint()
         command = [sys.executable, "-c", LAUNCH, str(GUARDS / "python"), "--start"]
         command += ["--ts-config", str(self.settings.file), "--model-store", str(self.store)]
+        # snapshots are read only where there is no --ts-config, and have a keystore's password in them
+        command += ["--no-config-snapshots"]
+        command += ["--log-config", str(log_config)] if (log_config := self.settings.log_config) else []
         command += ["--models", *(f"{name}={name}.mar" for name in wanted)] if wanted else []
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True, exist_ok=True)
+        self.forget_keys()
+        if self.settings.asks_for_keys:
+            self.key_file.touch(mode=0o600)  # TorchServe writes first, and restricts who may read afterwards
         # not below the project: a socket's path must not be longer than about 100 characters
         temporary = tempfile.mkdtemp(prefix="torchserve-")
         environment |= {"TMPDIR": temporary, "TEMP": temporary}  # of the wrapper's pid file, and java.io.tmpdir
         try:
             with self.console.open("wb") as console:
                 streams = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": console}
-                subprocess.run(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+                subprocess.run(command, cwd=self.run_dir, env=environment, start_new_session=True, **streams)
             process = launched(temporary)
             if process is None:
                 raise BundleError("TorchServe did not start.", self.console.read_text(errors="replace"))
@@ -222,12 +260,14 @@ class Server:
                 inference=self.settings.url("inference_address"),
                 management=self.settings.url("management_address"),
                 grpc=f"{self.settings['grpc_inference_address']}:{self.settings['grpc_inference_port']}",
+                key_file=str(self.key_file.resolve()) if self.settings.asks_for_keys else "",
             )
             self.record.write_text(json.dumps(asdict(running), indent=2))
         except BaseException:
             # Ctrl-C and a full disk included: what has no record could not be stopped later
             end(launched(temporary))
             shutil.rmtree(temporary, ignore_errors=True)
+            self.forget_keys()
             raise
         return running
 
@@ -267,7 +307,12 @@ class Server:
         end(process)
         shutil.rmtree(recorded.temporary, ignore_errors=True)
         self.record.unlink(missing_ok=True)
+        self.forget_keys()
         return process is not None
+
+    def forget_keys(self) -> None:
+        for file in (self.key_file, self.key_file.with_suffix(".lock")):
+            file.unlink(missing_ok=True)
 
 
 def launched(temporary: str) -> psutil.Process | None:

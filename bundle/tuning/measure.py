@@ -227,7 +227,8 @@ def own_settings(store: Path) -> dict[str, str]:
     grpc = {key: str(ports[key]) for key in GRPC_PORTS} | {
         key.replace("port", "address"): "127.0.0.1" for key in GRPC_PORTS
     }
-    return {**addresses, **grpc, "model_store": str(store), "load_models": ""}
+    alone = {"model_store": str(store), "load_models": "", "disable_token_authorization": "true"}
+    return {**addresses, **grpc, **alone}
 
 
 def variant(archive: Path, target: Path, candidate: Candidate, precision: str | list[str]) -> None:

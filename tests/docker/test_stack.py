@@ -67,8 +67,10 @@ def test_the_container_is_confined(stack: Stack):
         assert host["CapDrop"] == ["ALL"], service
         assert "no-new-privileges:true" in host["SecurityOpt"], service
         assert not host["Privileged"], service
+        assert not [option for option in host["SecurityOpt"] if "unconfined" in option], service
     capabilities = stack.execute("sh", "-c", "grep -E '^Cap(Eff|Prm|Bnd)' /proc/1/status")
     assert {line.split()[1] for line in capabilities.splitlines()} == {"0" * 16}
+    assert stack.execute("grep", "^Seccomp:", "/proc/1/status").split() == ["Seccomp:", "2"]  # Docker's filter
     search = (
         r"command -v gcc cc make; find / -xdev -path '*/.cache/pip/*' 2>/dev/null; ls .venv/bin/pip* 2>/dev/null; true"
     )

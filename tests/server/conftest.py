@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bundle.catalog import MODEL_STORE, MODELS
-from bundle.client import Client, first_class
+from bundle.client import Client, Keys, first_class
 from bundle.ports import free_ports
 from bundle.server import ADDRESSES, GRPC_PORTS
 from bundle.signing import make_keys
@@ -40,7 +40,15 @@ class Place:
 
     @property
     def client(self) -> Client:
-        return Client(self.url("inference_address"), self.url("management_address"))
+        management = self.url("management_address")
+        return Client(
+            self.url("inference_address"), management, Keys(self.keys, management) if self.keys.exists() else None
+        )
+
+    @property
+    def keys(self) -> Path:
+        """The keys of a server that asks for them."""
+        return Path(self.environment["RUN_DIR"]) / "key_file.json"
 
     def url(self, key: str) -> str:
         return f"http://127.0.0.1:{self.ports[key]}"

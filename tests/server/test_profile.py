@@ -33,6 +33,7 @@ def test_what_py_spy_may_not_do_it_says_before_the_load(monkeypatch: pytest.Monk
     class Server:
         inference = "http://127.0.0.1:1"
         client = staticmethod(lambda: None)
+        keys = staticmethod(lambda: None)
 
     ended = subprocess.Popen(["true"])
     ended.wait()

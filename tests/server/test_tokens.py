@@ -1,0 +1,242 @@
+"""Token authorization, switched on: who is let in where, and that the bundle's commands have the keys."""
+
+import json
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+import pytest
+import requests
+
+from bundle import grpc_client
+from bundle.catalog import MODEL_STORE, ROOT, select
+from tests.server.conftest import Place, new_place
+from tests.server.test_supervised import Supervised
+from tests.support import reversioned, wait_for
+
+[MNIST] = select(["mnist"])
+DIGIT = MNIST.sample_file.read_bytes()
+ON = {"TS_DISABLE_TOKEN_AUTHORIZATION": "false"}
+MINUTES = "TS_TOKEN_EXPIRATION_TIME_MIN"  # the irregular name of token_expiration_min
+SHORT_LIVED = 0.1
+LIST_MODELS = "/org.pytorch.serve.grpc.management.ManagementAPIsService/ListModels"
+WRONG = {
+    "missing": None,
+    "wrong": "Bearer AAAAAAAA",
+    "empty": "Bearer ",
+    "not a bearer's": "Basic {key}",
+    "without a scheme": "{key}",
+    "with more behind it": "Bearer {key} {key}",
+    "of the other API": "Bearer {other}",
+    "of the token API": "Bearer {API}",
+}
+OTHER = {"inference": "management", "management": "inference"}
+
+
+@pytest.fixture(scope="module")
+def guarded(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A server of MNIST that asks for keys, which outlive the tests."""
+    folder = tmp_path_factory.mktemp("guarded")
+    place = new_place(folder / "run")
+    (folder / "store").mkdir()
+    for file in MODEL_STORE.glob("mnist.*"):
+        shutil.copy(file, folder / "store")
+    place.environment.update(ON, TS_MODEL_STORE=str(folder / "store"))
+    started = place.bundle("serve", "mnist")
+    assert started.returncode == 0, started.stdout + started.stderr
+    try:
+        yield place
+    finally:
+        place.bundle("stop")
+
+
+def key(place: Place, api: str) -> str:
+    return json.loads(place.keys.read_text())[api]["key"]
+
+
+def headers(place: Place, api: str, pattern: str | None) -> dict[str, str]:
+    if pattern is None:
+        return {}
+    values = {"key": key(place, api), "other": key(place, OTHER.get(api, api)), "API": key(place, "API")}
+    return {"Authorization": pattern.format(**values)}
+
+
+def grpc_code(place: Place, port: str, method: str, metadata: dict[str, str]) -> grpc.StatusCode:
+    """What a call with an empty message comes to."""
+    with grpc.insecure_channel(f"127.0.0.1:{place.ports[port]}") as channel:
+        call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
+        try:
+            call(b"", metadata=[(name.lower(), value) for name, value in metadata.items()], timeout=30)
+        except grpc.RpcError as exc:
+            return exc.code()
+        return grpc.StatusCode.OK
+
+
+def assert_refused(answer: requests.Response) -> None:
+    assert (answer.status_code, answer.json()["type"]) == (400, "InvalidKeyException"), answer.text
+
+
+def test_the_right_key_opens_each_api(guarded: Place):
+    assert guarded.client.predict("mnist", DIGIT).json()["top_3_classes"][0] == 3
+    assert guarded.client.models() == ["mnist"]
+    guarded.client.scale("mnist", "1.0", 2, 3)
+    grpc_address = f"127.0.0.1:{guarded.ports['grpc_inference_port']}"
+    authorization = guarded.client.keys.header("inference")
+    assert b'"top_3_classes": [3' in grpc_client.predict(grpc_address, "mnist", DIGIT, authorization=authorization)
+    management = headers(guarded, "management", "Bearer {key}")
+    assert grpc_code(guarded, "grpc_management_port", LIST_MODELS, management) == grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("pattern", WRONG.values(), ids=WRONG)
+def test_predictions_without_the_right_key(guarded: Place, pattern):
+    sent = headers(guarded, "inference", pattern)
+    for method, path in (("POST", "/predictions/mnist"), ("GET", "/ping"), ("POST", "/v1/models/mnist:predict")):
+        assert_refused(requests.request(method, guarded.client.inference + path, data=DIGIT, headers=sent, timeout=30))
+    address = f"127.0.0.1:{guarded.ports['grpc_inference_port']}"
+    with pytest.raises(grpc_client.GrpcError) as refused:
+        grpc_client.predict(address, "mnist", DIGIT, authorization=sent.get("Authorization"))
+    assert refused.value.code == grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("pattern", WRONG.values(), ids=WRONG)
+def test_management_without_the_right_key(guarded: Place, pattern):
+    sent = headers(guarded, "management", pattern)
+    for method, path in (
+        ("GET", "/models"),
+        ("GET", "/models/mnist"),
+        ("POST", "/models?url=mnist.mar&model_name=intruder"),
+        ("PUT", "/models/mnist?min_worker=0"),
+        ("PUT", "/models/mnist/1.0/set-default"),
+        ("DELETE", "/models/mnist"),
+        ("POST", "/workflows?url=any.war"),
+    ):
+        assert_refused(requests.request(method, guarded.client.management + path, headers=sent, timeout=30))
+    assert grpc_code(guarded, "grpc_management_port", LIST_MODELS, sent) == grpc.StatusCode.PERMISSION_DENIED
+    assert guarded.client.models() == ["mnist"]
+
+
+@pytest.mark.parametrize("api", ["management", "inference"])
+def test_only_the_api_key_renews_and_the_old_key_is_dead(guarded: Place, api):
+    url, params = f"{guarded.client.management}/token", {"type": api}
+    old = json.loads(guarded.keys.read_text())
+    for pattern in (None, "Bearer AAAAAAAA", "Bearer {key}", "Bearer {other}"):
+        sent = headers(guarded, api, pattern)
+        assert_refused(requests.get(url, params=params, headers=sent, timeout=30))
+    assert json.loads(guarded.keys.read_text()) == old
+    assert requests.get(url, params=params, headers=headers(guarded, api, "Bearer {API}"), timeout=30).ok
+    new = json.loads(guarded.keys.read_text())
+    assert {name for name in old if old[name] != new[name]} == {api}
+    dead = {"Authorization": f"Bearer {old[api]['key']}"}
+    if api == "inference":
+        assert_refused(requests.post(f"{guarded.client.inference}/predictions/mnist", headers=dead, timeout=30))
+    else:
+        assert_refused(requests.get(f"{guarded.client.management}/models", headers=dead, timeout=30))
+    assert guarded.client.models() == ["mnist"]
+    assert guarded.client.predict("mnist", DIGIT).status_code == 200
+
+
+def test_what_torchserve_leaves_open(guarded: Place):
+    """The metrics, and the descriptions of the APIs: SECURITY.md says so."""
+    assert "ts_inference_requests_total" in requests.get(guarded.url("metrics_address") + "/metrics", timeout=30).text
+    for address in (guarded.client.inference, guarded.client.management):
+        assert "openapi" in requests.get(f"{address}/api-description", timeout=30).json()
+        assert "openapi" in requests.options(f"{address}/", timeout=30).json()
+
+
+def test_the_commands_have_the_keys_and_nobody_sees_them(guarded: Place, tmp_path: Path):
+    new = reversioned(MODEL_STORE / "mnist.mar", "1.1", tmp_path / "new.mar")
+    said = ""
+    for arguments in (
+        ["serve", "mnist"],
+        ["status"],
+        ["predict", "mnist"],
+        ["predict", "mnist", "--grpc"],
+        ["rollout", "mnist", "--archive", str(new)],
+        ["status"],
+    ):
+        ended = guarded.bundle(*arguments)
+        assert ended.returncode == 0, (arguments, ended.stdout, ended.stderr)
+        said += ended.stdout + ended.stderr
+    assert "nothing has changed" in said
+    assert [version["modelVersion"] for version in guarded.client.versions("mnist")] == ["1.1"]
+    said += "".join(
+        file.read_text(errors="replace") for file in guarded.keys.parent.glob("logs/**/*") if file.is_file()
+    )
+    said += (guarded.keys.parent / "server.json").read_text()
+    for api in ("inference", "management", "API"):
+        assert key(guarded, api) not in said
+
+
+def test_what_serve_tells_to_try_works(guarded: Place):
+    served = guarded.bundle("serve", "mnist")
+    tries = [line.strip() for line in served.stdout.splitlines() if "curl" in line]
+    assert len(tries) == 2
+    for line, answer in zip(tries, ('"top_3_classes": [3', '"modelName": "mnist"'), strict=True):
+        tried = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert answer in tried.stdout, tried.stderr
+
+
+def test_the_keys_are_the_owners_alone(guarded: Place):
+    assert stat.S_IMODE(guarded.keys.stat().st_mode) == 0o600
+    assert not (ROOT / "key_file.json").exists()
+    for file in ("key_file.json", "build/run/key_file.json"):  # the first where torchserve is started by hand
+        assert subprocess.run(["git", "check-ignore", "--quiet", file], cwd=ROOT).returncode == 0
+
+
+def test_expired_keys_are_refused_and_the_commands_renew_them(place: Place, store: Path):
+    place.environment.update(ON, TS_MODEL_STORE=str(store), **{MINUTES: str(SHORT_LIVED)})
+    started = place.bundle("serve", "mnist")
+    assert started.returncode == 0, started.stdout + started.stderr
+    for api in ("inference", "management"):
+        place.client.keys.header(api)
+    old = json.loads(place.keys.read_text())
+    expires = max(datetime.fromisoformat(old[api]["expiration time"]) for api in ("inference", "management"))
+    time.sleep(max(0, (expires - datetime.now(UTC)).total_seconds()) + 0.1)
+    dead = {api: {"Authorization": f"Bearer {old[api]['key']}"} for api in ("inference", "management")}
+    assert_refused(requests.post(f"{place.client.inference}/predictions/mnist", headers=dead["inference"], timeout=30))
+    assert_refused(requests.get(f"{place.client.management}/models", headers=dead["management"], timeout=30))
+    assert (
+        grpc_code(place, "grpc_management_port", LIST_MODELS, dead["management"]) == grpc.StatusCode.PERMISSION_DENIED
+    )
+    for arguments in (["status"], ["predict", "mnist"], ["predict", "mnist", "--grpc"]):
+        ended = place.bundle(*arguments)
+        assert ended.returncode == 0, (arguments, ended.stdout, ended.stderr)
+        time.sleep(60 * SHORT_LIVED)
+    assert json.loads(place.keys.read_text())["API"] == old["API"]
+    assert stat.S_IMODE(place.keys.stat().st_mode) == 0o600
+    assert place.bundle("stop").returncode == 0
+    assert not place.keys.exists()
+
+
+def test_lost_keys_are_named(place: Place, store: Path):
+    place.environment.update(ON, TS_MODEL_STORE=str(store))
+    assert place.bundle("serve", "mnist").returncode == 0
+    place.keys.unlink()
+    asked = place.bundle("status")
+    assert asked.returncode == 1
+    assert asked.stderr.strip() == f"error: There is no key of the management API in {place.keys}."
+    assert place.bundle("stop").returncode == 0
+
+
+def test_a_supervised_server_outlives_its_keys(place: Place, store: Path, tmp_path: Path):
+    place.environment.update(ON, **{MINUTES: str(SHORT_LIVED)})
+    run = Supervised(place, store, tmp_path)
+    try:
+        run.start("--patience", "10")  # seconds of an unanswered management API, which end the server
+        first = key(place, "management")
+        wait_for(lambda: key(place, "management") != first, 30)
+        assert run.ready() == 200
+        assert run.place.bundle("predict", "mnist").returncode == 0
+        assert run.end() == 0
+    finally:
+        if run.process.poll() is None:
+            run.end(signal.SIGKILL)
+    said = run.output.read_text()
+    assert "bundle: drained" in said
+    assert "does not answer" not in said

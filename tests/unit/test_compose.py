@@ -1,0 +1,29 @@
+"""What SECURITY.md says of the containers, as docker/compose.yaml has it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+COMPOSE = Path(__file__).parents[2] / "docker" / "compose.yaml"
+SERVICES = yaml.safe_load(COMPOSE.read_text())["services"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_container_is_confined(name):
+    service = SERVICES[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]  # so no seccomp or AppArmor profile but Docker's own
+    assert not service.keys() & {"privileged", "cap_add", "pid", "ipc", "network_mode", "devices", "userns_mode"}
+    assert not [volume for volume in service.get("volumes", ()) if "docker.sock" in volume]
+
+
+@pytest.mark.parametrize("name", [name for name in SERVICES if name != "grafana"])
+def test_the_root_file_system_is_read_only(name):
+    assert SERVICES[name]["read_only"] is True
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_all_but_inference_is_published_on_loopback(name):
+    for port in SERVICES[name].get("ports", ()):
+        assert port.startswith("${BIND:-127.0.0.1}:" if name == "proxy" else "127.0.0.1:")
