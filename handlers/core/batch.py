@@ -22,6 +22,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from handlers.core import memory, payload, precision, settings, topk, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
+    BatchTooSlow,
     InternalError,
     InvalidOption,
     NonFiniteOutput,
@@ -186,6 +187,7 @@ class BatchHandler(BaseHandler):
 
     def preprocess(self, data: list[dict]) -> list[Slot]:
         """Decodes each request by itself."""
+        self.decode_until = time.monotonic() + self.settings.max_decode_seconds
         slots = []
         for index, row in enumerate(data):
             try:
@@ -205,7 +207,17 @@ class BatchHandler(BaseHandler):
         key = self.cache.key(request.contents, request.many, top_k)
         if known := self.cache.get(key):
             return Slot(answer=known)
-        return Slot([self.decode(content) for content in request.contents], request.many, top_k, key=key)
+        return Slot([self.decode_in_time(content) for content in request.contents], request.many, top_k, key=key)
+
+    def decode_in_time(self, content: payload.Content) -> Sample:
+        """Limits bound what one input takes to decode; this bounds the batch, which may hold hundreds at the limit.
+
+        Raises:
+            BatchTooSlow: the batch has used up its time.
+        """
+        if time.monotonic() > self.decode_until:
+            raise BatchTooSlow("The inputs that came with this one took too long to decode. Send it again, or fewer.")
+        return self.decode(content)
 
     def check_top_k(self, asked: int | None) -> int:
         """How many classes to answer.

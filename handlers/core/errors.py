@@ -16,6 +16,7 @@
     │   │   ├── UndecodableAudio
     │   │   ├── UndecodableText
     │   │   └── BlankImage
+    │   ├── BatchTooSlow            429: others of the batch took the time; to be sent again
     │   └── InputTooLarge           413
     │       ├── ImageTooLarge
     │       ├── AudioTooLong
@@ -100,6 +101,10 @@ class UndecodableText(UndecodableInput):
 
 class BlankImage(UndecodableInput):
     pass
+
+
+class BatchTooSlow(RequestError):
+    code = 429
 
 
 class InputTooLarge(RequestError):

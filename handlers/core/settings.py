@@ -23,4 +23,6 @@ class Settings(BaseModel):
     threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
     precision: Wanted = "auto"  # of the arithmetic: "auto", and a list, are measured when the worker starts
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request
+    # s, after which no further input of a batch is decoded; well below responseTimeout, at which a worker is killed
+    max_decode_seconds: Annotated[float, Field(gt=0)] = 10.0
     cache_entries: NaturalInt = 0  # answers that a worker keeps, for inputs that come again; 0 keeps none
