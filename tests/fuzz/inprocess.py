@@ -16,7 +16,7 @@ from tests.fuzz.cases import Case, case
 from tests.fuzz.corpus import good
 from tests.fuzz.findings import Findings
 
-MODELS_BATCH = 8  # requests of a batch
+BATCH = 8  # requests
 NEIGHBOURS = 2  # good ones among them
 TOLERANCE = 0.02  # of a probability: batches of other sizes add in another order
 TOO_SLOW = 10.0  # s for a batch
@@ -55,8 +55,8 @@ def fuzz(
     with quiet(), DryRun(MODEL_STORE / f"{model}.mar") as worker:
         rows = [row for row in ({"body": content} for content in good(model).values()) if is_served(worker, row)]
         alone = [worker.predict([row])[0] for row in rows]
-        for start in range(0, len(numbers), MODELS_BATCH - NEIGHBOURS):
-            part = numbers[start : start + MODELS_BATCH - NEIGHBOURS]
+        for start in range(0, len(numbers), BATCH - NEIGHBOURS):
+            part = numbers[start : start + BATCH - NEIGHBOURS]
             mutated = [one for one in (case(seed, number, models) for number in part) if one.row is not None]
             batch: list[Case | int] = [*mutated, *Random(f"{seed} {start}").choices(range(len(rows)), k=NEIGHBOURS)]
             Random(f"{seed} {start} order").shuffle(batch)

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from bundle.tuning.report import cpu_model
 from tests.fuzz.inprocess import InProcess
 from tests.fuzz.serving import Look, Run
+from tests.fuzz.verdict import FAULTS, Tally
 
 GROWTH = 0.05  # of resident memory over the last half of a run
 
@@ -54,28 +56,32 @@ def grown(looks: list[Look], model: str | None) -> float:
 
 
 def server_table(run: Run) -> Table:
-    headers = ("model", "sent", "2xx", "4xx", "known", "5xx", "late", "other", "slowest s", "neighbours wrong",
-               "requests a batch", "restarts", "MB at half", "MB at end")  # fmt: skip
-    table = Table(*headers, title="Against the server")
-    for model, tally in run.tallies.items():
+    """A column a model."""
+    table = Table("", *run.tallies, "frontend", title="Against the server")
+
+    def line(name: str, value: Callable[[str, Tally], str], frontend: str = "") -> None:
+        table.add_row(name, *(value(model, tally) for model, tally in run.tallies.items()), frontend)
+
+    def in_a_batch(model: str, _: Tally) -> str:
         batches, requests = run.batches.get(model, (0, 0))
-        other = tally.failed.total() - tally.failed["5xx"] - tally.failed["late"]
-        table.add_row(
-            model,
-            f"{tally.sent:,}",
-            f"{tally.served:,}",
-            f"{tally.rejected.total():,}",
-            f"{tally.known.total():,}",
-            str(tally.failed["5xx"]),
-            str(tally.failed["late"]),
-            str(other),
-            f"{tally.seconds:.1f}",
-            f"{tally.wrong_neighbours} of {tally.neighbours:,}",
-            f"{requests / batches:.1f}" if batches else "-",
-            str(restarts(run.looks, model)),
-            *(f"{size / 1e6:,.0f}" for size in halves(run.looks, model)),
+        return f"{requests / batches:.1f}" if batches else "-"
+
+    line("sent", lambda _, tally: f"{tally.sent:,}")
+    line("2xx", lambda _, tally: f"{tally.served:,}")
+    line("4xx", lambda _, tally: f"{tally.rejected.total():,}")
+    line("known answers of the frontend", lambda _, tally: f"{tally.known.total():,}")
+    for kind in FAULTS:
+        line(kind, lambda _, tally, kind=kind: f"{tally.failed[kind]:,}")
+    line("wrong neighbours", lambda _, tally: f"{tally.wrong_neighbours:,} of {tally.neighbours:,}")
+    line("worker restarts", lambda model, _: str(restarts(run.looks, model)))
+    line("slowest answer, s", lambda _, tally: f"{tally.seconds:.1f}")
+    line("requests a batch", in_a_batch)
+    for index, when in enumerate(("half", "end")):
+        line(
+            f"resident MB at {when}",
+            lambda model, _, index=index: f"{halves(run.looks, model)[index] / 1e6:,.0f}",
+            f"{halves(run.looks, None)[index] / 1e6:,.0f}",
         )
-    table.add_row("frontend", *[""] * 11, *(f"{size / 1e6:,.0f}" for size in halves(run.looks, None)))
     return table
 
 

@@ -15,7 +15,7 @@ from yarl import URL
 from bundle.catalog import select
 from bundle.client import Client, first_class
 from bundle.errors import BundleError
-from tests.fuzz.cases import Case, case
+from tests.fuzz.cases import BODY_LIMIT, Case, case
 from tests.fuzz.corpus import good, sample
 from tests.fuzz.findings import Findings
 from tests.fuzz.verdict import Answer, Tally
@@ -23,6 +23,7 @@ from tests.fuzz.verdict import Answer, Tally
 ROUNDS = 20  # after each of which the server is left alone and looked at
 BURST, GOOD = 12, 4  # requests of a model at the same moment: mutated ones, and good ones among them
 SETTLE = 1.0  # s without requests before memory is read
+PRIMING, AT_ONCE = 64, 8  # bodies of the largest size before the first case: a heap grows before it is collected
 DEFAULT_DEADLINE = 30.0  # s, where a model's config has no responseTimeout
 PATIENCE = 15.0  # s after its deadline until an answer is given up
 CLEAR = 0.2  # by which the first class of a good sample must lead: bfloat16 may turn what is closer
@@ -94,6 +95,7 @@ class Fuzzer:
         async with aiohttp.ClientSession(connector=connector, skip_auto_headers=skipped) as self.session:
             for model in self.models:
                 self.neighbours[model] = await self.ask_alone(model)
+            await self.fill_heap()
             edges = [cases * turn // ROUNDS for turn in range(ROUNDS + 1)]
             self.look(0)
             for first, end in zip(edges, edges[1:], strict=False):
@@ -132,6 +134,12 @@ class Fuzzer:
         if not found or found[0][0] != sample(model):
             raise BundleError(f"{model} did not answer its own sample clearly.")
         return found
+
+    async def fill_heap(self) -> None:
+        """Until the Java heap has grown to what large bodies need: its growth from there on is a leak."""
+        large = self.good_case(self.models[0], good(self.models[0])["sample"].ljust(BODY_LIMIT, b"\0"))
+        for _ in range(PRIMING // AT_ONCE):
+            await asyncio.gather(*(self.ask(large.model, large) for _ in range(AT_ONCE)))
 
     def good_case(self, model: str, content: bytes) -> Case:
         return Case(self.seed, -1, model, "POST", f"/predictions/{model}", (), content, False, "good")

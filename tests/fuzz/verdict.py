@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tests.fuzz.cases import BODY_LIMIT, Case
 
+FAULTS = ("5xx", "late", "no answer", "wrong body")
 ERROR_KEYS = {"code", "type", "message"}
 FORMS = ("application/x-www-form-urlencoded", "multipart/")
 
@@ -30,7 +31,7 @@ class Tally:
     Attributes:
         rejected: 4xx by type.
         known: answers of the frontend's own, by the reason that they are known for.
-        failed: what must not be, by kind: "5xx", "late", "no answer", "wrong body".
+        failed: what must not be, by kind: one of FAULTS.
         wrong_neighbours: of good samples that were asked for at the same moment.
         seconds: the longest that an answer took.
     """
@@ -68,6 +69,8 @@ def known(case: Case, answer: Answer) -> str | None:
         return "bare 413: a body over 16 MiB, or a form whose parts come near it"
     if answer.status == 500 and b'"ErrorDataDecoderException"' in answer.body and is_form(case):
         return "500 ErrorDataDecoderException: a form that Netty cannot parse"
+    if not answer.status and b"ContentLengthError: 400" in answer.body and is_form(case):
+        return "400 cut off: a form that Netty cannot parse, repeated in its message, and the connection closed"
     return None
 
 

@@ -18,7 +18,7 @@ def corpus(model: str) -> dict[str, bytes]:
 
 @cache
 def good(model: str) -> dict[str, bytes]:
-    """To be asked for beside bad ones, of several classes, so that an answer in a wrong slot shows. Some are refused."""
+    """Asked for beside bad ones of several classes, so that an answer in a wrong slot shows. Some are refused."""
     made = {"mnist": digits, "image": small, "audio": sounds, "text": sentences}[model]()
     return {"sample": sample(model), **made}
 
