@@ -1,6 +1,7 @@
 """Mutated requests against the running server and against each handler: what must hold, holds for all of them."""
 
 import asyncio
+import os
 import signal
 import sys
 import tempfile
@@ -65,10 +66,9 @@ def decoders(
     seconds: Annotated[int, typer.Option(min=1, help="How long.")] = 60,
 ) -> None:
     """Fuzz a model's decoder with atheris, guided by coverage."""
-    from tests.fuzz.decoders import run  # instruments what is imported after it
-
     [name] = chosen(model)
-    run(name, seconds)
+    # a process of its own, because what it instruments must not have been imported yet
+    os.execv(sys.executable, [sys.executable, "-m", "tests.fuzz.decoders", name, str(seconds)])
 
 
 @app.command()

@@ -5,12 +5,8 @@ import importlib
 import sys
 
 import atheris
-import numpy  # noqa: F401  like torch, imported here so that it is not instrumented
-import torch  # noqa: F401
 
 from bundle.catalog import select
-from tests.fuzz.corpus import corpus
-from tests.fuzz.findings import FOLDER
 
 LONGEST = 1 << 18  # bytes of an input
 SLOWEST = 10  # s: a worker's whole time for a batch
@@ -20,16 +16,20 @@ MOST_MEMORY = 3000  # MB: what is accepted unpacks to some hundred, and torch ha
 def run(model: str, seconds: int) -> None:
     """Ends the process when the time is over, with status 0; at the first finding, with another one, and its bytes in
     build/fuzz/atheris."""
+    [config] = select([model])
+    with atheris.instrument_imports(include=["PIL", "soundfile", "handlers"]):
+        module = importlib.import_module(f"handlers.{config.bundle.handler}")
+        errors = importlib.import_module("handlers.core.errors")
+    # they import Pillow, which is instrumented only where it is imported first
+    from tests.fuzz.corpus import corpus
+    from tests.fuzz.findings import FOLDER
+
     folder = FOLDER / "atheris" / model
     seeds = folder / "corpus"
     seeds.mkdir(parents=True, exist_ok=True)
     for index, content in enumerate(corpus(model).values()):
         if len(content) <= LONGEST:
             (seeds / f"seed-{index}").write_bytes(content)
-    [config] = select([model])
-    with atheris.instrument_imports(include=["PIL", "soundfile", "handlers"]):
-        module = importlib.import_module(f"handlers.{config.bundle.handler}")
-        errors = importlib.import_module("handlers.core.errors")
     [handler_class] = [one for one in vars(module).values() if getattr(one, "__module__", "") == module.__name__
                        and isinstance(one, type)]  # fmt: skip
     handler = handler_class()
@@ -53,3 +53,7 @@ def run(model: str, seconds: int) -> None:
     arguments = [sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), str(seeds)]
     atheris.Setup(arguments, decode)
     atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], int(sys.argv[2]))
