@@ -31,7 +31,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench \
-  tune profile test test-docker test-faults soak lint lock sbom clean
+  tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock sbom clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -118,6 +118,14 @@ profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mni
 test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
 	$(BIN)/python -m pytest $(TESTS)
 
+fuzz: dev  ## send mutated requests to the handlers and to a server, neighbours and memory watched (CASES=5000 SEED=0 MODEL=audio)
+	@$(BIN)/python -m tests.fuzz $(if $(CASES),--cases "$(CASES)") $(if $(SEED),--seed "$(SEED)") \
+	  $(if $(MODEL),--model "$(MODEL)")
+
+fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guided by coverage (MODEL=image SECONDS=60)
+	@test -n "$(MODEL)" || { echo "error: say which: make fuzz-decoder MODEL=image" >&2; exit 2; }
+	@$(BIN)/python -m tests.fuzz atheris --model "$(MODEL)" $(if $(SECONDS),--seconds "$(SECONDS)")
+
 test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
 	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
 
@@ -156,6 +164,10 @@ clean:  ## stop the server; remove archives and build products (not .venv, not d
 
 .venv/loadtest.done: requirements/loadtest.txt .venv/serve.done
 	$(PIP) $(QUIET) -r requirements/loadtest.txt
+	@touch $@
+
+.venv/fuzz.done: requirements/fuzz.txt .venv/serve.done
+	$(PIP) $(QUIET) -r requirements/fuzz.txt
 	@touch $@
 
 .venv/dev.done: requirements/dev.txt .venv/serve.done

@@ -36,6 +36,8 @@ class AudioMFCCHandler(BatchHandler):
         waveform, sample_rate = self.read_audio(binary(content))
         if sample_rate != self.settings.sample_rate:
             waveform = soxr.resample(waveform, sample_rate, self.settings.sample_rate)
+            if not len(waveform):  # of a few samples at a high rate
+                raise EmptyInput("The sound is shorter than one sample at the model's rate.")
         waveform = waveform - waveform.mean()  # a microphone's constant offset is no sound
         return torch.from_numpy(loudest_window(waveform, self.window))
 

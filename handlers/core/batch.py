@@ -192,6 +192,7 @@ class BatchHandler(BaseHandler):
 
     def preprocess(self, data: list[dict]) -> list[Slot]:
         """Decodes each request by itself."""
+        self.decode_until = time.monotonic() + self.settings.max_decode_seconds
         slots = []
         crowded = len(data) >= self.batch_size
         for index, row in enumerate(data):
@@ -215,7 +216,17 @@ class BatchHandler(BaseHandler):
         key = self.cache.key(request.contents, request.many, top_k)
         if known := self.cache.get(key):
             return Slot(answer=known)
-        return Slot([self.decode(content) for content in request.contents], request.many, top_k, key=key)
+        return Slot([self.decode_in_time(content) for content in request.contents], request.many, top_k, key=key)
+
+    def decode_in_time(self, content: payload.Content) -> Sample:
+        """Limits bound what one input takes to decode; this bounds the batch, which may hold hundreds at the limit.
+
+        Raises:
+            Overloaded: the batch has used up its time.
+        """
+        if time.monotonic() > self.decode_until:
+            raise Overloaded("The inputs that came with this one took too long to decode. Send it again, or fewer.")
+        return self.decode(content)
 
     def check_wait(self, arrival: float | None) -> None:
         """In a full batch, behind which others wait: work on what is late already delays them, until all are late.

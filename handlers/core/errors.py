@@ -21,7 +21,7 @@
     │       ├── AudioTooLong
     │       ├── TextTooLong
     │       └── TooManyInstances
-    ├── Overloaded              429: it waited so long that its answer would be late
+    ├── Overloaded              429: it waited too long, or others of its batch took the time; to be sent again
     ├── InsufficientMemory      507: by itself, too large for the device
     ├── NonFiniteOutput         500: the model answered NaN or infinity
     └── InternalError           500: anything else that was raised is a bug

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 from typing import Annotated
 
 import numpy
@@ -11,10 +12,15 @@ from pydantic import Field
 from handlers.core.errors import ImageTooLarge, UndecodableImage
 from handlers.core.settings import Settings
 
+# of broken metadata Pillow warns in words of its own for each file: Python would keep every one of them, and log it
+warnings.filterwarnings("ignore", module=r"PIL\.")
 Image.init()
 COMMON = ("JPEG", "PNG", "WEBP", "GIF")  # first, because Pillow tries one after the other
-# EPS starts Ghostscript; the others need programs or libraries that Pillow only stubs
-FORMATS = (*COMMON, *sorted(set(Image.OPEN) - {*COMMON, "EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
+# EPS starts Ghostscript, and IPTC opens whatever is in it, EPS too; the others need programs or libraries that Pillow
+# only stubs
+FORMATS = (*COMMON, *sorted(set(Image.OPEN) - {*COMMON, "EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
+LIBJPEG = ("JPEG", "MPO", "BLP")  # formats whose scans nobody else counts; libtiff stops at a hundred by itself
+START_OF_SCAN = b"\xff\xda"
 
 # what Pillow's decoders raise on broken files, as fuzzing all of them has shown
 DECODE_ERRORS = (
@@ -25,6 +31,9 @@ DECODE_ERRORS = (
 
 class ImageSettings(Settings):
     max_pixels: Annotated[int, Field(gt=0)] = 50_000_000  # width x height; a 48-megapixel photograph passes
+    # likewise, of what Pillow decodes in Python (QOI, PPM of other than 8 bits, DDS, ...), a microsecond a pixel
+    max_slow_pixels: Annotated[int, Field(gt=0)] = 2_000_000
+    max_scans: Annotated[int, Field(gt=0)] = 100  # of a JPEG: each goes over all pixels again, and may have 95 bytes
     min_side: Annotated[int, Field(gt=0)] = 8  # pixels
 
 
@@ -40,7 +49,7 @@ def open_image(content: bytes, settings: ImageSettings, enough: int | None = Non
 
     Raises:
         UndecodableImage: not an image, or a broken one, or one smaller than `min_side`.
-        ImageTooLarge: more than `max_pixels`.
+        ImageTooLarge: more than `max_pixels`, `max_slow_pixels` or `max_scans`.
     """
     # Pillow's own limit, for the sizes that show late: of tiles, and of images inside of others (ICO, BLP)
     Image.MAX_IMAGE_PIXELS = settings.max_pixels
@@ -56,6 +65,14 @@ def open_image(content: bytes, settings: ImageSettings, enough: int | None = Non
     width, height = image.size
     if width * height > settings.max_pixels:
         raise ImageTooLarge(too_large)
+    decoders = {tile.codec_name for tile in getattr(image, "tile", ())}
+    if decoders & Image.DECODERS.keys() and width * height > settings.max_slow_pixels:
+        raise ImageTooLarge(
+            f"The image is too large; at most {settings.max_slow_pixels} pixels (width x height) are accepted of "
+            f"{image.format} files like this one. JPEG or PNG may be larger."
+        )
+    if image.format in LIBJPEG and content.count(START_OF_SCAN) > settings.max_scans:
+        raise ImageTooLarge(f"The image has too many scans; at most {settings.max_scans} are accepted.")
     if min(width, height) < settings.min_side:
         raise UndecodableImage(
             f"The image has {width} x {height} pixels; at least {settings.min_side} x {settings.min_side} are needed."

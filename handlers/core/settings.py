@@ -25,4 +25,6 @@ class Settings(BaseModel):
     precision: Wanted = "auto"  # of the arithmetic: "auto", and a list, are measured when the worker starts
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request
     max_wait_seconds: PositiveFloat | None = None  # while others wait, what waited longer gets 429
+    # s, after which no further input of a batch is decoded; well below responseTimeout, at which a worker is killed
+    max_decode_seconds: PositiveFloat = 10.0
     cache_entries: NaturalInt = 0  # answers that a worker keeps, for inputs that come again; 0 keeps none

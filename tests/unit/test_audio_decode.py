@@ -72,6 +72,11 @@ def test_mp3_of_other_rates(rate: int):
     assert error(decode(encode_sound(tone_burst(rate), rate, "MP3")), BURST, delay=20) < 0.1
 
 
+def test_a_sound_of_less_than_a_sample_at_the_models_rate_is_refused():
+    with pytest.raises(EmptyInput, match="shorter than one sample"):
+        decode(encode_sound(numpy.ones(5, dtype=numpy.float32), 384_000))
+
+
 def test_channels_are_averaged():
     stereo = numpy.stack([BURST, numpy.zeros_like(BURST)], axis=1)
     assert error(decode(encode_sound(stereo, RATE, subtype="FLOAT")), BURST / 2) < 1e-6

@@ -27,6 +27,7 @@ CLASSES, WIDTH, BATCH_SIZE, MAX_INSTANCES = 7, 4, 8, 20
 
 HANDLER = textwrap.dedent(
     """
+    import time
     import torch
     from handlers.core.batch import BatchHandler
     from handlers.core.errors import UndecodableInput
@@ -36,6 +37,9 @@ HANDLER = textwrap.dedent(
         def decode(self, content):
             if content == b"bug":
                 raise ZeroDivisionError("a bug")
+            if content == b"slow":
+                time.sleep(2.1)
+                return torch.zeros(4)
             try:
                 return torch.tensor([float(number) for number in content.split(b",")]).reshape(4)
             except (ValueError, RuntimeError, TypeError) as exc:
@@ -79,7 +83,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
         archive.writestr("numbers_handler.py", HANDLER)
         archive.writestr("index_to_name.json", json.dumps({str(index): f"n{index}" for index in range(CLASSES)}))
-        archive.writestr("model-config.yaml", f"handler: {{top_k: 3, max_instances: {MAX_INSTANCES}}}\n")
+        archive.writestr(
+            "model-config.yaml", f"handler: {{top_k: 3, max_instances: {MAX_INSTANCES}, max_decode_seconds: 2}}\n"
+        )
         archive.write(folder / "model.pt", "model.pt")
     with DryRun(mar, BATCH_SIZE) as worker:
         yield worker
@@ -147,6 +153,17 @@ def test_an_unexpected_exception_fails_the_batch_loudly(worker: DryRun, caplog: 
     assert "a bug" not in answers[0][1]["message"]
     assert "ZeroDivisionError: a bug" in caplog.text
     assert worker.predict([row(0)])[0][0] == 200
+
+
+def test_a_batch_that_decodes_too_long_goes_on_with_what_it_has(worker: DryRun):
+    """Or inputs that are each within their limits would together keep the worker until TorchServe kills it."""
+    rows = [row(0), {"body": b"slow"}, row(2), {"instances": [row(3)["body"]]}]
+    answers = worker.predict(rows)
+    assert [status for status, _ in answers] == [200, 200, 429, 429]
+    assert [body["type"] for _, body in answers[2:]] == ["Overloaded"] * 2
+    assert answers[0] == (200, alike(worker.predict([row(0)])[0][1]))
+    [(status, body)] = worker.predict([{"instances": [b"slow", row(1)["body"]]}])
+    assert (status, body["type"]) == (429, "Overloaded")
 
 
 # --- options -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Any image that Pillow opens, upright and 8-bit; anything else is refused, and large ones before they are decoded."""
 
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -212,6 +215,59 @@ def test_large_images_are_refused_before_they_are_decoded(content: bytes, monkey
 def test_the_largest_image_is_accepted():
     limits = ImageSettings(max_pixels=48 * 32, min_side=32)
     assert open_image(encode_image(COLOURS, "PNG"), limits).size == (48, 32)
+
+
+@pytest.mark.parametrize(("pixels", "refused"), [(b"\1" * 1600, False), (b"\1" * 1640, True)])
+def test_what_pillow_decodes_in_python_has_a_limit_of_its_own(pixels: bytes, refused: bool):
+    """A PPM of 16 million pixels whose white is 254 takes 9 s: two dozen of them, and the worker is killed."""
+    limits = ImageSettings(max_slow_pixels=1600)
+    content = b"P5 40 %d 254\n" % (len(pixels) // 40) + pixels
+    assert open_image(content.replace(b" 254\n", b" 255\n"), limits)
+    if refused:
+        with pytest.raises(ImageTooLarge, match="at most 1600 pixels .* of PPM files"):
+            open_image(content, limits)
+    else:
+        assert open_image(content, limits).size == (40, 40)
+
+
+@pytest.mark.parametrize(
+    ("format", "scans", "refused"), [("JPEG", 100, False), ("JPEG", 101, True), ("MPO", 101, True)]
+)
+def test_a_jpeg_has_no_more_scans_than_it_may(format: str, scans: int, refused: bool):
+    """Each takes 95 bytes, and 30 ms over 48 million pixels: a file of 16 MiB would take an hour."""
+    more = {"save_all": True, "append_images": [COLOURS]} if format == "MPO" else {}
+    content = encode_image(COLOURS, format, progressive=True, **more)
+    end = content.index(b"\xff\xd9")
+    last = content[content.rindex(b"\xff\xda", 0, end) : end]
+    content = content[:end] + last * (scans - content.count(b"\xff\xda")) + content[end:]
+    if refused:
+        with pytest.raises(ImageTooLarge, match="at most 100 are accepted"):
+            open_image(content, SETTINGS)
+    else:
+        assert open_image(content, SETTINGS).size == COLOURS.size
+
+
+def test_an_image_inside_of_iptc_is_not_opened():
+    """Pillow opens it in any format that it knows: EPS, too, which starts Ghostscript."""
+
+    def tag(dataset: tuple[int, int], data: bytes) -> bytes:
+        return b"\x1c" + bytes(dataset) + struct.pack(">H", len(data)) + data
+
+    size = tag((3, 20), struct.pack(">H", 48)) + tag((3, 30), struct.pack(">H", 32))
+    head = tag((3, 60), b"\1\0") + size + tag((3, 120), b"\5")
+    content = head + tag((8, 10), encode_image(COLOURS, "EPS"))
+    with pytest.raises(UndecodableImage, match="not an image"):
+        open_image(content, SETTINGS)
+
+
+def test_broken_metadata_leaves_no_warnings_behind():
+    """Each has words of its own: a worker would keep all of them, and log them."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + bytes(range(1, 40))
+    content = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + JPEG[2:]
+    code = "import sys; from handlers.core.images import *; open_image(sys.stdin.buffer.read(), ImageSettings())"
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, "-c", code], input=content, cwd=root, capture_output=True)
+    assert (run.returncode, run.stderr) == (0, b"")
 
 
 # --- anything at all ---------------------------------------------------------------------------------------------

@@ -1,0 +1,184 @@
+"""The fuzzer's parts: mutations that never raise and can be made again, cases that repeat, verdicts that see faults."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz import report
+from tests.fuzz.cases import Case, case
+from tests.fuzz.corpus import MODELS, corpus, good
+from tests.fuzz.mutate import FORMATS, generic, jpeg, mutated, png, riff, streams, text, tree
+from tests.fuzz.serving import Look, Run
+from tests.fuzz.shapes import shapes, wrap
+from tests.fuzz.verdict import Answer, Tally
+
+MUTATORS = [png.mutated, jpeg.mutated, riff.mutated, streams.ogg, streams.flac, text.mutated]
+FILES = [content for model in MODELS for content in corpus(model).values() if len(content) < 20_000]
+contents = st.one_of(
+    st.binary(max_size=200),
+    st.sampled_from(FILES),
+    st.builds(bytes.__add__, st.sampled_from([magic for magic, _ in FORMATS]), st.binary(max_size=200)),
+)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("mutate", MUTATORS, ids=lambda mutate: f"{mutate.__module__}.{mutate.__name__}")
+@given(content=contents, seed=seeds)
+def test_a_mutator_takes_any_bytes_and_repeats_itself(mutate, content: bytes, seed: int):
+    assert mutate(content, Random(seed)) == mutate(content, Random(seed))
+
+
+@given(contents, st.lists(contents, max_size=3), seeds, st.booleans())
+def test_mutations_repeat(content: bytes, others: list[bytes], seed: int, is_text: bool):
+    once, again = (mutated(content, others, Random(seed), is_text) for _ in range(2))
+    assert once == again
+    assert generic.mutated(once, others, Random(seed)) == generic.mutated(once, others, Random(seed))
+
+
+@pytest.mark.parametrize("name", ["png colour", "png animated"])
+def test_png_comes_apart_and_together(name: str):
+    assert png.join(png.split(corpus("image")[name])) == corpus("image")[name]
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg progressive", "jpeg restarts", "jpeg cmyk"])
+def test_jpeg_comes_apart_and_together(name: str):
+    assert jpeg.join(jpeg.split(corpus("image")[name])) == corpus("image")[name]
+
+
+@pytest.mark.parametrize("name", ["wav pcm_16", "odd chunk", "list chunk"])
+def test_wav_comes_apart_and_together(name: str):
+    content = corpus("audio")[name]
+    assert riff.join(content[:12], riff.split(content)) == content
+
+
+def test_ogg_pages_have_the_checksums_that_they_say():
+    pages = streams.split(corpus("audio")["ogg vorbis"])
+    assert len(pages) > 2
+    for page in pages:
+        assert int.from_bytes(page[22:26], "little") == streams.checksum(page[:22] + bytes(4) + page[26:])
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_a_tree_that_is_not_mutated_is_its_json(value: object):
+    assert json.loads(tree.write(tree.build(value))) == value
+
+
+@given(seeds, st.integers(0, 6))
+def test_tree_mutations_repeat(seed: int, changes: int):
+    def written(random: Random) -> str:
+        node = tree.build({"instances": ["a", {"data": "b"}], "top_k": 3})
+        for _ in range(changes):
+            node = tree.mutated(node, random)
+        return tree.write(node)
+
+    assert written(Random(seed)) == written(Random(seed))
+
+
+@given(shapes, st.binary(max_size=100), st.booleans())
+def test_any_shape_takes_any_input(shape, content: bytes, is_text: bool):
+    assert wrap(shape, content, is_text) == wrap(shape, content, is_text)
+
+
+def test_cases_repeat_and_differ():
+    cases = [case(3, number, MODELS) for number in range(200)]
+    assert cases == [case(3, number, MODELS) for number in range(200)]
+    assert len({one.body for one in cases}) > 150
+    assert cases != [case(4, number, MODELS) for number in range(200)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_good_samples_are_there_to_tell_answers_apart(model: str):
+    assert len(good(model)) > 5
+    assert good(model)["sample"]
+
+
+def test_the_command_of_a_case_is_one_that_curl_takes(tmp_path: Path):
+    """Against a port where nobody listens: 7 is curl's "could not connect", 2 would be "wrong option"."""
+    for number in range(30):
+        body = tmp_path / "body"
+        one = case(0, number, MODELS)
+        body.write_bytes(one.body)
+        command = one.curl("http://127.0.0.1:9", body)
+        assert command.startswith(f"curl -g -X {one.method} ")
+        run = subprocess.run([*shlex.split(command), "--silent", "--max-time", "5"], capture_output=True)
+        assert run.returncode == 7, command
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------
+
+
+def sent(content_type: str = "image/png", size: int = 10) -> Case:
+    headers = (("Content-Type", content_type),)
+    return Case(0, 0, "image", "POST", "/predictions/image", headers, b"x" * size, False, "")
+
+
+def error(code: int, type_: str = "EmptyInput") -> bytes:
+    return json.dumps({"code": code, "type": type_, "message": "why"}).encode()
+
+
+FORM = "application/x-www-form-urlencoded"
+UNPARSED = error(500, "ErrorDataDecoderException")
+
+
+@pytest.mark.parametrize(
+    ("case", "answer", "problem"),
+    [
+        (sent(), Answer(200, b"{}", 1), None),
+        (sent(), Answer(400, error(400), 1), None),
+        (sent(), Answer(200, b'{"probability": NaN}', 1), "wrong body"),
+        (sent(), Answer(200, b"", 1), "wrong body"),
+        (sent(), Answer(400, error(413), 1), "wrong body"),
+        (sent(), Answer(400, b'{"code": 400}', 1), "wrong body"),
+        (sent(), Answer(302, b"{}", 1), "wrong body"),
+        (sent(), Answer(503, error(503), 1), "5xx"),
+        (sent(), Answer(200, b"{}", 31), "late"),
+        (sent(), Answer(0, b"", 1), "no answer"),
+        (sent(), Answer(413, b"", 1), "wrong body"),
+        (sent(size=17 << 20), Answer(413, b"", 1), None),
+        (sent(FORM), Answer(500, UNPARSED, 1), None),
+        (sent(FORM), Answer(500, error(500, "InternalError"), 1), "5xx"),
+        (sent("image/png"), Answer(500, UNPARSED, 1), "5xx"),
+    ],
+)
+def test_what_may_be_answered(case: Case, answer: Answer, problem: str | None):
+    tally = Tally()
+    assert tally.add(case, answer, deadline=30) == problem
+    assert tally.sent == tally.served + tally.rejected.total() + tally.known.total() + tally.failed.total() == 1
+
+
+def run_of(memory: list[int], pids: list[int], frontend: int = 100) -> Run:
+    looks = [
+        Look(number, frontend, {"image": size}, {"image": [pid]})
+        for number, (size, pid) in enumerate(zip(memory, pids, strict=True))
+    ]
+    return Run({"image": Tally()}, looks)
+
+
+def test_a_run_that_held_has_no_faults():
+    assert report.faults(run_of([50, 90, 100, 104, 105], [7] * 5)) == []
+
+
+def test_growing_memory_is_a_fault():
+    assert report.faults(run_of([50, 90, 100, 104, 106], [7] * 5)) == [
+        "image: its workers' memory grew by 6.0% over the last half"
+    ]
+
+
+def test_another_worker_is_a_fault():
+    assert report.faults(run_of([100] * 5, [7, 7, 8, 8, 8])) == ["image: 1 worker restarts"]
+
+
+def test_a_wrong_neighbour_is_a_fault():
+    run = run_of([100] * 5, [7] * 5)
+    run.tallies["image"].neighbours, run.tallies["image"].wrong_neighbours = 40, 1
+    assert report.faults(run) == ["image: 1 of 40 good neighbours answered wrong"]
