@@ -120,7 +120,7 @@ test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe
 
 fuzz: dev  ## send mutated requests to the handlers and to a server, neighbours and memory watched (CASES=5000 SEED=0 MODEL=audio)
 	@$(BIN)/python -m tests.fuzz $(if $(CASES),--cases "$(CASES)") $(if $(SEED),--seed "$(SEED)") \
-	  $(if $(MODEL),--model "$(MODEL)")
+	  $(if $(MODEL),--model "$(MODEL)") $(if $(REPORT),--write)
 
 fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guided by coverage (MODEL=image SECONDS=60)
 	@test -n "$(MODEL)" || { echo "error: say which: make fuzz-decoder MODEL=image" >&2; exit 2; }
@@ -130,10 +130,10 @@ test-docker: dev  ## build the image and try the stack for real: needs a Docker 
 	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
 
 test-faults: dev  ## do to a Docker stack what happens to servers, and count what clients notice (FAULTS="kill-one overload" SECONDS=3)
-	$(BIN)/python -m tests.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)")
+	@$(BIN)/python -m tests.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(REPORT),--write)
 
 soak: dev .venv/loadtest.done  ## load all models at 70 % for long, and see whether anything grows (MINUTES=10)
-	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes "$(MINUTES)")
+	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(REPORT),--write)
 
 lint: dev
 	$(BIN)/ruff check .

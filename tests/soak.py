@@ -164,7 +164,7 @@ def section(minutes: float, rates: dict[str, float], slices: list[Slice], broken
 
 def main(
     minutes: Annotated[float, typer.Option(min=2, help="How long.")] = 10,
-    write: Annotated[bool, typer.Option(help="Write RELIABILITY.md.")] = True,
+    write: Annotated[bool, typer.Option("--write", help="Write the figures into RELIABILITY.md.")] = False,
 ) -> None:
     """Load a server of its own for a long time. Exits 1 where a request fails, or memory, open files or p99 grow."""
     folders = select(list(SHIPPED))

@@ -32,7 +32,9 @@ console = Console(highlight=False)
 def main(
     names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(TRIALS)}. By default, all.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Of a phase of load before and after a fault.")] = 3,
-    write: Annotated[bool, typer.Option(help="Write RELIABILITY.md; a run of some trials alone does not.")] = True,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the figures of all trials into RELIABILITY.md.")
+    ] = False,
 ) -> None:
     """Do to a stack of its own what happens to servers, and count what its clients notice. Exits 1 where a limit does
     not hold."""

@@ -20,6 +20,7 @@ from tests.fuzz.cases import case
 from tests.fuzz.corpus import MODELS
 from tests.fuzz.findings import FOLDER, Findings
 from tests.fuzz.serving import Fuzzer, Run
+from tests.reliability import write_section
 from tests.server.conftest import new_place
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="markdown")
@@ -37,13 +38,22 @@ Model = Annotated[str, typer.Option(help="Which model, of mnist, image, audio, t
     invoke_without_command=True,
     epilog="Examples: `python -m tests.fuzz` · `python -m tests.fuzz --cases 100000 --seed 7 --model audio`",
 )
-def everything(context: typer.Context, cases: Cases = 5000, seed: Seed = 0, model: Model = "") -> None:
+def everything(
+    context: typer.Context,
+    cases: Cases = 5000,
+    seed: Seed = 0,
+    model: Model = "",
+    write: Annotated[bool, typer.Option("--write", help="Write the figures into RELIABILITY.md.")] = False,
+) -> None:
     """Fuzz the handlers, then a server that is started for it. Exits 1 if anything does not hold."""
     if context.invoked_subcommand:
         return
     models, findings = chosen(model), Findings()
     handled = against_handlers(models, seed, cases, findings)
-    conclude(seed, cases, handled, against_server(models, seed, cases, findings), findings)
+    run = against_server(models, seed, cases, findings)
+    if write:
+        write_section("fuzz", report.section(seed, cases, run, handled, report.faults(run)))
+    conclude(seed, cases, handled, run, findings)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from bundle.tuning.report import cpu_model
 from tests.fuzz.inprocess import InProcess
 from tests.fuzz.serving import Look, Run
 from tests.fuzz.verdict import FAULTS, Tally
+from tests.reliability import about
 
 GROWTH = 0.05  # of resident memory over the last half of a run
 
@@ -106,9 +107,41 @@ def handlers_table(results: list[InProcess]) -> Table:
     return table
 
 
+def section(seed: int, cases: int, run: Run, handlers: list[InProcess], broken: list[str]) -> str:
+    """The section of RELIABILITY.md."""
+    lines = [
+        "## Bad input",
+        "",
+        f"`make fuzz CASES={cases} SEED={seed}`: {cases:,} mutated requests of every shape straight into the handlers, "
+        "and again to a server, with good ones among them whose answers are checked. A known answer is one that "
+        "TorchServe's frontend gives before any handler sees the request ([tests/fuzz](tests/fuzz/README.md)). "
+        f"Other: 5xx, late, no answer, or no error body. {about()}",
+        "",
+        "| | sent | 2xx | 4xx | known | other | wrong neighbours | restarts | slowest, s | MB, middle | MB, end |",
+        "|---|" + "---|" * 10,
+    ]
+    for model, tally in run.tallies.items():
+        half, end = (round(size / 1e6) for size in halves(run.looks, model))
+        cells = [tally.sent, tally.served, tally.rejected.total(), tally.known.total(), tally.failed.total()]
+        cells += [
+            f"{tally.wrong_neighbours} of {tally.neighbours:,}",
+            restarts(run.looks, model),
+            f"{tally.seconds:.1f}",
+        ]
+        lines.append(
+            f"| {model} | " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in (*cells, half, end)) + " |"
+        )
+    half, end = (round(size / 1e6) for size in halves(run.looks, None))
+    lines.append(f"| frontend |{' |' * 8} {half:,} | {end:,} |")
+    batches, failed = sum(one.batches for one in handlers), sum(one.failed + one.wrong_neighbours for one in handlers)
+    lines += ["", f"The handlers by themselves: {batches:,} batches, {failed} failed or with a wrong neighbour."]
+    lines.append(f"**It does not hold: {'; '.join(broken)}.**" if broken else "All of it holds.")
+    return "\n".join(lines)
+
+
 def write(file: Path, seed: int, cases: int, run: Run | None, handlers: list[InProcess], held: bool) -> None:
     """The figures behind the tables."""
-    about = {
+    machine = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": f"{cpu_model()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
@@ -120,7 +153,7 @@ def write(file: Path, seed: int, cases: int, run: Run | None, handlers: list[InP
             more = {"restarts": restarts(run.looks, model), "memory": {"half": half, "end": end}}
             models[model] = vars(tally) | more | {"batches": run.batches.get(model)}
     figures = {
-        "about": about,
+        "about": machine,
         "seed": seed,
         "cases": cases,
         "held": held,
