@@ -6,7 +6,6 @@ import zipfile
 from pathlib import Path
 
 from bundle.signing import SEALS, seal
-
 from tests.docker.stack import Stack, docker
 
 FAULTY = Path(__file__).parent / "faulty.py"
