@@ -1,0 +1,118 @@
+"""What the trials of faults and the long run count, and where they write it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bundle.load import Load
+from tests import soak
+from tests.faults.traffic import Answer, error_type, longest_silence, p99, statuses
+from tests.faults.trial import Outcome
+from tests.reliability import TITLE, write_section
+
+RIGHT = Answer(due=0, done=0.1, status=200, right=True)
+REFUSED = Answer(due=1, done=1.1, status=429, retry_after=True, problem="Overloaded")
+FAILED = Answer(due=2, done=2.1, status=500, problem="PredictionFailed")
+WRONG = Answer(due=2, done=2.1, status=200)
+UNTOLD = Answer(due=3, done=3.1, status=503)
+NONE = "no error body"
+LOST = Answer(due=4, done=44, status=None, problem="TimeoutError")
+
+
+def test_every_answer_counts_once():
+    outcome = Outcome([RIGHT, RIGHT, REFUSED, FAILED, WRONG, UNTOLD, LOST])
+    counted = (outcome.answered, outcome.refused, outcome.failed, outcome.lost)
+    assert counted == (2, 1, 3, 1)
+    assert outcome.row()["sent"] == sum(counted)
+    assert statuses(outcome.answers)["429 Overloaded"] == 1
+    assert statuses(outcome.answers)["TimeoutError"] == 1
+
+
+def test_a_limit_that_does_not_hold_is_kept():
+    outcome = Outcome([RIGHT])
+    outcome.require(True, "this holds")
+    outcome.require(False, "that holds")
+    assert outcome.broken == ["that holds"]
+
+
+@given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 5), st.booleans()), min_size=1))
+def test_silence_is_no_longer_than_the_load(drawn: list[tuple[float, float, bool]]):
+    answers = [Answer(due, due + took, 200 if right else 500, right) for due, took, right in drawn]
+    sent = max(due for due, *_ in drawn) - min(due for due, *_ in drawn)
+    assert 0 <= longest_silence(answers) <= sent
+
+
+def test_silence_lies_between_right_answers():
+    moments = (0, 1, 2, 7, 8)
+    answers = [Answer(moment, moment, 200, True) for moment in moments]
+    assert longest_silence([*answers, Answer(4, 4, 500)]) == 5
+    assert longest_silence([answers[0], Answer(6, 6, 500)]) == 6
+    assert longest_silence([]) == 0
+
+
+def test_the_99th_percentile_is_an_answers():
+    answers = [Answer(0, seconds, 200, True) for seconds in range(1, 201)]
+    assert p99(answers) == 198
+    assert p99(answers[:1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ('{"type": "Overloaded"}', "Overloaded"),
+        ("<html>", "no error body"),
+        ("[1]", "no error body"),
+        ("{}", "no error body"),
+    ],
+)
+def test_the_type_of_an_error(body: str, expected: str):
+    assert error_type(body) == expected
+
+
+def test_a_section_takes_the_place_of_the_one_before(tmp_path: Path):
+    document = tmp_path / "RELIABILITY.md"
+    write_section("faults", "## Faults\nfirst", document)
+    write_section("soak", "## Long run\nfirst", document)
+    write_section("faults", "## Faults\nsecond", document)
+    text = document.read_text()
+    assert text.startswith(TITLE)
+    assert text.count("## Faults") == text.count("## Long run") == 1
+    assert "second" in text
+    assert text.index("## Faults") < text.index("## Long run")
+
+
+def sliced(count: int, **changes) -> list[soak.Slice]:
+    load = Load(20, 1000, 0, 50, 0.01, 0.02, 0.03, 0.04)
+    steady = soak.Slice(0, {"mnist": load}, {"frontend": 500.0, "mnist": 600.0}, 100, frozenset({1, 2}))
+    return [replace(steady, hours=index / 60, **changes) for index in range(count)]
+
+
+def test_a_steady_run_has_no_fault():
+    assert soak.faults(sliced(10), ["mnist"]) == []
+
+
+def test_what_grows_is_named():
+    slices = sliced(10)
+    failing = Load(20, 999, 1, 50, 0.01, 0.02, 0.2, 0.4)
+    slices[5:] = [
+        replace(
+            kept,
+            loads={"mnist": failing},
+            memory={"frontend": 500.0, "mnist": 600.0 + 20 * index},
+            descriptors=100 + 200 * index,
+            workers=frozenset({1, 3}),
+        )
+        for index, kept in enumerate(slices[5:])
+    ]
+    found = " ".join(soak.faults(slices, ["mnist"]))
+    for named in ("5 requests failed", "a worker was replaced", "memory of mnist", "open files", "p99 of mnist"):
+        assert named in found
+    assert "frontend" not in found
+
+
+def test_the_slope_is_in_megabytes_an_hour():
+    slices = [replace(kept, memory={"mnist": 600 + 30 * kept.hours}) for kept in sliced(10)]
+    assert soak.slope(slices, "mnist") == pytest.approx(30)
