@@ -13,6 +13,8 @@ import pytest
 import requests
 
 from bundle.catalog import MODEL_STORE, ROOT
+from bundle.server import GUARDS
+from bundle.signing import SEALS, make_keys, seal
 from tests.server.conftest import Place, new_place
 
 MARKER = "m4rker-of-somebodys-input"
@@ -24,7 +26,7 @@ SECRETS = (
     "OPENAI_API_KEY", "OPENAI_KEY", "PGPASSWORD", "PIP_EXTRA_INDEX_URL", "REDIS_URL", "SENTRY_DSN", "SESSION_COOKIE",
     "SIGNING_KEY", "SLACK_WEBHOOK_URL", "SSH_AUTH_SOCK", "SSH_PASSPHRASE", "TOKEN", "TS_KEYSTORE_PASS", "WANDB_API_KEY",
 )  # fmt: skip
-KEPT = {"TRUSTED_KEY": "/nonexistent/public.pem", "TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "de"}
+KEPT = {"TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "de"}
 JSON = {"Content-Type": "application/json"}
 # Paths, stack traces, and names of Java packages. TorchServe's `type` is a bare class name, ModelNotFoundException say.
 TELLTALE = re.compile(
@@ -42,7 +44,12 @@ def leaky(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     for file in MODEL_STORE.glob("text.*"):
         shutil.copy(file, store)
     with_bug(MODEL_STORE / "text.mar", store / "buggy.mar")
+    private = folder / VALUE / "signing.key"
+    public = shutil.copy(make_keys(private), folder / "trusted.pub")
+    seal(store / "buggy.mar", private)
+    keys = {"SIGNING_KEY": str(private), "TRUSTED_KEY": str(public)}
     place.environment.update(dict.fromkeys(SECRETS, VALUE), **KEPT, TS_MODEL_STORE=str(store))
+    place.environment.update(keys)
     started = place.bundle("serve", "text")
     assert started.returncode == 0, started.stdout + started.stderr
     try:
@@ -53,13 +60,15 @@ def leaky(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 
 def with_bug(archive: Path, target: Path) -> None:
+    """A copy whose handler raises, not sealed."""
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
         handler = json.loads(old.read("MAR-INF/MANIFEST.json"))["model"]["handler"]
         for entry in old.infolist():
             content = old.read(entry)
             if entry.filename == handler:
                 content += b"\n\ndef _broken(*_):\n    raise KeyError(__file__)\n\n\nTextHandler.decode = _broken\n"
-            new.writestr(entry.filename, content)
+            if entry.filename not in SEALS:
+                new.writestr(entry.filename, content)
 
 
 def requests_that_fail() -> dict[str, tuple[str, str, dict]]:
@@ -203,5 +212,6 @@ def test_secrets_are_kept_from_workers_and_from_torchserve(leaky: Place):
         environment = process.environ()
         own = {"TS_KEYSTORE_PASS"} if process is java else set()  # a setting of TorchServe's
         assert {name for name, value in environment.items() if VALUE in value} == own
-        assert KEPT.items() <= environment.items()
-        assert environment["PATH"] == leaky.environment["PATH"]
+        kept = {**KEPT, "TRUSTED_KEY": leaky.environment["TRUSTED_KEY"]}
+        assert kept.items() <= environment.items()
+        assert environment["PATH"].removeprefix(f"{GUARDS}:") == leaky.environment["PATH"]
