@@ -31,6 +31,7 @@ SHOWN = 10  # findings on the terminal; all are in build/fuzz/findings.json
 
 Cases = Annotated[int, typer.Option(min=1, help="How many mutated requests.")]
 Seed = Annotated[int, typer.Option(help="Other seeds make other requests; the same seed makes the same ones.")]
+Write = Annotated[bool, typer.Option("--write", help="Write the server's figures into RELIABILITY.md.")]
 Model = Annotated[str, typer.Option(help="Which model, of mnist, image, audio, text; by default, all four in turns.")]
 
 
@@ -43,7 +44,7 @@ def everything(
     cases: Cases = 5000,
     seed: Seed = 0,
     model: Model = "",
-    write: Annotated[bool, typer.Option("--write", help="Write the figures into RELIABILITY.md.")] = False,
+    write: Write = False,
 ) -> None:
     """Fuzz the handlers, then a server that is started for it. Exits 1 if anything does not hold."""
     if context.invoked_subcommand:
@@ -51,9 +52,7 @@ def everything(
     models, findings = chosen(model), Findings()
     handled = against_handlers(models, seed, cases, findings)
     run = against_server(models, seed, cases, findings)
-    if write:
-        write_section("fuzz", report.section(seed, cases, run, handled, report.faults(run)))
-    conclude(seed, cases, handled, run, findings)
+    conclude(seed, cases, handled, run, findings, write)
 
 
 @app.command()
@@ -64,10 +63,10 @@ def handlers(cases: Cases = 5000, seed: Seed = 0, model: Model = "") -> None:
 
 
 @app.command()
-def server(cases: Cases = 5000, seed: Seed = 0, model: Model = "") -> None:
+def server(cases: Cases = 5000, seed: Seed = 0, model: Model = "", write: Write = False) -> None:
     """Fuzz a server that is started for it, and nothing else."""
     findings = Findings()
-    conclude(seed, cases, [], against_server(chosen(model), seed, cases, findings), findings)
+    conclude(seed, cases, [], against_server(chosen(model), seed, cases, findings), findings, write)
 
 
 @app.command("atheris")
@@ -147,7 +146,14 @@ def build(models: tuple[str, ...]) -> None:
         archive(folder, MODEL_STORE, False)
 
 
-def conclude(seed: int, cases: int, handled: list[inprocess.InProcess], run: Run | None, findings: Findings) -> None:
+def conclude(
+    seed: int,
+    cases: int,
+    handled: list[inprocess.InProcess],
+    run: Run | None,
+    findings: Findings,
+    write: bool = False,
+) -> None:
     """Prints the tables, writes the figures, and ends with status 1 if anything did not hold."""
     wrong = [f"{one.model}, its handler: {one.failed} failed, {one.wrong_neighbours} good neighbours answered wrong"
              for one in handled if not one.held]  # fmt: skip
@@ -159,6 +165,8 @@ def conclude(seed: int, cases: int, handled: list[inprocess.InProcess], run: Run
         console.print(report.types_table(run))
         console.print(f"{run.seconds:.0f} s against the server, seed {seed}.")
     report.write(FOLDER / "results.json", seed, cases, run, handled, held=not wrong)
+    if run and write:
+        write_section("fuzz", report.section(seed, cases, run, wrong))
     if not wrong:
         console.print(f"Everything held, for {cases:,} cases.")
         return

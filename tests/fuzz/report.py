@@ -107,13 +107,13 @@ def handlers_table(results: list[InProcess]) -> Table:
     return table
 
 
-def section(seed: int, cases: int, run: Run, handlers: list[InProcess], broken: list[str]) -> str:
+def section(seed: int, cases: int, run: Run, broken: list[str]) -> str:
     """The section of RELIABILITY.md."""
     lines = [
         "## Bad input",
         "",
-        f"`make fuzz CASES={cases} SEED={seed}`: {cases:,} mutated requests of every shape straight into the handlers, "
-        "and again to a server, with good ones among them whose answers are checked. A known answer is one that "
+        f"`make fuzz CASES={cases} SEED={seed}`: {cases:,} mutated requests of every shape to a server, "
+        "with good ones among them whose answers are checked. A known answer is one that "
         "TorchServe's frontend gives before any handler sees the request ([tests/fuzz](tests/fuzz/README.md)). "
         f"Other: 5xx, late, no answer, or no error body. {about()}",
         "",
@@ -133,8 +133,7 @@ def section(seed: int, cases: int, run: Run, handlers: list[InProcess], broken: 
         )
     half, end = (round(size / 1e6) for size in halves(run.looks, None))
     lines.append(f"| frontend |{' |' * 8} {half:,} | {end:,} |")
-    batches, failed = sum(one.batches for one in handlers), sum(one.failed + one.wrong_neighbours for one in handlers)
-    lines += ["", f"The handlers by themselves: {batches:,} batches, {failed} failed or with a wrong neighbour."]
+    lines.append("")
     lines.append(f"**It does not hold: {'; '.join(broken)}.**" if broken else "All of it holds.")
     return "\n".join(lines)
 

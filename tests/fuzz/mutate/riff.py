@@ -47,7 +47,7 @@ def mutated(content: bytes, random: Random) -> bytes:
         value = struct.pack(pack, random.choice(values))
         chunks[at] = (name, length, data[:offset] + value + data[offset + len(value) :])
     elif change == "length":
-        chunks[at] = (name, random.choice((*SIZES, length + 1, max(0, length - 1))), data)
+        chunks[at] = (name, random.choice((*SIZES, min(length + 1, SIZES[-1]), max(0, length - 1))), data)
     elif change == "data":
         changed = generic.mutated(data, [data], random)
         chunks[at] = (name, len(changed), changed)
