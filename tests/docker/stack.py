@@ -5,6 +5,8 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +77,18 @@ class Stack:
 
     def execute(self, *command: str) -> str:
         return docker("exec", self.container(), *command)
+
+    def roll_out(self, model: str, archive: Path) -> subprocess.CompletedProcess:
+        """As an operator does it on the host."""
+        with tempfile.TemporaryDirectory(prefix="rollout-") as run_dir:
+            return subprocess.run(
+                [sys.executable, "-m", "bundle", "rollout", model, "--archive", str(archive)],
+                cwd=ROOT,
+                env={**self.environment, "COMPOSE": " ".join(self.command), "RUN_DIR": run_dir},
+                capture_output=True,
+                text=True,
+                timeout=400,
+            )
 
     def wait_until_healthy(self, seconds: float = 300) -> None:
         wait_for(lambda: self.inspect()["State"]["Health"]["Status"] == "healthy", seconds)

@@ -3,8 +3,6 @@
 One stack has it all in this order, as a day has it: what a test changes, the next one finds.
 """
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -149,14 +147,7 @@ def test_a_rollout_loses_nothing(stack: Stack, tmp_path: Path):
     new = reversioned(archive, "1.1", tmp_path / "new.mar")
     with traffic(stack) as load:
         load.wait_for(50)
-        rolled = subprocess.run(
-            [sys.executable, "-m", "bundle", "rollout", "mnist", "--archive", str(new)],
-            cwd=ROOT,
-            env={**stack.environment, "COMPOSE": " ".join(stack.command), "RUN_DIR": str(tmp_path / "run")},
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
+        rolled = stack.roll_out("mnist", new)
         load.wait_for(50)
     print("rollout:", dict(load.counts))
     assert rolled.returncode == 0, rolled.stdout + rolled.stderr

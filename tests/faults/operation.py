@@ -1,7 +1,5 @@
 """Trials of what operators do and disks suffer: a stop, a rollout, more and fewer workers, a disk full of logs."""
 
-import subprocess
-import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import requests
 
-from tests.docker.stack import ROOT, Stack, docker
+from tests.docker.stack import Stack, docker
 from tests.faults.archives import altered, register_faulty, shipped, versioned
 from tests.faults.traffic import eventually
 from tests.faults.trial import Outcome, Trial
@@ -77,14 +75,7 @@ def rollout(stack: Stack, seconds: float) -> Outcome:
         new = altered(good, Path(temporary) / "new.mar", {"MAR-INF/MANIFEST.json": versioned(good, "1.1")})
         with digits(stack) as traffic:
             time.sleep(seconds)
-            rolled = subprocess.run(
-                [sys.executable, "-m", "bundle", "rollout", "mnist", "--archive", str(new)],
-                cwd=ROOT,
-                env={**stack.environment, "COMPOSE": " ".join(stack.command), "RUN_DIR": temporary},
-                capture_output=True,
-                text=True,
-                timeout=400,
-            )
+            rolled = stack.roll_out("mnist", new)
             time.sleep(seconds)
     outcome = Outcome(traffic.answers)
     outcome.require(rolled.returncode == 0, "the rollout succeeds")

@@ -1,7 +1,5 @@
 """Trials of workers that die, hang, do not start, or lose their device."""
 
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import requests
 
 from bundle.catalog import select
-from tests.docker.stack import ROOT, Stack
+from tests.docker.stack import Stack
 from tests.faults.archives import altered, put, register_faulty, shipped, versioned
 from tests.faults.traffic import Answer, Traffic, eventually
 from tests.faults.trial import Outcome, Trial
@@ -107,14 +105,7 @@ def bad_archive(stack: Stack, seconds: float) -> Outcome:
                 f"{stack.url('MANAGEMENT_PORT')}/models", params={"url": "bad.mar", "model_name": "mnist"}, timeout=150
             )
             default = stack.client.describe("mnist")["modelVersion"]
-            rolled = subprocess.run(
-                [sys.executable, "-m", "bundle", "rollout", "mnist", "--archive", str(bad)],
-                cwd=ROOT,
-                env={**stack.environment, "COMPOSE": " ".join(stack.command), "RUN_DIR": temporary},
-                capture_output=True,
-                text=True,
-                timeout=400,
-            )
+            rolled = stack.roll_out("mnist", bad)
             time.sleep(seconds)
     outcome = Outcome(traffic.answers + others.answers)
     outcome.require(outcome.answered == len(outcome.answers), "the models that are served do not notice")
