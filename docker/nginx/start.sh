@@ -5,12 +5,13 @@
 #   TORCHSERVE_HOST   torchserve  host name or IPv4 address of the server
 #   TORCHSERVE_PORT   8080        its inference API
 #   SUPERVISOR_PORT   8083        its supervisor, which knows whether it is ready
-#   UPSTREAM_TIMEOUT  25          seconds for an answer, its wait in a queue included: the deadline, after which it is 504
+#   UPSTREAM_TIMEOUT  25          seconds for an answer, its wait in a queue included: after them it is 504
 #   MAX_BODY          16m         the largest body; TorchServe has a limit of its own, max_request_size
 #   RATE              200r/s      predictions of one client
 #   BURST             400         how far a client may be ahead of that rate
 #   CONNECTIONS       256         predictions of one client at the same time
-#   LARGE_BODIES      16          predictions of all clients at the same time whose body is more than a megabyte
+#   LARGE_BODIES      16          predictions of all clients at the same time whose body is more than a megabyte,
+#   LARGE_BODIES_OF_CLIENT  4     and of one client
 #   TRUSTED_PROXIES               networks of load balancers in front, whose X-Forwarded-For is believed
 #   LISTEN            8080        port, or address:port
 #   LISTEN_TLS        8443        the same for TLS, which is on when there are a certificate and its key
@@ -48,6 +49,7 @@ setting RATE "${RATE:-200r/s}" "${number}r/[sm]" "a rate like 200r/s or 30r/m"
 setting BURST "${BURST:-400}" "$number" "a whole number of at least 1"
 setting CONNECTIONS "${CONNECTIONS:-256}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
 setting LARGE_BODIES "${LARGE_BODIES:-16}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
+setting LARGE_BODIES_OF_CLIENT "${LARGE_BODIES_OF_CLIENT:-4}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
 setting LISTEN "${LISTEN:-8080}" "([0-9.]+:)?$port" "a port, or address:port"
 setting LISTEN_TLS "${LISTEN_TLS:-8443}" "([0-9.]+:)?$port" "a port, or address:port"
 setting TLS_PORT "${TLS_PORT:-8443}" "$port" "a port"

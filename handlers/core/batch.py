@@ -20,7 +20,7 @@ from torch import Tensor
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handlers.core import memory, payload, precision, settings, topk, wire
+from handlers.core import device, memory, payload, precision, settings, topk, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
     InsufficientMemory,
@@ -161,10 +161,10 @@ class BatchHandler(BaseHandler):
             answers = self.serve(data)
         except MemoryError:
             raise  # TorchServe has a status for it: 507
-        except torch.AcceleratorError as exc:
-            logger.exception("the accelerator failed under %s: this worker ends", self.context.model_name)
-            raise SystemExit(1) from exc  # whatever this process asks of the device from now on fails, too
-        except Exception:
+        except Exception as exc:
+            if device.is_broken(exc):
+                logger.exception("the device failed under %s: this worker ends", self.context.model_name)
+                raise SystemExit(1) from exc
             logger.exception("a bug failed a batch of %s", self.context.model_name)
             error = InternalError("The handler failed on this batch of requests. The server's log has the traceback.")
             answers = self.postprocess([Slot(error=error) for _ in data], [])
@@ -268,7 +268,9 @@ class BatchHandler(BaseHandler):
         try:
             outputs = self.model(*map(self.to_device, self.collate(samples)))
             return [self.reduce(precision.main_output(outputs), top_k)]
-        except torch.OutOfMemoryError as exc:
+        except RuntimeError as exc:
+            if not device.is_out_of_memory(exc):
+                raise
             logger.warning("%d inputs of %s do not fit: %s", len(samples), self.context.model_name, exc)
         # out of the `except`: the exception holds the frames, and they hold the tensors
         torch.cuda.empty_cache()

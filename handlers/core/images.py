@@ -1,6 +1,7 @@
 """Bytes of an image file -> an upright 8-bit Pillow image. Sizes are checked before a pixel is decoded."""
 
 import io
+import re
 import struct
 import warnings
 from typing import Annotated
@@ -20,7 +21,8 @@ COMMON = ("JPEG", "PNG", "WEBP", "GIF")  # first, because Pillow tries one after
 # only stubs
 FORMATS = (*COMMON, *sorted(set(Image.OPEN) - {*COMMON, "EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
 LIBJPEG = ("JPEG", "MPO", "BLP")  # formats whose scans nobody else counts; libtiff stops at a hundred by itself
-START_OF_SCAN = b"\xff\xda"
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG, of those that have a segment, and of its end
+START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 # what Pillow's decoders raise on broken files, as fuzzing all of them has shown
 DECODE_ERRORS = (
@@ -71,7 +73,7 @@ def open_image(content: bytes, settings: ImageSettings, enough: int | None = Non
             f"The image is too large; at most {settings.max_slow_pixels} pixels (width x height) are accepted of "
             f"{image.format} files like this one. JPEG or PNG may be larger."
         )
-    if image.format in LIBJPEG and content.count(START_OF_SCAN) > settings.max_scans:
+    if image.format in LIBJPEG and count_scans(content) > settings.max_scans:
         raise ImageTooLarge(f"The image has too many scans; at most {settings.max_scans} are accepted.")
     if min(width, height) < settings.min_side:
         raise UndecodableImage(
@@ -88,6 +90,16 @@ def open_image(content: bytes, settings: ImageSettings, enough: int | None = Non
     except DECODE_ERRORS as exc:
         raise UndecodableImage("The image is truncated or corrupt.") from exc
     return to_8_bit(image)
+
+
+def count_scans(jpeg: bytes) -> int:
+    """Those before the end of the image: what a phone puts behind it, a video say, is not decoded. (ITU T.81, B.1.1)"""
+    scans, found = 0, MARKER.search(jpeg, 2)
+    while found and found[0] != END_OF_IMAGE:
+        scans += found[0] == START_OF_SCAN
+        length = int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+        found = MARKER.search(jpeg, found.end() + max(length, 2))
+    return scans
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:

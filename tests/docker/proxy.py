@@ -51,6 +51,7 @@ class Upstream:
 
     Attributes:
         status: None to hang up without an answer.
+        first: of the first answer alone, where it is another one.
         release: what an answer waits for.
     """
 
@@ -59,13 +60,14 @@ class Upstream:
     received: list[Received] = field(default_factory=list)
     open_connections: int = 0
     status: int | None = 200
+    first: int | None = None
     body: bytes = b'{"ok": true}'
     headers: dict[str, str] = field(default_factory=dict)
     release: threading.Event = field(default_factory=threading.Event)
 
     def reset(self) -> None:
         self.received.clear()
-        self.status, self.body, self.headers = 200, b'{"ok": true}', {}
+        self.status, self.first, self.body, self.headers = 200, None, b'{"ok": true}', {}
         self.release.set()
 
     @contextmanager
@@ -91,6 +93,8 @@ class Upstream:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 upstream.received.append(Received(self.command, self.path, self.headers, body, self.client_address[1]))
                 status, answer, headers = upstream.status, upstream.body, dict(upstream.headers)
+                if upstream.first and len(upstream.received) == 1:
+                    status = upstream.first
                 upstream.release.wait(30)
                 if status is None:
                     self.close_connection = True

@@ -113,6 +113,17 @@ def test_errors_of_handlers_pass_unchanged(proxy, upstream, status):
     assert (answer.status_code, answer.content) == (status, upstream.body)
 
 
+def test_a_dead_workers_request_is_answered_by_another(proxy, upstream):
+    upstream.first = 500
+    assert proxy.post().status_code == 200
+    assert len(upstream.received) == 2
+
+
+def test_a_dead_workers_request_meets_a_full_queue(proxy, upstream):
+    upstream.first, upstream.status, upstream.body = 500, 503, QUEUE_FULL
+    check_error(proxy.post(), 429, "QueueFull", "1")
+
+
 def test_what_a_500_says_stays_inside(proxy, upstream):
     upstream.status, upstream.body = 500, b'{"message": "java.lang.NullPointerException: at io.netty.handler ..."}'
     answer = proxy.post()

@@ -117,28 +117,58 @@ def test_connections_of_one_client(start, upstream):
     assert proxy.post().status_code == 200
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_large_bodies_of_all_clients(start, upstream, chunked):
-    """What is held in memory is bounded, whoever sends it; small requests do not notice."""
-    proxy = start(LARGE_BODIES="2", MAX_BODY="2m", TRUSTED_PROXIES="127.0.0.1")
+MEGABYTE, MEDIUM = 1_000_000, 100_000  # from these sizes on, bodies are large, and medium
 
-    def post(client: int, size: int = 1_500_000) -> requests.Response:
+
+@pytest.mark.parametrize(
+    ("size", "chunked", "limited"),
+    [(MEGABYTE, False, True), (MEGABYTE - 1, False, False), (10, True, True)],
+    ids=["a megabyte", "a byte less", "of unknown length"],
+)
+@pytest.mark.parametrize("clients", ["one", "several"])
+def test_large_bodies(start, upstream, size, chunked, limited, clients):
+    """What is held in memory is bounded, for one client and for all; small requests do not notice."""
+    bounds = {"one": ("9", "2"), "several": ("2", "1")}[clients]
+    proxy = start(LARGE_BODIES=bounds[0], LARGE_BODIES_OF_CLIENT=bounds[1], MAX_BODY="2m", TRUSTED_PROXIES="127.0.0.1")
+
+    def post(client: int) -> requests.Response:
         body = in_chunks(size) if chunked else b"x" * size
-        return proxy.post(data=body, headers={"X-Forwarded-For": f"1.1.1.{client}"})
+        return proxy.post(data=body, headers={"X-Forwarded-For": f"1.1.1.{client if clients == 'several' else 1}"})
 
+    refused_or_not(upstream, [lambda n=n: post(n) for n in (1, 2)], lambda: post(3), limited)
+
+
+def test_medium_bodies_of_one_client(start, upstream):
+    proxy = start(TRUSTED_PROXIES="127.0.0.1")
+
+    def post(client: int, size: int) -> requests.Response:
+        return proxy.post(data=b"x" * size, headers={"X-Forwarded-For": f"1.1.1.{client}"})
+
+    full = [lambda: post(1, MEDIUM) for _ in range(64)]
+    refused_or_not(upstream, full, lambda: post(1, MEDIUM), limited=True)
+    upstream.received.clear()
+    refused_or_not(upstream, full, lambda: post(1, MEDIUM - 1), limited=False)
+    upstream.received.clear()
+    refused_or_not(upstream, full, lambda: post(2, MEDIUM), limited=False)
+
+
+def refused_or_not(upstream, waiting: list, another, limited: bool) -> None:
+    """Whether one more request is refused while others are on their way."""
     upstream.release.clear()
-    waiting = [threading.Thread(target=post, args=(client,)) for client in (1, 2)]
-    for thread in waiting:
+    threads = [threading.Thread(target=post) for post in waiting]
+    for thread in threads:
         thread.start()
-    eventually(lambda: len(upstream.received) == 2)
-    check_error(post(3), 429, "TooManyRequests", "1")
-    small = threading.Thread(target=proxy.post)
-    small.start()
-    eventually(lambda: len(upstream.received) == 3)
+    eventually(lambda: len(upstream.received) == len(waiting))
+    if limited:
+        check_error(another(), 429, "TooManyRequests", "1")
+    else:
+        threads.append(threading.Thread(target=another))
+        threads[-1].start()
+        eventually(lambda: len(upstream.received) == len(waiting) + 1)
     upstream.release.set()
-    for thread in (*waiting, small):
+    for thread in threads:
         thread.join()
-    assert post(3).status_code == 200
+    assert another().status_code == 200
 
 
 def test_clients_behind_a_trusted_load_balancer_have_limits_of_their_own(start, upstream):

@@ -13,6 +13,10 @@ from text import TextHandler
 logger = logging.getLogger(__name__)
 
 
+# what the error of a device is, out of a TorchScript module
+IN_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter.\n...\nRuntimeError: "
+
+
 class FaultyHandler(TextHandler):
     room = 1_000_000  # texts that the device has memory for
 
@@ -26,12 +30,12 @@ class FaultyHandler(TextHandler):
             for _ in range(1000):
                 logger.info("a line of a thousand characters: %s", 970 * "x")
         if command == "break":
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError(IN_TORCHSCRIPT + "CUDA error: an illegal memory access was encountered")
         if command == "small":
             self.room = 2
         return super().decode(content)
 
     def collate(self, samples: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         if len(samples) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise RuntimeError(IN_TORCHSCRIPT + "CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().collate(samples)

@@ -5,3 +5,5 @@ from hypothesis import HealthCheck, settings
 # no deadlines: a busy machine is not a failure
 settings.register_profile("bundle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("bundle")
+
+from tests.unit.numbered import worker  # noqa: E402, F401 - a fixture

@@ -1,108 +1,24 @@
 """A batch through TorchServe's own worker code: a small handler and a scripted model, in an archive made here."""
 
 import functools
-import json
 import logging
 import re
 import subprocess
 import sys
-import textwrap
 import time
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from bundle.dryrun import DryRun
 from handlers.core.cache import AnswerCache
+from tests.unit.numbered import BATCH_SIZE, CLASSES, MAX_INSTANCES, alike, row
 
 ROOT = Path(__file__).resolve().parents[2]
 HANDLERS = sorted((ROOT / "handlers").glob("*.py"))
-CLASSES, WIDTH, BATCH_SIZE, MAX_INSTANCES = 7, 4, 8, 20
-
-HANDLER = textwrap.dedent(
-    """
-    import time
-    import torch
-    from handlers.core.batch import BatchHandler
-    from handlers.core.errors import UndecodableInput
-
-
-    class NumbersHandler(BatchHandler):
-        def decode(self, content):
-            if content == b"bug":
-                raise ZeroDivisionError("a bug")
-            if content == b"slow":
-                time.sleep(2.1)
-                return torch.zeros(4)
-            try:
-                return torch.tensor([float(number) for number in content.split(b",")]).reshape(4)
-            except (ValueError, RuntimeError, TypeError) as exc:
-                raise UndecodableInput("Four numbers are accepted.") from exc
-
-        def example(self):
-            return torch.zeros(4)
-    """
-)
-
-
-class Numbers(nn.Module):
-    """[N, 4] -> [N, 7] logits. It refuses batches that are larger than the worker was told."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(WIDTH, CLASSES)
-        self.largest = BATCH_SIZE
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        assert numbers.shape[0] <= self.largest
-        return self.layer(numbers)
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
-    folder = tmp_path_factory.mktemp("archive")
-    torch.manual_seed(0)
-    torch.jit.script(Numbers().eval()).save(str(folder / "model.pt"))
-    manifest = {
-        "model": {
-            "modelName": "numbers",
-            "modelVersion": "1.0",
-            "handler": "numbers_handler.py",
-            "serializedFile": "model.pt",
-            "configFile": "model-config.yaml",
-        }
-    }
-    mar = folder / "numbers.mar"
-    with zipfile.ZipFile(mar, "w") as archive:
-        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
-        archive.writestr("numbers_handler.py", HANDLER)
-        archive.writestr("index_to_name.json", json.dumps({str(index): f"n{index}" for index in range(CLASSES)}))
-        archive.writestr(
-            "model-config.yaml", f"handler: {{top_k: 3, max_instances: {MAX_INSTANCES}, max_decode_seconds: 2}}\n"
-        )
-        archive.write(folder / "model.pt", "model.pt")
-    with DryRun(mar, BATCH_SIZE) as worker:
-        yield worker
-
-
-def row(index: int) -> dict:
-    """A good request, another for each index."""
-    return {"body": f"{index},{index % 3},1,-{index}".encode()}
-
-
-def alike(answer: dict) -> dict:
-    """What an answer is compared with: the same to what float batching allows."""
-    return {
-        "top_k": [{**entry, "probability": pytest.approx(entry["probability"], abs=1e-5)} for entry in answer["top_k"]]
-    }
-
-
 # --- errors keep to their slots ----------------------------------------------------------------------------------
 
 BAD = {
@@ -287,75 +203,6 @@ def test_nothing_to_run_takes_no_inference(worker: DryRun, caplog: pytest.LogCap
         worker.predict([{"body": b""}])
     assert "bundle_decode_seconds" in caplog.text
     assert "bundle_inference_seconds" not in caplog.text
-
-
-# --- overload, and a device that is too small ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def limited(worker: DryRun) -> Iterator[DryRun]:
-    """Requests may wait a second."""
-    settings = worker.handler.settings
-    worker.handler.settings = settings.model_copy(update={"max_wait_seconds": 1.0})
-    yield worker
-    worker.handler.settings = settings
-
-
-def test_a_request_that_waited_too_long_is_not_begun_while_others_wait(limited: DryRun):
-    now = time.time()
-    waited = [0.0, 1.5, 0.5, 30.0]
-    headers = [{"X-Request-Start": f"t={now - seconds:.3f}"} for seconds in waited] + [{}] * (BATCH_SIZE - len(waited))
-    rows = [row(index) for index in range(BATCH_SIZE)]
-    answers = limited.predict(rows, headers)
-    assert [status for status, _ in answers] == [200, 429, 200, 429, *[200] * (BATCH_SIZE - len(waited))]
-    assert answers[1][1] == answers[3][1]
-    assert (answers[1][1]["type"], "Retry-After" in answers[1][1]["message"]) == ("Overloaded", True)
-    assert answers[4][1] == alike(limited.predict([row(4)])[0][1])
-    # a batch that is not full leaves nobody behind
-    assert [status for status, _ in limited.predict(rows[:-1], headers[:-1])] == [200] * (BATCH_SIZE - 1)
-
-
-@pytest.fixture
-def small_device(worker: DryRun, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A device that has room for two inputs, and for none whose first number is above 40; the sizes that it ran."""
-    model, ran = worker.handler.model, []
-
-    def run(numbers: Tensor) -> Tensor:
-        if len(numbers) > 2 or numbers[:, 0].max() > 40:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        ran.append(len(numbers))
-        return model(numbers)
-
-    monkeypatch.setattr(worker.handler, "model", run)
-    return ran
-
-
-def test_a_batch_that_does_not_fit_is_halved(worker: DryRun, small_device: list[int], caplog: pytest.LogCaptureFixture):
-    rows = [row(index) for index in (1, 2, 3, 50, 4, 5, 6)]
-    answers = worker.predict(rows)
-    assert [status for status, _ in answers] == [200, 200, 200, 507, 200, 200, 200]
-    assert answers[3][1]["type"] == "InsufficientMemory"
-    assert max(small_device) == 2
-    assert "7 inputs of numbers do not fit" in caplog.text
-    for index, one in enumerate(rows):
-        if index != 3:
-            assert answers[index][1] == alike(worker.predict([one])[0][1])
-
-
-def test_of_many_instances_one_that_does_not_fit_fails_its_request(worker: DryRun, small_device: list[int]):
-    answers = worker.predict([{"instances": [row(1)["body"], row(50)["body"]]}, row(2)])
-    assert [status for status, _ in answers] == [507, 200]
-
-
-def test_a_broken_accelerator_ends_the_worker(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
-    """What TorchServe's worker does not catch: its process ends, and the frontend starts another one."""
-
-    def run(numbers: Tensor) -> Tensor:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(worker.handler, "model", run)
-    with pytest.raises(SystemExit):
-        worker.predict([row(0)])
 
 
 # --- what TorchServe asks of a handler's file --------------------------------------------------------------------

@@ -230,6 +230,15 @@ def test_what_pillow_decodes_in_python_has_a_limit_of_its_own(pixels: bytes, ref
         assert open_image(content, limits).size == (40, 40)
 
 
+def test_what_follows_a_jpeg_is_not_counted():
+    """A phone's photograph has its video behind it; a thumbnail inside has scans of its own."""
+    trailer = b"\xff\xda" * 200
+    photo = JPEG
+    assert open_image(photo + trailer, SETTINGS).size == open_image(photo, SETTINGS).size
+    thumbnail = b"\xff\xe2" + (len(trailer) + 2).to_bytes(2, "big") + trailer
+    assert open_image(photo[:2] + thumbnail + photo[2:], SETTINGS).size == open_image(photo, SETTINGS).size
+
+
 @pytest.mark.parametrize(
     ("format", "scans", "refused"), [("JPEG", 100, False), ("JPEG", 101, True), ("MPO", 101, True)]
 )
@@ -239,7 +248,7 @@ def test_a_jpeg_has_no_more_scans_than_it_may(format: str, scans: int, refused: 
     content = encode_image(COLOURS, format, progressive=True, **more)
     end = content.index(b"\xff\xd9")
     last = content[content.rindex(b"\xff\xda", 0, end) : end]
-    content = content[:end] + last * (scans - content.count(b"\xff\xda")) + content[end:]
+    content = content[:end] + last * (scans - content[:end].count(b"\xff\xda")) + content[end:]
     if refused:
         with pytest.raises(ImageTooLarge, match="at most 100 are accepted"):
             open_image(content, SETTINGS)

@@ -1,0 +1,107 @@
+"""Overload, and a device that has too little memory or breaks: what a batch makes of them."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bundle.dryrun import DryRun
+from handlers.core import device
+from tests.unit.numbered import BATCH_SIZE, alike, row
+
+
+@pytest.fixture
+def limited(worker: DryRun) -> Iterator[DryRun]:
+    """Requests may wait a second."""
+    settings = worker.handler.settings
+    worker.handler.settings = settings.model_copy(update={"max_wait_seconds": 1.0})
+    yield worker
+    worker.handler.settings = settings
+
+
+def test_a_request_that_waited_too_long_is_not_begun_while_others_wait(limited: DryRun):
+    now = time.time()
+    waited = [0.0, 1.5, 0.5, 30.0]
+    headers = [{"X-Request-Start": f"t={now - seconds:.3f}"} for seconds in waited] + [{}] * (BATCH_SIZE - len(waited))
+    rows = [row(index) for index in range(BATCH_SIZE)]
+    answers = limited.predict(rows, headers)
+    assert [status for status, _ in answers] == [200, 429, 200, 429, *[200] * (BATCH_SIZE - len(waited))]
+    assert answers[1][1] == answers[3][1]
+    assert (answers[1][1]["type"], "Retry-After" in answers[1][1]["message"]) == ("Overloaded", True)
+    assert answers[4][1] == alike(limited.predict([row(4)])[0][1])
+    # a batch that is not full leaves nobody behind
+    assert [status for status, _ in limited.predict(rows[:-1], headers[:-1])] == [200] * (BATCH_SIZE - 1)
+
+
+IN_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter.\n...\nRuntimeError: "
+NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB"
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+OUT_OF_MEMORY = [torch.OutOfMemoryError(NO_ROOM), RuntimeError(IN_TORCHSCRIPT + NO_ROOM)]
+BROKEN = [torch.AcceleratorError(ILLEGAL), RuntimeError(IN_TORCHSCRIPT + ILLEGAL)]
+
+
+def test_out_of_a_module_comes_a_plain_error():
+    """What the errors above are modelled on: an allocator's, out of a real module."""
+
+    @torch.jit.script
+    def allocate(numbers: Tensor) -> Tensor:
+        return torch.empty([numbers.size(0), 1 << 50])
+
+    with pytest.raises(RuntimeError, match="(?s)TorchScript interpreter.*allocate") as caught:
+        allocate(torch.zeros(8))
+    assert type(caught.value) is RuntimeError
+
+
+@pytest.fixture(params=OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def small_device(worker: DryRun, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
+    """A device that has room for two inputs, and for none whose first number is above 40; the sizes that it ran."""
+    model, ran = worker.handler.model, []
+
+    def run(numbers: Tensor) -> Tensor:
+        if len(numbers) > 2 or numbers[:, 0].max() > 40:
+            raise request.param
+        ran.append(len(numbers))
+        return model(numbers)
+
+    monkeypatch.setattr(worker.handler, "model", run)
+    return ran
+
+
+def test_a_batch_that_does_not_fit_is_halved(worker: DryRun, small_device: list[int], caplog: pytest.LogCaptureFixture):
+    rows = [row(index) for index in (1, 2, 3, 50, 4, 5, 6)]
+    answers = worker.predict(rows)
+    assert [status for status, _ in answers] == [200, 200, 200, 507, 200, 200, 200]
+    assert answers[3][1]["type"] == "InsufficientMemory"
+    assert max(small_device) == 2
+    assert "7 inputs of numbers do not fit" in caplog.text
+    for index, one in enumerate(rows):
+        if index != 3:
+            assert answers[index][1] == alike(worker.predict([one])[0][1])
+
+
+def test_of_many_instances_one_that_does_not_fit_fails_its_request(worker: DryRun, small_device: list[int]):
+    answers = worker.predict([{"instances": [row(1)["body"], row(50)["body"]]}, row(2)])
+    assert [status for status, _ in answers] == [507, 200]
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=lambda error: type(error).__name__)
+def test_a_broken_device_ends_the_worker(worker: DryRun, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    """What TorchServe's worker does not catch: its process ends, and the frontend starts another one."""
+
+    def fail(numbers: Tensor) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(worker.handler, "model", fail)
+    with pytest.raises(SystemExit):
+        worker.predict([row(0)])
+
+
+def test_which_errors_are_the_devices():
+    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not device.is_broken(torch.AcceleratorError("CUDA error: out of memory"))
+    assert device.is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    for bug in (RuntimeError("shape '[4]' is invalid"), ValueError("CUDA error: so a text says")):
+        assert not device.is_out_of_memory(bug)
+        assert not device.is_broken(bug)
