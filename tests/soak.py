@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ UTILISATION = 0.7
 SLICE_SECONDS = 20.0  # of load between two looks at the processes
 CONNECTIONS = 24  # of each model's clients: wrk has a thread for each
 GROWTH = 0.05  # of memory, in the last half of the run
+LEAK = 100  # open files an hour
 DRIFT = 1.5  # of p99, from the first half of the slices to the last
 console = Console(highlight=False)
 
@@ -88,25 +90,41 @@ def soak(place: Place, folders: list[ModelFolder], minutes: float) -> tuple[dict
 
 def look(place: Place, java: psutil.Process, folders: list[ModelFolder], loads: dict[str, Load], hours: float) -> Slice:
     workers = {folder.name: [w["pid"] for w in place.client.describe(folder.name)["workers"]] for folder in folders}
-    memory = {name: sum(resident(psutil.Process(pid)) for pid in pids) for name, pids in workers.items()}
+    memory = {name: sum(map(resident, pids)) for name, pids in workers.items()}
     pids = [pid for group in workers.values() for pid in group]
-    descriptors = sum(psutil.Process(pid).num_fds() for pid in (java.pid, *pids))
-    return Slice(hours, loads, {"frontend": resident(java), **memory}, descriptors, frozenset(pids))
+    descriptors = sum(map(open_files, (java.pid, *pids)))
+    return Slice(hours, loads, {"frontend": resident(java.pid), **memory}, descriptors, frozenset(pids))
 
 
-def resident(process: psutil.Process) -> float:
-    return process.memory_info().rss / 1e6
+def resident(pid: int) -> float:
+    """MB; none of a process that has ended, which the list of workers shows."""
+    try:
+        return psutil.Process(pid).memory_info().rss / 1e6
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def open_files(pid: int) -> int:
+    try:
+        return psutil.Process(pid).num_fds()
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def later_half(slices: list[Slice]) -> list[Slice]:
     return slices[len(slices) // 2 :]
 
 
-def slope(slices: list[Slice], part: str) -> float:
-    """MB an hour, by least squares."""
+def slope(slices: list[Slice], value: Callable[[Slice], float]) -> float:
+    """How much it grows in an hour, by least squares."""
     if len(slices) < 2:
         return 0.0
-    return float(numpy.polyfit([kept.hours for kept in slices], [kept.memory[part] for kept in slices], 1)[0])
+    return float(numpy.polyfit([kept.hours for kept in slices], [value(kept) for kept in slices], 1)[0])
+
+
+def memory_slope(slices: list[Slice], part: str) -> float:
+    """MB an hour."""
+    return slope(slices, lambda kept: kept.memory[part])
 
 
 def p99(slices: list[Slice], model: str) -> float:
@@ -124,11 +142,11 @@ def faults(slices: list[Slice], models: list[str]) -> list[str]:
     late = later_half(slices)
     hours = late[-1].hours - late[0].hours
     for part in slices[0].memory:
-        grown = slope(late, part) * hours / late[0].memory[part]
+        grown = memory_slope(late, part) * hours / late[0].memory[part]
         if grown > GROWTH:
             found.append(f"the memory of {part} grew by {grown:.1%} in the last half")
-    if late[-1].descriptors > late[0].descriptors + 8 * CONNECTIONS:
-        found.append(f"open files grew from {late[0].descriptors} to {late[-1].descriptors}")
+    if (leak := slope(late, lambda kept: kept.descriptors)) > LEAK:
+        found.append(f"open files grew by {leak:.0f} an hour")
     for model in models:
         before, after = p99(slices[: len(slices) // 2], model), p99(late, model)
         if after > DRIFT * before:
@@ -156,7 +174,7 @@ def section(minutes: float, rates: dict[str, float], slices: list[Slice], broken
     lines.append("|---|---|---|---|---|")
     for part in slices[0].memory:
         figures = [f"{kept.memory[part]:.0f}" for kept in (slices[0], late[0], late[-1])]
-        lines.append(f"| {part} | {' | '.join(figures)} | {slope(late, part):+.1f} |")
+        lines.append(f"| {part} | {' | '.join(figures)} | {memory_slope(late, part):+.1f} |")
     lines += ["", f"Open files: {slices[0].descriptors} at the start, {late[-1].descriptors} at the end."]
     lines.append(f"**It does not hold: {'; '.join(broken)}.**" if broken else "All of it holds.")
     return "\n".join(lines)

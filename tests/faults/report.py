@@ -10,6 +10,9 @@ HEAD = """\
 `make test-faults`, on the Docker stack (two workers a model), with requests at random times whose answers are counted
 one by one. Refused: 429 or 503 with Retry-After. Failed: any other answer that is not right. Lost: no answer at all.
 Silence: the longest time without a right answer, in seconds. Recovery: seconds until full strength.
+
+All load comes from one client, so the proxy's limits for one client are lifted; and for the trials to take minutes, a
+model may lack workers for 15 s, not for 120 s, until the container starts anew, and `/tmp` has 2 GB, not 4.
 """
 
 

@@ -61,6 +61,7 @@ class Traffic:
     def __init__(self, url: str, body: bytes, expected: str, rate: float, seed: int = 1):
         self.url, self.body, self.expected, self.rate = url, body, expected, rate
         self.answers: list[Answer] = []
+        self.sent = 0
         self._random = random.Random(seed)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._send()), name="traffic")
@@ -71,6 +72,7 @@ class Traffic:
             due, on_their_way = time.monotonic(), set()
             while not self._stop.is_set():
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
+                self.sent += 1
                 request = asyncio.create_task(self._ask(session, due))
                 on_their_way.add(request)
                 request.add_done_callback(on_their_way.discard)
@@ -85,7 +87,7 @@ class Traffic:
             told = "Retry-After" in answer.headers
             problem = "" if right else error_type(text)
             self.answers.append(Answer(due, time.monotonic(), answer.status, right, told, problem))
-        except (aiohttp.ClientError, TimeoutError) as exc:
+        except Exception as exc:  # whatever it is, a request that was sent is counted
             self.answers.append(Answer(due, time.monotonic(), None, problem=type(exc).__name__))
 
     def stop(self) -> float:
@@ -100,6 +102,7 @@ class Traffic:
     def __exit__(self, *_: object) -> None:
         self.stop()
         self._thread.join()
+        assert len(self.answers) == self.sent
 
 
 def error_type(body: str) -> str:

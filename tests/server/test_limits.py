@@ -54,8 +54,8 @@ def instances(count: int) -> bytes:
     return json.dumps({"instances": [SENTENCE] * count}).encode()
 
 
-def top_k(count: int) -> bytes:
-    return json.dumps({"data": SENTENCE, "top_k": count}).encode()
+def top_k(count: int, data: str = SENTENCE) -> bytes:
+    return json.dumps({"data": data, "top_k": count}).encode()
 
 
 def nested(*wrappers: str) -> bytes:
@@ -93,6 +93,10 @@ LIMITS = {
     "instances": ("text", JSON, instances(32), instances(33), 413, "TooManyInstances"),
     "depth": ("text", JSON, nested("[", "{"), nested("[", "{", "["), 400, "UnsupportedInput"),
     "top_k": ("text", JSON, top_k(151), top_k(152), 400, "InvalidOption"),
+    "top_k of a digit": (
+        *("mnist", JSON, top_k(10, base64.b64encode(picture(28, 28)).decode())),
+        *(top_k(11, base64.b64encode(picture(28, 28)).decode()), 400, "InvalidOption"),
+    ),
     "least top_k": ("text", JSON, top_k(1), top_k(0), 400, "InvalidOption"),
 }
 

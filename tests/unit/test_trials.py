@@ -115,4 +115,4 @@ def test_what_grows_is_named():
 
 def test_the_slope_is_in_megabytes_an_hour():
     slices = [replace(kept, memory={"mnist": 600 + 30 * kept.hours}) for kept in sliced(10)]
-    assert soak.slope(slices, "mnist") == pytest.approx(30)
+    assert soak.memory_slope(slices, "mnist") == pytest.approx(30)
