@@ -59,12 +59,15 @@ class Keys:
 
     def _read(self, api: Api) -> tuple[str, float]:
         """A key, and for how many seconds it is valid."""
-        try:
-            keys = json.loads(self.file.read_text())
-            expires = datetime.fromisoformat(keys[api]["expiration time"])
-            return keys[api]["key"], (expires - datetime.now(UTC)).total_seconds()
-        except (OSError, ValueError, KeyError, TypeError):
-            raise NoKey(f"There is no key of the {api} API in {relative(self.file)}.") from None
+        for pause in (0.1, 0.3, 1.0, None):  # somebody else's renewal may have TorchServe write just now
+            try:
+                keys = json.loads(self.file.read_text())
+                expires = datetime.fromisoformat(keys[api]["expiration time"])
+                return keys[api]["key"], (expires - datetime.now(UTC)).total_seconds()
+            except (OSError, ValueError, KeyError, TypeError):
+                if pause is None:
+                    raise NoKey(f"There is no key of the {api} API in {relative(self.file)}.") from None
+                time.sleep(pause)
 
     def _renew(self, api: Api) -> None:
         headers = {"Authorization": f"Bearer {json.loads(self.file.read_text())['API']['key']}"}

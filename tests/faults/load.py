@@ -62,16 +62,14 @@ def closed_loop(url: str, body: bytes, clients: int, seconds: float) -> list[Ans
 
 def memory(stack: Stack, service: str) -> tuple[float, int]:
     """The most memory (MB) that a container has had, and how many of its processes were killed for want of it."""
-    files = {
-        "peak": ("memory.peak", "memory/memory.max_usage_in_bytes"),
-        "killed": ("memory.events", "memory/memory.oom_control"),
-    }
-    shown = {}
-    for name, (version_2, version_1) in files.items():
-        command = f"cd /sys/fs/cgroup && cat {version_2} 2>/dev/null || cat {version_1}"
-        shown[name] = docker("exec", stack.container(service), "sh", "-c", command)
-    [killed] = [line.split()[1] for line in shown["killed"].splitlines() if line.startswith("oom_kill ")]
-    return int(shown["peak"]) / 1e6, int(killed)
+
+    def read(version_2: str, version_1: str) -> str:
+        command = f"cd /sys/fs/cgroup; cat {version_2} 2>/dev/null || cat memory/{version_1}"
+        return docker("exec", stack.container(service), "sh", "-c", command)
+
+    events = read("memory.events", "memory.oom_control").splitlines()
+    [killed] = [line.split()[1] for line in events if line.startswith("oom_kill ")]
+    return int(read("memory.peak", "memory.max_usage_in_bytes")) / 1e6, int(killed)
 
 
 def flood(stack: Stack, seconds: float) -> Outcome:
@@ -79,11 +77,8 @@ def flood(stack: Stack, seconds: float) -> Outcome:
     side = int((FLOOD_BYTES / 3) ** 0.5) - 8
     body = picture(side, side, "BMP")
     before = stack.inspect()["RestartCount"], stack.inspect("proxy")["RestartCount"]
-    with (
-        digits(stack, RATE / 2) as others,
-        MemoryWatch(stack, "proxy") as proxy,
-        MemoryWatch(stack, "torchserve") as server,
-    ):
+    killed = [memory(stack, service)[1] for service in ("proxy", "torchserve")]
+    with digits(stack, RATE / 2) as others:
         answers = closed_loop(url, body, FLOOD_CLIENTS, 3 * seconds)
     proxy, server = memory(stack, "proxy"), memory(stack, "torchserve")
     outcome = Outcome(answers + others.answers)
