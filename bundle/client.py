@@ -16,6 +16,7 @@ from bundle.catalog import ModelFolder, relative
 from bundle.errors import BundleError
 
 DESCRIPTION_SECONDS = 10  # a server that takes longer to say what it has is not well
+READ_SECONDS = 1  # for a key to be there
 SECONDS = 30  # for one answer; no request of the bundle's own takes longer
 MANAGEMENT_SECONDS = 150  # ending workers takes its time: unregister_model_timeout is 120
 TRANSIT_SECONDS = 1  # a key with less to live may be dead when it arrives
@@ -59,15 +60,16 @@ class Keys:
 
     def _read(self, api: Api) -> tuple[str, float]:
         """A key, and for how many seconds it is valid."""
-        for pause in (0.1, 0.3, 1.0, None):  # somebody else's renewal may have TorchServe write just now
+        deadline = time.monotonic() + READ_SECONDS  # somebody else's renewal may have TorchServe write it just now
+        while True:
             try:
                 keys = json.loads(self.file.read_text())
                 expires = datetime.fromisoformat(keys[api]["expiration time"])
                 return keys[api]["key"], (expires - datetime.now(UTC)).total_seconds()
             except (OSError, ValueError, KeyError, TypeError):
-                if pause is None:
+                if time.monotonic() > deadline:
                     raise NoKey(f"There is no key of the {api} API in {relative(self.file)}.") from None
-                time.sleep(pause)
+            time.sleep(0.1)
 
     def _renew(self, api: Api) -> None:
         headers = {"Authorization": f"Bearer {json.loads(self.file.read_text())['API']['key']}"}

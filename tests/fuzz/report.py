@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 from rich.table import Table
 
@@ -46,9 +47,12 @@ def memory(look: Look, model: str | None) -> int:
     return look.frontend if model is None else look.workers[model]
 
 
-def halves(looks: list[Look], model: str | None) -> tuple[int, int]:
-    """Memory in the middle of the run and at its end."""
-    return memory(looks[len(looks) // 2], model), memory(looks[-1], model)
+def halves(looks: list[Look], model: str | None) -> tuple[float, float]:
+    """Memory after the middle of the run and at its end: the medians of its third and of its last quarter, because a
+    heap gives back and takes dozens of megabytes from look to look."""
+    sizes = [memory(look, model) for look in looks[len(looks) // 2 :]]
+    quarter = (len(sizes) + 1) // 2
+    return median(sizes[:quarter]), median(sizes[-quarter:])
 
 
 def grown(looks: list[Look], model: str | None) -> float:

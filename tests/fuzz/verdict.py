@@ -8,6 +8,7 @@ from tests.fuzz.cases import BODY_LIMIT, Case
 
 FAULTS = ("5xx", "late", "no answer", "wrong body")
 ERROR_KEYS = {"code", "type", "message"}
+HEADER_LIMIT = 8192  # of Netty, for all of them
 FORMS = ("application/x-www-form-urlencoded", "multipart/")
 
 
@@ -69,9 +70,17 @@ def known(case: Case, answer: Answer) -> str | None:
         return "bare 413: a body over 16 MiB, or a form whose parts come near it"
     if answer.status == 500 and b'"ErrorDataDecoderException"' in answer.body and is_form(case):
         return "500 ErrorDataDecoderException: a form that Netty cannot parse"
+    if answer.status == 500 and b'"ArrayIndexOutOfBoundsException"' in answer.body and is_form(case):
+        return "500 ArrayIndexOutOfBoundsException: a part of a form whose headers Netty cannot parse"
+    if not answer.status and b"ClientOSError(104" in answer.body and header_bytes(case) > HEADER_LIMIT:
+        return "reset: headers of more than 8 KiB, answered before the body is read"
     if not answer.status and b"ContentLengthError: 400" in answer.body and is_form(case):
         return "400 cut off: a form that Netty cannot parse, repeated in its message, and the connection closed"
     return None
+
+
+def header_bytes(case: Case) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in case.headers)
 
 
 def is_form(case: Case) -> bool:

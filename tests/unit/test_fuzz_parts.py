@@ -148,6 +148,10 @@ UNPARSED = error(500, "ErrorDataDecoderException")
         (sent(FORM), Answer(500, UNPARSED, 1), None),
         (sent(FORM), Answer(500, error(500, "InternalError"), 1), "5xx"),
         (sent("image/png"), Answer(500, UNPARSED, 1), "5xx"),
+        (sent(FORM), Answer(500, error(500, "ArrayIndexOutOfBoundsException"), 1), None),
+        (sent("image/png"), Answer(500, error(500, "ArrayIndexOutOfBoundsException"), 1), "5xx"),
+        (sent("x" * 8200), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), None),
+        (sent("x" * 8000), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), "no answer"),
     ],
 )
 def test_what_may_be_answered(case: Case, answer: Answer, problem: str | None):
@@ -169,7 +173,7 @@ def test_a_run_that_held_has_no_faults():
 
 
 def test_growing_memory_is_a_fault():
-    assert report.faults(run_of([50, 90, 100, 104, 106], [7] * 5)) == [
+    assert report.faults(run_of([50, 90, 95, 98, 100, 100, 106, 106], [7] * 8)) == [
         "image: its workers' memory grew by 6.0% over the last half"
     ]
 
