@@ -84,7 +84,7 @@ def serve(
         running = server.running()
         if running and not server.is_current(running, folders):
             server.check_archives(folders)  # before what serves is stopped
-            console.print(f"What runs ({', '.join(running.served)}) is not what is asked for: it is started again.")
+            console.print(f"{server.difference(running, folders)} It is started again.", markup=False)
             server.stop()
             running = None
         if running is None:

@@ -205,6 +205,17 @@ class Server:
     def is_current(self, running: Running, folders: list[ModelFolder]) -> bool:
         return running.served == self.wanted(folders) and running.settings == self.settings.fingerprint()
 
+    def difference(self, running: Running, folders: list[ModelFolder]) -> str:
+        """Why what runs is not what is asked for, in a sentence."""
+        wanted = self.wanted(folders)
+        if running.key_file and not self.settings.asks_for_keys:
+            return "What runs asks for tokens. WITHOUT TS_DISABLE_TOKEN_AUTHORIZATION=false, AS NOW, IT WILL NOT."
+        if running.served.keys() != wanted.keys():
+            return f"What runs serves {', '.join(running.served)}, and not {', '.join(wanted)}."
+        if changed := [name for name, digest in wanted.items() if running.served[name] != digest]:
+            return f"What runs has other archives of {', '.join(changed)}."
+        return "What runs has other settings (config.properties, bundle/config, TS_* or TRUSTED_KEY)."
+
     def adopt(self, running: Running, folder: ModelFolder) -> None:
         """Records that the running server serves the archive that is in the store now."""
         self.record.write_text(

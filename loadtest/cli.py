@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from bundle.errors import BundleError
-from bundle.server import Settings
+from bundle.server import Server, Settings
 from loadtest import shapes, targets, thresholds
 from loadtest.errors import LoadTestError
 
@@ -134,7 +134,10 @@ def served(environment: dict[str, str], host: str | None) -> str:
     Raises:
         LoadTestError: no server answers, or it does not have a model.
     """
-    url = (host or Settings().url("inference_address")).rstrip("/")
+    running = Server().running()
+    url = (host or (running.inference if running else Settings().url("inference_address"))).rstrip("/")
+    if running and url == running.inference and running.key_file:
+        raise LoadTestError("the server asks for keys, which locust is not given: serve without tokens")
     with requests.Session() as session:
         session.trust_env = False  # a proxy for the internet knows nothing of this machine's loopback
         for target in targets.choose(environment["MODELS"]):
