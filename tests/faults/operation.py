@@ -96,8 +96,7 @@ def scaling(stack: Stack, seconds: float) -> Outcome:
     ended = sum(max(0, before - after) for before, after in pairwise(steps))
     outcome = Outcome(traffic.answers)
     outcome.notes.append(f"{' to '.join(map(str, steps))} workers")
-    unanswered = len(traffic.answers) - outcome.answered
-    outcome.require(unanswered <= ended, f"of each worker that ends, one request fails at most ({unanswered} did)")
+    outcome.require(outcome.failed <= ended, f"of each worker that ends, one request fails at most ({ended} end)")
     outcome.require(outcome.lost == 0, "no request is without an answer")
     return outcome
 
