@@ -151,6 +151,7 @@ UNPARSED = error(500, "ErrorDataDecoderException")
         (sent(FORM), Answer(500, error(500, "ArrayIndexOutOfBoundsException"), 1), None),
         (sent("image/png"), Answer(500, error(500, "ArrayIndexOutOfBoundsException"), 1), "5xx"),
         (sent("x" * 8200), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), None),
+        (sent(FORM), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), None),
         (sent("x" * 8000), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), "no answer"),
     ],
 )
