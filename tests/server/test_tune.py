@@ -118,7 +118,11 @@ cli.main()
 """
     arguments = ["tune", "mnist", "--p99", "1200ms", "--minutes", "5"]
     run = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["env", "--default-signal=INT", sys.executable, "-c", code, *arguments],  # a shell's background jobs ignore it
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         wait_for(lambda: (run_dir / "server.json").is_file(), 120)
