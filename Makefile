@@ -118,7 +118,7 @@ profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mni
 test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
 	$(BIN)/python -m pytest $(TESTS)
 
-fuzz: dev  ## send mutated requests to the handlers and to a server, neighbours and memory watched (CASES=5000 SEED=0 MODEL=audio)
+fuzz: dev  ## send mutated requests to the handlers and to a server, neighbours and memory watched (CASES=5000 SEED=0 MODEL=audio REPORT=1)
 	@$(BIN)/python -m tests.fuzz $(if $(CASES),--cases "$(CASES)") $(if $(SEED),--seed "$(SEED)") \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(REPORT),--write)
 
@@ -129,10 +129,10 @@ fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guide
 test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
 	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
 
-test-faults: dev  ## do to a Docker stack what happens to servers, and count what clients notice (FAULTS="kill-one overload" SECONDS=3)
+test-faults: dev  ## do to a Docker stack what happens to servers, and count what clients notice (FAULTS="kill-one overload" SECONDS=3; REPORT=1 for RELIABILITY.md)
 	@$(BIN)/python -m tests.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(REPORT),--write)
 
-soak: dev .venv/loadtest.done  ## load all models at 70 % for long, and see whether anything grows (MINUTES=10)
+soak: dev .venv/loadtest.done  ## load all models at 70 % for long, and see whether anything grows (MINUTES=10 REPORT=1)
 	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(REPORT),--write)
 
 lint: dev
