@@ -1,12 +1,28 @@
-"""RELIABILITY.md: what the trials measured, each run in its own section, with the machine it ran on."""
+"""The commands that measure reliability, and RELIABILITY.md: each run in its own section, with its machine."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import typer
+
+from bundle.errors import BundleError
 from loadtest.bench.results import about_this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "RELIABILITY.md"
 TITLE = "# Reliability\n\nWhat was tried, and what was seen. Each section is written by its command.\n"
+
+
+def run(main: Callable, examples: str) -> None:
+    """Runs a command whose options are the arguments of `main`."""
+    app = typer.Typer(add_completion=False)
+    app.command(epilog=f"Examples: {examples}")(main)
+    try:
+        app()
+    except BundleError as exc:
+        print(f"error: {exc}\n{exc.details}".rstrip(), file=sys.stderr)
+        sys.exit(1)
 
 
 def about() -> str:

@@ -5,7 +5,6 @@ make soak MINUTES=10
 
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from bundle.client import check_sample
 from bundle.errors import BundleError
 from bundle.load import Load, closed_loop, open_loop
 from bundle.server import Server
-from tests.reliability import about, write_section
+from tests import reliability
 from tests.server.conftest import SHIPPED, Place, new_place
 
 UTILISATION = 0.7
@@ -160,7 +159,7 @@ def section(minutes: float, rates: dict[str, float], slices: list[Slice], broken
         "## Long run",
         "",
         f"`make soak MINUTES={minutes:g}`: each model gets {UTILISATION:.0%} of a quarter of what it answers alone, at "
-        f"random times, for {minutes:g} minutes in slices of {SLICE_SECONDS:g} s. {about()}",
+        f"random times, for {minutes:g} minutes in slices of {SLICE_SECONDS:g} s. {reliability.about()}",
         "",
         "| model | requests/s | answered | failed | p99 ms, first half | last half |",
         "|---|---|---|---|---|---|",
@@ -207,17 +206,9 @@ def main(
     for fault in broken:
         console.print(f"[red]It does not hold: {fault}.[/red]")
     if write:
-        write_section("soak", section(minutes, rates, slices, broken))
+        reliability.write_section("soak", section(minutes, rates, slices, broken))
     raise typer.Exit(1 if broken else 0)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command(epilog="Examples: python -m tests.soak · python -m tests.soak --minutes 240")(main)
-    try:
-        app()
-    except BundleError as exc:
-        print(f"error: {exc}\n{exc.details}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    reliability.run(main, "python -m tests.soak · python -m tests.soak --minutes 240")

@@ -12,20 +12,28 @@ import requests
 
 from bundle.signing import SEALS, seal
 
+MANIFEST = "MAR-INF/MANIFEST.json"
 
-def reversioned(archive: Path, version: str, target: Path, without: str = "") -> Path:
-    """A copy of an archive that says it is another version, with a manifest; leaving out the member `without`."""
+
+def altered(archive: Path, target: Path, members: dict[str, bytes | None]) -> Path:
+    """A copy of an archive, with a manifest, that has these members in the place of its own; None leaves one out."""
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
-            content = old.read(entry)
-            if entry.filename == "MAR-INF/MANIFEST.json":
-                manifest = json.loads(content)
-                manifest["model"]["modelVersion"] = version
-                content = json.dumps(manifest).encode()
-            if entry.filename not in (without, *SEALS):
-                new.writestr(entry.filename, content)
+            if entry.filename not in {*members, *SEALS}:
+                new.writestr(entry.filename, old.read(entry))
+        for name, content in members.items():
+            if content is not None:
+                new.writestr(name, content)
     seal(target, None)
     return target
+
+
+def reversioned(archive: Path, version: str, target: Path, without: str = "") -> Path:
+    """A copy that says it is another version; leaving out the member `without`."""
+    with zipfile.ZipFile(archive) as old:
+        manifest = json.loads(old.read(MANIFEST))
+    manifest["model"]["modelVersion"] = version
+    return altered(archive, target, {MANIFEST: json.dumps(manifest).encode(), without: None})
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -1,6 +1,5 @@
 """Trials of faults on the real Docker stack, under constant load that is counted request by request."""
 
-import sys
 import time
 from typing import Annotated
 
@@ -10,11 +9,11 @@ from rich.table import Table
 
 from bundle.cli import progress
 from bundle.errors import BundleError
+from tests import reliability
 from tests.docker.stack import Stack, running
 from tests.faults import load, operation, workers
 from tests.faults.report import said, section
 from tests.faults.trial import Outcome, Trial
-from tests.reliability import write_section
 
 TRIALS: dict[str, Trial] = {
     trial.name: trial for trial in (*workers.TRIALS, *load.TRIALS, *operation.TRIALS)
@@ -53,7 +52,7 @@ def main(
             console.print(f"[red]{trial.name}: it does not hold that {limit}[/red]")
         console.print(f"{trial.name}: {said(outcomes[trial.name])}", markup=False)
     if write:
-        write_section("faults", section(wanted, outcomes, seconds))
+        reliability.write_section("faults", section(wanted, outcomes, seconds))
         console.print("RELIABILITY.md is written.")
     raise typer.Exit(1 if any(outcome.broken for outcome in outcomes.values()) else 0)
 
@@ -83,12 +82,4 @@ def table(trials: list[Trial], outcomes: dict[str, Outcome]) -> Table:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command(epilog="Examples: python -m tests.faults · python -m tests.faults kill-one overload --seconds 10")(main)
-    try:
-        app()
-    except BundleError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    reliability.run(main, "python -m tests.faults · python -m tests.faults kill-one overload --seconds 10")

@@ -1,6 +1,6 @@
 """A text handler that fails as it is told to, for trials of what handlers do wrong: that of the archive `faulty`.
 
-A text that begins with one of these words does it: "hang", "bug", "log" (a megabyte), "break" (the accelerator), and
+A text that begins with one of these words does it: "hang", "log" (a megabyte), "break" (the accelerator), and
 "small" (from then on the device has room for two texts).
 """
 
@@ -11,7 +11,6 @@ import torch
 from text import TextHandler
 
 logger = logging.getLogger(__name__)
-
 
 # what the error of a device is, out of a TorchScript module
 IN_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter.\n...\nRuntimeError: "
@@ -24,8 +23,6 @@ class FaultyHandler(TextHandler):
         command = self.read_text(content).split()[0]
         if command == "hang":
             time.sleep(3600)
-        if command == "bug":
-            raise ZeroDivisionError("as it was told")
         if command == "log":
             for _ in range(1000):
                 logger.info("a line of a thousand characters: %s", 970 * "x")

@@ -8,10 +8,11 @@ from pathlib import Path
 import requests
 
 from tests.docker.stack import Stack, docker
-from tests.faults.archives import altered, register_faulty, shipped, versioned
+from tests.faults.archives import register_faulty, shipped
 from tests.faults.traffic import eventually
 from tests.faults.trial import Outcome, Trial
 from tests.faults.workers import digits, since, whole
+from tests.support import reversioned
 
 LOG_MEGABYTES = 200  # three logs of 20 MB, and five compressed ones behind each, which hold less
 
@@ -72,7 +73,7 @@ def sigterm(stack: Stack, seconds: float) -> Outcome:
 def rollout(stack: Stack, seconds: float) -> Outcome:
     with tempfile.TemporaryDirectory() as temporary:
         good = shipped(stack, "mnist", Path(temporary))
-        new = altered(good, Path(temporary) / "new.mar", {"MAR-INF/MANIFEST.json": versioned(good, "1.1")})
+        new = reversioned(good, "1.1", Path(temporary) / "new.mar")
         with digits(stack) as traffic:
             time.sleep(seconds)
             rolled = stack.roll_out("mnist", new)

@@ -8,9 +8,10 @@ import requests
 
 from bundle.catalog import select
 from tests.docker.stack import Stack
-from tests.faults.archives import altered, put, register_faulty, shipped, versioned
+from tests.faults.archives import put, register_faulty, shipped
 from tests.faults.traffic import Answer, Traffic, eventually
 from tests.faults.trial import Outcome, Trial
+from tests.support import reversioned
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
@@ -96,8 +97,7 @@ def bad_archive(stack: Stack, seconds: float) -> Outcome:
     """Registered by hand, and rolled out."""
     with tempfile.TemporaryDirectory() as temporary:
         good = shipped(stack, "mnist", Path(temporary))
-        members = {"MAR-INF/MANIFEST.json": versioned(good, "9.0"), "index_to_name.json": None}
-        bad = altered(good, Path(temporary) / "bad.mar", members)
+        bad = reversioned(good, "9.0", Path(temporary) / "bad.mar", without="index_to_name.json")
         put(stack, bad)
         with digits(stack) as traffic, texts(stack, "text", RATE / 4) as others:
             time.sleep(seconds)
@@ -219,7 +219,7 @@ TRIALS = (
     ),
     Trial(
         "give-up",
-        "workers that do not come back, until TorchServe gives them up",
+        "workers that do not come back",
         "it is noticed and healed by a restart; no request is queued for ever",
         give_up,
     ),

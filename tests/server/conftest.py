@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,17 +74,24 @@ def new_place(run_dir: Path) -> Place:
     return Place({**os.environ, **overrides, "RUN_DIR": str(run_dir), "COLUMNS": "160"}, ports)
 
 
+@contextmanager
+def serving(place: Place, *models: str) -> Iterator[None]:
+    """A server of these models while the block runs."""
+    started = place.bundle("serve", *models)
+    assert started.returncode == 0, started.stdout + started.stderr
+    try:
+        yield
+    finally:
+        stopped = place.bundle("stop")
+        assert stopped.returncode == 0, stopped.stderr
+
+
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A server with the four models, shared by the tests; a test leaves it as it found it."""
     place = new_place(tmp_path_factory.mktemp("served"))
-    started = place.bundle("serve", *SHIPPED)
-    assert started.returncode == 0, started.stdout + started.stderr
-    try:
+    with serving(place, *SHIPPED):
         yield place
-    finally:
-        stopped = place.bundle("stop")
-        assert stopped.returncode == 0, stopped.stderr
 
 
 @pytest.fixture
@@ -121,12 +129,8 @@ def trusting(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[Pl
     (folder / "store").mkdir()
     place = new_place(folder / "run")
     place.environment.update(SIGNING_KEY=str(key), TRUSTED_KEY=f"{key}.pub", TS_MODEL_STORE=str(folder / "store"))
-    started = place.bundle("serve", "mnist")
-    assert started.returncode == 0, started.stdout + started.stderr
-    try:
+    with serving(place, "mnist"):
         yield place
-    finally:
-        place.bundle("stop")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import requests
 
 from bundle import grpc_client
 from bundle.catalog import MODEL_STORE, ROOT, select
-from tests.server.conftest import Place, new_place
+from tests.server.conftest import Place, new_place, serving
 from tests.server.test_supervised import Supervised
 from tests.support import reversioned, wait_for
 
@@ -48,12 +48,8 @@ def guarded(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     for file in MODEL_STORE.glob("mnist.*"):
         shutil.copy(file, folder / "store")
     place.environment.update(ON, TS_MODEL_STORE=str(folder / "store"))
-    started = place.bundle("serve", "mnist")
-    assert started.returncode == 0, started.stdout + started.stderr
-    try:
+    with serving(place, "mnist"):
         yield place
-    finally:
-        place.bundle("stop")
 
 
 def key(place: Place, api: str) -> str:
