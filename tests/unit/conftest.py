@@ -7,3 +7,4 @@ settings.register_profile("bundle", deadline=None, suppress_health_check=[Health
 settings.load_profile("bundle")
 
 from tests.unit.numbered import worker  # noqa: E402, F401 - a fixture
+from tests.unit.workbench import bench  # noqa: E402, F401 - a fixture
