@@ -18,7 +18,7 @@ PROJECT ?= torchserve-bundle
 SERVICES ?=
 ifneq ($(TRUSTED_KEY),)
 # compose takes relative paths to be relative to docker/
-override export TRUSTED_KEY := $(abspath $(TRUSTED_KEY))
+override export TRUSTED_KEY := $(if $(filter /%,$(TRUSTED_KEY)),,$(CURDIR)/)$(TRUSTED_KEY)
 endif
 
 BIN := .venv/bin

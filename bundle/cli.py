@@ -83,7 +83,7 @@ def serve(
         build(folders, server.store)
         running = server.running()
         if running and not server.is_current(running, folders):
-            server.check_archives(folders)  # before what serves is stopped
+            server.check(folders)  # before what serves is stopped
             console.print(f"{server.difference(running, folders)} It is started again.", markup=False)
             server.stop()
             running = None

@@ -34,6 +34,7 @@ GUARDS = ROOT / "bundle" / "bin"  # what workers are started with: see bundle/gu
 # TorchServe starts workers with the Python that it was started with itself, and knows no other setting for it
 LAUNCH = "import sys; sys.executable = sys.argv.pop(1); from ts.model_server import start; start()"
 PATHS = ("model_store", "workflow_store", "metrics_config", "keystore", "certificate_file", "private_key_file")
+BOOLEANS = ("true", "false")
 LOG_CONFIG = re.compile(r"-Dlog4j\.configurationFile=(\S+)")
 
 
@@ -104,6 +105,21 @@ class Settings:
         """Where clients' predictions arrive: HTTP and gRPC."""
         listeners = self.listeners()
         return {listeners[key][1] for key in ("inference_address", "grpc_inference_port")}
+
+    def check(self) -> None:
+        """Holds every setting to the kind of value that config.properties has for it.
+
+        Raises:
+            BundleError: a number, an address, true or false was overridden by something else: TorchServe would not
+                start, or take it for another value.
+        """
+        for key, usual in self.values.items():
+            given = self[key]
+            if usual.isdigit() and not given.isdigit():
+                raise BundleError(f"TS_{key.upper()} is {given!r}, and must be a whole number, like {usual}.")
+            if usual in BOOLEANS and given.lower() not in BOOLEANS:
+                raise BundleError(f"TS_{key.upper()} is {given!r}, and must be true or false.")
+        self.listeners()
 
     def fingerprint(self) -> str:
         overrides = sorted(f"{key}={value}" for key, value in self.environment().items() if key.startswith("TS_"))
@@ -226,10 +242,9 @@ class Server:
         """Starts TorchServe with the archives of these models, and returns as soon as its process lives.
 
         Raises:
-            BundleError: an archive that is not what was built or signed, no Java, a port that is taken, or a process
-                that ended at once.
+            BundleError: what `check` finds, no Java, a port that is taken, or a process that ended at once.
         """
-        self.check_archives(folders)
+        self.check(folders)
         self.check_ports()
         environment = {
             **self.settings.passed_on(),
@@ -287,7 +302,13 @@ class Server:
         """What the Java process prints before its logging is up: a heap that does not fit, a wrong option."""
         return self.logs / "console.log"
 
-    def check_archives(self, folders: list[ModelFolder]) -> None:
+    def check(self, folders: list[ModelFolder]) -> None:
+        """What can be wrong before anything is started, or stopped for it.
+
+        Raises:
+            BundleError: a setting that is none, or an archive that is not what was built or signed.
+        """
+        self.settings.check()
         trusted = key_of("TRUSTED_KEY")
         for folder in folders:
             check(self.archive(folder), trusted)

@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 
 from bundle.catalog import MODEL_STORE, MODELS
+from tests.server.conftest import SHIPPED
 
 
 def test_serving_again_changes_nothing(served):
@@ -55,6 +56,13 @@ def test_an_address_that_is_none_is_named(place):
     failed = place.bundle("serve", "mnist", TS_INFERENCE_ADDRESS="127.0.0.1:9080")
     assert failed.returncode == 1
     assert "inference_address is '127.0.0.1:9080', and must look like http://127.0.0.1:8080." in failed.stderr
+
+
+def test_a_setting_that_is_none_ends_nothing(served):
+    failed = served.bundle("serve", "mnist", TS_JOB_QUEUE_SIZE="many")
+    assert failed.returncode == 1
+    assert "TS_JOB_QUEUE_SIZE is 'many', and must be a whole number, like 100." in failed.stderr
+    assert served.client.models() == sorted(SHIPPED)
 
 
 def test_one_serve_at_a_time(place):

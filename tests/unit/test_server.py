@@ -1,11 +1,13 @@
 """What a server says of itself, without one that runs."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bundle.catalog import select
+from bundle.errors import BundleError
 from bundle.server import Running, Server, Settings
 
 FOLDERS = select(["mnist", "text"])
@@ -39,3 +41,23 @@ def test_why_it_is_not(server: Server, running: Running):
 
 def test_tokens_that_would_go_unnoticed(server: Server, running: Running):
     assert "IT WILL NOT" in server.difference(replace(running, key_file="/run/key_file.json"), FOLDERS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("job_queue_size", "many", "TS_JOB_QUEUE_SIZE is 'many', and must be a whole number, like 100."),
+        ("grpc_inference_port", "", "TS_GRPC_INFERENCE_PORT is '', and must be a whole number"),
+        ("enable_model_api", "yes", "TS_ENABLE_MODEL_API is 'yes', and must be true or false."),
+        ("metrics_address", "127.0.0.1:8082", "metrics_address is '127.0.0.1:8082', and must look like http://"),
+        ("inference_address", "http://127.0.0.1", "inference_address is 'http://127.0.0.1', and must look like"),
+    ],
+)
+def test_a_setting_that_is_none_is_named(key: str, value: str, message: str):
+    with pytest.raises(BundleError, match=re.escape(message)):
+        Settings(overrides={key: value}).check()
+
+
+def test_settings_that_are_some():
+    Settings().check()
+    Settings(overrides={"job_queue_size": "7", "enable_model_api": "TRUE"}).check()
