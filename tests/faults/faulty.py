@@ -1,10 +1,11 @@
 """A text handler that fails as it is told to, for trials of what handlers do wrong: that of the archive `faulty`.
 
-A text that begins with one of these words does it: "hang", "log" (a megabyte), "break" (the accelerator), and
-"small" (from then on the device has room for two texts).
+A text that begins with one of these words does it: "hang", "crash" (as a fault in native code does), "log" (a
+megabyte), "break" (the accelerator), and "small" (from then on the device has room for two texts).
 """
 
 import logging
+import os
 import time
 
 import torch
@@ -23,6 +24,8 @@ class FaultyHandler(TextHandler):
         command = self.read_text(content).split()[0]
         if command == "hang":
             time.sleep(3600)
+        if command == "crash":
+            os.abort()
         if command == "log":
             for _ in range(1000):
                 logger.info("a line of a thousand characters: %s", 970 * "x")

@@ -11,7 +11,7 @@ from tests.docker.stack import Stack
 from tests.faults.archives import put, register_faulty, shipped
 from tests.faults.traffic import Answer, Traffic, eventually
 from tests.faults.trial import Outcome, Trial
-from tests.support import reversioned
+from tests.support import altered, reversioned
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
@@ -118,6 +118,11 @@ def bad_archive(stack: Stack, seconds: float) -> Outcome:
 
 def give_up(stack: Stack, seconds: float) -> Outcome:
     """The unpacked model loses its weights, then its workers; after a restart it is unpacked again."""
+    impatient = (MNIST.path / "model-config.yaml").read_bytes() + b"\nmaxRetryTimeoutInSec: 1\n"
+    with tempfile.TemporaryDirectory() as temporary:
+        new = reversioned(shipped(stack, "mnist", Path(temporary)), "1.1", Path(temporary) / "new.mar")
+        rolled = stack.roll_out("mnist", altered(new, Path(temporary) / "1.1.mar", {"model-config.yaml": impatient}))
+    assert rolled.returncode == 0, rolled.stdout + rolled.stderr
     restarts = stack.inspect()["RestartCount"]
     of_mnist = "grep -l '\"mnist\"' /tmp/torchserve-*/models/*/MAR-INF/MANIFEST.json"
     remove = f'for file in $({of_mnist}); do rm "${{file%/MAR-INF/*}}/model.pt"; done'
@@ -126,17 +131,55 @@ def give_up(stack: Stack, seconds: float) -> Outcome:
         stack.execute("sh", "-c", remove)
         for pid in pids(stack, "mnist"):
             killed = kill(stack, pid)
+        gave_up = eventually(lambda: given_up(stack) == 2, 60)
         restarted = eventually(lambda: stack.inspect()["RestartCount"] > restarts, 180)
         back = restarted and eventually(lambda: whole(stack, "mnist", 2), 180)
         back = back and eventually(lambda: requests.get(f"{stack.url('PORT')}/ping", timeout=10).ok, 60)
         recovery = time.monotonic() - killed
         time.sleep(seconds)
     outcome = Outcome(traffic.answers, recovery)
+    outcome.require(gave_up, "TorchServe tries no more")
     outcome.require(restarted, "it is noticed, and the container starts anew")
     outcome.require(bool(back), "every worker is READY again without a person")
     outcome.require(outcome.lost == 0, "no request is queued for ever")
     outcome.require(all(answer.seconds < DEADLINE for answer in traffic.answers), "every answer is within its deadline")
     outcome.require(all(answer.right for answer in since(traffic.answers, killed + recovery + 1)), "and it serves")
+    return outcome
+
+
+def given_up(stack: Stack) -> int:
+    """How many workers died and are not tried again: TorchServe logs each death, and each retry."""
+    log = stack.execute("sh", "-c", "cat /tmp/run/logs/ts_log.log")
+    deaths = log.count("Auto recovery start timestamp") + log.count("Auto recovery failed again")
+    return deaths - log.count("Retry worker")
+
+
+def crash(stack: Stack, seconds: float) -> Outcome:
+    """Behind the proxy, which sends what was answered 500 once more, and so to the other worker, too."""
+    register_faulty(stack)
+    assert eventually(lambda: whole(stack, "faulty", 2), 60)
+    before = pids(stack, "faulty")
+    with texts(stack, "faulty", RATE) as traffic, digits(stack) as others:
+        time.sleep(seconds)
+        began = time.monotonic()
+        answer = requests.post(f"{stack.url('PORT')}/predictions/faulty", data=b"crash", timeout=60)
+        took = time.monotonic() - began
+        eventually(lambda: not whole(stack, "faulty", 2), 5)
+        back = eventually(lambda: whole(stack, "faulty", 2), 60)
+        recovery = time.monotonic() - began
+        time.sleep(seconds)
+    replaced = len(before - pids(stack, "faulty"))
+    stack.client.unregister("faulty", "1.0")
+    outcome = Outcome(traffic.answers + others.answers, recovery)
+    outcome.notes.append(
+        f"the request that crashes: {answer.status_code} after {took:.1f} s; workers replaced: {replaced}"
+    )
+    outcome.require(answer.status_code >= 500, "the request that crashes its worker is answered with 5xx")
+    outcome.require(1 <= replaced <= 2, "it ends two workers at most")
+    outcome.require(back and recovery < 15, "all workers are READY again in under 15 s")
+    outcome.require(outcome.lost == 0, "no request is without an answer")
+    outcome.require(all(answer.right for answer in others.answers), "other models do not notice")
+    outcome.require(outcome.failed <= 2, "of its neighbours, few fail with it: those that shared both batches")
     return outcome
 
 
@@ -219,7 +262,7 @@ TRIALS = (
     ),
     Trial(
         "give-up",
-        "workers that do not come back",
+        "TorchServe's own give-up (`maxRetryTimeoutInSec`): workers that do not come back",
         "it is noticed and healed by a restart; no request is queued for ever",
         give_up,
     ),
@@ -228,6 +271,13 @@ TRIALS = (
         "a handler that hangs",
         "the request ends with 504 at its deadline, the worker is replaced, others do not notice",
         hang,
+    ),
+    Trial(
+        "crash",
+        "a request that crashes its worker",
+        "it is answered with 5xx, and ends two workers at most; READY again in under 15 s; of its neighbours, two "
+        "fail at most; other models do not notice",
+        crash,
     ),
     Trial(
         "device",
