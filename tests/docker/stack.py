@@ -123,7 +123,7 @@ def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
     if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
         raise BundleError("No Docker engine answers: `docker info` says why.")
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
-    project = f"torchserve-test-{os.getpid()}"
+    project = f"torchserve-test-{os.getpid()}-{ports['PORT']}"
     environment = {**os.environ, **ports, **settings}
     stack = Stack([*compose_command(), "-p", project, "-f", "docker/compose.yaml"], environment)
     stack.make("image")

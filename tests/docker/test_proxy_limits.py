@@ -138,18 +138,21 @@ def test_large_bodies(start, upstream, size, chunked, limited, clients):
     refused_or_not(upstream, [lambda n=n: post(n) for n in (1, 2)], lambda: post(3), limited)
 
 
-def test_medium_bodies_of_one_client(start, upstream):
+@pytest.mark.parametrize("clients", [1, 4], ids=["one", "several"])
+def test_medium_bodies(start, upstream, clients):
+    """64 of one client, 256 of all."""
     proxy = start(TRUSTED_PROXIES="127.0.0.1")
 
     def post(client: int, size: int) -> requests.Response:
         return proxy.post(data=b"x" * size, headers={"X-Forwarded-For": f"1.1.1.{client}"})
 
-    full = [lambda: post(1, MEDIUM) for _ in range(64)]
-    refused_or_not(upstream, full, lambda: post(1, MEDIUM), limited=True)
+    full = [lambda client=client: post(client, MEDIUM) for client in range(clients) for _ in range(64)]
+    another = 0 if clients == 1 else clients
+    refused_or_not(upstream, full, lambda: post(another, MEDIUM), limited=True)
     upstream.received.clear()
-    refused_or_not(upstream, full, lambda: post(1, MEDIUM - 1), limited=False)
+    refused_or_not(upstream, full, lambda: post(another, MEDIUM - 1), limited=False)
     upstream.received.clear()
-    refused_or_not(upstream, full, lambda: post(2, MEDIUM), limited=False)
+    refused_or_not(upstream, full[1:], lambda: post(clients, MEDIUM), limited=False)
 
 
 def refused_or_not(upstream, waiting: list, another, limited: bool) -> None:

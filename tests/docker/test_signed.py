@@ -1,0 +1,66 @@
+"""The stack with TRUSTED_KEY: it serves what that key has signed, and nothing else."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from bundle.catalog import select
+from bundle.client import check_sample
+from bundle.signing import make_keys
+from tests.docker.stack import ROOT, Stack, running
+from tests.faults.archives import put
+from tests.support import reversioned
+
+[MNIST] = select(["mnist"])
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A pair of keys, and a store with a signed archive of mnist."""
+    folder = tmp_path_factory.mktemp("signed")
+    store = folder / "store"
+    store.mkdir()
+    private = folder / "signing.key"
+    variables = {"SIGNING_KEY": str(private), "TRUSTED_KEY": str(make_keys(private)), "TS_MODEL_STORE": str(store)}
+    command = ["env", *(f"{name}={value}" for name, value in variables.items()), sys.executable, "-m", "bundle"]
+    subprocess.run([*command, "archive", "mnist"], cwd=ROOT, check=True, capture_output=True)
+    return variables
+
+
+@pytest.fixture(scope="module")
+def signed(keys: dict[str, str]) -> Iterator[Stack]:
+    with running(("torchserve", "proxy"), **keys) as stack:
+        yield stack
+
+
+def test_what_is_signed_is_served(signed: Stack):
+    assert signed.client.models() == ["mnist"]
+    described = signed.client.describe("mnist")
+    assert [worker["status"] for worker in described["workers"]] == ["READY", "READY"]
+    assert check_sample(signed.client, MNIST) == MNIST.bundle.expect
+
+
+def test_what_is_not_signed_is_refused(signed: Stack, keys: dict[str, str], tmp_path: Path):
+    unsigned = reversioned(Path(keys["TS_MODEL_STORE"]) / "mnist.mar", "2.0", tmp_path / "unsigned.mar")
+    put(signed, unsigned)
+    asked = {"url": "unsigned.mar", "initial_workers": 1, "synchronous": "true"}
+    registered = requests.post(f"{signed.url('MANAGEMENT_PORT')}/models", params=asked, timeout=150)
+    assert registered.status_code == 500
+    assert "is refused: it is not signed" in signed.execute("cat", "/tmp/run/logs/model_log.log")
+    rolled = signed.roll_out("mnist", unsigned)
+    assert rolled.returncode == 1
+    assert "it is not signed" in rolled.stdout + rolled.stderr
+    assert [version["modelVersion"] for version in signed.client.versions("mnist")] == ["1.0"]
+
+
+def test_an_image_without_signed_archives_does_not_start(signed: Stack, keys: dict[str, str]):
+    """Nothing of it is served before the archives are checked, and the message names the first."""
+    command = ["docker", "run", "--rm", "--network", "none", "--env", "TRUSTED_KEY=/run/trusted.pub"]
+    command += ["--volume", f"{keys['TRUSTED_KEY']}:/run/trusted.pub:ro", signed.inspect()["Config"]["Image"]]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "is refused: it is not signed" in ended.stdout + ended.stderr
