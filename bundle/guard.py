@@ -9,6 +9,7 @@ What goes wrong ends in the log of the worker, as its own last words would.
 """
 
 import os
+import resource
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,8 @@ def main(name: str, *arguments: str) -> None:
     except Exception as exc:  # whatever it is, no worker starts
         # in the words of TorchServe's own worker, for bundle/readiness.py
         sys.exit(f"Backend worker process died.\n{type(exc).__name__}: {exc}")
+    # a core would hold clients' inputs, and lie in the model's folder, where no file may be added
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     python = os.environ["BUNDLE_PYTHON"]
     os.execve(python, [python, *LAUNCHERS.get(name, ()), *arguments], environment(Path.cwd()))
 

@@ -270,7 +270,10 @@ def test_keys_that_are_none_are_named(signed: Path, key: Path, trusted: Path, tm
 @pytest.fixture
 def model(signed: Path, tmp_path: Path) -> Path:
     """The folder that TorchServe unpacked the archive into, beside a worker that says what it got."""
-    (tmp_path / "model_service_worker.py").write_text("import os, sys; print(os.getpid(), sys.argv[1:], os.environ)")
+    (tmp_path / "model_service_worker.py").write_text(
+        "import os, resource, sys\n"
+        "print(os.getpid(), sys.argv[1:], 'core', resource.getrlimit(resource.RLIMIT_CORE), os.environ)"
+    )
     return unpacked(signed, tmp_path / "models" / "0123")
 
 
@@ -295,6 +298,7 @@ def test_the_guard_becomes_the_worker(model: Path, trusted: Path, name: str):
     assert f"'PYTHONPATH': '{model}:" in output
     assert "/elsewhere" not in output
     assert "'PYTHONDONTWRITEBYTECODE': '1'" in output
+    assert "core (0, 0)" in output  # which would be a file that the manifest does not list
 
 
 @pytest.mark.parametrize("name", ["python", "python3", "torchrun"])
