@@ -79,6 +79,7 @@ def serve(
     """Build what is out of date, start TorchServe, and return when every model answers its own sample correctly."""
     folders = catalog.select(models or [])
     server = Server()
+    server.settings.check()
     with server.alone():
         build(folders, server.store)
         running = server.running()

@@ -20,11 +20,12 @@ import psutil
 from filelock import FileLock, Timeout
 from ts.model_server import TS_NAMESPACE, load_properties
 
+from bundle import signing
 from bundle.catalog import ROOT, ModelFolder
 from bundle.client import Client, Keys
 from bundle.errors import BundleError
 from bundle.java import java_home
-from bundle.signing import check, key_of
+from bundle.signing import key_of
 
 CONFIG = ROOT / "config.properties"
 SIDE_FILES = sorted((ROOT / "bundle" / "config").iterdir())  # what config.properties names: logs, metrics
@@ -35,6 +36,7 @@ GUARDS = ROOT / "bundle" / "bin"  # what workers are started with: see bundle/gu
 LAUNCH = "import sys; sys.executable = sys.argv.pop(1); from ts.model_server import start; start()"
 PATHS = ("model_store", "workflow_store", "metrics_config", "keystore", "certificate_file", "private_key_file")
 BOOLEANS = ("true", "false")
+WHOLE_NUMBER = re.compile("[0-9]{1,9}")  # what Java's int holds
 LOG_CONFIG = re.compile(r"-Dlog4j\.configurationFile=(\S+)")
 
 
@@ -91,8 +93,12 @@ class Settings:
         Raises:
             BundleError: not of the form http://host:port.
         """
-        parts = urlsplit(self[key])
-        if parts.scheme not in ("http", "https") or not parts.hostname or not parts.port:
+        try:
+            parts = urlsplit(self[key])
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port
+        except ValueError:  # brackets that do not match, a port beyond 65535
+            good = False
+        if not good:
             raise BundleError(f"{key} is {self[key]!r}, and must look like http://127.0.0.1:8080.")
         return parts
 
@@ -115,8 +121,10 @@ class Settings:
         """
         for key, usual in self.values.items():
             given = self[key]
-            if usual.isdigit() and not given.isdigit():
+            if usual.isdigit() and not WHOLE_NUMBER.fullmatch(given):
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be a whole number, like {usual}.")
+            if key in GRPC_PORTS and not 0 < int(given) < 2**16:
+                raise BundleError(f"TS_{key.upper()} is {given!r}, and must be a port, like {usual}.")
             if usual in BOOLEANS and given.lower() not in BOOLEANS:
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be true or false.")
         self.listeners()
@@ -303,7 +311,7 @@ class Server:
         return self.logs / "console.log"
 
     def check(self, folders: list[ModelFolder]) -> None:
-        """What can be wrong before anything is started, or stopped for it.
+        """To be asked before anything is stopped for a new start.
 
         Raises:
             BundleError: a setting that is none, or an archive that is not what was built or signed.
@@ -311,7 +319,7 @@ class Server:
         self.settings.check()
         trusted = key_of("TRUSTED_KEY")
         for folder in folders:
-            check(self.archive(folder), trusted)
+            signing.check(self.archive(folder), trusted)
 
     def check_ports(self) -> None:
         for key, (host, port) in self.settings.listeners().items():

@@ -51,6 +51,13 @@ def test_tokens_that_would_go_unnoticed(server: Server, running: Running):
         ("enable_model_api", "yes", "TS_ENABLE_MODEL_API is 'yes', and must be true or false."),
         ("metrics_address", "127.0.0.1:8082", "metrics_address is '127.0.0.1:8082', and must look like http://"),
         ("inference_address", "http://127.0.0.1", "inference_address is 'http://127.0.0.1', and must look like"),
+        ("inference_address", "http://127.0.0.1:many", "must look like http://127.0.0.1:8080."),
+        ("inference_address", "http://127.0.0.1:99999", "must look like http://127.0.0.1:8080."),
+        ("inference_address", "http://[::1", "must look like http://127.0.0.1:8080."),
+        ("job_queue_size", "\N{SUPERSCRIPT TWO}", "and must be a whole number, like 100."),
+        ("job_queue_size", "99999999999", "and must be a whole number, like 100."),
+        ("grpc_inference_port", "99999", "TS_GRPC_INFERENCE_PORT is '99999', and must be a port, like 7070."),
+        ("grpc_management_port", "0", "TS_GRPC_MANAGEMENT_PORT is '0', and must be a port, like 7071."),
     ],
 )
 def test_a_setting_that_is_none_is_named(key: str, value: str, message: str):
