@@ -16,9 +16,13 @@ GPU ?=
 ADMIN ?=
 PROJECT ?= torchserve-bundle
 SERVICES ?=
-ifneq ($(TRUSTED_KEY),)
 # compose takes relative paths to be relative to docker/
-override export TRUSTED_KEY := $(if $(filter /%,$(TRUSTED_KEY)),,$(CURDIR)/)$(TRUSTED_KEY)
+absolute = $(if $(filter /%,$(1)),,$(CURDIR)/)$(1)
+ifneq ($(TRUSTED_KEY),)
+override export TRUSTED_KEY := $(call absolute,$(TRUSTED_KEY))
+endif
+ifneq ($(TS_MODEL_STORE),)
+override export TS_MODEL_STORE := $(call absolute,$(TS_MODEL_STORE))
 endif
 
 BIN := .venv/bin

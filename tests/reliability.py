@@ -1,5 +1,6 @@
 """The commands that measure reliability, and RELIABILITY.md: each run in its own section, with its machine."""
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ TITLE = "# Reliability\n\nWhat was tried, and what was seen. Each section is wri
 
 def run(main: Callable, examples: str) -> None:
     """Runs a command whose options are the arguments of `main`."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: what was started is stopped
     app = typer.Typer(add_completion=False)
     app.command(epilog=f"Examples: {examples}")(main)
     try:

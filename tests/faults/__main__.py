@@ -17,7 +17,7 @@ from tests.faults.trial import Outcome, Trial
 
 TRIALS: dict[str, Trial] = {
     trial.name: trial for trial in (*workers.TRIALS, *load.TRIALS, *operation.TRIALS)
-}  # what comes after `give-up`, and after `rollout`, finds another version of mnist
+}  # `rollout` and what comes after it find another version of mnist
 SETTINGS = {
     "RATE": "10000r/s",  # all load comes from one client here
     "BURST": "10000",

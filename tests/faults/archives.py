@@ -5,6 +5,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from bundle.catalog import CONFIG_NAME
 from tests.docker.stack import Stack, docker
 from tests.support import MANIFEST, altered
 
@@ -23,12 +24,17 @@ def put(stack: Stack, archive: Path) -> None:
     subprocess.run(command, input=archive.read_bytes(), check=True, capture_output=True)
 
 
-def register_faulty(stack: Stack) -> None:
-    """The model `faulty`: the text model, its workers too, with the handler of faulty.py."""
+def register_faulty(stack: Stack, settings: str = "") -> None:
+    """The model `faulty`: the text model, its workers too, with the handler of faulty.py.
+
+    Args:
+        settings: lines to add to its model-config.yaml.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         text = shipped(stack, "text", Path(temporary))
         with zipfile.ZipFile(text) as file:
             manifest = file.read(MANIFEST).replace(b'"text.py"', b'"faulty.py"')
-        members = {"faulty.py": FAULTY.read_bytes(), MANIFEST: manifest}
+            config = file.read(CONFIG_NAME) + f"\n{settings}\n".encode()
+        members = {"faulty.py": FAULTY.read_bytes(), MANIFEST: manifest, CONFIG_NAME: config}
         put(stack, altered(text, Path(temporary) / "faulty.mar", members))
     stack.client.register("faulty.mar", "faulty")

@@ -73,14 +73,14 @@ def sigterm(stack: Stack, seconds: float) -> Outcome:
 def rollout(stack: Stack, seconds: float) -> Outcome:
     with tempfile.TemporaryDirectory() as temporary:
         good = shipped(stack, "mnist", Path(temporary))
-        new = reversioned(good, "1.2", Path(temporary) / "new.mar")
+        new = reversioned(good, "1.1", Path(temporary) / "new.mar")
         with digits(stack) as traffic:
             time.sleep(seconds)
             rolled = stack.roll_out("mnist", new)
             time.sleep(seconds)
     outcome = Outcome(traffic.answers)
     outcome.require(rolled.returncode == 0, "the rollout succeeds")
-    outcome.require(stack.client.describe("mnist")["modelVersion"] == "1.2", "the new version is the default")
+    outcome.require(stack.client.describe("mnist")["modelVersion"] == "1.1", "the new version is the default")
     outcome.require(outcome.answered == len(traffic.answers), "zero failed")
     return outcome
 

@@ -15,7 +15,7 @@ import requests
 from bundle.catalog import MODEL_STORE, ROOT
 from bundle.server import GUARDS
 from bundle.signing import SEALS, make_keys, seal
-from tests.server.conftest import Place, new_place
+from tests.server.conftest import Place, new_place, serving
 
 MARKER = "m4rker-of-somebodys-input"
 VALUE = "v4lue-of-a-secret"
@@ -50,13 +50,9 @@ def leaky(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     keys = {"SIGNING_KEY": str(private), "TRUSTED_KEY": str(public)}
     place.environment.update(dict.fromkeys(SECRETS, VALUE), **KEPT, TS_MODEL_STORE=str(store))
     place.environment.update(keys)
-    started = place.bundle("serve", "text")
-    assert started.returncode == 0, started.stdout + started.stderr
-    try:
+    with serving(place, "text"):
         place.client.register("buggy.mar", "buggy")
         yield place
-    finally:
-        place.bundle("stop")
 
 
 def with_bug(archive: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from bundle.load import Load
 from tests import soak
 from tests.faults.traffic import Answer, error_type, longest_silence, p99, statuses
 from tests.faults.trial import Outcome
+from tests.faults.workers import given_up
 from tests.reliability import TITLE, write_section
 
 RIGHT = Answer(due=0, done=0.1, status=200, right=True)
@@ -70,6 +71,22 @@ def test_the_99th_percentile_is_an_answers():
 )
 def test_the_type_of_an_error(body: str, expected: str):
     assert error_type(body) == expected
+
+
+def test_who_is_given_up_died_and_is_not_tried_again():
+    first, again = "Auto recovery start timestamp: 1763900000000", "Auto recovery failed again"
+    retry = "Retry worker: c0ffee in 1 seconds."
+    told = [
+        ("faulty", first),
+        ("faulty", retry),
+        ("mnist", first),
+        ("faulty", again),
+        ("faulty", "Auto recovery succeeded"),
+    ]
+    log = "\n".join(f"2026-01-01T00:00:00,000 [INFO ] W-9000-{model}_1.0 WorkerThread - {line}" for model, line in told)
+    assert given_up(log, "faulty") == 1
+    assert given_up(f"{log}\n2026-01-01T00:00:01,000 [INFO ] W-9000-faulty_1.0 WorkerThread - {retry}", "faulty") == 0
+    assert given_up(log, "text") == 0
 
 
 def test_a_section_takes_the_place_of_the_one_before(tmp_path: Path):
