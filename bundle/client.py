@@ -19,6 +19,8 @@ DESCRIPTION_SECONDS = 10  # a server that takes longer to say what it has is not
 READ_SECONDS = 1  # for a key to be there
 SECONDS = 30  # for one answer; no request of the bundle's own takes longer
 MANAGEMENT_SECONDS = 150  # ending workers takes its time: unregister_model_timeout is 120
+SCALE_TRIES, PAUSE_SECONDS = 5, 0.2
+STUMBLE = "ConcurrentModificationException"
 TRANSIT_SECONDS = 1  # a key with less to live may be dead when it arrives
 Api = Literal["inference", "management"]
 session = requests.Session()
@@ -145,8 +147,18 @@ class Client:
         self._manage("POST", "", url=url, model_name=model, **initial)
 
     def scale(self, model: str, version: str, minimum: int, maximum: int) -> None:
-        """Sets the numbers of workers; they start and end in the background."""
-        self._manage("PUT", f"/{model}/{version}", min_worker=minimum, max_worker=maximum)
+        """Sets the numbers of workers; they start and end in the background.
+
+        TorchServe's lists of workers have no lock: while it ends workers, it may stumble over them, and is asked again.
+        """
+        for left in reversed(range(SCALE_TRIES)):
+            try:
+                self._manage("PUT", f"/{model}/{version}", min_worker=minimum, max_worker=maximum)
+                return
+            except BundleError as exc:
+                if not left or STUMBLE not in exc.details:
+                    raise
+                time.sleep(PAUSE_SECONDS)
 
     def set_default(self, model: str, version: str) -> None:
         self._manage("PUT", f"/{model}/{version}/set-default")
