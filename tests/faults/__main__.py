@@ -1,6 +1,7 @@
 """Trials of faults on the real Docker stack, under constant load that is counted request by request."""
 
 import time
+import traceback
 from typing import Annotated
 
 import typer
@@ -64,11 +65,20 @@ def run(stack: Stack, trials: list[Trial], seconds: float) -> dict[str, Outcome]
         for trial in trials:
             bars.update(task, description=trial.name)
             began = time.monotonic()
-            outcomes[trial.name] = trial.run(stack, seconds)
+            outcomes[trial.name] = outcome_of(trial, stack, seconds)
             held = "held" if not outcomes[trial.name].broken else "DID NOT HOLD"
             bars.console.print(f"{trial.name}: {held}, {time.monotonic() - began:.0f} s", markup=False)
             bars.advance(task)
     return outcomes
+
+
+def outcome_of(trial: Trial, stack: Stack, seconds: float) -> Outcome:
+    """A trial that cannot be carried through did not hold; the others go on."""
+    try:
+        return trial.run(stack, seconds)
+    except Exception as exc:
+        traceback.print_exc()
+        return Outcome([], broken=[f"it can be tried: {type(exc).__name__}: {exc}"])
 
 
 def table(trials: list[Trial], outcomes: dict[str, Outcome]) -> Table:
