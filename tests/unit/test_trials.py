@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bundle.load import Load
 from tests import soak
+from tests.faults.load import recovery_time
 from tests.faults.traffic import Answer, error_type, longest_silence, p99, statuses
 from tests.faults.trial import Outcome
 from tests.faults.workers import given_up
@@ -87,6 +88,17 @@ def test_who_is_given_up_died_and_is_not_tried_again():
     assert given_up(log, "faulty") == 1
     assert given_up(f"{log}\n2026-01-01T00:00:01,000 [INFO ] W-9000-faulty_1.0 WorkerThread - {retry}", "faulty") == 0
     assert given_up(log, "text") == 0
+
+
+def test_recovery_is_the_end_of_the_last_slow_second():
+    def second(begin: float, *took: float, right: bool = True) -> list[Answer]:
+        return [Answer(begin + 0.1, begin + 0.1 + seconds, 200 if right else 429, right) for seconds in took]
+
+    fast, slow = second(102, 0.1, 0.1, 9.0), second(100, 0.1, 0.5, 0.5)
+    assert recovery_time(fast, ended=100, usual=0.1) == 0
+    assert recovery_time([*slow, *fast], ended=100, usual=0.1) == 1
+    assert recovery_time([*slow, *fast], ended=100, usual=0.5) == 0
+    assert recovery_time([*fast, *second(103, 0.1, right=False)], ended=100, usual=0.1) == 4
 
 
 def test_a_section_takes_the_place_of_the_one_before(tmp_path: Path):
