@@ -75,6 +75,8 @@ def known(case: Case, answer: Answer) -> str | None:
         return "500 ArrayIndexOutOfBoundsException: a part of a form whose headers Netty cannot parse"
     if not answer.status and b"ClientOSError(104" in answer.body and header_bytes(case) > HEADER_LIMIT:
         return "reset: headers of more than 8 KiB, answered before the body is read"
+    if not answer.status and len(case.body) > BODY_LIMIT and b"ClientOSError" in answer.body:
+        return "cut off: a body over 16 MiB, answered 413 and closed while it was still being sent"
     if not answer.status and is_form(case) and any(end in answer.body for end in CUT_OFF):
         return "cut off: a form that Netty cannot parse, answered 400 with the form in the message, and closed"
     return None

@@ -152,6 +152,12 @@ UNPARSED = error(500, "ErrorDataDecoderException")
         (sent("image/png"), Answer(500, error(500, "ArrayIndexOutOfBoundsException"), 1), "5xx"),
         (sent("x" * 8200), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), None),
         (sent(FORM), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), None),
+        (sent(size=17 << 20), Answer(0, b"ClientOSError(None, 'Can not write request body for http://x')", 1), None),
+        (
+            sent(size=16 << 20),
+            Answer(0, b"ClientOSError(None, 'Can not write request body for http://x')", 1),
+            "no answer",
+        ),
         (sent("x" * 8000), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), "no answer"),
     ],
 )
