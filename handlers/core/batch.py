@@ -171,6 +171,7 @@ class BatchHandler(BaseHandler):
         if arrival is not None:
             self.metrics.observe("request", time.time() - arrival)
         self.metrics.emit()
+        memory.trim()
         return answers
 
     def first_arrival(self, requests: int) -> float | None:

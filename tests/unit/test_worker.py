@@ -79,6 +79,23 @@ def test_freed_memory_is_kept():
     assert int(run.stdout.splitlines()[-1]) < 10_000, run.stdout + run.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read on Linux")
+def test_holes_are_given_back():
+    """Of 256 MiB one block in a hundred stays, the last one among them; once, and not again before its time."""
+    code = (
+        "from pathlib import Path; from handlers.core import memory; memory.keep_freed_memory()\n"
+        "def resident(): return int(Path('/proc/self/statm').read_text().split()[1]) >> 8\n"  # MiB
+        "def holes(): return [b'x' * (64 << 10) for _ in range(4001)][::100]\n"
+        "kept = holes(); full = resident()\n"
+        "memory.trim(); early = resident()\n"
+        "memory.trimmed -= memory.TRIM_SECONDS; memory.trim(); print(full - early, full - resident())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    early, late = map(int, run.stdout.split())
+    assert early < 50, run.stdout + run.stderr
+    assert late > 150, run.stdout + run.stderr
+
+
 def test_what_is_there_is_not_collected_again():
     memory.settle()
     assert gc.get_freeze_count() > 10_000
