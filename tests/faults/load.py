@@ -127,7 +127,9 @@ def overload(stack: Stack, seconds: float) -> Outcome:
 
 def recovery_time(answers: list[Answer], ended: float, usual: float) -> float:
     """Seconds from the end of the load until all is answered, and no later than twice the usual: by the median of each
-    second's requests, because even at half the capacity one of them waits now and then."""
+    second's requests, because even at half the capacity one of them waits now and then. Infinite without requests."""
+    if not answers:
+        return math.inf
     seconds: dict[int, list[Answer]] = {}
     for answer in answers:
         seconds.setdefault(math.floor(answer.due - ended), []).append(answer)

@@ -1,5 +1,6 @@
 """What the trials of faults and the long run count, and where they write it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def test_recovery_is_the_end_of_the_last_slow_second():
     assert recovery_time(fast, ended=100, usual=0.1) == 0
     assert recovery_time([*slow, *fast], ended=100, usual=0.1) == 1
     assert recovery_time([*slow, *fast], ended=100, usual=0.5) == 0
+    assert recovery_time([], ended=100, usual=0.1) == math.inf
     assert recovery_time([*fast, *second(103, 0.1, right=False)], ended=100, usual=0.1) == 4
 
 
