@@ -1,6 +1,5 @@
 """`run`: TorchServe in the foreground, as a container has it."""
 
-import base64
 import json
 import os
 import signal
@@ -15,10 +14,10 @@ import psutil
 import pytest
 import requests
 
-from bundle.catalog import ROOT, select
+from bundle.catalog import CONFIG_NAME, ROOT, select
 from bundle.ports import free_ports
 from tests.server.conftest import Place
-from tests.support import Traffic, reversioned, wait_for
+from tests.support import Traffic, altered, reversioned, wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
@@ -74,27 +73,40 @@ def supervised(place: Place, store: Path, tmp_path: Path) -> Iterator[Supervised
             run.end(signal.SIGKILL)
 
 
-def test_sigterm_answers_what_was_accepted(supervised: Supervised):
+def test_sigterm_answers_what_was_accepted(supervised: Supervised, store: Path):
+    """More than the workers can hold, and they stand still until the server is to end: some wait in the queue."""
+    text = (MNIST.path / CONFIG_NAME).read_text()
+    patient = text.replace("max_wait_seconds: 1 ", "max_wait_seconds: 60 ")
+    assert patient != text
+    altered(store / "mnist.mar", store / "patient.mar", {CONFIG_NAME: patient.encode()})
+    (store / "patient.mar").replace(store / "mnist.mar")
     supervised.start()
     assert not (supervised.gate / "closed").exists()
     java = supervised.java()
-    body = {"instances": [base64.b64encode(DIGIT).decode()] * 32}
-    outcomes = []
+    statuses = []
 
     def ask() -> None:
         url = f"{supervised.place.client.inference}/predictions/mnist"
-        answer = requests.post(url, json=body, headers={"Connection": "close"}, timeout=60)
-        outcomes.append((answer.status_code, len(answer.json().get("predictions", []))))
+        statuses.append(requests.post(url, data=DIGIT, headers={"Connection": "close"}, timeout=60).status_code)
 
-    askers = [threading.Thread(target=ask) for _ in range(40)]
-    for asker in askers:
-        asker.start()
-    wait_for(lambda: supervised.place.client.describe("mnist")["jobQueueStatus"]["pendingRequests"], 20)
-    assert supervised.end() == 0
+    asked = WORKERS * MNIST.config["batchSize"] + 20
+    askers = [threading.Thread(target=ask) for _ in range(asked)]
+    workers = [psutil.Process(worker["pid"]) for worker in supervised.place.client.describe("mnist")["workers"]]
+    for worker in workers:
+        worker.suspend()
+    try:
+        for asker in askers:
+            asker.start()
+        wait_for(lambda: supervised.place.client.describe("mnist")["jobQueueStatus"]["pendingRequests"] >= 20)
+        supervised.process.send_signal(signal.SIGTERM)
+        wait_for((supervised.gate / "closed").exists)
+    finally:
+        for worker in workers:
+            worker.resume()
+    assert supervised.process.wait(60) == 0
     for asker in askers:
         asker.join()
-    assert outcomes == [(200, 32)] * 40
-    assert (supervised.gate / "closed").exists()
+    assert statuses == [200] * asked
     assert not java.is_running()
     assert "drained" in supervised.output.read_text()
 
