@@ -24,7 +24,7 @@ OUTPUT = ROOT / "BENCHMARKS.md"
 CHART = ROOT / "loadtest" / "bench" / "throughput.png"
 RESULTS = WORK / "results.json"  # behind these two
 PARTIAL = WORK / "partial.md"  # of a run that measures less than everything, or is ended early
-WARM_UP = 5.0  # seconds: TorchServe's frontend, stock or the bundle's, is compiled while it runs
+WARM_UP = 10.0  # seconds: TorchServe's frontend, stock or the bundle's, is compiled while it runs
 INTERRUPTED = 130
 
 

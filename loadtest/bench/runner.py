@@ -73,14 +73,9 @@ class Plan:
         return START_GUESS + self.warm_up + self.seconds * (len(self.clients(case)) + 1)
 
     @property
-    def revisit_seconds(self) -> float:
-        return START_GUESS + self.warm_up + self.seconds
-
-    @property
     def guess(self) -> float:
         """Seconds that all of it takes."""
-        extra = self.revisit_seconds if self.compares else 0
-        visits = sum(len(self.systems) * self.visit_seconds(case) + extra for case in self.cases)
+        visits = sum((len(self.systems) + self.compares) * self.visit_seconds(case) for case in self.cases)
         return len(self.cases) * LIMIT_GUESS + self.rounds * visits
 
 
@@ -140,7 +135,7 @@ class Runner:
             ours = [system for system in systems if system.name == OURS and self.is_measured(system, case, round_)]
             for system in ours:
                 self.revisit(system, case, round_)
-            self.progress.done(self.plan.revisit_seconds)
+            self.progress.done(self.plan.visit_seconds(case))
 
     def visit(self, system: System, case: Case, round_: int) -> None:
         """Every number of clients, and the open loop at a share of the best throughput that was reached without many
@@ -150,7 +145,7 @@ class Runner:
         with system.serve(case) as endpoint:
             self.compare_answer(system, case, round_, endpoint)
             clients = self.plan.clients(case)
-            self.warm_up(where, endpoint, max(clients))
+            self.warm_up(where, endpoint, max(clients), self.plan.warm_up)
             best = 0.0
             for count in clients:
                 self.progress.doing(f"{where}: {count} clients")
@@ -176,17 +171,19 @@ class Runner:
             rate, peer = max(peers)
             self.progress.doing(where)
             with self.noting(system.name, case.name, round_), system.serve(case) as endpoint:
-                self.warm_up(where, endpoint, max(self.plan.clients(case)))
+                # what the JVM has compiled by then tells: as much load goes before as before the peer's open loop
+                seconds = self.plan.warm_up + self.plan.seconds * len(self.plan.clients(case))
+                self.warm_up(where, endpoint, max(self.plan.clients(case)), seconds)
                 self.measure(system, case, round_, endpoint, rate=rate, rate_of=peer)
 
     def is_measured(self, system: System, case: Case, round_: int) -> bool:
         seen = {(one.system, one.case, one.round) for one in self.results.measurements}
         return (system.name, case.name, round_) in seen
 
-    def warm_up(self, where: str, endpoint: Endpoint, clients: int) -> None:
+    def warm_up(self, where: str, endpoint: Endpoint, clients: int, seconds: float) -> None:
         self.progress.doing(f"{where}: warm up")
         if self.plan.warm_up:
-            closed_loop(endpoint.url, endpoint.body, endpoint.headers, clients, self.plan.warm_up)
+            closed_loop(endpoint.url, endpoint.body, endpoint.headers, clients, seconds)
 
     def compare_answer(self, system: System, case: Case, round_: int, endpoint: Endpoint) -> None:
         if case.name not in self.expected:
