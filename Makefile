@@ -34,7 +34,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
   $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench \
+.PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
   tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock sbom clean
 
 help:  ## show the commands
@@ -108,6 +108,10 @@ bench: dev .venv/loadtest.done  ## measure the bundle beside its peers (ROUNDS=1
 	@$(BIN)/python -m loadtest.bench $(if $(ROUNDS),--rounds "$(ROUNDS)") $(if $(SECONDS),--seconds "$(SECONDS)") \
 	  $(if $(CASES),--cases "$(CASES)") $(if $(SYSTEMS),--systems "$(SYSTEMS)") \
 	  $(if $(CONCURRENCY),--concurrency "$(CONCURRENCY)") $(if $(OUTPUT),--output "$(OUTPUT)")
+
+bench-gpu: dev .venv/loadtest.done  ## measure the handlers on a GPU beside the CPU (DEVICES=cpu,0 CASES=mnist SECONDS=4)
+	@$(BIN)/python -m loadtest.bench.devices $(if $(DEVICES),--devices "$(DEVICES)") $(if $(CASES),--cases "$(CASES)") \
+	  $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
 tune: setup .venv/loadtest.done  ## find a model's best workers, threads, batch and delay for a latency target (MODEL=image P99=100ms MINUTES=5 PATCH=1)
 	@test -n "$(MODEL)" -a -n "$(P99)" || { echo "error: say what: make tune MODEL=image P99=100ms" >&2; exit 2; }

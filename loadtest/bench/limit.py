@@ -43,16 +43,32 @@ def handler_loop(case: Case, threads: int) -> Loop:
     """The handler with the archive's model, and TorchServe's own code around it as in a worker, sockets excepted."""
     import torch
 
-    dry_run = DryRun(archive(ModelFolder(case.folder), STORE).path, batch_size=max(BATCHES))
+    worker = dry_run(case)
     torch.set_num_threads(threads)
+    return lambda batch: lambda: worker.service.predict(requests(case, batch))
 
-    def answer(batch: int) -> Callable[[], object]:
-        headers = {"Content-Type": case.content_type}
-        # TorchServe hands text over as text
-        content = case.body.decode() if case.content_type.startswith("text/") else case.body
-        return lambda: dry_run.service.predict([request(index, {"body": content}, headers) for index in range(batch)])
 
-    return answer
+def dry_run(case: Case, gpu: int | None = None) -> DryRun:
+    """A worker of the case's model, on the CPU or on the GPU of this number."""
+    return DryRun(archived(case), batch_size=max(BATCHES), gpu=gpu)
+
+
+def archived(case: Case) -> Path:
+    """The archive of the case's model; it is made the first time."""
+    if case.model == resnet.NAME:
+        resnet.make()
+    return archive(ModelFolder(case.folder), STORE).path
+
+
+def content(case: Case) -> bytes | str:
+    """The input as TorchServe hands it to a handler: text as text."""
+    return case.body.decode() if case.content_type.startswith("text/") else case.body
+
+
+def requests(case: Case, size: int) -> list[dict]:
+    """A batch, as a worker reads it off its socket."""
+    row = {"body": content(case)}
+    return [request(index, row, {"Content-Type": case.content_type}) for index in range(size)]
 
 
 LOOPS = {"pipeline": pipeline_loop, "handler": handler_loop}
@@ -125,9 +141,7 @@ def reference(case: str) -> tuple[int, float]:
 
 
 def main(case: str) -> None:
-    if CASES[case].model == resnet.NAME:
-        resnet.make()
-    archive(ModelFolder(CASES[case].folder), STORE)  # once, before several processes look for it
+    archived(CASES[case])  # once, before several processes look for it
     measured = {kind: asdict(limit) for kind, limit in limits(case).items()}
     print(json.dumps({"expected": reference(case), "limits": measured}))
 

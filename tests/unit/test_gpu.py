@@ -9,6 +9,8 @@ from bundle.archive import archive
 from bundle.catalog import ModelFolder, select
 from bundle.client import first_class
 from bundle.dryrun import DryRun
+from loadtest.bench.cases import CASES
+from loadtest.bench.devices import measure_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 MODELS = ("mnist", "image", "audio", "text")
@@ -45,3 +47,8 @@ def test_inputs_reach_the_gpu_from_pinned_memory(tmp_path: Path):
         moved = worker.handler.to_device(torch.arange(6).view(2, 3))
         assert moved.is_cuda
         assert moved.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_the_benchmark_of_devices_measures_a_gpu():
+    timings = measure_case(CASES["mnist"], ["cpu", "0"], (1, 64), seconds=1)
+    assert [(timing.device, timing.batch) for timing in timings] == [("cpu", 1), ("0", 1), ("cpu", 64), ("0", 64)]

@@ -1,0 +1,52 @@
+"""`make bench-gpu`, on the device that every machine has."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loadtest.bench.cases import CASES
+from loadtest.bench.devices import Timing, app, measure_case, rows
+
+run = CliRunner().invoke
+
+
+def test_a_worker_is_timed_on_the_cpu():
+    timings = measure_case(CASES["text"], ["cpu"], (1, 8), seconds=0.5)
+    assert [(timing.batch, timing.device) for timing in timings] == [(1, "cpu"), (8, "cpu")]
+    for timing in timings:
+        assert 0 < timing.inference_seconds < timing.batch_seconds
+    alone, together = timings
+    assert together.rate > alone.rate  # else nothing was batched
+
+
+def test_a_gpu_is_compared_with_the_cpu_at_the_same_batch_size():
+    timings = [Timing("text", "cpu", "float32", 8, 0.004, 0.001), Timing("text", "0", "bfloat16", 8, 0.002, 0.0015)]
+    assert rows(timings) == [
+        ("text", "8", "cpu", "float32", "2,000", "1.00", "4.00", "25%"),
+        ("text", "8", "GPU 0", "bfloat16", "4,000", "2.00", "2.00", "75%"),
+    ]
+    assert rows(timings[1:])[0][5] == ""
+
+
+def test_the_report_is_written(tmp_path: Path):
+    ended = run(app, ["--devices", "cpu", "--cases", "text", "--seconds", "0.5", "--output", str(tmp_path / "gpu.md")])
+    assert ended.exit_code == 0, ended.output
+    text = (tmp_path / "gpu.md").read_text()
+    assert [line.count("|") for line in text.splitlines() if line.startswith("| text | 64 | cpu |")] == [9]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    ended = run(app, [])
+    assert ended.exit_code == 1
+    assert "There is no GPU '0' here" in ended.output
+    assert "DEVICES=cpu" in ended.output
+
+
+@pytest.mark.parametrize("devices", ["gpu", "-1", "99", ","])
+def test_an_unknown_device_is_refused(devices: str):
+    ended = run(app, ["--devices", devices])
+    assert ended.exit_code == 1
+    assert "error: " in ended.output
