@@ -8,10 +8,10 @@ from pathlib import Path
 import requests
 
 from tests.docker.stack import Stack, docker
-from tests.faults.archives import register_faulty, shipped
+from tests.faults.archives import shipped
 from tests.faults.traffic import eventually
 from tests.faults.trial import Outcome, Trial
-from tests.faults.workers import digits, since, whole
+from tests.faults.workers import digits, faulty, since, whole
 from tests.support import reversioned
 
 LOG_MEGABYTES = 200  # three logs of 20 MB, and five compressed ones behind each, which hold less
@@ -19,10 +19,7 @@ LOG_MEGABYTES = 200  # three logs of 20 MB, and five compressed ones behind each
 
 def full_disk(stack: Stack, seconds: float) -> Outcome:
     """First as many lines as the logs rotate at, then no room at all."""
-    register_faulty(stack)
-    assert eventually(lambda: whole(stack, "faulty", 2), 60)
-    url = f"{stack.url('PORT')}/predictions/faulty"
-    with digits(stack) as traffic:
+    with faulty(stack) as url, digits(stack) as traffic:
         for _ in range(60):
             requests.post(url, data=b"log", timeout=60)
         size = int(stack.execute("sh", "-c", "du -sm /tmp/run/logs").split()[0])
@@ -35,7 +32,6 @@ def full_disk(stack: Stack, seconds: float) -> Outcome:
         free = stack.execute("sh", "-c", "df -m /tmp | tail -1").split()[3]
         stack.execute("rm", "/tmp/fill")
         time.sleep(seconds)
-    stack.client.unregister("faulty", "1.0")
     outcome = Outcome(traffic.answers)
     outcome.notes.append(f"60 MB of lines leave {size} MB of logs; then {free} MB are free for {2 * seconds:.0f} s")
     outcome.require("model_log.1.log.gz" in rotated and size < LOG_MEGABYTES, "logs rotate and are bounded")

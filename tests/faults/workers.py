@@ -2,6 +2,8 @@
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import requests
@@ -45,6 +47,24 @@ def whole(stack: Stack, model: str, workers: int, without: set[int] = frozenset(
 def scale(stack: Stack, model: str, workers: int) -> None:
     stack.client.scale(model, stack.client.describe(model)["modelVersion"], workers, workers)
     assert eventually(lambda: whole(stack, model, workers), 60), f"{model} does not come to {workers} workers"
+
+
+@contextmanager
+def faulty(stack: Stack, workers: int = 2, settings: str = "") -> Iterator[str]:
+    """The model `faulty` is served while the block runs.
+
+    Args:
+        settings: lines to add to its model-config.yaml.
+
+    Yields:
+        where to ask it.
+    """
+    register_faulty(stack, settings)
+    try:
+        scale(stack, "faulty", workers)
+        yield f"{stack.url('PORT')}/predictions/faulty"
+    finally:
+        stack.client.unregister("faulty", "1.0")
 
 
 def kill(stack: Stack, pid: int) -> float:
@@ -118,22 +138,20 @@ def bad_archive(stack: Stack, seconds: float) -> Outcome:
 
 def give_up(stack: Stack, seconds: float) -> Outcome:
     """The unpacked model loses its weights, then its workers; after a restart it is unpacked again."""
-    register_faulty(stack, "maxRetryTimeoutInSec: 1")
-    assert eventually(lambda: whole(stack, "faulty", 2), 60)
-    restarts = stack.inspect()["RestartCount"]
-    remove = "rm $(dirname $(ls /tmp/torchserve-*/models/*/faulty.py))/model.pt"
-    with texts(stack, "faulty", RATE / 3) as traffic:
-        time.sleep(seconds)
-        stack.execute("sh", "-c", remove)
-        for pid in pids(stack, "faulty"):
-            killed = kill(stack, pid)
-        restarted = eventually(lambda: stack.inspect()["RestartCount"] > restarts, 180)
-        gave_up = given_up(docker("logs", stack.container()), "faulty")
-        back = restarted and eventually(lambda: whole(stack, "faulty", 2), 180)
-        back = back and eventually(lambda: requests.get(f"{stack.url('PORT')}/ping", timeout=10).ok, 60)
-        recovery = time.monotonic() - killed
-        time.sleep(seconds)
-    stack.client.unregister("faulty", "1.0")
+    with faulty(stack, settings="maxRetryTimeoutInSec: 1"):
+        restarts = stack.inspect()["RestartCount"]
+        remove = "rm $(dirname $(ls /tmp/torchserve-*/models/*/faulty.py))/model.pt"
+        with texts(stack, "faulty", RATE / 3) as traffic:
+            time.sleep(seconds)
+            stack.execute("sh", "-c", remove)
+            for pid in pids(stack, "faulty"):
+                killed = kill(stack, pid)
+            restarted = eventually(lambda: stack.inspect()["RestartCount"] > restarts, 180)
+            gave_up = given_up(docker("logs", stack.container()), "faulty")
+            back = restarted and eventually(lambda: whole(stack, "faulty", 2), 180)
+            back = back and eventually(lambda: requests.get(f"{stack.url('PORT')}/ping", timeout=10).ok, 60)
+            recovery = time.monotonic() - killed
+            time.sleep(seconds)
     outcome = Outcome(traffic.answers, recovery)
     outcome.require(gave_up == 2, "TorchServe tries neither worker again")
     outcome.require(restarted, "it is noticed, and the container starts anew")
@@ -153,20 +171,18 @@ def given_up(log: str, model: str) -> int:
 
 def crash(stack: Stack, seconds: float) -> Outcome:
     """Behind the proxy, which sends what was answered 500 once more, and so to another worker, too."""
-    register_faulty(stack)
-    scale(stack, "faulty", 3)
-    before = pids(stack, "faulty")
-    with texts(stack, "faulty", RATE / 2) as traffic, digits(stack, RATE / 2) as others:
-        time.sleep(seconds)
-        began = time.monotonic()
-        answer = requests.post(f"{stack.url('PORT')}/predictions/faulty", data=b"crash", timeout=60)
-        took = time.monotonic() - began
-        eventually(lambda: not whole(stack, "faulty", 3), 5)
-        back = eventually(lambda: whole(stack, "faulty", 3), 60)
-        recovery = time.monotonic() - began
-        time.sleep(seconds)
-    replaced = len(before - pids(stack, "faulty"))
-    stack.client.unregister("faulty", "1.0")
+    with faulty(stack, workers=3) as url:
+        before = pids(stack, "faulty")
+        with texts(stack, "faulty", RATE / 2) as traffic, digits(stack, RATE / 2) as others:
+            time.sleep(seconds)
+            began = time.monotonic()
+            answer = requests.post(url, data=b"crash", timeout=60)
+            took = time.monotonic() - began
+            eventually(lambda: not whole(stack, "faulty", 3), 5)
+            back = eventually(lambda: whole(stack, "faulty", 3), 60)
+            recovery = time.monotonic() - began
+            time.sleep(seconds)
+        replaced = len(before - pids(stack, "faulty"))
     outcome = Outcome(traffic.answers + others.answers, recovery)
     outcome.notes.append(
         f"the request that crashes: {answer.status_code} after {took:.1f} s; {replaced} of 3 workers replaced"
@@ -181,18 +197,16 @@ def crash(stack: Stack, seconds: float) -> Outcome:
 
 
 def hang(stack: Stack, seconds: float) -> Outcome:
-    register_faulty(stack)
-    assert eventually(lambda: whole(stack, "faulty", 2), 60)
-    before = pids(stack, "faulty")
-    with texts(stack, "faulty", 5) as traffic, digits(stack) as others:
-        time.sleep(seconds)
-        began = time.monotonic()
-        answer = requests.post(f"{stack.url('PORT')}/predictions/faulty", data=b"hang", timeout=60)
-        took = time.monotonic() - began
-        back = eventually(lambda: len(pids(stack, "faulty") - before) == 1 and whole(stack, "faulty", 2), 60)
-        recovery = time.monotonic() - began
-        time.sleep(seconds)
-    stack.client.unregister("faulty", "1.0")
+    with faulty(stack) as url:
+        before = pids(stack, "faulty")
+        with texts(stack, "faulty", 5) as traffic, digits(stack) as others:
+            time.sleep(seconds)
+            began = time.monotonic()
+            answer = requests.post(url, data=b"hang", timeout=60)
+            took = time.monotonic() - began
+            back = eventually(lambda: len(pids(stack, "faulty") - before) == 1 and whole(stack, "faulty", 2), 60)
+            recovery = time.monotonic() - began
+            time.sleep(seconds)
     outcome = Outcome(traffic.answers + others.answers, recovery)
     outcome.notes.append(f"the request that hangs: {answer.status_code} after {took:.1f} s")
     outcome.require(answer.status_code == 504 and took < DEADLINE, "the request ends with 504 at its deadline")
@@ -205,29 +219,26 @@ def hang(stack: Stack, seconds: float) -> Outcome:
 
 def device(stack: Stack, seconds: float) -> Outcome:
     """Simulated: a batch does not fit; then the device is broken."""
-    register_faulty(stack)
-    assert eventually(lambda: whole(stack, "faulty", 2), 60)
-    url = f"{stack.url('PORT')}/predictions/faulty"
-    crowds: list[Answer] = []
-    for _ in range(10):
-        for _ in range(4):  # either worker takes it
-            requests.post(url, data=b"small transfer", timeout=30)
-        with texts(stack, "faulty", 400) as crowd:
-            time.sleep(1)
-        crowds += crowd.answers
-        if halved := "do not fit" in stack.execute("sh", "-c", "cat /tmp/run/logs/model_log.log"):
-            break
-    with texts(stack, "faulty", RATE) as traffic:
-        time.sleep(seconds)
-        before = pids(stack, "faulty")
-        broke = time.monotonic()
-        answer = requests.post(url, data=b"break", timeout=30)
-        eventually(lambda: not whole(stack, "faulty", 2), 5)
-        back = eventually(lambda: whole(stack, "faulty", 2), 60)
-        recovery = time.monotonic() - broke
-        time.sleep(seconds)
-    replaced = len(before - pids(stack, "faulty"))
-    stack.client.unregister("faulty", "1.0")
+    with faulty(stack) as url:
+        crowds: list[Answer] = []
+        for _ in range(10):
+            for _ in range(4):  # either worker takes it
+                requests.post(url, data=b"small transfer", timeout=30)
+            with texts(stack, "faulty", 400) as crowd:
+                time.sleep(1)
+            crowds += crowd.answers
+            if halved := "do not fit" in stack.execute("sh", "-c", "cat /tmp/run/logs/model_log.log"):
+                break
+        with texts(stack, "faulty", RATE) as traffic:
+            time.sleep(seconds)
+            before = pids(stack, "faulty")
+            broke = time.monotonic()
+            answer = requests.post(url, data=b"break", timeout=30)
+            eventually(lambda: not whole(stack, "faulty", 2), 5)
+            back = eventually(lambda: whole(stack, "faulty", 2), 60)
+            recovery = time.monotonic() - broke
+            time.sleep(seconds)
+        replaced = len(before - pids(stack, "faulty"))
     outcome = Outcome(crowds + traffic.answers, recovery)
     outcome.notes.append(f"the request that breaks the device: {answer.status_code}; workers replaced: {replaced}")
     outcome.require(halved, "a batch that does not fit is halved")
