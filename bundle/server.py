@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -242,18 +242,20 @@ class Server:
 
     def adopt(self, running: Running, folder: ModelFolder) -> None:
         """Records that the running server serves the archive that is in the store now."""
-        self.record.write_text(
-            json.dumps(asdict(running) | {"served": running.served | self.wanted([folder])}, indent=2)
-        )
+        self.write_record(replace(running, served=running.served | self.wanted([folder])))
+
+    def write_record(self, running: Running) -> None:
+        partial = self.record.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(running), indent=2))
+        partial.replace(self.record)
 
     def start(self, folders: list[ModelFolder]) -> Running:
         """Starts TorchServe with the archives of these models, and returns as soon as its process lives.
 
         Raises:
-            BundleError: what `check` finds, no Java, a port that is taken, or a process that ended at once.
+            BundleError: what `check` finds, or a process that ended at once.
         """
         self.check(folders)
-        self.check_ports()
         environment = {
             **self.settings.passed_on(),
             "BUNDLE_PYTHON": sys.executable,
@@ -296,7 +298,7 @@ class Server:
                 grpc=f"{self.settings['grpc_inference_address']}:{self.settings['grpc_inference_port']}",
                 key_file=str(self.key_file.resolve()) if self.settings.asks_for_keys else "",
             )
-            self.record.write_text(json.dumps(asdict(running), indent=2))
+            self.write_record(running)
         except BaseException:
             # Ctrl-C and a full disk included: what has no record could not be stopped later
             end(launched(temporary))
@@ -314,15 +316,21 @@ class Server:
         """To be asked before anything is stopped for a new start.
 
         Raises:
-            BundleError: a setting that is none, or an archive that is not what was built or signed.
+            BundleError: a setting that is none, no Java, a port that another holds, or an archive that is not what was
+                built or signed.
         """
         self.settings.check()
+        java_home()
+        self.check_ports()
         trusted = key_of("TRUSTED_KEY")
         for folder in folders:
             signing.check(self.archive(folder), trusted)
 
     def check_ports(self) -> None:
+        own = self.ports_held()  # free by the time of a new start
         for key, (host, port) in self.settings.listeners().items():
+            if port in own:
+                continue
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             with socket.socket(family) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -336,6 +344,15 @@ class Server:
                         f"Port {port} ({key}) {why}. Choose another port, TS_{key.upper()}={example} make serve, "
                         "or end what holds it."
                     ) from exc
+
+    def ports_held(self) -> set[int]:
+        """Of this run folder's server, if one runs."""
+        running = self.running()
+        try:
+            held = psutil.Process(running.pid).net_connections("tcp") if running else []
+        except psutil.Error:  # it has just ended
+            return set()
+        return {connection.laddr.port for connection in held if connection.status == psutil.CONN_LISTEN}
 
     def stop(self) -> bool:
         """Ends the server and its workers, and says whether there was one."""

@@ -112,8 +112,8 @@ class Supervisor:
         """
         self.observed = time.monotonic()
         self.look(running)
-        self.serving = True
         self.open_gate()
+        self.serving = True
         self.report("serving")
         while not self.stopping:
             time.sleep(TICK_SECONDS)
@@ -149,8 +149,9 @@ class Supervisor:
 
     def check_strength(self) -> None:
         patience = self.options.patience_seconds
-        if time.monotonic() - self.observed > patience:
-            raise BundleError(f"The management API has not answered for {patience:.0f} s.", last_words(self.server))
+        unanswered = max(patience, 2 * OBSERVE_SECONDS)  # it is asked no more often than that
+        if time.monotonic() - self.observed > unanswered:
+            raise BundleError(f"The management API has not answered for {unanswered:.0f} s.", last_words(self.server))
         for (name, version), since in self.history.weak_since.items():
             if time.monotonic() - since > patience:
                 raise BundleError(f"{name} {version} has lacked workers for {patience:.0f} s.", last_words(self.server))

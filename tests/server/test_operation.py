@@ -65,6 +65,19 @@ def test_a_setting_that_is_none_ends_nothing(served):
     assert served.client.models() == sorted(SHIPPED)
 
 
+def test_a_port_of_another_ends_nothing(served):
+    """What runs is stopped for a new start only where that can come up; its own ports are no hindrance."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        failed = served.bundle("serve", "mnist", TS_METRICS_ADDRESS=f"http://127.0.0.1:{port}")
+    assert failed.returncode == 1
+    assert f"Port {port} (metrics_address) is taken by PID {os.getpid()}" in failed.stderr
+    assert "is taken" not in failed.stderr.replace(f"Port {port} (metrics_address) is taken", "")
+    assert served.client.models() == sorted(SHIPPED)
+
+
 def test_one_serve_at_a_time(place):
     Path(place.environment["RUN_DIR"]).mkdir()
     with FileLock(Path(place.environment["RUN_DIR"]) / "lock"):

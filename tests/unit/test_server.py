@@ -65,6 +65,15 @@ def test_a_setting_that_is_none_is_named(key: str, value: str, message: str):
         Settings(overrides={key: value}).check()
 
 
+def test_without_java_nothing_is_stopped(server: Server, monkeypatch: pytest.MonkeyPatch):
+    def none() -> Path:
+        raise BundleError("No Java 11 or newer was found.")
+
+    monkeypatch.setattr("bundle.server.java_home", none)
+    with pytest.raises(BundleError, match="No Java"):
+        server.check([])
+
+
 def test_settings_that_are_some():
     Settings().check()
     Settings(overrides={"job_queue_size": "7", "enable_model_api": "TRUE"}).check()
