@@ -8,7 +8,7 @@ time is never that of a launch alone.
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,11 @@ CPU = "cpu"
 SIZES = (1, 8, max(BATCHES))  # of batches
 TURNS = 5
 OUTPUT = WORK / "gpu.md"
+TITLE = "# Devices"
+METHOD = (
+    "One worker a device, whole batches through TorchServe's worker code, the devices in turns; medians. The CPU's "
+    "worker has the threads of its model's settings (one, as shipped): *× CPU* is not the whole processor."
+)
 HEADER = ("case", "batch", "device", "precision", "req/s", "× CPU", "batch ms", "inference")
 
 console = Console(highlight=False)
@@ -65,42 +70,52 @@ class Timing:
 def known(device: str) -> str:
     """
     Raises:
-        BundleError: PyTorch sees no such device.
+        BundleError: PyTorch can use no such device.
     """
-    count = torch.cuda.device_count()
-    if device == CPU or (device.isdecimal() and int(device) < count):
+    # without the first, this counts GPUs that the driver is too old for
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == CPU:
         return device
+    if device.isdecimal() and int(device) < count:
+        return str(int(device))
     seen = (
         f"{count}, numbered from 0." if count else "none: does nvidia-smi list one, and is this PyTorch built for CUDA?"
     )
     raise BundleError(f"There is no GPU {device!r} here. PyTorch sees {seen} DEVICES=cpu measures the CPU alone.")
 
 
-def measure_case(case: Case, devices: list[str], sizes: tuple[int, ...], seconds: float) -> list[Timing]:
-    """Batches that would take a device longer than the benchmark's limits do are left out.
+def measure_case(case: Case, devices: list[str], sizes: tuple[int, ...], seconds: float) -> Iterator[Timing]:
+    """Batches that would take a device longer than `LONGEST` are left out.
 
     Args:
         seconds: of each batch size on each device.
 
     Raises:
-        BundleError: a worker does not answer every request.
+        BundleError: a worker does not compute on its device, or does not answer every request.
     """
     with ExitStack() as stack:
-        workers = {d: stack.enter_context(dry_run(case, None if d == CPU else int(d))) for d in devices}
-        timings: list[Timing] = []
+        workers = {
+            device: stack.enter_context(dry_run(case, None if device == CPU else int(device))) for device in devices
+        }
+        for device, worker in workers.items():
+            if str(worker.handler.device) != (CPU if device == CPU else f"cuda:{device}"):
+                raise BundleError(
+                    f"The worker of {case.model} computes on {worker.handler.device}, not on {name(device)}."
+                )
+        rates: dict[str, float] = {}
         for size in sizes:
-            if any(size / timing.rate > LONGEST for timing in timings):
-                break
-            for worker in workers.values():
+            able = {d: w for d, w in workers.items() if d not in rates or size / rates[d] <= LONGEST}
+            for worker in able.values():
                 settle(worker, case, size)
             turns = [
-                {d: (whole(w, case, size, seconds), inference(w, case, size, seconds)) for d, w in workers.items()}
+                {d: (whole(w, case, size, seconds), inference(w, case, size, seconds)) for d, w in able.items()}
                 for _ in range(TURNS)
             ]
-            for device, worker in workers.items():
+            for device, worker in able.items():
                 medians = map(statistics.median, zip(*(turn[device] for turn in turns), strict=True))
-                timings.append(Timing(case.name, device, worker.handler.precision, size, *medians))
-        return timings
+                timing = Timing(case.name, device, worker.handler.precision, size, *medians)
+                rates[device] = timing.rate
+                yield timing
 
 
 def settle(worker: DryRun, case: Case, size: int) -> None:
@@ -136,13 +151,17 @@ def timed(batch: Callable[[], object], seconds: float) -> float:
     return statistics.median(taken)
 
 
+def name(device: str) -> str:
+    return device if device == CPU else f"GPU {device}"
+
+
 def rows(timings: list[Timing]) -> list[tuple[str, ...]]:
     on_cpu = {(each.case, each.batch): each for each in timings if each.device == CPU}
     return [
         (
             each.case,
             str(each.batch),
-            each.device if each.device == CPU else f"GPU {each.device}",
+            name(each.device),
             each.precision,
             number(each.rate),
             f"{each.rate / cpu.rate:.2f}" if (cpu := on_cpu.get((each.case, each.batch))) else "",
@@ -153,9 +172,30 @@ def rows(timings: list[Timing]) -> list[tuple[str, ...]]:
     ]
 
 
-def about(devices: list[str]) -> dict[str, str]:
-    gpus = {f"GPU {d}": torch.cuda.get_device_name(int(d)) for d in devices if d != CPU}
-    return {**about_this_machine(), **gpus}
+def writable(output: Path) -> None:
+    """Makes the folder of the report.
+
+    Raises:
+        BundleError: it cannot be written there, or something else would be lost.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists() and not output.read_text().startswith(TITLE):
+            raise BundleError(f"{output} is not a report of this command, and is left as it is. Name another file.")
+        output.touch()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise BundleError(f"{output} cannot be written: {exc}") from exc
+
+
+def report(timings: list[Timing], devices: list[str], output: Path) -> None:
+    table = Table(*HEADER)
+    for row in rows(timings):
+        table.add_row(*row)
+    console.print(table)
+    gpus = {name(device): torch.cuda.get_device_name(int(device)) for device in devices if device != CPU}
+    about = "\n".join(f"- {key}: {value}" for key, value in {**about_this_machine(), **gpus}.items())
+    output.write_text(f"{TITLE}\n\n{METHOD}\n\n{about}\n\n{markdown_table(HEADER, rows(timings))}\n")
+    console.print(f"Written: {output}", soft_wrap=True)
 
 
 @app.command(
@@ -169,29 +209,30 @@ def main(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each batch size on each device.")] = 4,
     output: Annotated[Path, typer.Option(help="The Markdown file to write.")] = OUTPUT,
 ) -> None:
+    timings: list[Timing] = []
+    asked: list[str] = []
+    status = 0
     try:
-        asked = [known(device) for device in dict.fromkeys(words(devices))]
+        asked += dict.fromkeys(known(device) for device in words(devices))
         if not asked:
             raise BundleError("Say which devices: --devices cpu,0")
-        timings: list[Timing] = []
+        writable(output)
         for case in track(chosen(cases, CASES, "case"), "measuring", console=errors):
             with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a worker prints its metrics
-                timings += measure_case(case, asked, SIZES, seconds)
+                for timing in measure_case(case, asked, SIZES, seconds):
+                    timings.append(timing)
     except BundleError as exc:
+        status = 1
         errors.print(f"error: {exc}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from exc
     except KeyboardInterrupt:
-        errors.print("Interrupted: nothing is written.")
-        raise typer.Exit(130) from None
-    table = Table(*HEADER)
-    for row in rows(timings):
-        table.add_row(*row)
-    console.print(table)
-    lines = [f"- {key}: {value}" for key, value in about(asked).items()]
-    text = f"# Devices\n\n{__doc__.splitlines()[0]}\n\n" + "\n".join(lines)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(f"{text}\n\n{markdown_table(HEADER, rows(timings))}\n")
-    console.print(f"Written: {output}", soft_wrap=True)
+        status = 130
+        errors.print("Interrupted: this is what was measured until then.")
+    except (RuntimeError, SystemExit):  # of the device: a worker that it fails ends
+        status = 1
+        errors.print_exception()
+    if timings:
+        report(timings, asked, output)
+    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

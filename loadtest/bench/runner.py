@@ -182,7 +182,7 @@ class Runner:
 
     def warm_up(self, where: str, endpoint: Endpoint, clients: int, seconds: float) -> None:
         self.progress.doing(f"{where}: warm up")
-        if self.plan.warm_up:
+        if seconds:
             closed_loop(endpoint.url, endpoint.body, endpoint.headers, clients, seconds)
 
     def compare_answer(self, system: System, case: Case, round_: int, endpoint: Endpoint) -> None:

@@ -1,11 +1,13 @@
 """`make bench-gpu`, on the device that every machine has."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from loadtest.bench import devices
 from loadtest.bench.cases import CASES
 from loadtest.bench.devices import Timing, app, measure_case, rows
 
@@ -13,7 +15,7 @@ run = CliRunner().invoke
 
 
 def test_a_worker_is_timed_on_the_cpu():
-    timings = measure_case(CASES["text"], ["cpu"], (1, 8), seconds=0.5)
+    timings = list(measure_case(CASES["text"], ["cpu"], (1, 8), seconds=0.5))
     assert [(timing.batch, timing.device) for timing in timings] == [(1, "cpu"), (8, "cpu")]
     for timing in timings:
         assert 0 < timing.inference_seconds < timing.batch_seconds
@@ -37,6 +39,32 @@ def test_the_report_is_written(tmp_path: Path):
     assert [line.count("|") for line in text.splitlines() if line.startswith("| text | 64 | cpu |")] == [9]
 
 
+def test_what_was_measured_before_a_fault_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def measure(*_: object) -> Iterator[Timing]:
+        yield Timing("text", "cpu", "float32", 1, 0.002, 0.001)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(devices, "measure_case", measure)
+    ended = run(app, ["--devices", "cpu", "--cases", "text", "--output", str(tmp_path / "gpu.md")])
+    assert ended.exit_code == 1
+    assert "illegal memory access" in ended.output
+    assert "| text | 1 | cpu | float32 | 500 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_batch_that_takes_one_device_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices, "LONGEST", 0)
+    assert [timing.batch for timing in measure_case(CASES["text"], ["cpu"], (1, 8), seconds=0.5)] == [1]
+
+
+@pytest.mark.parametrize("place", ["notes.md", "", "notes.md/gpu.md"])
+def test_another_file_is_left_as_it_is(place: str, tmp_path: Path):
+    (tmp_path / "notes.md").write_text("# Mine\n")
+    ended = run(app, ["--devices", "cpu", "--output", str(tmp_path / place)])
+    assert ended.exit_code == 1
+    assert "error: " in ended.output
+    assert (tmp_path / "notes.md").read_text() == "# Mine\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     ended = run(app, [])
@@ -45,8 +73,8 @@ def test_without_a_gpu_it_says_so():
     assert "DEVICES=cpu" in ended.output
 
 
-@pytest.mark.parametrize("devices", ["gpu", "-1", "99", ","])
-def test_an_unknown_device_is_refused(devices: str):
-    ended = run(app, ["--devices", devices])
+@pytest.mark.parametrize("asked", ["gpu", "-1", "99", ","])
+def test_an_unknown_device_is_refused(asked: str):
+    ended = run(app, ["--devices", asked])
     assert ended.exit_code == 1
     assert "error: " in ended.output

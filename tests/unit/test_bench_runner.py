@@ -16,7 +16,9 @@ import pytest
 import requests
 
 from bundle.errors import BundleError
+from bundle.load import Load, closed_loop
 from bundle.ports import free_ports
+from loadtest.bench import runner as bench
 from loadtest.bench import usage
 from loadtest.bench.cases import CASES
 from loadtest.bench.results import Failure, Results
@@ -161,6 +163,29 @@ def test_every_system_is_measured_and_ended(tmp_path: Path):
     assert all(answer.is_right for answer in run.results.answers)
     assert Results.read(run.file) == run.results
     assert not any(psutil.pid_exists(pid) for pid in ours.started + peer.started)
+
+
+@pytest.mark.parametrize("warm_up", [0, 0.1])
+def test_at_the_best_peers_rate_the_bundle_is_as_warm_as_the_peer_was(tmp_path: Path, monkeypatch, warm_up: float):
+    """By the seconds of load before the open loop."""
+    begun: list[float] = []
+
+    def closed(*arguments: object) -> Load:
+        begun[-1] += arguments[-1]
+        return closed_loop(*arguments)
+
+    @contextmanager
+    def serve(small: Small, case) -> Iterator[Endpoint]:
+        begun.append(0)
+        with Small.serve(small, case) as endpoint:
+            yield endpoint
+
+    counted = type("Counted", (Small,), {"serve": serve})
+    monkeypatch.setattr(bench, "closed_loop", closed)
+    run = runner(tmp_path, counted("bundle"), counted("peer"))
+    run.plan = replace(run.plan, warm_up=warm_up)
+    run.measure_round(CASE, 1)
+    assert begun == [pytest.approx(warm_up + 0.6)] * 3
 
 
 def test_each_round_starts_with_another_system(tmp_path: Path):

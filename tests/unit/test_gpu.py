@@ -50,5 +50,5 @@ def test_inputs_reach_the_gpu_from_pinned_memory(tmp_path: Path):
 
 
 def test_the_benchmark_of_devices_measures_a_gpu():
-    timings = measure_case(CASES["mnist"], ["cpu", "0"], (1, 64), seconds=1)
+    timings = list(measure_case(CASES["mnist"], ["cpu", "0"], (1, 64), seconds=1))
     assert [(timing.device, timing.batch) for timing in timings] == [("cpu", 1), ("0", 1), ("cpu", 64), ("0", 64)]
