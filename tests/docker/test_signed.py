@@ -15,7 +15,7 @@ from bundle.client import check_sample
 from bundle.signing import make_keys
 from tests.docker.stack import ROOT, Stack, running
 from tests.faults.archives import put
-from tests.support import reversioned
+from tests.support import reversioned, wait_for
 
 [MNIST] = select(["mnist"])
 
@@ -53,7 +53,8 @@ def test_what_is_not_signed_is_refused(signed: Stack, keys: dict[str, str], tmp_
     asked = {"url": "unsigned.mar", "initial_workers": 1, "synchronous": "true"}
     registered = requests.post(f"{signed.url('MANAGEMENT_PORT')}/models", params=asked, timeout=150)
     assert registered.status_code == 500
-    assert "is refused: it is not signed" in signed.execute("cat", "/tmp/run/logs/model_log.log")
+    # TorchServe writes its logs in the background
+    wait_for(lambda: "is refused: it is not signed" in signed.execute("cat", "/tmp/run/logs/model_log.log"), 20)
     rolled = signed.roll_out("mnist", unsigned)
     assert rolled.returncode == 1
     assert "it is not signed" in rolled.stdout + rolled.stderr

@@ -28,6 +28,7 @@ from tests.support import wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
+LOGGED = 20  # seconds: TorchServe writes its logs in the background
 
 
 @pytest.fixture
@@ -104,6 +105,11 @@ def test_archives_come_from_the_store_alone(trusting, good, elsewhere, tmp_path,
     assert list(good.parent.glob("other*")) == []
 
 
+def fails_with(place: Place, model: str, text: str) -> None:
+    """Waits until the log says that a worker of the model does."""
+    wait_for(lambda: text in str(worker_failure(logs_of(place), model)), LOGGED)
+
+
 def unpacked(archive: Path, folder: Path) -> Path:
     with zipfile.ZipFile(archive) as file:
         file.extractall(folder)
@@ -117,8 +123,7 @@ def test_a_folder_never_runs(trusting: Place, good: Path, store: Path, tmp_path:
     folder = unpacked(good, tmp_path / "other" if where == "outside" else store / "other")
     asked = register(trusting, str(folder) if where == "outside" else "other")
     assert asked.status_code == 500, asked.text
-    failure = worker_failure(logs_of(trusting), "elsewhere")
-    assert f"{folder} is refused: it did not come out of an archive of the model store" in str(failure)
+    fails_with(trusting, "elsewhere", f"{folder} is refused: it did not come out of an archive of the model store")
 
 
 def test_a_folder_brings_no_python_of_its_own(trusting: Place, good: Path, tmp_path: Path):
@@ -135,7 +140,7 @@ def test_a_folder_brings_no_python_of_its_own(trusting: Place, good: Path, tmp_p
     assert asked.status_code == 400, asked.text
     assert trusting.client.workers("elsewhere").ready == 0
     trusting.client.unregister("elsewhere", "1.0")
-    assert "none are installed for it" in (logs_of(trusting) / "ts_log.log").read_text()
+    wait_for(lambda: "none are installed for it" in (logs_of(trusting) / "ts_log.log").read_text(), LOGGED)
     assert not (tmp_path / "mark").exists()
 
 
@@ -169,11 +174,9 @@ def test_a_registration_is_refused(trusting: Place, good: Path, store: Path, wro
     for options in ({}, {"runtime": "python3"}):
         asked = register(trusting, "other.mar", wrong.__name__, **options)
         assert asked.status_code == 500, asked.text
-    failure = worker_failure(logs_of(trusting), wrong.__name__)
-    assert str(failure).startswith(
-        f"A worker of {wrong.__name__} failed: BundleError: The unpacked archive is refused: "
-    )
-    assert REFUSED[wrong] in str(failure)
+    started = f"A worker of {wrong.__name__} failed: BundleError: The unpacked archive is refused: "
+    fails_with(trusting, wrong.__name__, started)
+    assert REFUSED[wrong] in str(worker_failure(logs_of(trusting), wrong.__name__))
     assert not (store / "mark").exists()
 
 
@@ -206,7 +209,7 @@ def test_a_registration_over_grpc_is_refused(trusting: Place, good: Path, store:
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary(method)(request, timeout=120)
     assert refused.value.code() == grpc.StatusCode.INTERNAL
-    assert "'mnist.py' was changed" in str(worker_failure(logs_of(trusting), "by_grpc"))
+    fails_with(trusting, "by_grpc", "'mnist.py' was changed")
     assert not (store / "mark").exists()
 
 
@@ -226,7 +229,7 @@ def test_a_workflow_runs_no_functions_that_nobody_signed(trusting: Place, store:
         lines = (logs_of(trusting) / "model_log.log").read_text().splitlines()
         return any("-flow__before_" in line and "it is not signed" in line for line in lines)
 
-    wait_for(said, 20)  # TorchServe writes its logs in the background
+    wait_for(said, LOGGED)
     assert not (store / "mark").exists()
 
 
@@ -250,7 +253,7 @@ def test_a_member_that_is_a_link(trusting: Place, good: Path, store: Path, key: 
             new.writestr(name, old.read(name))
         new.writestr(link, str(tmp_path / "outside.py"))
     assert register(trusting, "other.mar", "linked").status_code == 500
-    assert "'mnist.py' was changed" in str(worker_failure(logs_of(trusting), "linked"))
+    fails_with(trusting, "linked", "'mnist.py' was changed")
     assert not (tmp_path / "mark").exists()
     rolled = trusting.bundle("rollout", "mnist", "--archive", str(store / "other.mar"))
     assert rolled.returncode == 1
@@ -265,7 +268,6 @@ def test_what_changes_after_it_was_unpacked_is_refused(trusting: Place, tmp_path
     (folder / "mnist.py").write_bytes(leaves_a_mark(tmp_path / "mark"))
     ready = trusting.client.workers("victim").ready
     trusting.client.scale("victim", "1.0", ready + 1, ready + 1)
-    wait_for(lambda: worker_failure(logs_of(trusting), "victim"))
-    assert "'mnist.py' was changed" in str(worker_failure(logs_of(trusting), "victim"))
+    fails_with(trusting, "victim", "'mnist.py' was changed")
     assert not (tmp_path / "mark").exists()
     trusting.client.unregister("victim", "1.0")

@@ -15,6 +15,7 @@ import pytest
 import requests
 
 from bundle.catalog import CONFIG_NAME, ROOT, select
+from bundle.drain import connections
 from bundle.ports import free_ports
 from tests.server.conftest import Place
 from tests.support import Traffic, altered, reversioned, wait_for
@@ -73,13 +74,8 @@ def supervised(place: Place, store: Path, tmp_path: Path) -> Iterator[Supervised
             run.end(signal.SIGKILL)
 
 
-def test_sigterm_answers_what_was_accepted(supervised: Supervised, store: Path):
+def test_sigterm_answers_what_was_accepted(supervised: Supervised):
     """More than the workers can hold, and they stand still until the server is to end: some wait in the queue."""
-    text = (MNIST.path / CONFIG_NAME).read_text()
-    patient = text.replace("max_wait_seconds: 1 ", "max_wait_seconds: 60 ")
-    assert patient != text
-    altered(store / "mnist.mar", store / "patient.mar", {CONFIG_NAME: patient.encode()})
-    (store / "patient.mar").replace(store / "mnist.mar")
     supervised.start()
     assert not (supervised.gate / "closed").exists()
     java = supervised.java()
@@ -97,6 +93,7 @@ def test_sigterm_answers_what_was_accepted(supervised: Supervised, store: Path):
     try:
         for asker in askers:
             asker.start()
+        wait_for(lambda: connections({supervised.place.ports["inference_address"]}) >= asked)
         wait_for(lambda: supervised.place.client.describe("mnist")["jobQueueStatus"]["pendingRequests"] >= 20)
         supervised.process.send_signal(signal.SIGTERM)
         wait_for((supervised.gate / "closed").exists)
@@ -178,18 +175,17 @@ def test_workers_that_do_not_come_back_end_the_run(supervised: Supervised):
 def test_a_bad_archive_makes_nothing_unready(supervised: Supervised, store: Path):
     """Registered by hand, it never had a worker: that is its registrar's to see."""
     supervised.start("--patience", "2")
-    reversioned(store / "mnist.mar", "6.0", store / "bad.mar", without="index_to_name.json")
-    url = f"{supervised.place.client.management}/models"
-    answers = []
-    registering = threading.Thread(
-        target=lambda: answers.append(requests.post(url, params={"url": "bad.mar", "model_name": "bad"}, timeout=120))
-    )
-    registering.start()
-    while registering.is_alive():
+    config = (MNIST.path / CONFIG_NAME).read_text().replace("minWorkers", "# minWorkers").replace("maxW", "# maxW")
+    altered(store / "mnist.mar", store / "bad.mar", {"index_to_name.json": None, CONFIG_NAME: config.encode()})
+    client = supervised.place.client
+    asked = {"url": "bad.mar", "model_name": "bad", "initial_workers": 0}
+    assert requests.post(f"{client.management}/models", params=asked, timeout=120).status_code == 200
+    client.scale("bad", "1.0", 1, 1)
+    wait_for(lambda: 'bundle_workers_ready{model_name="bad"' in supervised.metrics())
+    for _ in range(12):  # longer than its patience, and than it takes to look again
         assert supervised.ready() == 200
         time.sleep(0.5)
-    [refused] = answers
-    assert refused.status_code == 500, refused.text
+    assert client.workers("bad").ready == 0
     assert supervised.process.poll() is None
     assert '"bad"' not in supervised.state.read_text()
 

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,7 +54,15 @@ def guarded(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def key(place: Place, api: str) -> str:
-    return json.loads(place.keys.read_text())[api]["key"]
+    found: dict[str, dict] = {}
+
+    def read() -> bool:
+        with suppress(ValueError):  # TorchServe may be writing it
+            found.update(json.loads(place.keys.read_text()))
+        return api in found
+
+    wait_for(read)
+    return found[api]["key"]
 
 
 def headers(place: Place, api: str, pattern: str | None) -> dict[str, str]:
