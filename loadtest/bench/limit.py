@@ -43,9 +43,9 @@ def handler_loop(case: Case, threads: int) -> Loop:
     """The handler with the archive's model, and TorchServe's own code around it as in a worker, sockets excepted."""
     import torch
 
-    worker = dry_run(case)
+    handler = dry_run(case)
     torch.set_num_threads(threads)
-    return lambda batch: lambda: worker.service.predict(requests(case, batch))
+    return lambda batch: lambda: handler.service.predict(requests(case, batch))
 
 
 def dry_run(case: Case, gpu: int | None = None) -> DryRun:
