@@ -180,7 +180,8 @@ def writable(output: Path) -> None:
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists() and not output.read_text().startswith(TITLE):
+        held = output.read_text() if output.exists() else ""  # "": a run that ended before its first timing
+        if held and not held.startswith(TITLE):
             raise BundleError(f"{output} is not a report of this command, and is left as it is. Name another file.")
         output.touch()
     except (OSError, UnicodeDecodeError) as exc:

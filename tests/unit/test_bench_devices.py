@@ -65,6 +65,12 @@ def test_another_file_is_left_as_it_is(place: str, tmp_path: Path):
     assert (tmp_path / "notes.md").read_text() == "# Mine\n"
 
 
+def test_a_run_that_measured_nothing_hinders_no_other(tmp_path: Path):
+    output = ["--devices", "cpu", "--seconds", "0.1", "--output", str(tmp_path / "gpu.md")]
+    assert run(app, [*output, "--cases", "nope"]).exit_code == 1
+    assert run(app, [*output, "--cases", "text"]).exit_code == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     ended = run(app, [])
