@@ -1,6 +1,5 @@
 """Sound classification: WAV, FLAC, OGG or MP3 -> the k most probable classes."""
 
-import io
 from typing import Annotated
 
 import numpy
@@ -14,6 +13,7 @@ from handlers.core.batch import BatchHandler
 from handlers.core.errors import AudioTooLong, EmptyInput, UndecodableAudio
 from handlers.core.payload import Content, binary
 from handlers.core.settings import PositiveInt, Settings
+from handlers.core.sounds import SoundBytes
 
 
 class AudioMFCCHandler(BatchHandler):
@@ -56,7 +56,7 @@ class AudioMFCCHandler(BatchHandler):
         """
         limits = self.settings
         try:
-            with soundfile.SoundFile(io.BytesIO(content)) as file:
+            with soundfile.SoundFile(SoundBytes(content)) as file:
                 sample_rate = file.samplerate
                 if not limits.min_sample_rate <= sample_rate <= limits.max_sample_rate:
                     raise UndecodableAudio(

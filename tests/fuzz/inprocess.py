@@ -3,18 +3,21 @@
 import json
 import logging
 import math
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 from bundle.catalog import MODEL_STORE
 from bundle.dryrun import DryRun
 from tests.fuzz.cases import Case, case
 from tests.fuzz.corpus import good
-from tests.fuzz.findings import Findings
+from tests.fuzz.findings import FOLDER, Findings
 
 BATCH = 8  # requests
 NEIGHBOURS = 2  # good ones among them
@@ -52,7 +55,7 @@ def fuzz(
     """
     result = InProcess(model)
     numbers = [number for number in range(cases) if models[number % len(models)] == model]
-    with quiet(), DryRun(MODEL_STORE / f"{model}.mar") as worker:
+    with quiet(FOLDER / f"{model}.decoders.log"), DryRun(MODEL_STORE / f"{model}.mar") as worker:
         rows = [row for row in ({"body": content} for content in good(model).values()) if is_served(worker, row)]
         alone = [worker.predict([row])[0] for row in rows]
         for start in range(0, len(numbers), BATCH - NEIGHBOURS):
@@ -125,10 +128,18 @@ def ranked(body: object) -> dict:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Handlers tell of each batch, and TorchServe of each body that does not parse."""
+def quiet(log: Path) -> Iterator[None]:
+    """Handlers tell of each batch, and TorchServe of each body that does not parse; decoders write what they think of
+    broken files past Python's streams, which goes into `log`."""
+    sys.stderr.flush()
+    shown = os.dup(2)
     logging.disable(logging.WARNING)
     try:
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 2)
         yield
     finally:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
         logging.disable(logging.NOTSET)

@@ -216,7 +216,12 @@ ORIGINALS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # soundfile's callbacks log and go on
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_file_that_was_cut_off_prints_no_traceback():
+    with pytest.raises(UndecodableAudio):
+        decode(encode_sound(BURST, RATE, "AIFF", "PCM_16")[:40])  # libsndfile seeks to before its start
+
+
 @given(st.one_of(st.binary(), damaged(ORIGINALS)))
 def test_any_bytes_are_a_sound_or_a_request_error(content: bytes):
     try:
