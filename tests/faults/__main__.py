@@ -36,6 +36,9 @@ def main(
     write: Annotated[
         bool, typer.Option("--write", help="Write the figures of all trials into RELIABILITY.md.")
     ] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Others use this machine: limits of time are told, and fail nothing.")
+    ] = False,
 ) -> None:
     """Do to a stack of its own what happens to servers, and count what its clients notice. Exits 1 where a limit does
     not hold."""
@@ -55,7 +58,12 @@ def main(
     if write:
         reliability.write_section("faults", section(wanted, outcomes, seconds))
         console.print("RELIABILITY.md is written.")
-    raise typer.Exit(1 if any(outcome.broken for outcome in outcomes.values()) else 0)
+    raise typer.Exit(1 if any(failed(outcome, shared) for outcome in outcomes.values()) else 0)
+
+
+def failed(outcome: Outcome, shared: bool) -> bool:
+    """On a shared machine, limits of time fail nothing."""
+    return bool(set(outcome.broken) - set(outcome.timed if shared else []))
 
 
 def run(stack: Stack, trials: list[Trial], seconds: float) -> dict[str, Outcome]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bundle.load import Load
 from tests import soak
-from tests.faults.__main__ import outcome_of
+from tests.faults.__main__ import failed, outcome_of
 from tests.faults.load import recovery_time
 from tests.faults.traffic import Answer, error_type, longest_silence, p99, statuses
 from tests.faults.trial import Outcome, Trial
@@ -66,6 +66,16 @@ def test_a_failed_answer_has_none(answers: list[Answer]):
     drawn, left = trial(broken, Outcome([]))
     assert outcome_of(drawn, None, 1) is broken
     assert left
+
+
+def test_on_a_shared_machine_limits_of_time_fail_nothing():
+    outcome = Outcome([])
+    assert not failed(outcome, shared=False)
+    outcome.require(False, "it comes back in 10 s", timed=True)
+    assert failed(outcome, shared=False)
+    assert not failed(outcome, shared=True)
+    outcome.require(False, "it comes back")
+    assert failed(outcome, shared=True)
 
 
 def test_undisturbed_is_right_and_not_told_to_come_again():
