@@ -137,8 +137,8 @@ fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guide
 test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
 	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
 
-test-faults: dev  ## do to a Docker stack what happens to servers, and count what clients notice (FAULTS="kill-one overload" SECONDS=3; REPORT=1 for RELIABILITY.md; SHARED=1 where others use the machine)
-	@$(BIN)/python -m tests.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(REPORT),--write) $(if $(SHARED),--shared)
+test-faults: dev  ## do to a Docker stack what happens to servers, and count what clients notice (FAULTS="kill-one overload" SECONDS=3; REPORT=1 for RELIABILITY.md)
+	@$(BIN)/python -m tests.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(REPORT),--write)
 
 soak: dev .venv/loadtest.done  ## load all models at 70 % for long, and see whether anything grows (MINUTES=10 REPORT=1)
 	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(REPORT),--write)

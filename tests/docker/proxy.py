@@ -165,7 +165,7 @@ def docker(*arguments: str, seconds: float = 120) -> subprocess.CompletedProcess
     return subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=seconds)
 
 
-def eventually(found: Callable[[], object], seconds: float = 30) -> object:
+def eventually(found: Callable[[], object], seconds: float = 10) -> object:
     """What `found` returns as soon as that is true."""
     deadline = time.monotonic() + seconds
     while not (result := found()):

@@ -36,9 +36,6 @@ def main(
     write: Annotated[
         bool, typer.Option("--write", help="Write the figures of all trials into RELIABILITY.md.")
     ] = False,
-    shared: Annotated[
-        bool, typer.Option("--shared", help="Others use this machine: limits of time are told, and fail nothing.")
-    ] = False,
 ) -> None:
     """Do to a stack of its own what happens to servers, and count what its clients notice. Exits 1 where a limit does
     not hold."""
@@ -58,12 +55,7 @@ def main(
     if write:
         reliability.write_section("faults", section(wanted, outcomes, seconds))
         console.print("RELIABILITY.md is written.")
-    raise typer.Exit(1 if any(failed(outcome, shared) for outcome in outcomes.values()) else 0)
-
-
-def failed(outcome: Outcome, shared: bool) -> bool:
-    """On a shared machine, limits of time fail nothing."""
-    return bool(set(outcome.broken) - set(outcome.timed if shared else []))
+    raise typer.Exit(1 if any(outcome.broken for outcome in outcomes.values()) else 0)
 
 
 def run(stack: Stack, trials: list[Trial], seconds: float) -> dict[str, Outcome]:
@@ -81,16 +73,6 @@ def run(stack: Stack, trials: list[Trial], seconds: float) -> dict[str, Outcome]
 
 
 def outcome_of(trial: Trial, stack: Stack, seconds: float) -> Outcome:
-    """Of a second attempt, where the first broke nothing but limits of time: the machine may have been busy."""
-    first = attempt(trial, stack, seconds)
-    if not first.broken or first.broken != first.timed:
-        return first
-    second = attempt(trial, stack, seconds)
-    second.notes.append(f"the second attempt: at the first it did not hold that {'; '.join(first.broken)}")
-    return second
-
-
-def attempt(trial: Trial, stack: Stack, seconds: float) -> Outcome:
     """A trial that cannot be carried through did not hold; the others go on."""
     try:
         return trial.run(stack, seconds)

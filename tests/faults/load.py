@@ -118,11 +118,10 @@ def overload(stack: Stack, seconds: float) -> Outcome:
         f"{p99(calm.answers):.2f} s",
     ]
     outcome.require(outcome.lost == 0 and outcome.failed == 0, "what is not answered is told when to come again")
-    outcome.require(p99(right) < 2 * TARGET, "what is answered has a p99 under twice the target (1 s)", timed=True)
-    outcome.require(p99(refused) < 2 * TARGET, "what is refused is refused as soon", timed=True)
-    half = 0.5 * rate * (ended - storm.answers[0].due)
-    outcome.require(len(right) > half, "half of the capacity goes on, at least", timed=True)
-    outcome.require(recovery <= 5, "five seconds after, all is answered, and as fast as before", timed=True)
+    outcome.require(p99(right) < 2 * TARGET, "what is answered has a p99 under twice the target (1 s)")
+    outcome.require(p99(refused) < 2 * TARGET, "what is refused is refused as soon")
+    outcome.require(len(right) > 0.5 * rate * (ended - storm.answers[0].due), "half of the capacity goes on, at least")
+    outcome.require(recovery <= 5, "five seconds after, all is answered, and as fast as before")
     return outcome
 
 
@@ -192,8 +191,8 @@ def slow_clients(stack: Stack, seconds: float) -> Outcome:
         f"{3 * DAWDLERS} slow clients; p99 {1000 * statistics.median(quiet):.0f} ms without, "
         f"{1000 * statistics.median(disturbed):.0f} ms among them (medians of 3)"
     )
-    outcome.require_undisturbed(answers, "other clients are answered")
-    outcome.require(ratio < 2, "with the same p99, within twice of it on a shared machine", timed=True)
+    outcome.require(outcome.answered == len(answers), "other clients are answered")
+    outcome.require(ratio < 2, "with the same p99, within twice of it on a shared machine")
     outcome.require(left == 0, f"clients that send nothing for {CUT_OFF:.0f} s are cut off")
     return outcome
 

@@ -15,26 +15,17 @@ class Outcome:
         answers: of every request that counts.
         recovery: seconds from the fault until full strength; None where nothing is lost that could come back.
         broken: the limits that did not hold.
-        timed: those among them that a busy machine breaks by itself: seconds, and requests told to come again.
         notes: what else was measured, in words.
     """
 
     answers: list[Answer]
     recovery: float | None = None
     broken: list[str] = field(default_factory=list)
-    timed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def require(self, holds: bool, limit: str, timed: bool = False) -> None:
+    def require(self, holds: bool, limit: str) -> None:
         if not holds:
             self.broken.append(limit)
-            if timed:
-                self.timed.append(limit)
-
-    def require_undisturbed(self, answers: list[Answer], limit: str) -> None:
-        """All of them are right."""
-        self.require(all(answer.right or answer.refused for answer in answers), limit)
-        self.require(not any(answer.refused for answer in answers), f"{limit}: none is told to come again", timed=True)
 
     @property
     def answered(self) -> int:

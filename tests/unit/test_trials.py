@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from bundle.load import Load
 from tests import soak
-from tests.faults.__main__ import failed, outcome_of
 from tests.faults.load import recovery_time
 from tests.faults.traffic import Answer, error_type, longest_silence, p99, statuses
-from tests.faults.trial import Outcome, Trial
+from tests.faults.trial import Outcome
 from tests.faults.workers import given_up
 from tests.reliability import TITLE, write_section
 
@@ -40,50 +39,6 @@ def test_a_limit_that_does_not_hold_is_kept():
     outcome.require(True, "this holds")
     outcome.require(False, "that holds")
     assert outcome.broken == ["that holds"]
-
-
-def trial(*outcomes: Outcome) -> tuple[Trial, list[Outcome]]:
-    """One that has these outcomes, attempt after attempt, and what is left of them."""
-    left = list(outcomes)
-    return Trial("drawn", "", "", lambda stack, seconds: left.pop(0)), left
-
-
-def test_limits_of_time_have_a_second_attempt():
-    late, held = Outcome([]), Outcome([])
-    late.require(False, "it comes back in 10 s", timed=True)
-    drawn, left = trial(late, held)
-    assert outcome_of(drawn, None, 1) is held
-    assert not left
-    assert held.notes == ["the second attempt: at the first it did not hold that it comes back in 10 s"]
-    drawn, left = trial(late, replace(late, notes=[]))
-    assert outcome_of(drawn, None, 1).broken == ["it comes back in 10 s"]
-
-
-@pytest.mark.parametrize("answers", [[FAILED], [LOST], [WRONG, REFUSED], [UNTOLD]])
-def test_a_failed_answer_has_none(answers: list[Answer]):
-    broken = Outcome(answers)
-    broken.require_undisturbed(answers, "others do not notice")
-    drawn, left = trial(broken, Outcome([]))
-    assert outcome_of(drawn, None, 1) is broken
-    assert left
-
-
-def test_on_a_shared_machine_limits_of_time_fail_nothing():
-    outcome = Outcome([])
-    assert not failed(outcome, shared=False)
-    outcome.require(False, "it comes back in 10 s", timed=True)
-    assert failed(outcome, shared=False)
-    assert not failed(outcome, shared=True)
-    outcome.require(False, "it comes back")
-    assert failed(outcome, shared=True)
-
-
-def test_undisturbed_is_right_and_not_told_to_come_again():
-    outcome = Outcome([])
-    outcome.require_undisturbed([RIGHT, RIGHT], "others do not notice")
-    assert outcome.broken == []
-    outcome.require_undisturbed([RIGHT, REFUSED], "others do not notice")
-    assert outcome.broken == outcome.timed == ["others do not notice: none is told to come again"]
 
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 5), st.booleans()), min_size=1))
