@@ -18,23 +18,20 @@ from tests.fuzz.verdict import FAULTS, Tally
 from tests.reliability import about
 
 GROWTH = 0.05  # of resident memory over the last half of a run
-WARMING_UP = 300.0  # s: in shorter runs the Java heap and the allocators' arenas have not found their size
-GROWTH_WARMING_UP = 0.2
 
 
 def faults(run: Run) -> list[str]:
     """What did not hold, in words; nothing where all did."""
     found = []
-    limit = GROWTH if run.seconds >= WARMING_UP else GROWTH_WARMING_UP
     for model, tally in run.tallies.items():
         found += [f"{model}: {count} x {kind}" for kind, count in tally.failed.items()]
         if tally.wrong_neighbours:
             found.append(f"{model}: {tally.wrong_neighbours} of {tally.neighbours} good neighbours answered wrong")
         if count := restarts(run.looks, model):
             found.append(f"{model}: {count} worker restarts")
-        if (growth := grown(run.looks, model)) > limit:
+        if (growth := grown(run.looks, model)) > GROWTH:
             found.append(f"{model}: its workers' memory grew by {growth:.1%} over the last half")
-    if (growth := grown(run.looks, None)) > limit:
+    if (growth := grown(run.looks, None)) > GROWTH:
         found.append(f"the frontend's memory grew by {growth:.1%} over the last half")
     return found
 

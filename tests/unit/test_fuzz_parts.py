@@ -167,12 +167,12 @@ def test_what_may_be_answered(case: Case, answer: Answer, problem: str | None):
     assert tally.sent == tally.served + tally.rejected.total() + tally.known.total() + tally.failed.total() == 1
 
 
-def run_of(memory: list[int], pids: list[int], frontend: int = 100, seconds: float = 600) -> Run:
+def run_of(memory: list[int], pids: list[int], frontend: int = 100) -> Run:
     looks = [
         Look(number, frontend, {"image": size}, {"image": [pid]})
         for number, (size, pid) in enumerate(zip(memory, pids, strict=True))
     ]
-    return Run({"image": Tally()}, looks, seconds=seconds)
+    return Run({"image": Tally()}, looks)
 
 
 def test_a_run_that_held_has_no_faults():
@@ -183,11 +183,6 @@ def test_growing_memory_is_a_fault():
     assert report.faults(run_of([50, 90, 95, 98, 100, 100, 106, 106], [7] * 8)) == [
         "image: its workers' memory grew by 6.0% over the last half"
     ]
-
-
-@pytest.mark.parametrize(("end", "held"), [(118, True), (123, False)])
-def test_a_short_run_leaves_a_heap_time_to_find_its_size(end: int, held: bool):
-    assert (report.faults(run_of([50, 90, 95, 98, 100, 100, end, end], [7] * 8, seconds=60)) == []) == held
 
 
 def test_another_worker_is_a_fault():
