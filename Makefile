@@ -127,21 +127,21 @@ test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe
 	$(BIN)/python -m pytest $(TESTS)
 
 fuzz: dev  ## send mutated requests to the handlers and to a server, neighbours and memory watched (CASES=5000 SEED=0 MODEL=audio REPORT=1)
-	@$(BIN)/python -m tests.fuzz $(if $(CASES),--cases "$(CASES)") $(if $(SEED),--seed "$(SEED)") \
+	@$(BIN)/python -m tests.trials.fuzz $(if $(CASES),--cases "$(CASES)") $(if $(SEED),--seed "$(SEED)") \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(REPORT),--write)
 
 fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guided by coverage (MODEL=image SECONDS=60)
 	@test -n "$(MODEL)" || { echo "error: say which: make fuzz-decoder MODEL=image" >&2; exit 2; }
-	@$(BIN)/python -m tests.fuzz atheris --model "$(MODEL)" $(if $(SECONDS),--seconds "$(SECONDS)")
+	@$(BIN)/python -m tests.trials.fuzz atheris --model "$(MODEL)" $(if $(SECONDS),--seconds "$(SECONDS)")
 
 test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
 	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
 
 test-faults: dev  ## do to a Docker stack what happens to servers, and count what clients notice (FAULTS="kill-one overload" SECONDS=3; REPORT=1 for RELIABILITY.md)
-	@$(BIN)/python -m tests.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(REPORT),--write)
+	@$(BIN)/python -m tests.trials.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(REPORT),--write)
 
 soak: dev .venv/loadtest.done  ## load all models at 70 % for long, and see whether anything grows (MINUTES=10 REPORT=1)
-	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(REPORT),--write)
+	@$(BIN)/python -m tests.trials.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(REPORT),--write)
 
 lint: dev
 	$(BIN)/ruff check .
@@ -167,7 +167,7 @@ clean:  ## stop the server; remove archives and build products (not .venv, not d
 .venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt | .venv/bin/python
 	$(PIP) $(QUIET) -r requirements/serve.txt
 	$(PIP) $(QUIET) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r requirements/torch.txt
-	$(BIN)/python -m bundle.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
+	$(BIN)/python -m bundle.server.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
 	@touch $@
 
 .venv/loadtest.done: requirements/loadtest.txt .venv/serve.done

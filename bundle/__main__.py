@@ -1,3 +1,3 @@
-from bundle.cli import main
+from bundle.cli.app import main
 
 main()

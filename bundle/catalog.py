@@ -10,11 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bundle.errors import BundleError
+from bundle.paths import HANDLERS, MODELS, relative
 
-ROOT = Path(__file__).resolve().parent.parent
-MODELS = ROOT / "models"
-HANDLERS = ROOT / "handlers"
-MODEL_STORE = ROOT / "model_store"
 CONFIG_NAME = "model-config.yaml"
 LABELS_NAME = "index_to_name.json"
 
@@ -171,8 +168,3 @@ def select(names: list[str]) -> list[ModelFolder]:
 
 def handlers() -> list[str]:
     return sorted(file.stem for file in HANDLERS.glob("*.py") if file.stem != "__init__")
-
-
-def relative(path: Path) -> str:
-    """The path as people in the project's folder write it."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

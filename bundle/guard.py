@@ -23,7 +23,7 @@ def main(name: str, *arguments: str) -> None:
     try:
         permit(Path.cwd(), arguments)
     except Exception as exc:  # whatever it is, no worker starts
-        # in the words of TorchServe's own worker, for bundle/readiness.py
+        # in the words of TorchServe's own worker, for bundle/server/readiness.py
         sys.exit(f"Backend worker process died.\n{type(exc).__name__}: {exc}")
     # a core would hold clients' inputs, and lie in the model's folder, where no file may be added
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 
 from bundle.errors import BundleError
-from bundle.server import Server, Settings
+from bundle.server.process import Server
+from bundle.server.settings import Settings
 from loadtest import shapes, targets, thresholds
 from loadtest.errors import LoadTestError
 

@@ -12,7 +12,7 @@ import psutil
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bundle.load import Load, wrk
+from bundle.load.generator import Load, wrk
 from bundle.tuning.search import UTILISATION, Point, Score, Verdict, front, meets
 from bundle.tuning.space import Candidate
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 from statistics import median
 
-from bundle.load import Load
+from bundle.load.generator import Load
 from bundle.tuning.space import Candidate
 
 COARSE = (1, 4, 16, 64, 256)  # clients, on the first climb

@@ -1,8 +1,8 @@
 """A TorchScript module -> the same, frozen, in the number format that is fastest on this machine.
 
-Which formats are right for a model is decided on its examples, when its archive is built (bundle/precision.py); without
-examples there is only the guard here, against what cannot be right. Which of those is fast is decided here, by
-measurement on the worker's own device.
+Which formats are right for a model is decided on its examples, when its archive is built
+(bundle/build/precision.py); without examples there is only the guard here, against what cannot be right. Which of those
+is fast is decided here, by measurement on the worker's own device.
 """
 
 import logging

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as RichProgress
 
 from bundle.errors import BundleError
-from bundle.load import wrk
+from bundle.load.generator import wrk
 from loadtest.bench import report
 from loadtest.bench.cases import CASES, ROOT, WORK
 from loadtest.bench.results import Results, about_this_machine

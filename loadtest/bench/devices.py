@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bundle.dryrun import DryRun
+from bundle.build.dryrun import DryRun
 from bundle.errors import BundleError
 from loadtest.bench.__main__ import chosen, words
 from loadtest.bench.cases import CASES, WORK, Case

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from bundle.archive import archive
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun, request
 from bundle.catalog import ModelFolder
-from bundle.dryrun import DryRun, request
 from loadtest.bench import resnet
 from loadtest.bench.cases import CASES, WORK, Case
 from loadtest.bench.results import Limit

@@ -84,7 +84,7 @@ def fit() -> None:
 def add() -> None:
     """`make add-model NAME=resnet18 SERIALIZED=model.pt LABELS=labels.json IMAGE=photo.jpg`, in folders of its own;
     then examples for int8, and settings for a model that has the machine to itself."""
-    from bundle.add_model import add_model  # what the peers need not import
+    from bundle.build.add_model import add_model  # what the peers need not import
     from bundle.catalog import CONFIG_NAME
 
     MODELS.mkdir(parents=True, exist_ok=True)

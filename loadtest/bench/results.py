@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from bundle.errors import BundleError
-from bundle.load import Load
+from bundle.load.generator import Load
 from bundle.tuning.report import cpu_model
 from loadtest.bench.cases import ROOT
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import requests
 
 from bundle.errors import BundleError
-from bundle.load import Load, closed_loop, open_loop
+from bundle.load.generator import Load, closed_loop, open_loop
 from loadtest.bench import usage
 from loadtest.bench.cases import ROOT, Case
 from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results, few_failed

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from bundle.ports import free_ports
+from bundle.server.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("NGINX_IMAGE", "nginx:1.28-alpine")  # as docker/compose.yaml

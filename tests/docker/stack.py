@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bundle.client import Client
 from bundle.errors import BundleError
-from bundle.ports import free_ports
+from bundle.server.client import Client
+from bundle.server.ports import free_ports
 from tests.support import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from bundle.ports import free_ports
+from bundle.server.ports import free_ports
 from tests.docker.proxy import PREDICT, check_error, http
 
 # what TorchServe 0.12.0 answers, to the byte

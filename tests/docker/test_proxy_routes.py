@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bundle.ports import free_ports
+from bundle.server.ports import free_ports
 from tests.docker.proxy import PREDICT, check_error, http
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]

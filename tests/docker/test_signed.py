@@ -11,11 +11,11 @@ import pytest
 import requests
 
 from bundle.catalog import select
-from bundle.client import check_sample
+from bundle.server.client import check_sample
 from bundle.signing import make_keys
 from tests.docker.stack import ROOT, Stack, running
-from tests.faults.archives import put
 from tests.support import reversioned, wait_for
+from tests.trials.faults.archives import put
 
 [MNIST] = select(["mnist"])
 

@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from bundle.catalog import select
-from bundle.client import check_sample
+from bundle.server.client import check_sample
 from tests import queries
 from tests.docker.conftest import SERVICES
 from tests.docker.stack import ROOT, Stack, docker

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bundle.catalog import MODEL_STORE, MODELS
-from bundle.client import Client, Keys, first_class
-from bundle.ports import free_ports
-from bundle.server import ADDRESSES, GRPC_PORTS
+from bundle.paths import MODEL_STORE, MODELS
+from bundle.server.client import Client, first_class
+from bundle.server.keys import Keys
+from bundle.server.ports import free_ports
+from bundle.server.settings import ADDRESSES, GRPC_PORTS
 from bundle.signing import make_keys
 
 ROOT = Path(__file__).resolve().parents[2]

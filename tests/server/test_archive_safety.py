@@ -20,8 +20,8 @@ import pytest
 import requests
 
 from bundle.catalog import select
-from bundle.client import first_class
-from bundle.readiness import worker_failure
+from bundle.server.client import first_class
+from bundle.server.readiness import worker_failure
 from tests.altered import REFUSED, another_handler, changed, every_refusal, leaves_a_mark
 from tests.server.conftest import Place
 from tests.support import wait_for

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from bundle.catalog import ROOT, select
-from bundle.client import first_class
+from bundle.catalog import select
+from bundle.paths import ROOT
+from bundle.server.client import first_class
 from bundle.signing import seal
 from tests.altered import REFUSED, every_refusal, one_bit, without_manifest
 from tests.server.conftest import Place

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import requests
 
-from bundle.catalog import MODEL_STORE, ROOT
-from bundle.server import GUARDS
+from bundle.paths import MODEL_STORE, ROOT
+from bundle.server.process import GUARDS
 from bundle.signing import SEALS, make_keys, seal
 from tests.server.conftest import Place, new_place, serving
 

@@ -6,8 +6,9 @@ import threading
 import pytest
 import requests
 
-from bundle.catalog import MODEL_STORE, select
-from bundle.client import first_class
+from bundle.catalog import select
+from bundle.paths import MODEL_STORE
+from bundle.server.client import first_class
 from tests.support import reversioned, wait_for
 
 SHIPPED = select(["mnist", "image", "audio", "text"])

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from bundle.catalog import MODEL_STORE, MODELS
+from bundle.paths import MODEL_STORE, MODELS
 from tests.server.conftest import SHIPPED
 
 

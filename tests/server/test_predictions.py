@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from bundle import grpc_client
 from bundle.catalog import ModelFolder, select
-from bundle.client import first_class
+from bundle.server import grpc_client
+from bundle.server.client import first_class
 
 MODELS = {folder.name: folder for folder in select(["mnist", "image", "audio", "text"])}
 pytestmark = pytest.mark.parametrize("model", MODELS)

@@ -5,9 +5,10 @@ import subprocess
 
 import pytest
 
-from bundle import profile
-from bundle.catalog import ROOT, select
+from bundle.catalog import select
 from bundle.errors import BundleError
+from bundle.load import profile
+from bundle.paths import ROOT
 from tests.server.conftest import Place
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bundle.catalog import ROOT, select
+from bundle.catalog import select
+from bundle.paths import ROOT
 from tests.server.conftest import Place
 from tests.support import Traffic, reversioned
 

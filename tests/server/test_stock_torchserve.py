@@ -9,9 +9,10 @@ import psutil
 import pytest
 import requests
 
-from bundle.catalog import MODEL_STORE, select
-from bundle.client import Client, check_sample
-from bundle.java import java_home
+from bundle.catalog import select
+from bundle.paths import MODEL_STORE
+from bundle.server.client import Client, check_sample
+from bundle.server.java import java_home
 
 SHIPPED = select(["mnist", "image", "audio", "text"])
 

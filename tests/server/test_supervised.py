@@ -14,9 +14,10 @@ import psutil
 import pytest
 import requests
 
-from bundle.catalog import CONFIG_NAME, ROOT, select
-from bundle.drain import connections
-from bundle.ports import free_ports
+from bundle.catalog import CONFIG_NAME, select
+from bundle.paths import ROOT
+from bundle.server.drain import connections
+from bundle.server.ports import free_ports
 from tests.server.conftest import Place
 from tests.support import Traffic, altered, reversioned, wait_for
 

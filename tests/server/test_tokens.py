@@ -15,8 +15,9 @@ import grpc
 import pytest
 import requests
 
-from bundle import grpc_client
-from bundle.catalog import MODEL_STORE, ROOT, select
+from bundle.catalog import select
+from bundle.paths import MODEL_STORE, ROOT
+from bundle.server import grpc_client
 from tests.server.conftest import Place, new_place, serving
 from tests.server.test_supervised import Supervised
 from tests.support import reversioned, wait_for

@@ -13,12 +13,13 @@ import psutil
 import pytest
 import yaml
 
-from bundle.archive import archive
-from bundle.catalog import MODELS, ROOT, ModelFolder
+from bundle.build.archive import archive
+from bundle.catalog import ModelFolder
+from bundle.cli.tune import tune_folder
 from bundle.errors import BundleError
-from bundle.tune import read_inputs
+from bundle.paths import MODELS, ROOT
 from bundle.tuning import search
-from bundle.tuning.command import tune_folder
+from bundle.tuning.tuner import read_inputs
 from tests.support import wait_for
 
 pytest.importorskip("matplotlib", reason="it draws the chart: pip install -r requirements/loadtest.txt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bundle.dryrun import DryRun
+from bundle.build.dryrun import DryRun
 
 CLASSES, WIDTH, BATCH_SIZE, MAX_INSTANCES = 7, 4, 8, 20
 

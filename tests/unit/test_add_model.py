@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torchvision.models import squeezenet1_1
 
-from bundle.archive import archive
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun
+from bundle.build.export import PreprocessedImages
 from bundle.catalog import ModelFolder
-from bundle.dryrun import DryRun
-from bundle.export import PreprocessedImages
 from handlers.core.precision import main_output
 from tests.unit.workbench import CLASSES, LABELS, Auxiliary, SmallNet, Tone, WordNet, Workbench, static_int8
 

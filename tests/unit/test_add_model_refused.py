@@ -29,7 +29,7 @@ def test_a_name_that_is_taken(bench):
 
 def test_unknown_handlers(bench, monkeypatch):
     bench.refuses(SmallNet(3, 32), "no handler 'image'; there are: .*image_topk", handler="image")
-    monkeypatch.setattr("bundle.add_model.handlers", lambda: ["image_topk", "video"])
+    monkeypatch.setattr("bundle.build.add_model.handlers", lambda: ["image_topk", "video"])
     bench.refuses(SmallNet(3, 32), "Make the folder by hand: .*handler: video", handler="video")
 
 

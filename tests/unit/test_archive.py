@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bundle import catalog
-from bundle.archive import REQUIREMENTS, archive, fingerprint
-from bundle.catalog import ROOT, ModelFolder, select
+from bundle.build.archive import REQUIREMENTS, archive, fingerprint
+from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
+from bundle.paths import HANDLERS, MODELS, ROOT
 from bundle.signing import check, make_keys
 
 
@@ -19,7 +19,7 @@ from bundle.signing import check, make_keys
 def folder(tmp_path) -> ModelFolder:
     """A copy of the MNIST folder, to be changed."""
     copy = tmp_path / "models" / "mnist"
-    shutil.copytree(catalog.MODELS / "mnist", copy)
+    shutil.copytree(MODELS / "mnist", copy)
     return ModelFolder(copy)
 
 
@@ -32,7 +32,7 @@ def contents(mar: Path) -> dict[str, bytes]:
 def test_an_archive_is_self_contained(model, tmp_path):
     [source] = select([model])
     found = contents(archive(source, store=tmp_path).path)
-    core = {f"handlers/core/{file.name}" for file in (catalog.HANDLERS / "core").glob("*.py")}
+    core = {f"handlers/core/{file.name}" for file in (HANDLERS / "core").glob("*.py")}
     expected = {"model.pt", "index_to_name.json", "model-config.yaml", "requirements.txt", "MAR-INF/MANIFEST.json"}
     expected.add("MAR-INF/SHA256SUMS")
     expected |= core | {"handlers/__init__.py", f"{source.bundle.handler}.py", *source.bundle.files}

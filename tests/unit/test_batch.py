@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundle.dryrun import DryRun
+from bundle.build.dryrun import DryRun
 from handlers.core.cache import AnswerCache
 from tests.unit.numbered import BATCH_SIZE, CLASSES, MAX_INSTANCES, alike, row
 

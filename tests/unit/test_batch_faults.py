@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bundle.dryrun import DryRun
+from bundle.build.dryrun import DryRun
 from handlers.core import device
 from tests.unit.numbered import BATCH_SIZE, alike, row
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bundle.load import Load
+from bundle.load.generator import Load
 from loadtest.bench import __main__ as command
 from loadtest.bench.results import Measurement, Results
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import BundleError
-from bundle.load import Load
+from bundle.load.generator import Load
 from loadtest.bench import report
 from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results, about_this_machine
 

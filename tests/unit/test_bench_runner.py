@@ -16,8 +16,8 @@ import pytest
 import requests
 
 from bundle.errors import BundleError
-from bundle.load import Load, closed_loop
-from bundle.ports import free_ports
+from bundle.load.generator import Load, closed_loop
+from bundle.server.ports import free_ports
 from loadtest.bench import runner as bench
 from loadtest.bench import usage
 from loadtest.bench.cases import CASES

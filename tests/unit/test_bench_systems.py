@@ -90,7 +90,7 @@ def test_a_model_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytes
 
     for name, value in {"MADE": tmp_path, "MODELS": tmp_path / "models", "EXAMPLES": 1, "made": Path}.items():
         monkeypatch.setattr(resnet, name, value)
-    monkeypatch.setattr("bundle.add_model.add_model", add_model)
+    monkeypatch.setattr("bundle.build.add_model.add_model", add_model)
     monkeypatch.setattr(resnet, "scene", lambda *_: Interrupted())
     with pytest.raises(KeyboardInterrupt):
         resnet.add()

@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bundle.client import SCALE_TRIES, Client
 from bundle.errors import BundleError
+from bundle.server.client import SCALE_TRIES, Client
 
 STUMBLED = b'{"code": 500, "type": "ConcurrentModificationException"}'  # as it was seen under load
 REFUSED = b'{"code": 400, "type": "BadRequestException", "message": "no"}'

@@ -98,7 +98,7 @@ def test_variables_are_substituted():
 
 @pytest.mark.parametrize(("origin", "expression"), queries().items(), ids=queries().keys())
 def test_every_query_names_metrics_that_exist(origin, expression):
-    from bundle.exporter import METRICS
+    from bundle.supervisor.exporter import METRICS
 
     names = metric_names(expression)
     assert names

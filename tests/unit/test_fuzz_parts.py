@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz import report
-from tests.fuzz.cases import Case, case
-from tests.fuzz.corpus import MODELS, corpus, good
-from tests.fuzz.mutate import FORMATS, generic, jpeg, mutated, png, riff, streams, text, tree
-from tests.fuzz.serving import Look, Run
-from tests.fuzz.shapes import shapes, wrap
-from tests.fuzz.verdict import Answer, Tally
+from tests.trials.fuzz import report
+from tests.trials.fuzz.cases import Case, case
+from tests.trials.fuzz.corpus import MODELS, corpus, good
+from tests.trials.fuzz.mutate import FORMATS, generic, jpeg, mutated, png, riff, streams, text, tree
+from tests.trials.fuzz.serving import Look, Run
+from tests.trials.fuzz.shapes import shapes, wrap
+from tests.trials.fuzz.verdict import Answer, Tally
 
 MUTATORS = [png.mutated, jpeg.mutated, riff.mutated, streams.ogg, streams.flac, text.mutated]
 FILES = [content for model in MODELS for content in corpus(model).values() if len(content) < 20_000]

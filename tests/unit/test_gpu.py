@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bundle.archive import archive
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
-from bundle.client import first_class
-from bundle.dryrun import DryRun
+from bundle.server.client import first_class
 from loadtest.bench.cases import CASES
 from loadtest.bench.devices import measure_case
 

@@ -1,4 +1,4 @@
-"""bundle/load.py with a real wrk, on small servers whose behaviour is known."""
+"""bundle/load/generator.py with a real wrk, on small servers whose behaviour is known."""
 
 import itertools
 import math
@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bundle import load
 from bundle.errors import BundleError
+from bundle.load import generator as load
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
 

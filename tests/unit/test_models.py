@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from bundle.catalog import ROOT, select
-from bundle.export import export, load
+from bundle.build.export import export, load
+from bundle.catalog import select
+from bundle.paths import ROOT
 
 PROMISED = {"mnist": 0.995, "image": 0.9125, "audio": 0.882, "text": 0.925}
 FOLDERS = {folder.name: folder for folder in select(list(PROMISED))}

@@ -10,14 +10,14 @@ import torch
 import yaml
 from torch import nn
 
-from bundle import catalog
-from bundle.archive import archive
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun
+from bundle.build.export import import_model
+from bundle.build.precision import Judge
+from bundle.build.quantize import layers, load, quantize
 from bundle.catalog import CONFIG_NAME, ModelFolder, select
-from bundle.dryrun import DryRun
 from bundle.errors import BundleError
-from bundle.export import import_model
-from bundle.precision import Judge
-from bundle.quantize import layers, load, quantize
+from bundle.paths import MODELS
 from handlers.core.precision import INT8_NAME, fastest, freeze
 from tests.unit.inputs import DIGITS, draw_digit, encode_image
 
@@ -96,7 +96,7 @@ def test_int8_takes_an_archive_that_has_it(tmp_path: Path):
 def mnist_with_examples(tmp_path: Path, count: int = 120, **bundle: object) -> ModelFolder:
     """A copy of the MNIST folder with drawn digits as examples."""
     path = tmp_path / "models" / "mnist"
-    shutil.copytree(catalog.MODELS / "mnist", path)
+    shutil.copytree(MODELS / "mnist", path)
     (path / "examples").mkdir()
     for index in range(count):
         digit = sorted(DIGITS)[index % len(DIGITS)]
@@ -302,7 +302,7 @@ def test_a_module_that_does_not_run_in_int8_is_named(tmp_path: Path, monkeypatch
     def fails(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr("bundle.precision.quantize", fails)
+    monkeypatch.setattr("bundle.build.precision.quantize", fails)
     folder = asking_for(mnist_with_examples(tmp_path, int8=True, agreement=0.9), "float32")
     with pytest.raises(BundleError, match="does not run in int8: drop bundle: int8:"):
         archive(folder, store=tmp_path / "store")
@@ -334,7 +334,7 @@ def test_the_shipped_models_are_right_in(precision: str, model: str, tmp_path: P
     """On held-out data, whatever processor this runs on: a precision is emulated where there are no instructions."""
     if not (DATA_DIR / SETS[model]).exists():
         pytest.skip(f"there is no {SETS[model]} in DATA_DIR")
-    plain = scripted(import_model(model, catalog.MODELS / model / "model.py").build(), tmp_path / "model.pt")
+    plain = scripted(import_model(model, MODELS / model / "model.py").build(), tmp_path / "model.pt")
     good, why = Judge(plain, held_out(model, 1000), "logits", AGREEMENT).frozen(precision)
     assert good == ((model, precision) != OVERFLOWS), why
 

@@ -11,7 +11,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from bundle import sbom
+from bundle.build import sbom
 from bundle.errors import BundleError
 
 ROOT = Path(__file__).parents[2]

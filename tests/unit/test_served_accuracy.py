@@ -15,10 +15,10 @@ import soundfile
 import torch
 from PIL import Image
 
-from bundle.archive import archive
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun
 from bundle.catalog import select
-from bundle.client import first_class
-from bundle.dryrun import DryRun
+from bundle.server.client import first_class
 
 DATA_DIR = Path(os.environ.get("DATA_DIR", "data"))
 INPUTS = 1000

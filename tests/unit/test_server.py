@@ -8,7 +8,8 @@ import pytest
 
 from bundle.catalog import select
 from bundle.errors import BundleError
-from bundle.server import Running, Server, Settings
+from bundle.server.process import Running, Server
+from bundle.server.settings import Settings
 
 FOLDERS = select(["mnist", "text"])
 
@@ -69,7 +70,7 @@ def test_without_java_nothing_is_stopped(server: Server, monkeypatch: pytest.Mon
     def none() -> Path:
         raise BundleError("No Java 11 or newer was found.")
 
-    monkeypatch.setattr("bundle.server.java_home", none)
+    monkeypatch.setattr("bundle.server.process.java_home", none)
     with pytest.raises(BundleError, match="No Java"):
         server.check([])
 

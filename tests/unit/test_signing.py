@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bundle.errors import BundleError
-from bundle.server import GUARDS
+from bundle.server.process import GUARDS
 from bundle.signing import MANIFEST, SIGNATURE, check, key_of, make_keys, seal
 
 MEMBERS = {

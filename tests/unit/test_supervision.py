@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bundle.errors import BundleError
-from bundle.logs import Follower, count_failures
-from bundle.observation import History, Version
-from bundle.state import Registered, State, archive_of
+from bundle.supervisor.health import History, Version
+from bundle.supervisor.log_follower import Follower, count_failures
+from bundle.supervisor.state import Registered, State, archive_of
 
 ME, PARENT = os.getpid(), os.getppid()  # processes that live
 

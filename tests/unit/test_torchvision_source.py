@@ -21,10 +21,10 @@ from torchvision.models._api import register_model
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from bundle import torchvision_source
-from bundle.archive import archive, fingerprint
+from bundle.build import torchvision_source
+from bundle.build.archive import archive, fingerprint
+from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, TorchvisionSource
-from bundle.dryrun import DryRun
 from bundle.errors import BundleError
 from handlers.image_topk import resize_and_crop
 

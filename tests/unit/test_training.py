@@ -15,7 +15,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from bundle.catalog import ROOT
+from bundle.paths import ROOT
 from models.weights import load_weights
 
 RANDOM = numpy.random.default_rng(0)

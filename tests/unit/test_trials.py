@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundle.load import Load
-from tests import soak
-from tests.faults.load import recovery_time
-from tests.faults.traffic import Answer, error_type, longest_silence, p99, statuses
-from tests.faults.trial import Outcome
-from tests.faults.workers import given_up
-from tests.reliability import TITLE, write_section
+from bundle.load.generator import Load
+from tests.trials import soak
+from tests.trials.faults.load import recovery_time
+from tests.trials.faults.traffic import Answer, error_type, longest_silence, p99, statuses
+from tests.trials.faults.trial import Outcome
+from tests.trials.faults.workers import given_up
+from tests.trials.reliability import TITLE, write_section
 
 RIGHT = Answer(due=0, done=0.1, status=200, right=True)
 REFUSED = Answer(due=1, done=1.1, status=429, retry_after=True, problem="Overloaded")

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundle import tune
 from bundle.errors import BundleError
-from bundle.load import Load
+from bundle.load.generator import Load
 from bundle.tuning import search
+from bundle.tuning import tuner as tune
 from bundle.tuning.search import Point, Score
 from bundle.tuning.space import Candidate, distance, neighbours, space, spread
 

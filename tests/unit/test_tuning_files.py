@@ -13,11 +13,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundle import tune
-from bundle.catalog import MODELS, ModelFolder
+from bundle.catalog import ModelFolder
+from bundle.cli import tune as command
 from bundle.errors import BundleError
-from bundle.load import Load
-from bundle.tuning import command, config_file, measure, report, search
+from bundle.load.generator import Load
+from bundle.paths import MODELS
+from bundle.tuning import report, search
+from bundle.tuning import trial_server as measure
+from bundle.tuning import tuner as tune
+from bundle.tuning import yaml_edit as config_file
 from bundle.tuning.search import Point
 from bundle.tuning.space import Candidate
 

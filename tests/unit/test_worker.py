@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bundle.catalog import ROOT
-from bundle.quantize import load
+from bundle.build.quantize import load
+from bundle.paths import ROOT
 from handlers.core import memory, precision, wire
 from handlers.core.precision import INT8_NAME, fastest, main_output
 from models.audio.model import build

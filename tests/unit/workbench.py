@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bundle.add_model import add_model
+from bundle.build.add_model import add_model
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlserver import MLModel
 from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
 
-from bundle.ports import free_ports
+from bundle.server.ports import free_ports
 from loadtest.bench.peers import Task, task, workers
 from loadtest.bench.pipeline import Pipeline
 

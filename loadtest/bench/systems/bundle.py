@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bundle.catalog import MODELS, ROOT
-from bundle.tuning.measure import own_settings
+from bundle.paths import MODELS, ROOT
+from bundle.tuning.trial_server import own_settings
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
 from loadtest.bench.systems.base import Endpoint, first

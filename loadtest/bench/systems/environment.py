@@ -7,8 +7,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from bundle.catalog import relative
 from bundle.errors import BundleError
+from bundle.paths import relative
 from loadtest.bench.cases import WORK
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"

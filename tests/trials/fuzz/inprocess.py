@@ -1,0 +1,145 @@
+"""The same cases straight into the handlers, in this process, through TorchServe's own worker code."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from bundle.build.dryrun import DryRun
+from bundle.paths import MODEL_STORE
+from tests.trials.fuzz.cases import Case, case
+from tests.trials.fuzz.corpus import good
+from tests.trials.fuzz.findings import FOLDER, Findings
+
+BATCH = 8  # requests
+NEIGHBOURS = 2  # good ones among them
+TOLERANCE = 0.02  # of a probability: batches of other sizes add in another order
+TOO_SLOW = 10.0  # s for a batch
+
+Answers = list[tuple[int, object]]
+
+
+@dataclass
+class InProcess:
+    """What one model's handler answered."""
+
+    model: str
+    requests: int = 0
+    batches: int = 0
+    served: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    failed: int = 0
+    wrong_neighbours: int = 0
+    slowest: float = 0.0
+
+    @property
+    def held(self) -> bool:
+        return not self.failed and not self.wrong_neighbours
+
+
+def fuzz(
+    model: str, models: tuple[str, ...], seed: int, cases: int, findings: Findings, progress: Callable[[int], None]
+) -> InProcess:
+    """Batches of mutated requests with good ones at random places: a good one is answered as it is alone.
+
+    Args:
+        models: as the cases' numbers count them.
+    """
+    result = InProcess(model)
+    numbers = [number for number in range(cases) if models[number % len(models)] == model]
+    with quiet(FOLDER / f"{model}.decoders.log"), DryRun(MODEL_STORE / f"{model}.mar") as worker:
+        rows = [row for row in ({"body": content} for content in good(model).values()) if is_served(worker, row)]
+        alone = [worker.predict([row])[0] for row in rows]
+        for start in range(0, len(numbers), BATCH - NEIGHBOURS):
+            part = numbers[start : start + BATCH - NEIGHBOURS]
+            mutated = [one for one in (case(seed, number, models) for number in part) if one.row is not None]
+            batch: list[Case | int] = [*mutated, *Random(f"{seed} {start}").choices(range(len(rows)), k=NEIGHBOURS)]
+            Random(f"{seed} {start} order").shuffle(batch)
+            begin = time.monotonic()
+            answers = worker.predict(
+                [rows[one] if isinstance(one, int) else one.row for one in batch],
+                [{} if isinstance(one, int) else headers(one) for one in batch],
+            )
+            seconds = time.monotonic() - begin
+            result.slowest = max(result.slowest, seconds)
+            result.batches += 1
+            check(result, batch, answers, alone, seconds, findings)
+            progress(len(part))
+    return result
+
+
+def is_served(worker: DryRun, row: dict) -> bool:
+    return worker.predict([row])[0][0] == 200
+
+
+def check(
+    result: InProcess, batch: list[Case | int], answers: Answers, alone: Answers, seconds: float, findings: Findings
+) -> None:
+    mutated = [one for one in batch if isinstance(one, Case)]
+    if seconds > TOO_SLOW:
+        result.failed += 1
+        findings.save(mutated[0], "slow batch", details=f"{seconds:.1f} s with {[one.number for one in mutated]}")
+    for one, (status, body) in zip(batch, answers, strict=True):
+        if isinstance(one, int):
+            if not alike((status, body), alone[one]):
+                result.wrong_neighbours += 1
+                findings.save(mutated[0], "wrong neighbour", details=f"{status} {body} for good sample {one}")
+            continue
+        result.requests += 1
+        if status == 200:
+            result.served += 1
+        elif 400 <= status < 500 and isinstance(body, dict) and body.keys() == {"code", "type", "message"}:
+            result.rejected[body["type"]] += 1
+        else:
+            result.failed += 1
+            findings.save(one, "5xx of the handler", details=f"{status} {json.dumps(body)[:300]}")
+
+
+def headers(one: Case) -> dict[str, str]:
+    """As the frontend passes them on; it says itself which requests are for explanations."""
+    asked = {name: value for name, value in one.headers if name != "explain"}
+    return asked | ({"explain": "True"} if one.path.startswith("/explanations") else {})
+
+
+def alike(seen: tuple[int, object], expected: tuple[int, object]) -> bool:
+    """The same status and classes, and about the same probabilities."""
+    return seen[0] == expected[0] and ranked(seen[1]).keys() == ranked(expected[1]).keys() and all(
+        math.isclose(value, ranked(expected[1])[label], abs_tol=TOLERANCE) for label, value in ranked(seen[1]).items()
+    )  # fmt: skip
+
+
+def ranked(body: object) -> dict:
+    """Probability by class, of what is not nearly zero: the order of those may change."""
+    if not isinstance(body, dict):
+        return {}
+    if "top_3_classes" in body:
+        pairs = zip(body["top_3_classes"], body["top_3_probabilities"], strict=True)
+    else:
+        pairs = ((entry["class"], entry["probability"]) for entry in body.get("top_k", []))
+    return {label: probability for label, probability in pairs if probability > TOLERANCE}
+
+
+@contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Handlers tell of each batch, and TorchServe of each body that does not parse; decoders write what they think of
+    broken files past Python's streams, which goes into `log`."""
+    sys.stderr.flush()
+    shown = os.dup(2)
+    logging.disable(logging.WARNING)
+    try:
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,232 @@
+"""The cases against a running server: mutated requests in bursts, good ones among them, so that they share batches."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+import aiohttp
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
+
+from bundle.catalog import select
+from bundle.errors import BundleError
+from bundle.server.client import Client, first_class
+from tests.trials.fuzz.cases import BODY_LIMIT, Case, case
+from tests.trials.fuzz.corpus import good, sample
+from tests.trials.fuzz.findings import Findings
+from tests.trials.fuzz.verdict import Answer, Tally
+
+ROUNDS = 20  # after each of which the server is left alone and looked at
+BURST, GOOD = 12, 4  # requests of a model at the same moment: mutated ones, and good ones among them
+SETTLE = 1.0  # s without requests before memory is read
+PRIMING, AT_ONCE = 64, 8  # bodies of the largest size before the first case: a heap grows before it is collected
+DEFAULT_DEADLINE = 30.0  # s, where a model's config has no responseTimeout
+PATIENCE = 15.0  # s after its deadline until an answer is given up
+CLEAR = 0.2  # by which the first class of a good sample must lead: bfloat16 may turn what is closer
+TOLERANCE = 0.1  # of its probability, beside others
+
+Neighbour = tuple[bytes, str, float]  # an input, its first class, the probability of that
+
+
+@dataclass(frozen=True)
+class Look:
+    """At the server, while it has nothing to do.
+
+    Attributes:
+        sent: cases until now.
+        frontend: resident bytes of the Java process.
+        workers: resident bytes of each model's workers together.
+        pids: of each model's workers.
+    """
+
+    sent: int
+    frontend: int
+    workers: dict[str, int]
+    pids: dict[str, list[int]]
+
+
+@dataclass
+class Run:
+    """
+    Attributes:
+        batches: for each model, how many there were, and how many requests were in them.
+    """
+
+    tallies: dict[str, Tally]
+    looks: list[Look] = field(default_factory=list)
+    batches: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Fuzzer:
+    """Sends cases to one server.
+
+    Args:
+        pid: of the server's Java process.
+        progress: told of each burst how many cases it had.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        metrics: str,
+        pid: int,
+        models: tuple[str, ...],
+        seed: int,
+        findings: Findings,
+        progress: Callable[[int], None],
+    ):
+        self.client, self.metrics, self.pid, self.models, self.seed = client, metrics, pid, models, seed
+        self.findings, self.progress = findings, progress
+        self.deadlines = {folder.name: deadline(folder.config) for folder in select(list(models))}
+        self.run = Run({model: Tally() for model in models})
+        self.neighbours: dict[str, list[Neighbour]] = {}
+
+    async def fuzz(self, cases: int) -> Run:
+        """Sends that many, and looks at the server after each twentieth of them."""
+        start = time.monotonic()
+        # a connection a request: what a client did to one must not show in another's answer
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        skipped = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
+        async with aiohttp.ClientSession(connector=connector, skip_auto_headers=skipped) as self.session:
+            for model in self.models:
+                self.neighbours[model] = await self.ask_alone(model)
+            await self.fill_heap()
+            edges = [cases * turn // ROUNDS for turn in range(ROUNDS + 1)]
+            self.look(0)
+            for first, end in zip(edges, edges[1:], strict=False):
+                numbers = range(first, end)
+                await asyncio.gather(
+                    *(self.send_all(model, numbers[index :: len(self.models)]) for index, model in self.turns(first))
+                )
+                await asyncio.sleep(SETTLE)
+                self.look(end)
+            self.run.batches = await self.read_batches()
+        self.run.seconds = time.monotonic() - start
+        return self.run
+
+    def turns(self, first: int) -> Iterable[tuple[int, str]]:
+        """How far from `first` the first case of each model is."""
+        count = len(self.models)
+        return ((index, self.models[(first + index) % count]) for index in range(count))
+
+    async def ask_alone(self, model: str) -> list[Neighbour]:
+        """Good samples and their answers while nothing else is asked for. The model's own sample is the first.
+
+        Raises:
+            BundleError: that is not answered what its folder expects.
+        """
+        [folder] = select([model])
+        found = []
+        for name, content in good(model).items():
+            answer = await self.ask(model, self.good_case(model, content))
+            if answer.status != 200:
+                continue
+            label, lead, probability = leader(answer)
+            if name == "sample" and label != folder.bundle.expect:
+                raise BundleError(f"{model} answered its sample with {label}, not with {folder.bundle.expect}.")
+            if lead > CLEAR:
+                found.append((content, label, probability))
+        if not found or found[0][0] != sample(model):
+            raise BundleError(f"{model} did not answer its own sample clearly.")
+        return found
+
+    async def fill_heap(self) -> None:
+        """Until the Java heap has grown to what large bodies need: its growth from there on is a leak."""
+        large = self.good_case(self.models[0], good(self.models[0])["sample"].ljust(BODY_LIMIT, b"\0"))
+        for _ in range(PRIMING // AT_ONCE):
+            await asyncio.gather(*(self.ask(large.model, large) for _ in range(AT_ONCE)))
+
+    def good_case(self, model: str, content: bytes) -> Case:
+        return Case(self.seed, -1, model, "POST", f"/predictions/{model}", (), content, False, "good")
+
+    async def send_all(self, model: str, numbers: range) -> None:
+        for start in range(0, len(numbers), BURST):
+            await self.burst(model, numbers[start : start + BURST])
+
+    async def burst(self, model: str, numbers: range) -> None:
+        """Mutated requests and good ones at the same moment, in random order."""
+        cases = [case(self.seed, number, self.models) for number in numbers]
+        random = Random(f"{self.seed} {numbers[0]} neighbours")
+        neighbours = random.choices(self.neighbours[model], k=GOOD)
+        sent: list[tuple[Case, Neighbour | None]] = [(one, None) for one in cases]
+        sent += [(self.good_case(model, neighbour[0]), neighbour) for neighbour in neighbours]
+        random.shuffle(sent)
+        answers = await asyncio.gather(*(self.ask(model, one) for one, _ in sent))
+        tally = self.run.tallies[model]
+        for (one, neighbour), answer in zip(sent, answers, strict=True):
+            if neighbour is not None:
+                self.check_neighbour(one, neighbour, answer, cases)
+            elif problem := tally.add(one, answer, self.deadlines[model]):
+                self.findings.save(one, problem, self.client.inference, answer)
+        self.progress(len(cases))
+
+    def check_neighbour(self, sent: Case, expected: Neighbour, answer: Answer, beside: list[Case]) -> None:
+        tally = self.run.tallies[sent.model]
+        tally.neighbours += 1
+        _, label, probability = expected
+        if answer.status == 200:
+            seen, _, value = leader(answer)
+            if seen == label and abs(value - probability) < TOLERANCE:
+                return
+        tally.wrong_neighbours += 1
+        self.findings.save_neighbour(sent, label, answer, beside, self.client.inference)
+
+    async def ask(self, model: str, one: Case) -> Answer:
+        start = time.monotonic()
+        timeout = aiohttp.ClientTimeout(total=self.deadlines[model] + PATIENCE)
+        body = chunks(one.body) if one.chunked else one.body
+        try:
+            url = URL(self.client.inference + one.path, encoded=True)
+            sent = self.session.request(one.method, url, data=body, headers=one.headers, timeout=timeout)
+            async with sent as answer:
+                return Answer(answer.status, await answer.read(), time.monotonic() - start)
+        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+            return Answer(0, repr(exc).encode(), time.monotonic() - start)
+
+    def look(self, sent: int) -> None:
+        pids = {
+            model: sorted(worker["pid"] for worker in self.client.describe(model)["workers"]) for model in self.models
+        }
+        workers = {model: sum(map(resident, found)) for model, found in pids.items()}
+        self.run.looks.append(Look(sent, resident(self.pid), workers, pids))
+
+    async def read_batches(self) -> dict[str, tuple[int, int]]:
+        """Out of the server's own metrics: whether good and bad requests did share batches."""
+        async with self.session.get(f"{self.metrics}/metrics") as answer:
+            families = text_string_to_metric_families(await answer.text())
+        samples = [one for family in families for one in family.samples if one.name.startswith("bundle_batch_size_")]
+
+        def total(model: str, suffix: str) -> int:
+            matching = (one for one in samples if one.labels["ModelName"] == model and one.name.endswith(suffix))
+            return int(sum(one.value for one in matching))
+
+        return {model: (total(model, "_count"), total(model, "_sum")) for model in self.models}
+
+
+async def chunks(body: bytes) -> object:
+    """A body without a length before it."""
+    for start in range(0, len(body), 1 << 16):
+        yield body[start : start + (1 << 16)]
+
+
+def deadline(config: dict) -> float:
+    return float(config.get("responseTimeout", DEFAULT_DEADLINE))
+
+
+def resident(pid: int) -> int:
+    try:
+        return psutil.Process(pid).memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def leader(answer: Answer) -> tuple[str, float, float]:
+    """First class of a ranking, by how much it leads, and its probability."""
+    body = json.loads(answer.body)
+    values = body.get("top_3_probabilities") or [entry["probability"] for entry in body["top_k"]]
+    return first_class(body), values[0] - values[1], values[0]

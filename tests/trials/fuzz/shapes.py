@@ -1,0 +1,193 @@
+"""How an input is wrapped into a request: hypothesis draws the shape, `wrap` puts the input into it."""
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import TypeVar
+from urllib.parse import parse_qsl, quote_plus
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.trials.fuzz.mutate import generic, tree
+
+BOUNDARY = "------------------------fuzz"
+JSON_TYPE = "application/json"
+CONTENT_TYPES = (
+    None, "", "application/octet-stream", JSON_TYPE, "APPLICATION/JSON", f"{JSON_TYPE}; charset=utf-16", "text/plain",
+    "text/plain; charset=latin-1", "text/html;;;", "image/png", "audio/wav", "multipart/mixed; boundary=b",
+    "application/x-www-form-urlencoded", "*/*", "nonsense", "x" * 4000, "multipart/form-data",
+)  # fmt: skip
+HEADERS = (
+    ("X-Request-Start", "t=1"), ("X-Request-Start", "t=99999999999999"), ("X-Request-Start", "soon"),
+    ("describe", "True"), ("explain", "True"), ("Accept", "image/png"), ("Content-Encoding", "gzip"),
+    ("X-Name", "caf\u00e9 \u00ff"), ("X-Long", "x" * 7000), ("Cookie", "a=b; " * 100), ("data", "hello"),
+    ("Content-Language", ""), ("Range", "bytes=0-1"), ("X-Forwarded-For", "127.0.0.1, ::1"), ("top_k", "1"),
+)  # fmt: skip
+PATHS = (
+    "/predictions/{model}", "/predictions/{model}/1.0", "/predictions/{model}/9.9", "/predictions/{model}/%00",
+    "/predictions/{model}?top_k=1&data=x", "/explanations/{model}", "/predictions/no-such-model",
+)  # fmt: skip
+FIELDS = ("data", "data", "data", "instances", "top_k", "Data", "", "body", "a" * 300, "data[]", "\u00e9")
+SHAPES = ("raw", "raw", "raw", "json", "json", "instances", "multipart", "urlencoded", "base64", "data url")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    Attributes:
+        kind: one of SHAPES.
+        content_type: of raw bodies; None sends none.
+        top_k: as JSON value or as a form's text; None leaves it away.
+        field: the name of the field that holds the input.
+        changes: how many mutations the JSON tree gets, and how many the finished body.
+        seed: of these mutations.
+    """
+
+    kind: str
+    content_type: str | None
+    path: str
+    method: str
+    headers: tuple[tuple[str, str], ...]
+    top_k: object
+    field: str
+    chunked: bool
+    changes: tuple[int, int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """
+    Attributes:
+        row: what TorchServe's worker makes of it; None where only a frontend can say.
+    """
+
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    row: dict | None = field(default=None, compare=False)
+
+
+top_ks = st.one_of(
+    st.integers(1, 200),
+    st.integers(),
+    st.sampled_from([0, 3, 10, 11, 151, 152, -1, 2**63, True, "3", " 3", "3.0", "\u0663", "", [], {}, None, 1.5]),
+    st.text(max_size=30),
+    st.floats(),
+)
+
+
+def mostly(usual: object, others: st.SearchStrategy) -> st.SearchStrategy:
+    """Nine times out of ten; more oddities at once, and a request is refused before its input is seen."""
+    return st.integers(0, 9).flatmap(lambda die: others if die == 9 else st.just(usual))
+
+
+shapes = st.builds(
+    Shape,
+    kind=st.sampled_from(SHAPES),
+    content_type=mostly(None, st.sampled_from(CONTENT_TYPES)),
+    path=mostly(PATHS[0], st.sampled_from(PATHS)),
+    method=mostly("POST", st.sampled_from(["POST", "PUT", "PATCH", "GET", "DELETE"])),
+    headers=mostly((), st.lists(st.sampled_from(HEADERS), max_size=4).map(tuple)),
+    top_k=mostly(None, top_ks),
+    field=mostly("data", st.sampled_from(FIELDS)),
+    chunked=mostly(False, st.booleans()),
+    changes=mostly((0, 0), st.tuples(st.integers(0, 3), st.integers(0, 1))),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+T = TypeVar("T")
+ENTROPY = 4096  # bytes that a shape is drawn from; far fewer are used
+
+
+def drawing(strategy: st.SearchStrategy[T]) -> Callable[[Random], T]:
+    """Draws of a strategy by a seeded generator, through hypothesis's own door for fuzzers."""
+    found: list[T] = []
+
+    @settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def keep(value: T) -> None:
+        found.append(value)
+
+    def draw(random: Random) -> T:
+        found.clear()
+        while not found:  # the rare bytes from which the strategy draws nothing
+            keep.hypothesis.fuzz_one_input(random.randbytes(ENTROPY))
+        return found[0]
+
+    return draw
+
+
+def wrap(shape: Shape, content: bytes, is_text: bool) -> Wrapped:
+    """
+    Args:
+        is_text: whether the model takes text, which JSON carries as it is; other inputs go in base64.
+    """
+    random = Random(shape.seed)
+    if shape.kind in ("json", "instances", "data url"):
+        content_type, body = JSON_TYPE, as_json(shape, content, is_text, random)
+    elif shape.kind == "base64":
+        content_type, body = "text/plain", base64.encodebytes(content)
+    elif shape.kind == "multipart":
+        content_type, body = f"multipart/form-data; boundary={BOUNDARY}", multipart(shape, content)
+    elif shape.kind == "urlencoded":
+        content_type, body = "application/x-www-form-urlencoded", urlencoded(shape, content)
+    else:
+        content_type, body = shape.content_type, content
+    damaged = body
+    for _ in range(shape.changes[1]):
+        damaged = generic.mutated(damaged, [body], random)
+    headers = (*(() if content_type is None else (("Content-Type", content_type),)), *shape.headers)
+    return Wrapped(headers, damaged, row(shape, content, content_type, damaged, intact=damaged == body))
+
+
+def as_json(shape: Shape, content: bytes, is_text: bool, random: Random) -> bytes:
+    value = content.decode("utf-8", "replace") if is_text else base64.b64encode(content).decode()
+    if shape.kind == "data url":
+        value = f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+    if shape.kind == "instances":
+        options: dict = {"instances": [value, {shape.field: value}][: 1 + shape.seed % 2]}
+    else:
+        options = {shape.field: value}
+    node = tree.build(options | ({} if shape.top_k is None else {"top_k": shape.top_k}))
+    for _ in range(shape.changes[0]):
+        node = tree.mutated(node, random)
+    return tree.write(node).encode("utf-8", "surrogatepass")
+
+
+def form(shape: Shape, content: bytes) -> list[tuple[str, bytes]]:
+    option = [] if shape.top_k is None else [("top_k", str(shape.top_k).encode("utf-8", "surrogatepass"))]
+    return [(shape.field, content), *option]
+
+
+def multipart(shape: Shape, content: bytes) -> bytes:
+    parts = [
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; filename="file"\r\n\r\n'.encode() + value
+        for name, value in form(shape, content)
+    ]
+    return b"\r\n".join([*parts, f"--{BOUNDARY}--\r\n".encode()])
+
+
+def urlencoded(shape: Shape, content: bytes) -> bytes:
+    return "&".join(f"{quote_plus(name)}={quote_plus(value)}" for name, value in form(shape, content)).encode()
+
+
+def row(shape: Shape, content: bytes, content_type: str | None, body: bytes, intact: bool) -> dict | None:
+    """What `ts.protocol.otf_message_handler` would hand to the handler."""
+    if shape.kind == "multipart":
+        return dict(form(shape, content)) if intact else None
+    if content_type == "application/x-www-form-urlencoded":
+        return dict(parse_qsl(body.decode("latin-1"), True)) if intact and shape.kind == "urlencoded" else None
+    if content_type == "multipart/form-data":
+        return None
+    value: object = body
+    try:
+        if content_type == JSON_TYPE:
+            value = json.loads(body.decode())
+        elif content_type and content_type.startswith("text"):
+            value = body.decode()
+    except (ValueError, RecursionError):
+        pass
+    return {"body": value}

@@ -1,0 +1,111 @@
+"""What may be answered, and what may not."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tests.trials.fuzz.cases import BODY_LIMIT, Case
+
+FAULTS = ("5xx", "late", "no answer", "wrong body")
+ERROR_KEYS = {"code", "type", "message"}
+CUT_OFF = (b"ContentLengthError: 400", b"ClientOSError(104")  # in the middle of the answer, or before it
+HEADER_LIMIT = 8192  # of Netty, for all of them
+FORMS = ("application/x-www-form-urlencoded", "multipart/")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    Attributes:
+        status: 0 where there was none.
+        seconds: from the first byte sent to the last one read.
+    """
+
+    status: int
+    body: bytes
+    seconds: float
+
+
+@dataclass
+class Tally:
+    """The answers to one model's cases.
+
+    Attributes:
+        rejected: 4xx by type.
+        known: answers of the frontend's own, by the reason that they are known for.
+        failed: what must not be, by kind: one of FAULTS.
+        wrong_neighbours: of good samples that were asked for at the same moment.
+        seconds: the longest that an answer took.
+    """
+
+    sent: int = 0
+    served: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    neighbours: int = 0
+    wrong_neighbours: int = 0
+    seconds: float = 0.0
+
+    def add(self, case: Case, answer: Answer, deadline: float) -> str | None:
+        """Counts an answer, and says what is wrong with it."""
+        self.sent += 1
+        self.seconds = max(self.seconds, answer.seconds)
+        if reason := known(case, answer):
+            self.known[reason] += 1
+            return None
+        problem = fault(answer, deadline)
+        if problem:
+            self.failed[problem] += 1
+        elif answer.status >= 400:
+            self.rejected[json.loads(answer.body)["type"]] += 1
+        else:
+            self.served += 1
+        return problem
+
+
+def known(case: Case, answer: Answer) -> str | None:
+    """Answers that TorchServe's frontend gives before any handler sees the request, and that no handler can mend. The
+    proxy of the Docker stack stands in front of it in production."""
+    if answer.status == 413 and not answer.body and len(case.body) > BODY_LIMIT // 2:
+        return "bare 413: a body over 16 MiB, or a form whose parts come near it"
+    if answer.status == 500 and b'"ErrorDataDecoderException"' in answer.body and is_form(case):
+        return "500 ErrorDataDecoderException: a form that Netty cannot parse"
+    if answer.status == 500 and b'"ArrayIndexOutOfBoundsException"' in answer.body and is_form(case):
+        return "500 ArrayIndexOutOfBoundsException: a part of a form whose headers Netty cannot parse"
+    if not answer.status and b"ClientOSError(104" in answer.body and header_bytes(case) > HEADER_LIMIT:
+        return "reset: headers of more than 8 KiB, answered before the body is read"
+    if not answer.status and len(case.body) > BODY_LIMIT and b"ClientOSError" in answer.body:
+        return "cut off: a body over 16 MiB, answered 413 and closed while it was still being sent"
+    if not answer.status and is_form(case) and any(end in answer.body for end in CUT_OFF):
+        return "cut off: a form that Netty cannot parse, answered 400 with the form in the message, and closed"
+    return None
+
+
+def header_bytes(case: Case) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in case.headers)
+
+
+def is_form(case: Case) -> bool:
+    return case.content_type.lower().startswith(FORMS)
+
+
+def fault(answer: Answer, deadline: float) -> str | None:
+    if not answer.status:
+        return "no answer"
+    if answer.status >= 500 or answer.status < 200:
+        return "5xx"
+    if answer.seconds > deadline:
+        return "late"
+    try:
+        body = json.loads(answer.body, parse_constant=not_json)
+    except (ValueError, RecursionError):
+        return "wrong body"
+    if answer.status < 300:
+        return None
+    right = isinstance(body, dict) and body.keys() == ERROR_KEYS and body["code"] == answer.status and body["message"]
+    return None if right and answer.status >= 400 else "wrong body"
+
+
+def not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
