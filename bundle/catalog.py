@@ -49,7 +49,7 @@ class BundleSection(Section):
     """The `bundle:` section of a model-config.yaml."""
 
     version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] = "1.0"
-    handler: str
+    handler: Annotated[str, Field(pattern=r"^(\w+|\./\w+\.py)$")]  # of handlers/, or the folder's own: ./handler.py
     sample: str | None = None  # file in the folder that `make serve` sends to the model
     expect: str | None = None  # the label (for MNIST the class) that must come first in its answer
     files: list[str] = []  # what else the handler needs from the folder
@@ -103,6 +103,9 @@ class ModelFolder:
 
     @property
     def handler_file(self) -> Path:
+        """The file of the handler: one of `handlers/` by its name, or the folder's own by its path, ./handler.py."""
+        if self.bundle.handler.startswith("./"):
+            return self.existing(self.bundle.handler)
         file = HANDLERS / f"{self.bundle.handler}.py"
         if not file.is_file():
             raise BundleError(f"{self.name}: there is no handler {relative(file)}; there are: {', '.join(handlers())}.")
@@ -127,6 +130,10 @@ class ModelFolder:
         if not folder.is_dir():
             raise BundleError(f"{self.name}: the folder {relative(folder)} is missing.")
         return folder
+
+    @property
+    def has_labels(self) -> bool:
+        return (self.path / LABELS_NAME).is_file()
 
     def labels(self) -> list[str]:
         """The labels of the folder's index_to_name.json, by class index."""

@@ -2,102 +2,41 @@
 
 from typing import Annotated
 
-import numpy
-import soundfile
-import soxr
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from handlers.core.batch import BatchHandler
-from handlers.core.errors import AudioTooLong, EmptyInput, UndecodableAudio
-from handlers.core.payload import Content, binary
-from handlers.core.settings import PositiveInt, Settings
-from handlers.core.sounds import SoundBytes
+from handlers.core import inputs
+from handlers.core.batch import Sample
+from handlers.core.classifier import ClassifierHandler
+from handlers.core.inputs import Sound
+from handlers.core.settings import PositiveInt
+from handlers.core.sounds import SoundLimits, loudest_window, read_sound, resample
 
 
-class AudioMFCCHandler(BatchHandler):
+class AudioMFCCHandler(ClassifierHandler):
     """Model: waveforms float32 [N, window] (mono, in [-1, 1]) -> logits [N, classes]; it computes its MFCC by itself.
 
     A clip shorter than the model's window stands in the middle of silence. Of a longer clip, the loudest window is
     heard: the answer is one word, and its cost does not grow with the clip.
     """
 
-    class Settings(Settings):
+    class Settings(ClassifierHandler.Settings, SoundLimits):
         sample_rate: PositiveInt = 16_000  # Hz, of the model
         window_seconds: Annotated[float, Field(gt=0)] = 1.0  # of the model
-        max_seconds: Annotated[float, Field(gt=0)] = 60.0  # longer clips are refused
-        min_sample_rate: PositiveInt = 1_000  # Hz, of the input
-        max_sample_rate: PositiveInt = 384_000
-        max_values: PositiveInt = 32_000_000  # samples x channels: what a small file may unpack to
 
-    def decode(self, content: Content) -> Tensor:
-        """-> float32 [window]."""
-        waveform, sample_rate = self.read_audio(binary(content))
-        if sample_rate != self.settings.sample_rate:
-            waveform = soxr.resample(waveform, sample_rate, self.settings.sample_rate)
-            if not len(waveform):  # of a few samples at a high rate
-                raise EmptyInput("The sound is shorter than one sample at the model's rate.")
+    class Inputs(inputs.Inputs):
+        data: Sound
+
+    def decode(self, inputs: Inputs) -> Sample:
+        """Make a waveform, float32 [window]."""
+        waveform = resample(*read_sound(inputs.data, self.settings), self.settings.sample_rate)
         waveform = waveform - waveform.mean()  # a microphone's constant offset is no sound
-        return torch.from_numpy(loudest_window(waveform, self.window))
+        return Sample(torch.from_numpy(loudest_window(waveform, self.window)))
 
     @property
     def window(self) -> int:
         """The model's window, in samples."""
         return round(self.settings.window_seconds * self.settings.sample_rate)
 
-    def read_audio(self, content: bytes) -> tuple[numpy.ndarray, int]:
-        """-> mono float32 [samples] in [-1, 1], and its sample rate in Hz.
-
-        Raises:
-            UndecodableAudio: not a sound file that libsndfile reads, a broken one, or one with NaN or infinity in it.
-            AudioTooLong: longer than `max_seconds`, which is checked before the samples are decoded.
-            EmptyInput: a sound file without samples.
-        """
-        limits = self.settings
-        try:
-            with soundfile.SoundFile(SoundBytes(content)) as file:
-                sample_rate = file.samplerate
-                if not limits.min_sample_rate <= sample_rate <= limits.max_sample_rate:
-                    raise UndecodableAudio(
-                        f"The sample rate is {sample_rate} Hz; "
-                        f"{limits.min_sample_rate} to {limits.max_sample_rate} Hz are accepted."
-                    )
-                longest = int(limits.max_seconds * sample_rate)
-                if file.frames > longest or file.frames * file.channels > limits.max_values:
-                    raise AudioTooLong(
-                        f"The clip is too long; at most {limits.max_seconds:g} seconds "
-                        f"and {limits.max_values} samples over all channels are accepted."
-                    )
-                samples = file.read(dtype="float32", always_2d=True)
-        except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as exc:
-            raise UndecodableAudio("The input is not a readable sound file. Accepted: WAV, FLAC, OGG, MP3.") from exc
-        if not len(samples):
-            raise EmptyInput("The sound file holds no samples.")
-        with numpy.errstate(over="ignore", invalid="ignore"):  # what is not finite in a channel, or in the sum of them
-            mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
-        if not numpy.isfinite(mono).all():
-            raise UndecodableAudio("The sound holds samples that are not finite numbers.")
-        return mono.clip(-1, 1), sample_rate
-
-    def example(self) -> Tensor:
-        return torch.zeros(self.window)
-
-
-def loudest_window(waveform: numpy.ndarray, window: int) -> numpy.ndarray:
-    """float32 [samples] -> float32 [window].
-
-    Shorter clips are padded with silence on both sides. In longer ones, the loudness of a window is its power under a
-    Hann curve, so that a word that fits several windows is put in the middle of the one that is taken.
-    """
-    missing = window - len(waveform)
-    if missing == 0:
-        return waveform
-    if missing > 0:
-        return numpy.pad(waveform, (missing // 2, missing - missing // 2))
-    hop = max(1, window // 100)
-    blocks = len(waveform) // hop
-    power = numpy.square(waveform[: blocks * hop]).reshape(blocks, hop).sum(axis=1)
-    loudness = numpy.convolve(power, numpy.hanning(window // hop), mode="valid")
-    start = min(int(loudness.argmax()) * hop, len(waveform) - window)
-    return waveform[start : start + window].copy()
+    def example(self) -> Sample:
+        return Sample(torch.zeros(self.window))

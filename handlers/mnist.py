@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 import numpy
 import torch
-from PIL import Image
+from PIL import Image as PillowImage
 from torch import Tensor
 
-from handlers.core import topk
-from handlers.core.batch import BatchHandler
+from handlers.core import inputs, topk
+from handlers.core.batch import Sample
+from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import BlankImage, InvalidOption
-from handlers.core.images import ImageSettings, flatten, open_image
-from handlers.core.payload import Content, binary
+from handlers.core.images import ImageLimits, flatten, open_image
+from handlers.core.inputs import Image
 
 TOP_K = 3
 
@@ -26,40 +27,43 @@ MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
 MOMENTS = numpy.stack([numpy.ones(SIDE**2), *numpy.indices((SIDE, SIDE)).reshape(2, -1)], axis=1, dtype=numpy.float32)
 
 
-class MNISTHandler(BatchHandler):
+class MNISTHandler(ClassifierHandler):
     """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises by itself) -> logits [N, 10].
 
     Answers {"top_3_classes": [...], "top_3_probabilities": [...]}.
     """
 
-    Settings = ImageSettings
+    class Settings(ClassifierHandler.Settings, ImageLimits):
+        pass
 
-    def decode(self, content: Content) -> Tensor:
-        """-> uint8 [1, 28, 28]."""
-        image = open_image(binary(content), self.settings, enough=LARGEST)
+    class Inputs(inputs.Inputs):
+        data: Image
+
+    def decode(self, inputs: Inputs) -> Sample:
+        """Make pixels, uint8 [1, 28, 28]."""
+        image = open_image(inputs.data, self.settings, enough=LARGEST)
         image.thumbnail((LARGEST, LARGEST))
         image = grey(image)
         if is_mnist(image):
-            return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE)
-        return torch.from_numpy(as_mnist(numpy.asarray(image))).unsqueeze(0)
+            return Sample(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE))
+        return Sample(torch.from_numpy(as_mnist(numpy.asarray(image))).unsqueeze(0))
 
-    def check_top_k(self, asked: int | None) -> int:
+    def check_top_k(self, asked: int | None) -> None:
         if asked not in (None, TOP_K):
             raise InvalidOption(f"This model always answers its top {TOP_K}.")
-        return TOP_K
 
-    def encode(self, row: Tensor, top_k: int) -> dict:
-        best = topk.ranking(row[:top_k], self.mapping)
+    def encode(self, row: Tensor, info: object, options: ClassifierHandler.Options) -> dict:
+        best = topk.ranking(row[:TOP_K], self.mapping)
         return {
             "top_3_classes": [entry["class"] for entry in best],
             "top_3_probabilities": [entry["probability"] for entry in best],
         }
 
-    def example(self) -> Tensor:
-        return torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
+    def example(self) -> Sample:
+        return Sample(torch.zeros(1, SIDE, SIDE, dtype=torch.uint8))
 
 
-def grey(image: Image.Image) -> Image.Image:
+def grey(image: PillowImage.Image) -> PillowImage.Image:
     """-> mode "L". Transparent pixels become a background that the ink stands out from."""
     if image.mode == "RGBA":
         alpha = numpy.asarray(image.getchannel("A"), dtype=numpy.float32)
@@ -69,7 +73,7 @@ def grey(image: Image.Image) -> Image.Image:
     return image if image.mode == "L" else image.convert("L")
 
 
-def is_mnist(image: Image.Image) -> bool:
+def is_mnist(image: PillowImage.Image) -> bool:
     """Whether an image of mode "L" is as `as_mnist` makes it: most of what is sent, by those who have MNIST."""
     box = image.getbbox()
     if image.size != (SIDE, SIDE) or box is None:
@@ -149,7 +153,8 @@ def fit(ink: numpy.ndarray, box: int) -> numpy.ndarray:
     height, width = ink.shape
     scale = box / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resized = numpy.asarray(Image.fromarray(ink.astype(numpy.float32)).resize(size, Image.Resampling.BICUBIC))
+    image = PillowImage.fromarray(ink.astype(numpy.float32))
+    resized = numpy.asarray(image.resize(size, PillowImage.Resampling.BICUBIC))
     return numpy.clip(resized, 0, 1)
 
 

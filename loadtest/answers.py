@@ -2,6 +2,8 @@
 
 import json
 
+from bundle.samples import first
+
 
 class Failure(Exception):
     """An answer that does not count: its message names the kind, in few different words, for it is counted by them."""
@@ -30,13 +32,7 @@ def fault(status: int, text: str | None, expect: str | None, error: Exception | 
         return Failure(f"{status} {kind}".strip())
     if expect is None:
         return None
-    try:
-        first = first_class(answer)
-    except (LookupError, TypeError):
+    best = first(answer)
+    if best is None:
         return WrongAnswer("no ranking")
-    return None if first == expect else WrongAnswer(f"{first} instead of {expect}")
-
-
-def first_class(answer: dict) -> str:
-    """The label (for MNIST the class) that an answer ranks first."""
-    return str(answer["top_3_classes"][0] if "top_3_classes" in answer else answer["top_k"][0]["label"])
+    return None if best.label == expect else WrongAnswer(f"{best.label} instead of {expect}")

@@ -52,7 +52,9 @@ class ModelUser(FastHttpUser):
     def predict(self) -> None:
         overdue = self.schedule.arrive(time.perf_counter()) if self.schedule else 0
         path = f"/predictions/{self.target.name}"
-        with self.client.post(path, data=self.target.sample, catch_response=True) as answer:
+        with self.client.post(
+            path, data=self.target.sample, headers=self.target.headers, catch_response=True
+        ) as answer:
             meta = answer.request_meta
             meta["response_time"] += 1000 * overdue
             if wrong := answers.fault(answer.status_code, answer.text, self.target.expect, meta["exception"]):

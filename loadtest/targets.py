@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from bundle.samples import headers
 from loadtest.errors import LoadTestError
 
 FOLDERS = Path(__file__).resolve().parent.parent / "models"
@@ -16,12 +17,14 @@ class Target:
 
     Attributes:
         sample: the request's body.
+        headers: to send it with.
         expect: the label (for MNIST the class) that must come first in the answer; None where any may.
         weight: its share of the users, relative to those of other models.
     """
 
     name: str
     sample: bytes
+    headers: dict[str, str]
     expect: str | None
     weight: int
 
@@ -82,4 +85,4 @@ def target(folder: Path, section: dict, weight: int) -> Target:
     if not sample.is_file():
         raise LoadTestError(f"models/{folder.name}/{section['sample']}, the sample of {folder.name}, is missing")
     expect = section.get("expect")
-    return Target(folder.name, sample.read_bytes(), None if expect is None else str(expect), weight)
+    return Target(folder.name, sample.read_bytes(), headers(sample), None if expect is None else str(expect), weight)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from bundle.build.export import export, handler_settings, labels
+from bundle.build.export import export
+from bundle.build.handler import handler_settings, labels
 from bundle.build.precision import keep_what_is_right, set_precision
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
 from bundle.errors import BundleError
@@ -95,7 +96,8 @@ def gather(folder: ModelFolder, target: Path) -> Stage:
     stage_config(folder, stage.config)
     for file in folder.extra_files:
         shutil.copy(file, stage.extra)
-    (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(labels(folder))), indent=1, ensure_ascii=False))
+    if names := labels(folder):
+        (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
     return stage
 
 

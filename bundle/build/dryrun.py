@@ -21,6 +21,8 @@ from ts.service import Service
 from ts.torch_handler.base_handler import BaseHandler
 
 from bundle.paths import ROOT
+from handlers.core.headers import lowered
+from handlers.core.slots import Sample
 
 METRICS_CONFIG = ROOT / "bundle" / "config" / "metrics.yaml"
 
@@ -84,6 +86,14 @@ class DryRun:
         headers = headers or [{} for _ in rows]
         batch = [request(index, *pair) for index, pair in enumerate(zip(rows, headers, strict=True))]
         return answers(self.service.predict(batch), len(rows))
+
+    def decode(self, row: dict, headers: dict[str, str] | None = None) -> list[Sample]:
+        """Decode one request with the archive's handler, a `BatchHandler`, and return its samples.
+
+        Raises:
+            RequestError: it is rejected.
+        """
+        return [self.handler.decode(each) for each in self.handler.read(row, lowered(headers or {})).inputs]
 
     def close(self) -> None:
         self.unpacked.cleanup()

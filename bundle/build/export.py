@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from bundle.build import torchvision_source
+from bundle.build.handler import labels, load_handler
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import relative
-from handlers.core.precision import main_output
-
-DEFAULT_SIDES = {"image_topk": 224, "mnist": 28}  # pixels: what the handlers make where a folder sets no `crop`
+from handlers.core.batch import BatchHandler
+from handlers.core.classifier import ClassifierHandler
+from handlers.core.outputs import main_output, tensors
 
 
 class PreprocessedImages(nn.Module):
@@ -53,21 +55,19 @@ def export(folder: ModelFolder, target: Path) -> None:
         shutil.copy(file, target)
         return
     eager, inputs = load(folder)
+    is_classifier = isinstance(load_handler(folder), ClassifierHandler)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", "Scripted .* always returns")  # GoogLeNet and Inception; `main_output` copes
         torch.jit.script(eager).save(target)
         exported = torch.jit.load(target)
-        compare(folder.name, eager, exported, inputs)
-        classes = main_output(exported(*inputs[0])).shape[-1]
-    if classes != len(labels(folder)):
-        raise BundleError(f"{folder.name} answers {classes} classes, and has {len(labels(folder))} labels.")
-
-
-def labels(folder: ModelFolder) -> list[str]:
-    """The labels by class index: torchvision's own, or the folder's."""
-    source = folder.bundle.torchvision
-    return torchvision_source.labels(source) if source else folder.labels()
+        # a classifier's auxiliary outputs are there in one of the two only
+        served = main_output if is_classifier else lambda outputs: list(tensors(outputs))
+        compare(folder.name, eager, exported, inputs, served)
+        if is_classifier:
+            classes, names = main_output(exported(*inputs[0])).shape[-1], labels(folder)
+            if classes != len(names):
+                raise BundleError(f"{folder.name} answers {classes} classes, and has {len(names)} labels.")
 
 
 def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
@@ -99,16 +99,20 @@ def import_model(name: str, file: Path) -> ModuleType:
     return module
 
 
-def handler_settings(folder: ModelFolder) -> dict:
-    """The `handler:` section that the archive carries: the folder's own, over what torchvision knows of the weights."""
-    source = folder.bundle.torchvision
-    known = torchvision_source.handler_settings(source) if source else {}
-    return known | (folder.config.get("handler") or {})
-
-
 def image_side(folder: ModelFolder) -> int:
-    """Pixels of the square image that the folder's handler makes."""
-    return handler_settings(folder).get("crop") or DEFAULT_SIDES[folder.bundle.handler]
+    """Return the pixels of the square image that the folder's handler makes.
+
+    Raises:
+        BundleError: the handler makes something else.
+    """
+    handler = load_handler(folder)
+    example = handler.example().tensors if isinstance(handler, BatchHandler) else None
+    if not isinstance(example, Tensor) or example.dtype != torch.uint8 or example.ndim != 3:
+        raise BundleError(
+            f"{folder.name}: `mean` and `std` need a handler that makes uint8 images [C, H, W], and "
+            f"{relative(folder.handler_file)} does not. Normalise inside the module, and drop them."
+        )
+    return example.shape[-1]
 
 
 def load_torchscript(file: Path) -> torch.jit.ScriptModule:
@@ -145,10 +149,16 @@ def random_images(size: int, channels: int, side: int) -> Tensor:
     return torch.randint(0, 256, (size, channels, side, side), dtype=torch.uint8, generator=generator)
 
 
-def compare(name: str, eager: nn.Module, exported: nn.Module, inputs: list[tuple[Tensor, ...]]) -> None:
+def compare(
+    name: str,
+    eager: nn.Module,
+    exported: nn.Module,
+    inputs: list[tuple[Tensor, ...]],
+    served: Callable[[object], object],
+) -> None:
     for arguments in inputs:
-        actual, expected = main_output(exported(*arguments)), main_output(eager(*arguments))
         try:
+            actual, expected = served(exported(*arguments)), served(eager(*arguments))
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         except AssertionError as exc:
             raise BundleError(

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bundle.build.export import DEFAULT_SIDES
 from bundle.errors import BundleError
 
 SIDES = (224, 32, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 512)  # pixels, in the order they are tried
 BATCH = 3
+MNIST_SIDE = 28  # pixels: what the handler `mnist` makes
 
 # what the images of each handler may be normalised with: mean and std of pixels in [0, 1], and whose they are
 NORMALISATIONS = {
@@ -77,9 +77,9 @@ def find_images(
         known = {len(mean): (mean, std, "as you said")}
     sides = SIDES
     if handler == "mnist":
-        if size not in (None, DEFAULT_SIDES["mnist"]):
+        if size not in (None, MNIST_SIDE):
             raise BundleError("The handler mnist makes images of 28 x 28 pixels. For others: HANDLER=image_topk")
-        sides = (DEFAULT_SIDES["mnist"],)
+        sides = (MNIST_SIDE,)
     elif size:
         sides = (size,)
 

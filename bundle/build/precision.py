@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from bundle import samples
 from bundle.build.dryrun import DryRun
 from bundle.build.quantize import Batch, load, quantize, run
 from bundle.catalog import ModelFolder
@@ -78,7 +79,7 @@ class Judge:
 
     def ranked(self, outputs: Tensor) -> Tensor:
         """float32 [examples, classes, 2]: probabilities and classes, best first, as a handler ranks them."""
-        return rank(outputs, outputs.size(1), self.outputs_are)
+        return rank(outputs, self.outputs_are)
 
     @torch.inference_mode()
     def frozen(self, precision: str) -> tuple[bool, str]:
@@ -181,13 +182,14 @@ def examples(folder: ModelFolder) -> list[Path]:
 def decode(folder: ModelFolder, archive: Path, files: list[Path]) -> tuple[list[Batch], str]:
     """Files, sent as raw bodies, as the archive's own handler decodes and collates them; its setting `outputs`."""
     with DryRun(archive) as worker:
-        samples = []
+        decoded = []
         for file in files:
-            [(status, body)] = worker.predict([{"body": file.read_bytes()}])
+            request, headers = {"body": file.read_bytes()}, samples.headers(file)
+            [(status, body)] = worker.predict([request], [headers])
             if status != 200:
-                raise BundleError(f"{folder.name}: the example {relative(file)} is refused: {body}")
-            samples.append(worker.handler.decode(file.read_bytes()))
-        batches = [worker.handler.collate(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
+                raise BundleError(f"{folder.name}: the example {relative(file)} is rejected: {body}")
+            decoded += worker.decode(request, headers)
+        batches = [worker.handler.collate(decoded[start : start + BATCH]) for start in range(0, len(decoded), BATCH)]
         return batches, worker.handler.settings.outputs
 
 

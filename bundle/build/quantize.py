@@ -11,7 +11,7 @@ from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver, Q
 from torch.ao.quantization.quantize_jit import convert_jit, prepare_jit
 
 from bundle.errors import BundleError
-from handlers.core.precision import main_output
+from handlers.core.outputs import main_output
 
 Batch = tuple[Tensor, ...]
 

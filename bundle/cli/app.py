@@ -22,7 +22,7 @@ from bundle.catalog import ModelFolder
 from bundle.cli import supply_chain
 from bundle.cli import tune as tuning
 from bundle.errors import BundleError
-from bundle.paths import ROOT, relative
+from bundle.paths import relative
 from bundle.server.client import WorkerCount, check_sample, curl_lines
 from bundle.server.process import Running, Server
 from bundle.server.readiness import wait_until_ready
@@ -99,7 +99,7 @@ def serve(
             prove(server, running, folders, timeout)
             console.print(f"Already served by PID {running.pid}; nothing has changed.")
     console.print("\nTry:")
-    for line in curl_lines(running.client(), folders, ROOT):
+    for line in curl_lines(running.client(), folders):
         console.print(f"  {line}", soft_wrap=True, markup=False)
 
 

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import requests
 
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import relative
+from bundle.samples import first, headers
 from bundle.server.http import SECONDS, session
 from bundle.server.keys import Api, Keys
 
@@ -118,13 +118,15 @@ class Client:
                 f"TorchServe refused {method} /models{path} with {answer.status_code}.", reason(answer) or answer.text
             )
 
-    def predict(self, model: str, content: bytes, version: str | None = None) -> requests.Response:
+    def predict(
+        self, model: str, content: bytes, version: str | None = None, headers: dict[str, str] | None = None
+    ) -> requests.Response:
         """One prediction, the input as raw body, over a connection of its own: one left open, as TorchServe leaves it
         even when asked to close it, looks like a client to `drain`."""
         url = f"{self.inference}/predictions/{'/'.join(filter(None, (model, version)))}"
         with requests.Session() as once:
             once.trust_env = False
-            answer = once.post(url, data=content, auth=self.auth("inference"), timeout=SECONDS)
+            answer = once.post(url, data=content, headers=headers, auth=self.auth("inference"), timeout=SECONDS)
             answer.raw.close()  # or the session's end would not close it
         return answer
 
@@ -147,36 +149,32 @@ def check_sample(client: Client, folder: ModelFolder, version: str | None = None
     """Sends the folder's sample to a version, by default to the default one.
 
     Returns:
-        what came first in the answer; None where the folder has no sample.
+        the label that came first in the answer; None if the answer is not a ranking, or the folder has no sample.
 
     Raises:
         BundleError: the answer is an error, or not what the folder expects.
     """
     if folder.sample_file is None:
         return None
-    answer = client.predict(folder.name, folder.existing(folder.bundle.sample).read_bytes(), version)
+    sample = folder.existing(folder.bundle.sample)
+    answer = client.predict(folder.name, sample.read_bytes(), version, headers(sample))
     if answer.status_code != 200:
         raise BundleError(
             f"{folder.name} answered its own sample {folder.bundle.sample} with {answer.status_code}.", answer.text
         )
-    first = first_class(answer.json())
-    if folder.bundle.expect is not None and first != folder.bundle.expect:
+    best = first(answer.json())
+    label = best.label if best else None
+    if folder.bundle.expect is not None and label != folder.bundle.expect:
+        came = repr(label) if best else "an answer that is not a ranking"
         raise BundleError(
-            f"{folder.name} answered its own sample {folder.bundle.sample} with {first!r}, "
+            f"{folder.name} answered its own sample {folder.bundle.sample} with {came}, "
             f"and its {folder.name}/model-config.yaml expects {folder.bundle.expect!r}.",
             json.dumps(answer.json(), indent=2),
         )
-    return first
+    return label
 
 
-def first_class(answer: dict) -> str:
-    """The label (for MNIST the class) that an answer ranks first."""
-    if "top_3_classes" in answer:
-        return str(answer["top_3_classes"][0])
-    return answer["top_k"][0]["label"]
-
-
-def curl_lines(client: Client, folders: list[ModelFolder], root: Path) -> list[str]:
+def curl_lines(client: Client, folders: list[ModelFolder]) -> list[str]:
     """What to type to try the models with their samples. A key goes to curl through a pipe: everybody on the machine
     can read the arguments of a process."""
 
@@ -185,9 +183,10 @@ def curl_lines(client: Client, folders: list[ModelFolder], root: Path) -> list[s
             return "curl"
         return f"jq -r '\"Authorization: Bearer \" + .{api}.key' {relative(client.keys.file)} | curl -H @-"
 
-    lines = [
-        f"{curl('inference')} -T {folder.sample_file.relative_to(root) if folder.sample_file else 'FILE'} "
-        f"{client.inference}/predictions/{folder.name}"
-        for folder in folders
-    ]
-    return [*lines, f"{curl('management')} {client.management}/models"]
+    def ask(folder: ModelFolder) -> str:
+        file = folder.sample_file
+        header = "".join(f" -H '{name}: {value}'" for name, value in headers(file).items()) if file else ""
+        sample = relative(file) if file else "FILE"
+        return f"{curl('inference')}{header} -T {sample} {client.inference}/predictions/{folder.name}"
+
+    return [*map(ask, folders), f"{curl('management')} {client.management}/models"]

@@ -17,7 +17,8 @@ import yaml
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.load.generator import Load, closed_loop, open_loop
-from bundle.server.client import Client, first_class
+from bundle.samples import first, headers
+from bundle.server.client import Client
 from bundle.server.http import SECONDS, session
 from bundle.server.ports import free_ports
 from bundle.server.process import Running, Server
@@ -54,7 +55,7 @@ class Input:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Content-Type": "application/json"} if self.file.suffix == ".json" else {}
+        return headers(self.file)
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,10 @@ class Bench:
             raise BundleError(f"{self.folder.name} answers {sent.file} with {answer.status_code}.", answer.text)
         expected = self.folder.bundle.expect
         if sent.file == self.folder.sample_file and expected is not None:
-            first = first_class(answer.json())
-            if first != expected:
-                raise BundleError(f"{self.folder.name} takes {sent.file} for {first!r}, not for {expected!r}.")
+            best = first(answer.json())
+            if best is None or best.label != expected:
+                came = repr(best.label) if best else "an answer that is not a ranking"
+                raise BundleError(f"{self.folder.name} answers {sent.file} with {came}, not with {expected!r}.")
         return len(answer.content)
 
     def precision(self, name: str) -> str:

@@ -1,119 +1,165 @@
 """The template that every handler of the bundle fills in: a batch of requests in, one answer a request out.
 
-A request's way: bytes -> `read` -> `decode` (one input, one small tensor) -> `collate` (one batch) -> one copy to the
-device -> the model -> `reduce` on the device -> one copy back -> `encode` (one output, one JSON value) -> its slot.
+A request's way: row -> `read` (inputs, options) -> `decode` (one input -> one `Sample`) -> `collate` (one batch) -> one
+copy to the device -> the module -> `reduce` on the device -> one copy back -> `encode` (one row -> one JSON value) ->
+its slot. The template knows neither what the inputs are nor what an answer looks like.
 
-A request that cannot be served takes its own slot out of the batch, with its own 4xx; its neighbours go on without
-it. Any other exception is a bug: its traceback is logged, and the whole batch is answered 500. TorchServe's own answer
-to it, 503, would read as "no room, come again". After a fault of the accelerator itself the worker ends, and TorchServe
-starts another one.
+A request that cannot be served takes its own slot out of the batch, with its own status; its neighbours are untouched.
+An unexpected exception is a bug. Its traceback is logged, and it is answered 500: to one request where that can be
+told, else to the batch. (TorchServe's own answer, 503, would read as "overloaded, retry".) After a fault of the
+accelerator itself the worker exits, and TorchServe starts another one.
 """
 
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handlers.core import device, memory, payload, precision, settings, topk, wire
+from handlers.core import admission, device, inputs, memory, precision, settings, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
     InsufficientMemory,
     InternalError,
-    InvalidOption,
     NonFiniteOutput,
-    Overloaded,
     RequestError,
     ServingError,
     UnsupportedOperation,
 )
+from handlers.core.headers import DESCRIBE, EXPLAIN, arrival, lowered, verb
 from handlers.core.metrics import HandlerMetrics
+from handlers.core.outputs import Outputs, rows, to_host
+from handlers.core.request import Request, RequestReader
+from handlers.core.slots import Sample, Slot
 
 logger = logging.getLogger(__name__)
 
-Sample = Tensor | tuple[Tensor, ...]
+Part = tuple[Outputs, int]  # what `reduce` returned, and for how many samples
 
 LARGEST_TRIAL = 8  # inputs on which precisions are compared,
 TRIAL_SECONDS = 0.5  # or as many as take so long
 WARM_UP_SECONDS = 2.0
+TO_WRITE = """{handler} must define `{method}`. The least that a handler writes:
 
+    class {handler}(BatchHandler):
+        class Inputs(inputs.Inputs):
+            data: Text
 
-@dataclass
-class Slot:
-    """One request of a batch, on its way through the stages.
+        def decode(self, inputs):
+            return Sample(torch.tensor([float(len(inputs.data))]))
 
-    Attributes:
-        samples: its decoded inputs.
-        many: whether it is answered as {"predictions": [...]}.
-        top_k: how many classes it is answered.
-        answer: the JSON value it is answered, once there is one.
-        error: why it is answered an error instead.
-        key: of its answer in the cache, where one is kept.
-    """
+        def example(self):
+            return Sample(torch.zeros(1))
 
-    samples: list[Sample] = field(default_factory=list)
-    many: bool = False
-    top_k: int = 1
-    answer: dict | None = None
-    error: ServingError | None = None
-    key: bytes | None = None
+        def encode(self, row, info, options):
+            return {{"score": row.item()}}
+"""
 
 
 class BatchHandler(BaseHandler):
-    """Serves a TorchScript classifier. A subclass fills in `decode` and `example`, and whatever else differs."""
+    """Serves a TorchScript module. A subclass declares `Inputs`, fills in `decode`, `example` and `encode`, and
+    overrides whatever else differs."""
 
-    Settings = settings.Settings
+    Settings: type[settings.Settings] = settings.Settings
+    Inputs: type[inputs.Inputs] = inputs.Inputs
+    Options: type[inputs.Options] = inputs.Options
 
     # --- what a subclass fills in ------------------------------------------------------------------------------
 
     def load_assets(self, folder: Path) -> None:
-        """Loads what the archive carries beside model and labels (a tokenizer, say) from the unpacked `folder`."""
+        """Load what the archive carries beside the module (a tokenizer, say) from the unpacked `folder`."""
 
-    def decode(self, content: payload.Content) -> Sample:
-        """One input, as it was sent, -> one sample on the CPU.
+    def decode(self, inputs: inputs.Inputs) -> Sample:
+        """Decode the inputs of one sample.
 
         Raises:
-            RequestError: the input cannot be decoded; it is answered to this request alone.
+            RequestError: an input cannot be decoded. The error is answered to this request alone.
         """
-        raise NotImplementedError
+        raise NotImplementedError(TO_WRITE.format(handler=type(self).__name__, method="decode"))
 
     def example(self) -> Sample:
-        """A sample of typical shape, to warm the model up with."""
-        raise NotImplementedError
+        """Return a sample of typical shape, to warm the model up with."""
+        raise NotImplementedError(TO_WRITE.format(handler=type(self).__name__, method="example"))
+
+    def encode(self, row: object, info: object, options: inputs.Options) -> JsonValue:
+        """Make the JSON value of an answer.
+
+        Args:
+            row: of `reduce`, on the host.
+            info: the sample's.
+            options: the request's.
+        """
+        raise NotImplementedError(TO_WRITE.format(handler=type(self).__name__, method="encode"))
+
+    # --- what a subclass may override --------------------------------------------------------------------------
+
+    def read(self, row: dict, headers: dict[str, str]) -> Request:
+        """Read one row of a batch. By default, as `Inputs` and `Options` declare it.
+
+        Args:
+            row: {field: value}, as TorchServe hands it over.
+            headers: the request's own, their names in lower case.
+
+        Raises:
+            RequestError: the request is malformed.
+        """
+        return self.reader.read(row, headers)
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
-        """Samples -> the model's inputs, the batch as first dimension. By default, samples of one shape are stacked."""
-        columns = zip(*(s if isinstance(s, tuple) else (s,) for s in samples), strict=True)
-        return tuple(torch.stack(column) for column in columns)
+        """Make the module's inputs, the batch as first dimension. By default, samples of one shape are stacked."""
+        tensors = (s.tensors if isinstance(s.tensors, tuple) else (s.tensors,) for s in samples)
+        return tuple(torch.stack(column) for column in zip(*tensors, strict=True))
 
-    def reduce(self, outputs: Tensor, k: int) -> Tensor:
-        """The model's outputs -> what is copied to the host, on the device, a row an input. By default, the k best."""
-        return topk.rank(outputs, k, self.settings.outputs)
+    def reduce(self, outputs: Outputs) -> Outputs:
+        """Reduce the module's outputs, on the device, to what is copied to the host: exactly one row a sample.
 
-    def encode(self, row: Tensor, top_k: int) -> dict:
-        """One row of `reduce`, on the host -> the JSON value of its answer."""
-        return {"top_k": topk.ranking(row[:top_k], self.mapping)}
+        A row is one of a tensor [N, ...], of a tuple or dict of such tensors, or of a list with N entries. By default,
+        the outputs as they are. Pad ragged outputs here, and cut them in `encode`.
+        """
+        return outputs
+
+    def predict(self, samples: list[Sample]) -> list[object]:
+        """Run the samples in batches of at most the configured size.
+
+        Returns:
+            a row of `reduce` for each sample, on the host; or the ServingError that its request is answered.
+        """
+        size = self.batch_size
+        parts = [part for start in range(0, len(samples), size) for part in self.run(samples[start : start + size])]
+        return [row for part in parts for row in ([part] if isinstance(part, ServingError) else self.fetch(*part))]
+
+    def explain(self, sample: Sample, options: inputs.Options) -> JsonValue:
+        """Make the JSON value of an explanation."""
+        raise UnsupportedOperation("This model gives no explanations. Use /predictions.")
+
+    def describe(self) -> dict:
+        """Return what `GET /models/NAME/VERSION?customized=true` shows."""
+        return {
+            "handler": type(self).__name__,
+            "precision": self.precision,
+            "settings": self.settings.model_dump(),
+        }
 
     # --- the stages of BaseHandler, once for all -----------------------------------------------------------------
 
     def initialize(self, context: Context) -> None:
-        """Loads the model onto the worker's device, and runs it at the batch sizes that it will see.
+        """Load the model onto the worker's device, and run it at the batch sizes that it will see.
 
         Raises:
             pydantic.ValidationError: the `handler:` section of model-config.yaml is wrong.
-            FileNotFoundError: the archive has no index_to_name.json.
+            TypeError: `Inputs` or `Options` is declared wrongly.
         """
         self.settings = self.Settings.model_validate((context.model_yaml_config or {}).get("handler") or {})
+        self.reader = RequestReader(self.Inputs, self.Options, self.settings.max_instances)
         torch.set_num_threads(self.settings.threads)
         memory.keep_freed_memory()
         super().initialize(context)
-        if self.mapping is None:
-            raise FileNotFoundError("the archive has no index_to_name.json: a classifier needs its labels")
         self.context = context
         self.metrics = HandlerMetrics(context)
         self.cache = AnswerCache(self.settings.cache_entries)
@@ -126,203 +172,214 @@ class BatchHandler(BaseHandler):
 
     @torch.inference_mode()
     def optimize(self) -> None:
-        """Puts the fastest equivalent in the model's place."""
+        """Put the fastest equivalent in the model's place."""
         for _ in range(3):  # TorchScript profiles the first run, and optimises in the second
             start = time.perf_counter()
             self.model(*self.trial(1))
         affordable = int(TRIAL_SECONDS / (time.perf_counter() - start))
-        inputs = self.trial(max(1, min(self.batch_size, LARGEST_TRIAL, affordable)))
+        batch = self.trial(max(1, min(self.batch_size, LARGEST_TRIAL, affordable)))
         folder = Path(self.context.system_properties["model_dir"])
         wanted = self.settings.precision
-        self.precision, self.model = precision.fastest(self.model, wanted, self.device, inputs, folder)
+        self.precision, self.model = precision.fastest(self.model, wanted, self.device, batch, folder)
         logger.info("%s computes in %s", self.context.model_name, self.precision)
 
     def trial(self, size: int) -> tuple[Tensor, ...]:
         return tuple(map(self.to_device, self.collate([self.example()] * size)))
 
     def warm_up(self) -> None:
-        """TorchScript and oneDNN specialise in the first runs of a batch size: they happen here, not in a request, for
-        the sizes that there is time for."""
+        """Run the batch sizes that there is time for: TorchScript and oneDNN specialise in the first runs of each.
+
+        Raises:
+            Exception: whatever the model or `reduce` raises: such a model does not start.
+        """
         deadline = time.monotonic() + WARM_UP_SECONDS
         for size in dict.fromkeys([1, self.batch_size, *range(2, self.batch_size)]):
             for _ in range(3):
-                self.inference([self.example()] * size, top_k=1)
+                for row in self.predict([self.example()] * size):
+                    if isinstance(row, InternalError):
+                        raise RuntimeError(f"{self.context.model_name} fails on its own example: see above")
                 if time.monotonic() > deadline:
                     return
 
     def handle(self, data: list[dict], context: Context) -> list[str]:
-        """One entry of `data` a request -> one JSON text a request, in the same order."""
+        """Answer a batch: one entry of `data` a request -> one JSON text a request, in the same order."""
         self.context = context
-        arrival = self.first_arrival(len(data))
-        if arrival is not None:
-            self.metrics.observe("queue", time.time() - arrival)
+        headers = [lowered(context.get_all_request_header(index)) for index in range(len(data))]
+        first_arrival = min(filter(None, map(arrival, headers)), default=None)
+        if first_arrival is not None:
+            self.metrics.observe("queue", time.time() - first_arrival)
         self.metrics.count_batch(len(data))
         try:
-            answers = self.serve(data)
+            slots = self.serve(data, headers)
         except MemoryError:
             raise  # TorchServe has a status for it: 507
         except Exception as exc:
             if device.is_broken(exc):
-                logger.exception("the device failed under %s: this worker ends", self.context.model_name)
+                logger.exception("the device failed under %s: this worker exits", self.context.model_name)
                 raise SystemExit(1) from exc
             logger.exception("a bug failed a batch of %s", self.context.model_name)
-            error = InternalError("The handler failed on this batch of requests. The server's log has the traceback.")
-            answers = self.postprocess([Slot(error=error) for _ in data], [])
-        if arrival is not None:
-            self.metrics.observe("request", time.time() - arrival)
+            slots = [Slot(error=internal_error("this batch of requests")) for _ in data]
+        answers = self.postprocess(slots)
+        if first_arrival is not None:
+            self.metrics.observe("request", time.time() - first_arrival)
         self.metrics.emit()
         memory.trim()
         return answers
 
-    def first_arrival(self, requests: int) -> float | None:
-        """When the first of the batch's requests reached the proxy (s since the epoch), if it came through one."""
-        headers = map(self.context.get_all_request_header, range(requests))
-        return min(filter(None, map(payload.arrival, headers)), default=None)
-
-    def serve(self, data: list[dict]) -> list[str]:
-        """The stages, each timed."""
+    def serve(self, data: list[dict], headers: list[dict[str, str]]) -> list[Slot]:
+        """Run the stages, each timed: the predictions as one batch, then the explanations, one after the other."""
         with self.metrics.timed("decode"):
-            slots = self.preprocess(data)
-        samples = [sample for slot in slots for sample in slot.samples]
-        rows: list[Tensor | None] = []
-        if samples:
+            slots = self.preprocess(data, headers)
+        predicted = [slot for slot in slots if slot.samples and not slot.explained]
+        predictions: list[object] = []
+        if predicted:
             with self.metrics.timed("inference"):
-                rows = self.inference(samples, max(slot.top_k for slot in slots))
+                predictions = self.predict([sample for slot in predicted for sample in slot.samples])
         with self.metrics.timed("encode"):
-            return self.postprocess(slots, rows)
-
-    def preprocess(self, data: list[dict]) -> list[Slot]:
-        """Decodes each request by itself."""
-        self.decode_until = time.monotonic() + self.settings.max_decode_seconds
-        slots = []
-        crowded = len(data) >= self.batch_size
-        for index, row in enumerate(data):
-            headers = self.context.get_all_request_header(index)
-            try:
-                if crowded:
-                    self.check_wait(payload.arrival(headers))
-                slots.append(self.open_slot(row, headers))
-            except (RequestError, Overloaded) as error:
-                slots.append(Slot(error=error))
+            self.scatter(predicted, predictions)
+        for slot in slots:
+            if slot.samples and slot.explained:
+                self.isolate(slot, self.explain_slot)
         return slots
 
-    def open_slot(self, row: dict, headers: dict) -> Slot:
-        # TorchServe mixes predictions, explanations and descriptions in one batch: each says what it is
-        if payload.header(headers, "describe") == "True":
-            return Slot(answer=self.describe())
-        if payload.header(headers, "explain") == "True":
-            raise UnsupportedOperation("This model gives no explanations. Use /predictions.")
-        request = payload.read(row, headers, self.settings.max_instances)
-        top_k = self.check_top_k(request.top_k)
-        key = self.cache.key(request.contents, request.many, top_k)
-        if known := self.cache.get(key):
-            return Slot(answer=known)
-        return Slot([self.decode_in_time(content) for content in request.contents], request.many, top_k, key=key)
+    def preprocess(self, data: list[dict], headers: list[dict[str, str]]) -> list[Slot]:
+        """Read and decode each request by itself."""
+        slots = [Slot() for _ in data]
+        deadline = admission.Deadline.after(self.settings.max_decode_seconds)
+        crowded = len(data) >= self.batch_size
+        for slot, row, own in zip(slots, data, headers, strict=True):
+            self.isolate(slot, self.open_slot, row, own, deadline, crowded)
+        return slots
 
-    def decode_in_time(self, content: payload.Content) -> Sample:
-        """Limits bound what one input takes to decode; this bounds the batch, which may hold hundreds at the limit.
-
-        Raises:
-            Overloaded: the batch has used up its time.
-        """
-        if time.monotonic() > self.decode_until:
-            raise Overloaded("The inputs that came with this one took too long to decode. Send it again, or fewer.")
-        return self.decode(content)
-
-    def check_wait(self, arrival: float | None) -> None:
-        """In a full batch, behind which others wait: work on what is late already delays them, until all are late.
-
-        Args:
-            arrival: when the request reached the proxy (s since the epoch), if it came through one.
-
-        Raises:
-            Overloaded: it has waited longer than `max_wait_seconds`.
-        """
-        longest = self.settings.max_wait_seconds
-        if longest is not None and arrival is not None and time.time() - arrival > longest:
-            raise Overloaded(
-                f"More requests arrive than this model can answer: this one has waited {longest:g} s and was not "
-                "begun. Send it again after the seconds in Retry-After."
-            )
-
-    def check_top_k(self, asked: int | None) -> int:
-        """How many classes to answer.
-
-        Raises:
-            InvalidOption: more than the model has.
-        """
-        if asked is not None and asked > len(self.mapping):
-            raise InvalidOption(f"top_k must be between 1 and {len(self.mapping)}, the number of classes.")
-        return asked or min(self.settings.top_k, len(self.mapping))
-
-    @torch.inference_mode()
-    def inference(self, samples: list[Sample], top_k: int) -> list[Tensor | None]:
-        """Runs the samples in batches of at most the configured size, and returns `reduce`'s rows on the host; None for
-        a sample that does not fit the device's memory even by itself."""
-        reduced = []
-        for start in range(0, len(samples), self.batch_size):
-            reduced += self.run(samples[start : start + self.batch_size], top_k)
-        return [row for rows in reduced for row in ([None] if rows is None else rows.cpu().unbind())]
-
-    def run(self, samples: list[Sample], top_k: int) -> list[Tensor | None]:
-        """One batch -> `reduce`'s rows on the device; of a batch that does not fit its memory, those of its halves."""
+    def isolate(self, slot: Slot, stage: Callable[..., None], *arguments: object) -> None:
+        """Run a stage of one request. What goes wrong is this request's error alone."""
         try:
-            outputs = self.model(*map(self.to_device, self.collate(samples)))
-            return [self.reduce(precision.main_output(outputs), top_k)]
-        except RuntimeError as exc:
-            if not device.is_out_of_memory(exc):
+            stage(slot, *arguments)
+        except MemoryError:
+            raise
+        except ServingError as error:
+            slot.error = error
+        except Exception as exc:
+            if device.is_broken(exc):
                 raise
-            logger.warning("%d inputs of %s do not fit: %s", len(samples), self.context.model_name, exc)
+            logger.exception("a bug failed one request of %s", self.context.model_name)
+            slot.error = internal_error("this request")
+
+    def open_slot(
+        self, slot: Slot, row: dict, headers: dict[str, str], deadline: admission.Deadline, crowded: bool
+    ) -> None:
+        if crowded:
+            admission.check_wait(arrival(headers), self.settings.max_wait_seconds)
+        # TorchServe mixes predictions, explanations and descriptions in one batch: each says what it is
+        asked = verb(headers)
+        if asked == DESCRIBE:
+            slot.finish([self.describe()])
+            return
+        slot.explained = asked == EXPLAIN
+        if slot.explained and type(self).explain is BatchHandler.explain:
+            BatchHandler.explain(self, None, None)  # says so before anything is decoded
+        request = self.read(row, headers)
+        slot.options, slot.many = request.options, request.many
+        slot.key = self.cache.key(request.inputs, request.options, request.many, asked)
+        if known := self.cache.get(slot.key):
+            slot.body = known
+            return
+        for each in request.inputs:
+            deadline.check()
+            slot.samples.append(self.decode(each))
+
+    def run(self, samples: list[Sample]) -> list[Part | ServingError]:
+        """Run one batch. Where it fails, run its halves, so that only the inputs that it fails with are lost.
+
+        Raises:
+            Exception: the device is broken.
+        """
+        try:
+            with torch.inference_mode():
+                batch = map(self.to_device, self.collate(samples))
+                return [(self.reduce(self.model(*batch)), len(samples))]
+        except Exception as exc:
+            if device.is_broken(exc) or isinstance(exc, MemoryError):
+                raise
+            exhausted = device.is_out_of_memory(exc)
+            if exhausted:
+                logger.warning("%d inputs of %s do not fit: %s", len(samples), self.context.model_name, exc)
+            elif len(samples) == 1:
+                logger.exception("a bug failed one input of %s", self.context.model_name)
         # out of the `except`: the exception holds the frames, and they hold the tensors
-        torch.cuda.empty_cache()
+        if exhausted:
+            torch.cuda.empty_cache()
         if len(samples) == 1:
-            return [None]
+            too_large = "The device has not enough memory for this input. Send a smaller one."
+            return [InsufficientMemory(too_large) if exhausted else internal_error("this input")]
         middle = len(samples) // 2
-        return self.run(samples[:middle], top_k) + self.run(samples[middle:], top_k)
+        return self.run(samples[:middle]) + self.run(samples[middle:])
+
+    def fetch(self, reduced: Outputs, count: int) -> list[object]:
+        """Copy what `reduce` returned to the host, and split it into a row a sample.
+
+        Raises:
+            RuntimeError: the number of rows is another: requests would get each other's answers.
+        """
+        fetched = rows(to_host(reduced))
+        if len(fetched) != count:
+            raise RuntimeError(
+                f"{type(self).__name__}.reduce returned {len(fetched)} rows for {count} samples. It must return "
+                "exactly one row a sample: pad what differs in length, and cut it in `encode`."
+            )
+        return fetched
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Without waiting for the copy, where there is one: only pinned memory is copied while the CPU goes on."""
+        """Copy without waiting, where there is a GPU: only pinned memory is copied while the CPU goes on."""
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def postprocess(self, slots: list[Slot], rows: list[Tensor | None]) -> list[str]:
-        """Scatters the rows into the slots they came from, and sets each slot's status and content type.
+    def scatter(self, slots: list[Slot], predictions: list[object]) -> None:
+        """Encode the rows into the slots that they came from.
 
-        Answers leave here as text: TorchServe would indent them, which is longer and takes Python's slow encoder.
+        Raises:
+            RuntimeError: there are not as many rows as samples.
         """
+        wanted = sum(len(slot.samples) for slot in slots)
+        if len(predictions) != wanted:
+            raise RuntimeError(f"{type(self).__name__}.predict returned {len(predictions)} rows for {wanted} samples.")
+        remaining = iter(predictions)
+        for slot in slots:
+            self.isolate(slot, self.encode_slot, [next(remaining) for _ in slot.samples])
+
+    def encode_slot(self, slot: Slot, rows: list[object]) -> None:
+        for row in rows:
+            if isinstance(row, ServingError):
+                raise row
+        answers = [self.encode(row, sample.info, slot.options) for row, sample in zip(rows, slot.samples, strict=True)]
+        slot.finish(answers)
+        self.cache.put(slot.key, slot.body)
+
+    def explain_slot(self, slot: Slot) -> None:
+        slot.finish([self.explain(sample, slot.options) for sample in slot.samples])
+        self.cache.put(slot.key, slot.body)
+
+    def postprocess(self, slots: list[Slot]) -> list[str]:
+        """Set each request's status and content type, and return its body."""
         answers, statuses, rejections = [], [], []
-        remaining = iter(rows)
         for index, slot in enumerate(slots):
-            slot_rows = [next(remaining) for _ in slot.samples]
-            if any(row is None for row in slot_rows):
-                slot.error = InsufficientMemory("The device has not enough memory for this input. Send a smaller one.")
-            elif slot_rows:
-                try:
-                    predictions = [self.encode(row, slot.top_k) for row in slot_rows]
-                    slot.answer = {"predictions": predictions} if slot.many else predictions[0]
-                    self.cache.put(slot.key, slot.answer)
-                except NonFiniteOutput as error:
-                    logger.error("%s answered a number that is not finite", self.context.model_name)
-                    slot.error = error
             self.context.set_response_content_type(index, "application/json")
-            if slot.error is not None:
-                if isinstance(slot.error, RequestError):
-                    rejections.append(type(slot.error).__name__)
-                statuses.append(slot.error.code)
-                self.context.set_response_status(slot.error.code, type(slot.error).__name__, index)
-                answers.append(json.dumps(slot.error.body()))
-            else:
+            error = slot.error
+            if error is None:
                 statuses.append(200)
-                answers.append(json.dumps(slot.answer))
+                answers.append(slot.body)
+                continue
+            if isinstance(error, RequestError):
+                rejections.append(type(error).__name__)
+            elif isinstance(error, NonFiniteOutput):
+                logger.error("%s returned a number that is not finite", self.context.model_name)
+            statuses.append(error.code)
+            self.context.set_response_status(error.code, type(error).__name__, index)
+            answers.append(json.dumps(error.body()))
         self.metrics.count_answers(statuses, rejections)
         return answers
 
-    def describe(self) -> dict:
-        """What `GET /models/NAME/VERSION?customized=true` shows."""
-        return {
-            "handler": type(self).__name__,
-            "precision": self.precision,
-            "settings": self.settings.model_dump(),
-            "labels": self.mapping,
-        }
+
+def internal_error(failed: str) -> InternalError:
+    return InternalError(f"The handler failed on {failed}. The server's log has the traceback.")

@@ -4,6 +4,8 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from pydantic import BaseModel
+
 
 class AnswerCache:
     """Keeps the answers that were asked for last.
@@ -16,31 +18,43 @@ class AnswerCache:
 
     def __init__(self, entries: int):
         self.entries = entries
-        self.answers: OrderedDict[bytes, dict] = OrderedDict()
+        self.answers: OrderedDict[bytes, str] = OrderedDict()
 
-    def key(self, contents: Iterable[bytes | str], *options: object) -> bytes | None:
-        """Of a request's inputs and all else that decides its answer: a digest, so that an entry's size does not grow
-        with its input. None where nothing is kept."""
+    def key(self, inputs: Iterable[BaseModel], *options: object) -> bytes | None:
+        """Return a digest of a request's inputs and of all else that decides its answer; None if the cache is off.
+
+        A digest, so that an entry's size does not grow with its input.
+        """
         if not self.entries:
             return None
         digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
-        for content in contents:
-            kind, encoded = (
-                (b"s", content.encode("utf-8", "surrogatepass")) if isinstance(content, str) else (b"b", content)
-            )
-            digest.update(kind + len(encoded).to_bytes(8, "big") + encoded)
+        for each in inputs:
+            for name, value in each:
+                digest.update(part(name) + part(value))
+            digest.update(b".")
         return digest.digest()
 
-    def get(self, key: bytes | None) -> dict | None:
+    def get(self, key: bytes | None) -> str | None:
         if key is None or key not in self.answers:
             return None
         self.answers.move_to_end(key)
         return self.answers[key]
 
-    def put(self, key: bytes | None, answer: dict) -> None:
+    def put(self, key: bytes | None, answer: str) -> None:
         if key is None:
             return
         self.answers[key] = answer
         self.answers.move_to_end(key)
         if len(self.answers) > self.entries:
             self.answers.popitem(last=False)
+
+
+def part(value: object) -> bytes:
+    """Encode a value so that no two sequences of values have the same bytes."""
+    if isinstance(value, bytes):
+        kind, encoded = b"b", value
+    elif isinstance(value, str):
+        kind, encoded = b"s", value.encode("utf-8", "surrogatepass")
+    else:
+        kind, encoded = b"j", repr(value).encode("utf-8", "surrogatepass")
+    return kind + len(encoded).to_bytes(8, "big") + encoded

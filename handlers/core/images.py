@@ -8,10 +8,9 @@ from typing import Annotated
 
 import numpy
 from PIL import ExifTags, Image, ImageOps
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from handlers.core.errors import ImageTooLarge, UndecodableImage
-from handlers.core.settings import Settings
 
 # of broken metadata Pillow warns in words of its own for each file: Python would keep every one of them, and log it
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -31,7 +30,7 @@ DECODE_ERRORS = (
 )
 
 
-class ImageSettings(Settings):
+class ImageLimits(BaseModel):
     max_pixels: Annotated[int, Field(gt=0)] = 50_000_000  # width x height; a 48-megapixel photograph passes
     # likewise, of what Pillow decodes in Python (QOI, PPM of other than 8 bits, DDS, ...), a microsecond a pixel
     max_slow_pixels: Annotated[int, Field(gt=0)] = 2_000_000
@@ -39,7 +38,7 @@ class ImageSettings(Settings):
     min_side: Annotated[int, Field(gt=0)] = 8  # pixels
 
 
-def open_image(content: bytes, settings: ImageSettings, enough: int | None = None) -> Image.Image:
+def open_image(content: bytes, settings: ImageLimits, enough: int | None = None) -> Image.Image:
     """Decodes the first frame, turned upright as its EXIF orientation says.
 
     Args:

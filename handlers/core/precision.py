@@ -8,11 +8,14 @@ is fast is decided here, by measurement on the worker's own device.
 import logging
 import time
 import warnings
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from handlers.core.outputs import Outputs, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def fastest(
     native = natively(device, folder)
     fixed = isinstance(wanted, str) and wanted != "auto"
     tried = [wanted] if fixed else [name for name in native if wanted == "auto" or name in wanted]
-    expected = main_output(model(*inputs))
+    expected = model(*inputs)
     modules: Modules = {}
     for precision in dict.fromkeys([*tried, "float32"]):  # float32 last: trying leaves the model in its layout
         try:
@@ -87,7 +90,7 @@ def attempt(
     precision: str,
     device: torch.device,
     inputs: tuple[Tensor, ...],
-    expected: Tensor,
+    expected: Outputs,
 ) -> torch.jit.ScriptModule:
     """The frozen module, in a layout that it runs in.
 
@@ -96,7 +99,7 @@ def attempt(
 
     Args:
         inputs: a batch on the device.
-        expected: the model's main output for it in float32.
+        expected: the model's outputs for it in float32.
 
     Raises:
         RuntimeError: it does not run, or does not compute what it should; the message says so in one line.
@@ -105,7 +108,7 @@ def attempt(
     for layout in (torch.channels_last, torch.contiguous_format):
         try:
             module = freeze(model, precision, device, layout)
-            error = relative_error(main_output(module(*inputs)), expected)
+            error = relative_error(module(*inputs), expected)
         except RuntimeError as exc:
             problem = f"it does not run: {str(exc).strip().splitlines()[-1]}"
             continue
@@ -134,10 +137,18 @@ def freeze(
         return torch.jit.freeze(model)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The norm of the difference, as a share of the norm; infinite where a number is not finite."""
-    error = ((actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6)).item()
-    return error if error == error else float("inf")
+def relative_error(actual: Outputs, expected: Outputs) -> float:
+    """Return the norm of the difference, as a share of the norm: the largest of the floating-point tensors; infinite
+    where a number is not finite, or where the outputs differ in their shapes."""
+    pairs = list(zip_longest(tensors(actual), tensors(expected)))
+    if any(one is None or other is None or one.shape != other.shape for one, other in pairs):
+        return float("inf")
+    errors = [
+        ((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-6)).item()
+        for one, other in pairs
+        if other.is_floating_point()
+    ]
+    return max((error if error == error else float("inf") for error in errors), default=0.0)
 
 
 def measure(modules: Modules, inputs: tuple[Tensor, ...], device: torch.device) -> dict[str, float]:
@@ -154,15 +165,3 @@ def measure(modules: Modules, inputs: tuple[Tensor, ...], device: torch.device) 
                 torch.cuda.synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: min(runs[WARM_UP_RUNS:]) for name, runs in seconds.items()}
-
-
-def main_output(outputs: object) -> Tensor:
-    """What is served of a model's outputs: models with auxiliary ones return the main one first.
-
-    Raises:
-        TypeError: there is no tensor to serve.
-    """
-    main = outputs[0] if isinstance(outputs, tuple) else outputs
-    if not isinstance(main, Tensor):
-        raise TypeError(f"the model returns a {type(main).__name__}; a tensor, or a tuple of tensors, can be served")
-    return main

@@ -3,7 +3,7 @@
 pydantic, because a wrong setting then names itself, what it got and what it takes.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,8 +19,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    top_k: PositiveInt = 5  # classes in an answer, unless the request says how many
-    outputs: Literal["logits", "probabilities"] = "logits"  # what the model returns
     threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
     precision: Wanted = "auto"  # of the arithmetic: "auto", and a list, are measured when the worker starts
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request

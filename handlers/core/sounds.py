@@ -1,6 +1,22 @@
-"""Sound files as libsndfile reads them out of memory."""
+"""Bytes of a sound file -> a mono waveform. Lengths are checked before a sample is decoded."""
 
 import io
+from typing import Annotated
+
+import numpy
+import soundfile
+import soxr
+from pydantic import BaseModel, Field
+
+from handlers.core.errors import AudioTooLong, EmptyInput, UndecodableAudio
+from handlers.core.settings import PositiveInt
+
+
+class SoundLimits(BaseModel):
+    max_seconds: Annotated[float, Field(gt=0)] = 60.0  # longer clips are rejected
+    min_sample_rate: PositiveInt = 1_000  # Hz, of the input
+    max_sample_rate: PositiveInt = 384_000
+    max_values: PositiveInt = 32_000_000  # samples x channels: what a small file may unpack to
 
 
 class SoundBytes(io.BytesIO):
@@ -11,3 +27,73 @@ class SoundBytes(io.BytesIO):
             return super().seek(offset, whence)
         except ValueError:
             return self.tell()
+
+
+def read_sound(content: bytes, limits: SoundLimits) -> tuple[numpy.ndarray, int]:
+    """Decode a sound file.
+
+    Returns:
+        mono float32 [samples] in [-1, 1], and the sample rate in Hz.
+
+    Raises:
+        UndecodableAudio: not a sound file that libsndfile reads, a broken one, or one with NaN or infinity in it.
+        AudioTooLong: longer than `max_seconds`, which is checked before the samples are decoded.
+        EmptyInput: a sound file without samples.
+    """
+    try:
+        with soundfile.SoundFile(SoundBytes(content)) as file:
+            sample_rate = file.samplerate
+            if not limits.min_sample_rate <= sample_rate <= limits.max_sample_rate:
+                raise UndecodableAudio(
+                    f"The sample rate is {sample_rate} Hz; "
+                    f"{limits.min_sample_rate} to {limits.max_sample_rate} Hz are accepted."
+                )
+            longest = int(limits.max_seconds * sample_rate)
+            if file.frames > longest or file.frames * file.channels > limits.max_values:
+                raise AudioTooLong(
+                    f"The clip is too long; at most {limits.max_seconds:g} seconds "
+                    f"and {limits.max_values} samples over all channels are accepted."
+                )
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as exc:
+        raise UndecodableAudio("The input is not a readable sound file. Accepted: WAV, FLAC, OGG, MP3.") from exc
+    if not len(samples):
+        raise EmptyInput("The sound file holds no samples.")
+    with numpy.errstate(over="ignore", invalid="ignore"):  # what is not finite in a channel, or in the sum of them
+        mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
+    if not numpy.isfinite(mono).all():
+        raise UndecodableAudio("The sound holds samples that are not finite numbers.")
+    return mono.clip(-1, 1), sample_rate
+
+
+def resample(waveform: numpy.ndarray, sample_rate: int, target: int) -> numpy.ndarray:
+    """Resample a mono waveform, float32 [samples], to the target rate in Hz.
+
+    Raises:
+        EmptyInput: nothing is left, as of a few samples at a high rate.
+    """
+    if sample_rate == target:
+        return waveform
+    resampled = soxr.resample(waveform, sample_rate, target)
+    if not len(resampled):
+        raise EmptyInput("The sound is shorter than one sample at the model's rate.")
+    return resampled
+
+
+def loudest_window(waveform: numpy.ndarray, window: int) -> numpy.ndarray:
+    """Cut or pad a waveform to the model's window: float32 [samples] -> float32 [window].
+
+    Shorter clips are padded with silence on both sides. In longer ones, the loudness of a window is its power under a
+    Hann curve, so that a word that fits several windows is put in the middle of the one that is taken.
+    """
+    missing = window - len(waveform)
+    if missing == 0:
+        return waveform
+    if missing > 0:
+        return numpy.pad(waveform, (missing // 2, missing - missing // 2))
+    hop = max(1, window // 100)
+    blocks = len(waveform) // hop
+    power = numpy.square(waveform[: blocks * hop]).reshape(blocks, hop).sum(axis=1)
+    loudness = numpy.convolve(power, numpy.hanning(window // hop), mode="valid")
+    start = min(int(loudness.argmax()) * hop, len(waveform) - window)
+    return waveform[start : start + window].copy()

@@ -135,9 +135,8 @@ def whole(worker: DryRun, case: Case, size: int, seconds: float) -> float:
 
 
 def inference(worker: DryRun, case: Case, size: int, seconds: float) -> float:
-    handler = worker.handler
-    samples = [handler.decode(content(case))] * size
-    return timed(lambda: handler.inference(samples, handler.settings.top_k), seconds / TURNS / 2)
+    samples = worker.decode({"body": content(case)}) * size
+    return timed(lambda: worker.handler.predict(samples), seconds / TURNS / 2)
 
 
 def timed(batch: Callable[[], object], seconds: float) -> float:

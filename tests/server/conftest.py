@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bundle.paths import MODEL_STORE, MODELS
-from bundle.server.client import Client, first_class
+from bundle.samples import first
+from bundle.server.client import Client
 from bundle.server.keys import Keys
 from bundle.server.ports import free_ports
 from bundle.server.settings import ADDRESSES, GRPC_PORTS
@@ -140,7 +141,7 @@ def good(trusting: Place) -> Iterator[Path]:
     archive = Path(trusting.environment["TS_MODEL_STORE"]) / "mnist.mar"
     yield archive
     answer = trusting.client.predict("mnist", (MODELS / "mnist" / "sample.png").read_bytes())
-    assert first_class(answer.json()) == "3"
+    assert first(answer.json()).label == "3"
     assert trusting.client.models() == ["mnist"]
     for file in archive.parent.iterdir():
         if file.stem != "mnist":

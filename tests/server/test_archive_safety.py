@@ -20,7 +20,7 @@ import pytest
 import requests
 
 from bundle.catalog import select
-from bundle.server.client import first_class
+from bundle.samples import first
 from bundle.server.readiness import worker_failure
 from tests.altered import REFUSED, another_handler, changed, every_refusal, leaves_a_mark
 from tests.server.conftest import Place
@@ -163,7 +163,7 @@ def test_what_was_signed_is_served(trusting: Place, good: Path):
         assert register(trusting, "mnist.mar", runtime=runtime).status_code == 200
         trusting.client.scale("elsewhere", "1.0", 3, 3)
         wait_for(lambda: trusting.client.workers("elsewhere").ready == 3)
-        assert first_class(trusting.client.predict("elsewhere", DIGIT).json()) == MNIST.bundle.expect
+        assert first(trusting.client.predict("elsewhere", DIGIT).json()).label == MNIST.bundle.expect
         trusting.client.unregister("elsewhere", "1.0")
 
 

@@ -11,7 +11,7 @@ import requests
 
 from bundle.catalog import select
 from bundle.paths import ROOT
-from bundle.server.client import first_class
+from bundle.samples import first
 from bundle.signing import seal
 from tests.altered import REFUSED, every_refusal, one_bit, without_manifest
 from tests.server.conftest import Place
@@ -80,7 +80,7 @@ def test_without_a_key_checksums_are_held_to(place: Place, good: Path, key: Path
     assert place.client.models() == ["mnist"]
     # a key is a setting like others, with which a server that does not have it is started again: not if that would fail
     assert "mnist.mar is refused: it is not signed" in place.bundle("serve", "mnist", TRUSTED_KEY=f"{key}.pub").stderr
-    assert first_class(place.client.predict("mnist", DIGIT).json()) == MNIST.bundle.expect
+    assert first(place.client.predict("mnist", DIGIT).json()).label == MNIST.bundle.expect
 
 
 def test_make_keygen(tmp_path: Path):

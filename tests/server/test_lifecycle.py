@@ -8,7 +8,7 @@ import requests
 
 from bundle.catalog import select
 from bundle.paths import MODEL_STORE
-from bundle.server.client import first_class
+from bundle.samples import first
 from tests.support import reversioned, wait_for
 
 SHIPPED = select(["mnist", "image", "audio", "text"])
@@ -54,7 +54,7 @@ def test_register_list_predict_unregister(served, management):
         assert "digits" in served.client.models()
         wait_for(lambda: served.client.workers("digits").ready == MNIST.config["minWorkers"])
         answer = served.client.predict("digits", MNIST.sample_file.read_bytes())
-        assert first_class(answer.json()) == MNIST.bundle.expect
+        assert first(answer.json()).label == MNIST.bundle.expect
     finally:
         gone = requests.delete(f"{management}/models/digits", timeout=60)
     assert gone.status_code == 200, gone.text

@@ -8,8 +8,8 @@ import pytest
 import requests
 
 from bundle.catalog import ModelFolder, select
+from bundle.samples import first
 from bundle.server import grpc_client
-from bundle.server.client import first_class
 
 MODELS = {folder.name: folder for folder in select(["mnist", "image", "audio", "text"])}
 pytestmark = pytest.mark.parametrize("model", MODELS)
@@ -46,7 +46,7 @@ def test_every_way_of_sending_gives_the_same_answer(served, model):
         response = requests.post(f"{served.client.inference}/predictions/{model}", **arguments, timeout=30)
         assert response.status_code == 200, (way, response.text)
         assert response.headers["content-type"] == "application/json", way
-        answers[way] = first_class(response.json())
+        answers[way] = first(response.json()).label
     assert set(answers.values()) == {folder.bundle.expect}, answers
 
 
@@ -56,7 +56,7 @@ def test_instances(served, model):
     response = requests.post(f"{served.client.inference}/predictions/{model}", json=body, timeout=30)
     assert response.status_code == 200, response.text
     predictions = response.json()["predictions"]
-    assert [first_class(prediction) for prediction in predictions] == [folder.bundle.expect] * 3
+    assert [first(prediction).label for prediction in predictions] == [folder.bundle.expect] * 3
 
 
 def test_top_k_of_the_request(served, model):
@@ -76,7 +76,7 @@ def test_top_k_of_the_request(served, model):
 def test_grpc(served, model):
     folder = MODELS[model]
     answer = grpc_client.predict(f"127.0.0.1:{served.ports['grpc_inference_port']}", model, sample(folder))
-    assert first_class(json.loads(answer)) == folder.bundle.expect
+    assert first(json.loads(answer)).label == folder.bundle.expect
 
 
 ROUNDING = 0.02  # bfloat16 rounds otherwise in batches of another size, and each worker chooses its own precision

@@ -9,6 +9,10 @@ import numpy
 import soundfile
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+
+from handlers.core.batch import BatchHandler
+from handlers.core.request import RequestReader
 
 # --- images ------------------------------------------------------------------------------------------------------
 
@@ -125,3 +129,10 @@ def damaged(draw: st.DrawFn, originals: dict[str, bytes]) -> bytes:
         length = draw(st.integers(0, 16))
         content[at : at + length] = draw(st.binary(max_size=16))
     return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
+
+
+def decoded(handler: BatchHandler, content: bytes | str) -> Tensor:
+    """What a handler with these settings decodes of a raw body."""
+    reader = RequestReader(handler.Inputs, handler.Options, max_instances=1)
+    [inputs] = reader.read({"body": content}, {}).inputs
+    return handler.decode(inputs).tensors

@@ -17,30 +17,36 @@ HANDLER = textwrap.dedent(
     """
     import time
     import torch
-    from handlers.core.batch import BatchHandler
+    from handlers.core import inputs
+    from handlers.core.batch import Sample
+    from handlers.core.classifier import ClassifierHandler
     from handlers.core.errors import UndecodableInput
+    from handlers.core.inputs import Text
 
 
-    class NumbersHandler(BatchHandler):
-        def decode(self, content):
-            if content == b"bug":
+    class NumbersHandler(ClassifierHandler):
+        class Inputs(inputs.Inputs):
+            data: Text
+
+        def decode(self, inputs):
+            if inputs.data == "bug":
                 raise ZeroDivisionError("a bug")
-            if content == b"slow":
+            if inputs.data == "slow":
                 time.sleep(2.1)
-                return torch.zeros(4)
+                return Sample(torch.zeros(4))
             try:
-                return torch.tensor([float(number) for number in content.split(b",")]).reshape(4)
-            except (ValueError, RuntimeError, TypeError) as exc:
+                return Sample(torch.tensor([float(number) for number in inputs.data.split(",")]).reshape(4))
+            except (ValueError, RuntimeError) as exc:
                 raise UndecodableInput("Four numbers are accepted.") from exc
 
         def example(self):
-            return torch.zeros(4)
+            return Sample(torch.zeros(4))
     """
 )
 
 
 class Numbers(nn.Module):
-    """[N, 4] -> [N, 7] logits. It refuses batches that are larger than the worker was told."""
+    """[N, 4] -> [N, 7] logits. It fails on batches that are larger than the worker was told, and on 1e9."""
 
     def __init__(self):
         super().__init__()
@@ -49,6 +55,7 @@ class Numbers(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         assert numbers.shape[0] <= self.largest
+        assert not (numbers == 1e9).any()
         return self.layer(numbers)
 
 

@@ -16,7 +16,7 @@ from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.build.export import PreprocessedImages
 from bundle.catalog import ModelFolder
-from handlers.core.precision import main_output
+from handlers.core.outputs import main_output
 from tests.unit.workbench import CLASSES, LABELS, Auxiliary, SmallNet, Tone, WordNet, Workbench, static_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import damaged, encode_sound, tone_burst
+from inputs import damaged, decoded, encode_sound, tone_burst
 
-from handlers.audio_mfcc import AudioMFCCHandler, loudest_window
+from handlers.audio_mfcc import AudioMFCCHandler
 from handlers.core.errors import AudioTooLong, EmptyInput, RequestError, UndecodableAudio
+from handlers.core.sounds import loudest_window
 
 RATE = 16_000
 BURST = tone_burst(RATE)
@@ -23,8 +24,8 @@ def handler(**options: object) -> AudioMFCCHandler:
 
 
 def decode(content: bytes | str, **options: object) -> numpy.ndarray:
-    sample = handler(**options).decode(content)
-    assert (sample.shape, sample.dtype) == (handler(**options).example().shape, torch.float32)
+    sample = decoded(handler(**options), content)
+    assert (sample.shape, sample.dtype) == (handler(**options).example().tensors.shape, torch.float32)
     assert abs(sample).max() <= 1.05  # resampling may overshoot full scale a little
     return sample.numpy()
 
@@ -147,7 +148,6 @@ def spoilt(value: float) -> bytes:
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        pytest.param(b"", UndecodableAudio, "Accepted: WAV, FLAC, OGG, MP3", id="empty"),
         pytest.param(b"hello, world\n" * 1000, UndecodableAudio, "Accepted: WAV", id="text"),
         pytest.param(encode_sound(BURST)[:20], UndecodableAudio, "Accepted: WAV", id="half-a-header"),
         pytest.param(encode_sound(BURST, format="FLAC")[:60], UndecodableAudio, "Accepted: WAV", id="half-a-flac"),
@@ -164,14 +164,14 @@ def spoilt(value: float) -> bytes:
 )
 def test_refuses(content: bytes, error: type, message: str):
     with pytest.raises(error, match=message):
-        handler().decode(content)
+        decoded(handler(), content)
 
 
 def test_loud_opposites_over_many_channels_are_refused():
     """Finite samples whose sum is not."""
     samples = numpy.tile(numpy.float32([3e38, -3e38] + [0] * 6), (100, 4)).astype(numpy.float32)
     with pytest.raises(UndecodableAudio, match="not finite"):
-        handler().decode(encode_sound(samples, subtype="FLOAT"))
+        decoded(handler(), encode_sound(samples, subtype="FLOAT"))
 
 
 @pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
@@ -183,7 +183,7 @@ def test_ten_minutes_are_refused_before_they_are_decoded(format: str, monkeypatc
 
     monkeypatch.setattr("soundfile.SoundFile.read", reached)
     with pytest.raises(AudioTooLong, match="at most 60 seconds"):
-        handler().decode(content)
+        decoded(handler(), content)
 
 
 def test_many_channels_count_together():
@@ -191,14 +191,14 @@ def test_many_channels_count_together():
     content = encode_sound(numpy.zeros((2_000, 8), dtype=numpy.float32), format="FLAC")
     assert not decode(content, max_values=16_000).any()
     with pytest.raises(AudioTooLong, match="15999 samples over all channels"):
-        handler(max_values=15_999).decode(content)
+        decoded(handler(max_values=15_999), content)
 
 
 def test_the_longest_clip_is_accepted():
     clip = numpy.zeros(2 * RATE, dtype=numpy.float32)
     assert not decode(encode_sound(clip), max_seconds=2).any()
     with pytest.raises(AudioTooLong, match="at most 2 seconds"):
-        handler(max_seconds=2).decode(encode_sound(numpy.append(clip, 0)))
+        decoded(handler(max_seconds=2), encode_sound(numpy.append(clip, 0)))
 
 
 ORIGINALS = {
@@ -225,7 +225,7 @@ def test_a_file_that_was_cut_off_prints_no_traceback():
 @given(st.one_of(st.binary(), damaged(ORIGINALS)))
 def test_any_bytes_are_a_sound_or_a_request_error(content: bytes):
     try:
-        sample = handler().decode(content)
+        sample = decoded(handler(), content)
     except RequestError:
         return
     assert sample.shape == (RATE,)

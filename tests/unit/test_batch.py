@@ -1,12 +1,18 @@
 """A batch through TorchServe's own worker code: a small handler and a scripted model, in an archive made here."""
 
+import builtins
 import functools
+import itertools
 import logging
+import math
+import pickle
 import re
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -63,12 +69,108 @@ def test_instances_of_more_than_a_batch(worker: DryRun, counts: list[int]):
     assert answers == [(200, {"predictions": alone[:count]}) for count in counts]
 
 
-def test_an_unexpected_exception_fails_the_batch_loudly(worker: DryRun, caplog: pytest.LogCaptureFixture):
-    answers = worker.predict([row(0), {"body": b"bug"}])
-    assert [(status, body["type"]) for status, body in answers] == [(500, "InternalError")] * 2
-    assert "a bug" not in answers[0][1]["message"]
+EXCEPTIONS = [
+    *(
+        exception
+        for exception in vars(builtins).values()
+        if isinstance(exception, type) and issubclass(exception, Exception)
+    ),
+    struct.error,
+    pickle.UnpicklingError,
+]
+UNICODE = {UnicodeDecodeError: ("utf-8", b"", 0, 1, "why"), UnicodeEncodeError: ("utf-8", "", 0, 1, "why")}
+UNICODE[UnicodeTranslateError] = ("", 0, 1, "why")
+
+
+@pytest.mark.parametrize("stage", ["read", "decode", "encode"])
+@given(error=st.sampled_from(EXCEPTIONS), size=st.integers(1, BATCH_SIZE), position=st.integers(0, BATCH_SIZE - 1))
+def test_any_exception_in_one_request_leaves_its_neighbours_alone(
+    worker: DryRun, stage: str, error: type[Exception], size: int, position: int
+):
+    if issubclass(error, (MemoryError, ExceptionGroup)):
+        return
+    position %= size
+    rows = [row(index) for index in range(size)]
+    alone = [alike(worker.predict([one])[0][1]) for one in rows]
+    whole, calls = getattr(worker.handler, stage), itertools.count()
+
+    def fail(*arguments: object) -> object:
+        if next(calls) == position:
+            raise error(*UNICODE.get(error, ("secret",)))
+        return whole(*arguments)
+
+    with patch.object(worker.handler, stage, fail):
+        answers = worker.predict(rows)
+    status, body = answers.pop(position)
+    assert (status, body["type"]) == (500, "InternalError")
+    assert "secret" not in body["message"]
+    del alone[position]
+    assert answers == [(200, answer) for answer in alone]
+
+
+def test_an_unexpected_exception_is_logged_and_counted(worker: DryRun, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        answers = worker.predict([row(0), {"body": b"bug"}])
+    assert [status for status, _ in answers] == [200, 500]
+    assert "a bug" not in answers[1][1]["message"]
     assert "ZeroDivisionError: a bug" in caplog.text
-    assert worker.predict([row(0)])[0][0] == 200
+    counted = emitted(caplog, "bundle_requests_total")
+    assert [line.split("Status:")[1].split("|")[0] for line in counted] == ["200", "500"]
+
+
+@pytest.mark.parametrize("position", range(BATCH_SIZE))
+def test_an_input_that_the_model_fails_on_fails_alone(worker: DryRun, position: int, caplog: pytest.LogCaptureFixture):
+    rows = [row(index) for index in range(BATCH_SIZE)]
+    expected = [(200, alike(worker.predict([one])[0][1])) for one in rows]
+    rows[position] = {"body": b"1e9,0,0,0"}
+    answers = worker.predict(rows)
+    status, body = answers.pop(position)
+    assert (status, body["type"]) == (500, "InternalError")
+    assert "a bug failed one input of numbers" in caplog.text
+    del expected[position]
+    assert answers == expected
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_another_number_of_rows_than_samples_fails_the_batch_and_says_what_to_mend(
+    worker: DryRun, change: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """With a row too many, a request would be answered with its neighbour's."""
+    reduce = worker.handler.reduce
+    monkeypatch.setattr(
+        worker.handler, "reduce", lambda outputs: reduce(outputs).repeat(2, 1, 1)[: len(outputs) + change]
+    )
+    answers = worker.predict([row(0), row(1)])
+    assert [(status, body["type"]) for status, body in answers] == [(500, "InternalError")] * 2
+    assert f"NumbersHandler.reduce returned {2 + change} rows for 2 samples" in caplog.text
+    assert "exactly one row a sample" in caplog.text
+
+
+def test_an_overridden_predict_must_return_a_row_a_sample(
+    worker: DryRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(worker.handler, "predict", lambda samples: [torch.zeros(1, 2)])
+    assert [status for status, _ in worker.predict([row(0), row(1)])] == [500, 500]
+    assert "predict returned 1 rows for 2 samples" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_number_that_is_not_finite_never_leaves(
+    worker: DryRun, monkeypatch: pytest.MonkeyPatch, value: float, nested: bool
+):
+    """Whatever `encode` a handler has."""
+    scores = iter([value, 0.5])
+    monkeypatch.setattr(worker.handler, "encode", lambda *_: {"boxes": [[next(scores)]]} if nested else next(scores))
+    (status, body), (good, _) = worker.predict([row(0), row(1)])
+    assert (status, body["type"], good) == (500, "NonFiniteOutput", 200)
+
+
+def test_an_answer_that_is_not_json_is_a_bug_of_its_request(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
+    answers = iter([torch.zeros(1), {"value": 1}])
+    monkeypatch.setattr(worker.handler, "encode", lambda *_: next(answers))
+    (status, body), good = worker.predict([row(0), row(1)])
+    assert (status, body["type"], good) == (500, "InternalError", (200, {"value": 1}))
 
 
 def test_a_batch_that_decodes_too_long_goes_on_with_what_it_has(worker: DryRun):
@@ -97,7 +199,7 @@ def test_top_k(worker: DryRun, asked: object):
 
 
 @pytest.mark.parametrize("asked", [0, -1, CLASSES + 1, 10**9, "three", True, 2.0, None, [], b"1e3"])
-def test_top_k_that_is_none(worker: DryRun, asked: object):
+def test_invalid_top_k_is_rejected(worker: DryRun, asked: object):
     [(status, body)] = worker.predict([{"data": row(1)["body"], "top_k": asked}])
     assert (status, body["type"]) == (400, "InvalidOption")
     assert body["message"].startswith("top_k must be")
@@ -125,8 +227,7 @@ def test_every_answer_says_that_it_is_json(worker: DryRun):
     assert [worker.service.context.get_response_content_type(index) for index in range(4)] == ["application/json"] * 4
 
 
-def test_the_model_runs_on_the_workers_threads(worker: DryRun):
-    assert torch.get_num_threads() == worker.handler.settings.threads == 1
+def test_the_worker_is_told_its_batch_size(worker: DryRun):
     assert worker.handler.batch_size == BATCH_SIZE
 
 

@@ -8,7 +8,7 @@ import torch
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
-from bundle.server.client import first_class
+from bundle.samples import first
 from loadtest.bench.cases import CASES
 from loadtest.bench.devices import measure_case
 
@@ -25,11 +25,6 @@ def answers(folder: ModelFolder, mar: Path, size: int, gpu: int | None) -> list[
     return [body for _, body in found]
 
 
-def probability(answer: dict) -> float:
-    ranked = answer.get("top_3_probabilities")
-    return ranked[0] if ranked else answer["top_k"][0]["probability"]
-
-
 @pytest.mark.parametrize("size", [1, 5, 32])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gpu_answers_as_the_cpu_does(model: str, size: int, tmp_path: Path):
@@ -37,8 +32,8 @@ def test_a_gpu_answers_as_the_cpu_does(model: str, size: int, tmp_path: Path):
     mar = archive(folder, store=tmp_path).path
     [expected] = answers(folder, mar, 1, None)
     for answer in answers(folder, mar, size, 0):
-        assert first_class(answer) == first_class(expected)
-        assert probability(answer) == pytest.approx(probability(expected), abs=0.03)
+        assert first(answer).label == first(expected).label
+        assert first(answer).probability == pytest.approx(first(expected).probability, abs=0.03)
 
 
 def test_inputs_reach_the_gpu_from_pinned_memory(tmp_path: Path):

@@ -9,15 +9,15 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import bare_png, damaged, encode_image, four_colours, ico_around
+from inputs import bare_png, damaged, decoded, encode_image, four_colours, ico_around
 from PIL import Image, ImageOps
 
 from handlers.core.errors import ImageTooLarge, RequestError, UndecodableImage
-from handlers.core.images import ImageSettings, flatten, open_image
+from handlers.core.images import ImageLimits, flatten, open_image
 from handlers.image_topk import ImageTopKHandler
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-SETTINGS = ImageSettings()
+SETTINGS = ImageLimits()
 COLOURS = four_colours()
 RAMP = numpy.linspace(0, 1, 48 * 32).reshape(32, 48)  # black to white
 GREY = Image.fromarray((RAMP * 255).round().astype(numpy.uint8))
@@ -213,14 +213,14 @@ def test_large_images_are_refused_before_they_are_decoded(content: bytes, monkey
 
 
 def test_the_largest_image_is_accepted():
-    limits = ImageSettings(max_pixels=48 * 32, min_side=32)
+    limits = ImageLimits(max_pixels=48 * 32, min_side=32)
     assert open_image(encode_image(COLOURS, "PNG"), limits).size == (48, 32)
 
 
 @pytest.mark.parametrize(("pixels", "refused"), [(b"\1" * 1600, False), (b"\1" * 1640, True)])
 def test_what_pillow_decodes_in_python_has_a_limit_of_its_own(pixels: bytes, refused: bool):
     """A PPM of 16 million pixels whose white is 254 takes 9 s: two dozen of them, and the worker is killed."""
-    limits = ImageSettings(max_slow_pixels=1600)
+    limits = ImageLimits(max_slow_pixels=1600)
     content = b"P5 40 %d 254\n" % (len(pixels) // 40) + pixels
     assert open_image(content.replace(b" 254\n", b" 255\n"), limits)
     if refused:
@@ -273,7 +273,7 @@ def test_broken_metadata_leaves_no_warnings_behind():
     """Each has words of its own: a worker would keep all of them, and log them."""
     exif = b"Exif\0\0II*\0\x08\0\0\0" + bytes(range(1, 40))
     content = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + JPEG[2:]
-    code = "import sys; from handlers.core.images import *; open_image(sys.stdin.buffer.read(), ImageSettings())"
+    code = "import sys; from handlers.core.images import *; open_image(sys.stdin.buffer.read(), ImageLimits())"
     root = Path(__file__).resolve().parents[2]
     run = subprocess.run([sys.executable, "-c", code], input=content, cwd=root, capture_output=True)
     assert (run.returncode, run.stderr) == (0, b"")
@@ -310,5 +310,5 @@ def test_any_bytes_are_an_image_or_a_request_error(content: bytes):
 def test_sample(content: bytes, channels: int):
     handler = ImageTopKHandler()
     handler.settings = handler.Settings(resize=24, crop=20, channels=channels)
-    sample = handler.decode(content)
-    assert (sample.shape, sample.dtype) == (handler.example().shape, handler.example().dtype)
+    sample, example = decoded(handler, content), handler.example().tensors
+    assert (sample.shape, sample.dtype) == (example.shape, example.dtype)

@@ -74,7 +74,13 @@ RANKING = '{"top_k": [{"label": "yes", "class": 0, "probability": 0.9}]}'
 
 class TestAnswers:
     @pytest.mark.parametrize(
-        ("text", "expect"), [(RANKING, "yes"), (RANKING, None), ('{"top_3_classes": [3, 9, 7]}', "3"), ("[]", None)]
+        ("text", "expect"),
+        [
+            (RANKING, "yes"),
+            (RANKING, None),
+            ('{"top_3_classes": [3, 9, 7], "top_3_probabilities": [0.9, 0.05, 0.01]}', "3"),
+            ("[]", None),
+        ],
     )
     def test_right(self, text: str, expect: str | None):
         assert answers.fault(200, text, expect) is None

@@ -311,7 +311,7 @@ def test_a_module_that_does_not_run_in_int8_is_named(tmp_path: Path, monkeypatch
 def test_too_few_examples_and_bad_ones_are_named(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, agreement=0.99)
     (folder.path / "examples" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(BundleError, match=r"0.png is refused.*UndecodableImage"):
+    with pytest.raises(BundleError, match=r"0.png is rejected.*UndecodableImage"):
         archive(folder, store=tmp_path / "store")
     for index in range(30):
         (folder.path / "examples" / f"{index}.png").unlink()
@@ -344,10 +344,8 @@ def held_out(model: str, count: int) -> list[tuple[torch.Tensor, ...]]:
     if model == "text":
         texts = [text for text, _ in train.load(DATA_DIR)["test"]][:count]
         with DryRun(archive(*select(["text"])).path) as worker:
-            return [
-                worker.handler.collate([worker.handler.decode(text) for text in texts[start : start + 50]])
-                for start in range(0, len(texts), 50)
-            ]
+            samples = [sample for text in texts for sample in worker.decode({"body": text})]
+            return [worker.handler.collate(samples[start : start + 50]) for start in range(0, len(samples), 50)]
     inputs, _ = train.load(DATA_DIR, "test")
     chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:count]
     return [(batch,) for batch in inputs[chosen].split(50)]

@@ -18,7 +18,7 @@ from PIL import Image
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import select
-from bundle.server.client import first_class
+from bundle.samples import first
 
 DATA_DIR = Path(os.environ.get("DATA_DIR", "data"))
 INPUTS = 1000
@@ -82,7 +82,7 @@ def test_what_is_served_is_as_accurate_as_what_was_trained(model, tmp_path):
             answers = dry_run.predict([{"body": content} for content in contents[start : start + 32]])
             for (status, body), label in zip(answers, labels[start : start + 32], strict=True):
                 assert status == 200, body
-                correct += first_class(body) == label
+                correct += first(body).label == label
     metrics = json.loads((folder.path / "metrics.json").read_text())
     trained = metrics["as_served"]["in_scope_accuracy"] if model == "text" else metrics["accuracy"]
     assert abs(correct / len(contents) - trained) < TOLERANCE

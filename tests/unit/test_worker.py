@@ -20,7 +20,8 @@ from torch import nn
 from bundle.build.quantize import load
 from bundle.paths import ROOT
 from handlers.core import memory, precision, wire
-from handlers.core.precision import INT8_NAME, fastest, main_output
+from handlers.core.outputs import main_output
+from handlers.core.precision import INT8_NAME, fastest
 from models.audio.model import build
 
 CPU = torch.device("cpu")

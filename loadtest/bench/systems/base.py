@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from bundle import samples
 from bundle.catalog import ModelFolder
 from loadtest.bench.cases import Case
 
@@ -17,12 +18,12 @@ def first(answer: bytes) -> tuple[int, float]:
         ValueError: the answer has another form.
     """
     try:
-        ranking = json.loads(answer)
-        if "top_k" in ranking:
-            return int(ranking["top_k"][0]["class"]), float(ranking["top_k"][0]["probability"])
-        return int(ranking["top_3_classes"][0]), float(ranking["top_3_probabilities"][0])
-    except (KeyError, IndexError, TypeError, ValueError) as exc:
-        raise ValueError(f"The answer is not a ranking: {answer[:200]!r}") from exc
+        best = samples.first(json.loads(answer))
+    except ValueError:
+        best = None
+    if best is None:
+        raise ValueError(f"The answer is not a ranking: {answer[:200]!r}")
+    return best.index, best.probability
 
 
 @dataclass(frozen=True)

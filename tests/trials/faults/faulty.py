@@ -11,6 +11,8 @@ import time
 import torch
 from text import TextHandler
 
+from handlers.core.batch import Sample
+
 logger = logging.getLogger(__name__)
 
 # what the error of a device is, out of a TorchScript module
@@ -20,8 +22,8 @@ IN_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter.
 class FaultyHandler(TextHandler):
     room = 1_000_000  # texts that the device has memory for
 
-    def decode(self, content: bytes | str) -> torch.Tensor:
-        command = self.read_text(content).split()[0]
+    def decode(self, inputs: TextHandler.Inputs) -> Sample:
+        command = (inputs.data.split() or [""])[0]
         if command == "hang":
             time.sleep(3600)
         if command == "crash":
@@ -33,9 +35,9 @@ class FaultyHandler(TextHandler):
             raise RuntimeError(IN_TORCHSCRIPT + "CUDA error: an illegal memory access was encountered")
         if command == "small":
             self.room = 2
-        return super().decode(content)
+        return super().decode(inputs)
 
-    def collate(self, samples: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def collate(self, samples: list[Sample]) -> tuple[torch.Tensor, ...]:
         if len(samples) > self.room:
             raise RuntimeError(IN_TORCHSCRIPT + "CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().collate(samples)

@@ -20,6 +20,7 @@ def run(model: str, seconds: int) -> None:
     with atheris.instrument_imports(include=["PIL", "soundfile", "handlers"]):
         module = importlib.import_module(f"handlers.{config.bundle.handler}")
         errors = importlib.import_module("handlers.core.errors")
+        request = importlib.import_module("handlers.core.request")
     # they import Pillow, which is instrumented only where it is imported first
     from tests.trials.fuzz.corpus import corpus
     from tests.trials.fuzz.findings import FOLDER
@@ -35,10 +36,12 @@ def run(model: str, seconds: int) -> None:
     handler = handler_class()
     handler.settings = handler.Settings.model_validate(config.config["handler"])
     handler.load_assets(config.path)
+    reader = request.RequestReader(handler.Inputs, handler.Options, max_instances=1)
 
     def decode(content: bytes) -> None:
         try:
-            handler.decode(content)
+            [inputs] = reader.read({"body": content}, {}).inputs
+            handler.decode(inputs)
         except errors.RequestError:
             pass
 

@@ -15,6 +15,7 @@ from random import Random
 
 from bundle.build.dryrun import DryRun
 from bundle.paths import MODEL_STORE
+from bundle.samples import ranking
 from tests.trials.fuzz.cases import Case, case
 from tests.trials.fuzz.corpus import good
 from tests.trials.fuzz.findings import FOLDER, Findings
@@ -116,15 +117,9 @@ def alike(seen: tuple[int, object], expected: tuple[int, object]) -> bool:
     )  # fmt: skip
 
 
-def ranked(body: object) -> dict:
+def ranked(body: object) -> dict[str, float]:
     """Probability by class, of what is not nearly zero: the order of those may change."""
-    if not isinstance(body, dict):
-        return {}
-    if "top_3_classes" in body:
-        pairs = zip(body["top_3_classes"], body["top_3_probabilities"], strict=True)
-    else:
-        pairs = ((entry["class"], entry["probability"]) for entry in body.get("top_k", []))
-    return {label: probability for label, probability in pairs if probability > TOLERANCE}
+    return {each.label: each.probability for each in ranking(body) if each.probability > TOLERANCE}
 
 
 @contextmanager

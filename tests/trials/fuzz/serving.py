@@ -14,7 +14,8 @@ from yarl import URL
 
 from bundle.catalog import select
 from bundle.errors import BundleError
-from bundle.server.client import Client, first_class
+from bundle.samples import ranking
+from bundle.server.client import Client
 from tests.trials.fuzz.cases import BODY_LIMIT, Case, case
 from tests.trials.fuzz.corpus import good, sample
 from tests.trials.fuzz.findings import Findings
@@ -227,6 +228,5 @@ def resident(pid: int) -> int:
 
 def leader(answer: Answer) -> tuple[str, float, float]:
     """First class of a ranking, by how much it leads, and its probability."""
-    body = json.loads(answer.body)
-    values = body.get("top_3_probabilities") or [entry["probability"] for entry in body["top_k"]]
-    return first_class(body), values[0] - values[1], values[0]
+    best, second, *_ = ranking(json.loads(answer.body))
+    return best.label, best.probability - second.probability, best.probability

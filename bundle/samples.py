@@ -1,0 +1,36 @@
+"""A model's sample as a client sees it: how the file is sent, and what comes first in the answer.
+
+Standard library only, because the image of the load test carries this module without the bundle's packages.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Ranked(NamedTuple):
+    """A class in an answer that is a ranking."""
+
+    label: str
+    index: int
+    probability: float
+
+
+def headers(file: Path) -> dict[str, str]:
+    """Return the headers to send a file with: JSON says that it is JSON; everything else is a raw body."""
+    return {"Content-Type": "application/json"} if file.suffix.lower() == ".json" else {}
+
+
+def ranking(answer: object) -> list[Ranked]:
+    """Return the classes that an answer ranks, best first; [] for an answer that is not a ranking."""
+    try:
+        if "top_3_classes" in answer:
+            pairs = zip(answer["top_3_classes"], answer["top_3_probabilities"], strict=True)
+            return [Ranked(str(index), int(index), float(probability)) for index, probability in pairs]
+        return [Ranked(str(e["label"]), int(e["class"]), float(e["probability"])) for e in answer["top_k"]]
+    except (LookupError, TypeError, ValueError):
+        return []
+
+
+def first(answer: object) -> Ranked | None:
+    """Return the class that an answer ranks first; None for an answer that is not a ranking."""
+    return next(iter(ranking(answer)), None)

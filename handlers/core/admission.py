@@ -1,0 +1,46 @@
+"""Which requests are begun: not those that waited too long, nor those that the batch has no time to decode."""
+
+import time
+from dataclasses import dataclass
+
+from handlers.core.errors import Overloaded
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The moment after which a batch decodes no further input.
+
+    Limits bound what one input takes to decode. This bounds the batch, which may hold hundreds at the limit.
+
+    Attributes:
+        at: time.monotonic() seconds.
+    """
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> "Deadline":
+        return cls(time.monotonic() + seconds)
+
+    def check(self) -> None:
+        """Raise Overloaded once the deadline has passed."""
+        if time.monotonic() > self.at:
+            raise Overloaded("Decoding this batch took too long. Retry, or send fewer inputs per request.")
+
+
+def check_wait(arrival: float | None, longest: float | None) -> None:
+    """Reject a request that waited too long. To be asked in a full batch only, behind which others wait: work on late
+    requests delays the others, until all are late.
+
+    Args:
+        arrival: when the request reached the proxy (s since the epoch), if it came through one.
+        longest: seconds that a request may wait; None for any time.
+
+    Raises:
+        Overloaded: it has waited longer.
+    """
+    if longest is not None and arrival is not None and time.time() - arrival > longest:
+        raise Overloaded(
+            f"The model is overloaded: this request waited {longest:g} s and was not started. Retry after the time in "
+            "the Retry-After header."
+        )

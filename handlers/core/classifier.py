@@ -1,0 +1,66 @@
+"""Classifiers: labels, and the most probable of them as the answer."""
+
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from ts.context import Context
+
+from handlers.core import inputs, settings, topk
+from handlers.core.batch import BatchHandler
+from handlers.core.errors import InvalidOption
+from handlers.core.outputs import Outputs, main_output
+from handlers.core.request import Request
+from handlers.core.settings import PositiveInt
+
+LABELS = "index_to_name.json"
+
+
+class ClassifierHandler(BatchHandler):
+    """Serves a TorchScript module that returns [N, classes], or a tuple that begins with it.
+
+    Answers {"top_k": [{"label", "class", "probability"}, ...]}, best first. A subclass fills in `Inputs`, `decode` and
+    `example`.
+    """
+
+    class Settings(settings.Settings):
+        top_k: PositiveInt = 5  # classes in an answer, unless the request says how many
+        outputs: Literal["logits", "probabilities"] = "logits"  # what the model returns
+
+    class Options(inputs.Options):
+        top_k: PositiveInt | None = None
+
+    def initialize(self, context: Context) -> None:
+        """Load the labels with the model.
+
+        Raises:
+            FileNotFoundError: the archive has no index_to_name.json.
+        """
+        if not (Path(context.system_properties["model_dir"]) / LABELS).is_file():
+            raise FileNotFoundError(f"the archive has no {LABELS}: a classifier needs its labels")
+        super().initialize(context)
+
+    def read(self, row: dict, headers: dict[str, str]) -> Request:
+        request = super().read(row, headers)
+        self.check_top_k(request.options.top_k)
+        return request
+
+    def check_top_k(self, asked: int | None) -> None:
+        """Check the number of classes that a request asks for, None where it does not.
+
+        Raises:
+            InvalidOption: the model has fewer.
+        """
+        if asked is not None and asked > len(self.mapping):
+            raise InvalidOption(f"top_k must be between 1 and {len(self.mapping)}, the number of classes.")
+
+    def reduce(self, outputs: Outputs) -> Tensor:
+        """Rank the classes: [N, classes] -> float32 [N, classes, 2], probability and class, best first."""
+        return topk.rank(main_output(outputs), self.settings.outputs)
+
+    def encode(self, row: Tensor, info: object, options: Options) -> dict:
+        top_k = options.top_k or min(self.settings.top_k, len(self.mapping))
+        return {"top_k": topk.ranking(row[:top_k], self.mapping)}
+
+    def describe(self) -> dict:
+        return {**super().describe(), "labels": self.mapping}

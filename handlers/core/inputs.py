@@ -1,0 +1,121 @@
+"""What a handler declares that it takes: inputs, each of a kind, and options.
+
+    class Inputs(inputs.Inputs):
+        data: Image                      # a field of this name; also the raw body, as it is the only one
+
+    class Options(inputs.Options):
+        score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+These two classes are the only place that spells the fields. Reading, error messages and the cache's key come from them.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+
+from handlers.core.errors import EmptyInput, InvalidBase64, UndecodableText
+
+
+class Inputs(BaseModel):
+    """The inputs of one sample. A field without a `Kind` takes JSON of its type: `dict[str, float]`, or a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Options(BaseModel):
+    """What a request can ask for beside its inputs. Every option has a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def binary(value: bytes | str) -> bytes:
+    """Return the bytes of an input that is binary by nature: as they were sent, or out of base64 (also a data: URL).
+
+    Raises:
+        InvalidBase64: `value` is text and not base64.
+        EmptyInput: the base64 text holds no bytes.
+    """
+    if isinstance(value, bytes):
+        return value
+    encoded = value.split(",", 1)[1] if value.startswith("data:") and "," in value else value
+    try:
+        decoded = base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise InvalidBase64("The input is text and not base64. Send the file's bytes, or base64 of them.") from exc
+    if not decoded:
+        raise EmptyInput("The base64 text holds no bytes.")
+    return decoded
+
+
+def text(value: bytes | str) -> str:
+    """Return a text as a str that can be encoded.
+
+    Raises:
+        UndecodableText: the bytes are not UTF-8, or the str holds lone surrogates, as JSON's \\ud800 makes them.
+    """
+    try:
+        return value.decode() if isinstance(value, bytes) else value.encode().decode()
+    except UnicodeError as exc:
+        raise UndecodableText("The text is not valid UTF-8.") from exc
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a field that is sent as bytes or as a string is read.
+
+    Attributes:
+        read: (bytes or str, never empty) -> the field's value; raises a RequestError.
+    """
+
+    name: str
+    read: Callable[[bytes | str], bytes | str]
+
+
+Image = Annotated[bytes, Kind("image", binary)]
+Sound = Annotated[bytes, Kind("sound", binary)]
+Text = Annotated[str, Kind("text", text)]
+
+
+def kind_of(field: FieldInfo) -> Kind | None:
+    """Return the kind that a field of `Inputs` declares, or None for JSON."""
+    within = [entry for each in get_args(field.annotation) for entry in get_args(each)]  # of `Image | None`
+    return next((entry for entry in [*field.metadata, *within] if isinstance(entry, Kind)), None)
+
+
+def describe(field: FieldInfo) -> str:
+    """Return what an option takes, for an error message: "a whole number of at least 1"."""
+    return describe_type(field.annotation, field.metadata)
+
+
+def describe_type(annotation: object, metadata: list | tuple) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [entry for extra in arguments[1:] for entry in getattr(extra, "metadata", [extra])]
+        return describe_type(arguments[0], [*metadata, *inner])
+    if origin in (Union, UnionType):
+        return " or ".join(describe_type(each, metadata) for each in arguments if each is not NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(annotation, "valid") + describe_bounds(metadata, whole=annotation is int)
+
+
+def describe_bounds(metadata: list | tuple, whole: bool) -> str:
+    """Return " of at least 1", " from 0 to 1" and the like, out of annotated_types' constraints."""
+    bounds = {
+        name: getattr(entry, name) for entry in metadata for name in ("ge", "gt", "le", "lt") if hasattr(entry, name)
+    }
+    if whole and "gt" in bounds:
+        bounds["ge"] = bounds.pop("gt") + 1
+    if whole and "lt" in bounds:
+        bounds["le"] = bounds.pop("lt") - 1
+    if {"ge", "le"} <= bounds.keys():
+        return f" from {bounds['ge']:g} to {bounds['le']:g}"
+    words = {"ge": " of at least", "gt": " above", "le": " of at most", "lt": " below"}
+    return "".join(f"{words[name]} {value:g}" for name, value in bounds.items())

@@ -1,0 +1,352 @@
+"""How a request may be wrapped, and what is answered if it is wrapped otherwise."""
+
+import base64
+import inspect
+import json
+import re
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, Field
+
+from handlers.core import errors, inputs
+from handlers.core.classifier import ClassifierHandler
+from handlers.core.errors import (
+    EmptyInput,
+    InputTooLarge,
+    InvalidBase64,
+    InvalidJSON,
+    InvalidOption,
+    MalformedRequest,
+    MissingField,
+    TooManyInstances,
+    UndecodableText,
+    UnknownField,
+    UnsupportedInput,
+)
+from handlers.core.inputs import Image, Sound, Text, binary
+from handlers.core.request import Request, RequestReader
+
+MAX_INSTANCES = 4
+JSON = {"content-type": "application/json; charset=utf-8"}  # TorchServe parses none that names a charset
+BASE64 = "aGVsbG8="  # of b"hello"
+
+
+class OneText(inputs.Inputs):
+    data: Text
+
+
+class OneImage(inputs.Inputs):
+    data: Image
+
+
+class House(BaseModel):
+    rooms: int
+    area: float
+
+
+class OneHouse(inputs.Inputs):
+    data: House
+
+
+class Several(inputs.Inputs):
+    image: Image
+    caption: Text
+    audio: Sound | None = None
+
+
+class Detection(inputs.Options):
+    score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    max_detections: Annotated[int, Field(gt=0, le=100)] = 10
+    method: Literal["fast", "exact"] = "fast"
+    crowd: bool = False
+
+
+TopK = ClassifierHandler.Options
+texts, images = RequestReader(OneText, TopK, MAX_INSTANCES), RequestReader(OneImage, TopK, MAX_INSTANCES)
+houses = RequestReader(OneHouse, inputs.Options, MAX_INSTANCES)
+several = RequestReader(Several, Detection, MAX_INSTANCES)
+
+
+def body(value: object) -> bytearray:
+    """JSON that TorchServe has left as it came."""
+    return bytearray(json.dumps(value).encode())
+
+
+def asked(*values: str, top_k: int | None = None, many: bool = False) -> Request:
+    return Request([OneText(data=value) for value in values], TopK(top_k=top_k), many)
+
+
+@pytest.mark.parametrize(
+    ("row", "headers", "request_read"),
+    [
+        pytest.param({"body": bytearray(b"hello")}, {}, asked("hello"), id="raw"),
+        pytest.param({"body": memoryview(b"hello")}, {}, asked("hello"), id="raw-view"),
+        pytest.param({"body": "hello"}, {"content-type": "text/plain"}, asked("hello"), id="text"),
+        pytest.param({"body": "hello"}, {"content-type": "application/json"}, asked("hello"), id="json-string"),
+        pytest.param({"body": bytearray(b'{"a":')}, {}, asked('{"a":'), id="raw-is-not-guessed-to-be-json"),
+        pytest.param({"body": {"data": "a"}}, {}, asked("a"), id="json"),
+        pytest.param({"body": {"data": "a", "top_k": 2}}, {}, asked("a", top_k=2), id="json-top-k"),
+        pytest.param({"body": body({"data": "a"})}, JSON, asked("a"), id="json-with-charset"),
+        pytest.param({"body": body("hello")}, {"content-type": " Application/JSON"}, asked("hello"), id="header"),
+        pytest.param({"data": bytearray(b"hello")}, {}, asked("hello"), id="form"),
+        pytest.param({"data": "hello", "top_k": bytearray(b"3")}, {}, asked("hello", top_k=3), id="form-top-k"),
+        pytest.param({"body": {"instances": ["a", "b"]}}, {}, asked("a", "b", many=True), id="instances"),
+        pytest.param({"body": {"instances": [{"data": "a"}, "b"]}}, {}, asked("a", "b", many=True), id="objects"),
+        pytest.param({"instances": body(["a"]), "top_k": "1"}, {}, asked("a", many=True, top_k=1), id="form-instances"),
+        pytest.param({"instances": '["a"]'}, {}, asked("a", many=True), id="form-instances-as-text"),
+    ],
+)
+def test_reads_every_form_of_a_request(row: dict, headers: dict, request_read: Request):
+    assert texts.read(row, headers) == request_read
+
+
+@pytest.mark.parametrize("content", [bytearray(b"\xff\0"), "/wA=", memoryview(b"\xff\0")])
+@pytest.mark.parametrize("wrap", [lambda value: {"body": value}, lambda value: {"data": value}])
+def test_a_binary_input_is_bytes_or_base64(content: object, wrap):
+    assert images.read(wrap(content), {}).inputs == [OneImage(data=b"\xff\0")]
+
+
+ACCEPTED = (
+    'Accepted: the input as raw body, as form field "data", or as JSON {"data": ...} or {"instances": [...]} '
+    '(with Content-Type: application/json); optionally with "top_k".'
+)
+NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        pytest.param({}, EmptyInput, NAMES_THE_ACCEPTED, id="nothing"),
+        pytest.param({"body": bytearray()}, EmptyInput, NAMES_THE_ACCEPTED, id="empty-body"),
+        pytest.param({"body": ""}, EmptyInput, NAMES_THE_ACCEPTED, id="empty-text"),
+        pytest.param({"data": bytearray()}, EmptyInput, NAMES_THE_ACCEPTED, id="empty-field"),
+        pytest.param({"body": {"data": ""}}, EmptyInput, NAMES_THE_ACCEPTED, id="empty-string"),
+        pytest.param({"body": {"instances": ["a", ""]}}, EmptyInput, NAMES_THE_ACCEPTED, id="empty-instance"),
+        pytest.param({"body": []}, UnsupportedInput, "not a JSON array", id="array"),
+        pytest.param({"body": None}, UnsupportedInput, "not a JSON null", id="null"),
+        pytest.param({"body": False}, UnsupportedInput, "not a JSON boolean", id="boolean"),
+        pytest.param({"body": {"data": 0}}, UnsupportedInput, "not a JSON number", id="number"),
+        pytest.param({"body": {"data": {"b64": BASE64}}}, UnsupportedInput, "not a JSON object", id="object"),
+        pytest.param({"body": {"instances": BASE64}}, UnsupportedInput, "list of at least one", id="instances-string"),
+        pytest.param({"body": {"instances": []}}, UnsupportedInput, "list of at least one", id="no-instances"),
+        pytest.param({"body": {"instances": [[BASE64]]}}, UnsupportedInput, "not a JSON array", id="nested-instances"),
+        pytest.param({"body": {"instances": [{}]}}, UnknownField, 'the one field "data"', id="empty-object"),
+        pytest.param({"body": {"instances": [{"b64": BASE64}]}}, UnknownField, 'field "data"', id="instance-field"),
+        pytest.param({"body": {"instances": ["a"] * 5}}, TooManyInstances, "5 instances.*at most 4", id="too-many"),
+        pytest.param({"body": {}}, MissingField, NAMES_THE_ACCEPTED, id="empty-json"),
+        pytest.param({"body": {"top_k": 3}}, MissingField, NAMES_THE_ACCEPTED, id="options-only"),
+        pytest.param({"body": {"data": "a", "instances": ["a"]}}, MissingField, "Exactly one", id="both"),
+        pytest.param({"body": {"data": "a", "topk": 3}}, UnknownField, "'topk'.*top_k", id="unknown-field"),
+        pytest.param({"file": bytearray(b"a")}, UnknownField, f"'file'. {NAMES_THE_ACCEPTED}", id="unknown-form-field"),
+        pytest.param({'{"data": "' + "x" * 999: ""}, UnknownField, r"^.{0,60}\.\.\.", id="json-without-header"),
+        pytest.param({"instances": bytearray(b"[1")}, InvalidJSON, NAMES_THE_ACCEPTED, id="form-instances-not-json"),
+    ],
+)
+def test_a_malformed_request_is_rejected_with_its_reason(row: dict, error: type, message: str):
+    with pytest.raises(error, match=message):
+        texts.read(row, {})
+
+
+@pytest.mark.parametrize("text", [b'{"data":', b"\xff\xfe\xfd", b"", b"[" * 100_000, b"1" * 100_000], ids=len)
+def test_json_that_does_not_parse_is_rejected(text: bytes):
+    with pytest.raises(InvalidJSON, match=NAMES_THE_ACCEPTED):
+        texts.read({"body": bytearray(text)}, JSON)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, None, [], "three", "", "2.5", b"\xff", float("nan")])
+def test_top_k_is_a_positive_whole_number(value: object):
+    with pytest.raises(InvalidOption, match="whole number of at least 1"):
+        texts.read({"body": {"data": "a", "top_k": value}}, {})
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["data", "instances", "top_k"]) | st.text(), inner),
+)
+
+
+@given(value=JSON_VALUES, parsed=st.booleans())
+def test_any_json_is_read_or_rejected(value: object, parsed: bool):
+    row, headers = ({"body": value}, {}) if parsed else ({"body": body(value)}, JSON)
+    try:
+        request = texts.read(row, headers)
+    except (MalformedRequest, InputTooLarge, UndecodableText) as error:
+        json.dumps(error.body()).encode()
+    else:
+        assert request.inputs
+        assert all(isinstance(each.data, str) and each.data for each in request.inputs)
+
+
+# --- inputs that are JSON, and several inputs ---------------------------------------------------------------------
+
+HOUSE = {"rooms": 3, "area": 70.5}
+
+
+@pytest.mark.parametrize(
+    ("row", "headers"),
+    [
+        ({"body": {"data": HOUSE}}, {}),
+        ({"body": body({"data": HOUSE})}, JSON),
+        ({"data": body(HOUSE)}, {}),
+        ({"data": json.dumps(HOUSE)}, {}),
+        ({"body": body(HOUSE)}, {}),  # a file that is sent without a Content-Type
+    ],
+)
+def test_a_json_input_is_an_object_of_the_declared_type(row: dict, headers: dict):
+    assert houses.read(row, headers) == Request([OneHouse(data=House(**HOUSE))], inputs.Options())
+
+
+def test_instances_of_a_json_input_are_objects_or_wrapped_objects():
+    request = houses.read({"body": {"instances": [HOUSE, {"data": HOUSE}]}}, {})
+    assert request == Request([OneHouse(data=House(**HOUSE))] * 2, inputs.Options(), many=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"rooms": "many", "area": 1}, '"data.rooms" is invalid: Input should be a valid integer'),
+        ({"rooms": 1}, '"data.area" is invalid: Field required'),
+        ([1, 2], '"data" is invalid'),
+        (None, '"data" is invalid'),
+    ],
+)
+def test_a_json_input_of_another_type_is_rejected_by_name(value: object, message: str):
+    with pytest.raises(UnsupportedInput, match=message):
+        houses.read({"body": {"data": value}}, {})
+
+
+def test_several_inputs_are_read_by_name():
+    expected = Several(image=b"hello", caption="a dog")
+    assert several.read({"image": bytearray(b"hello"), "caption": "a dog"}, {}).inputs == [expected]
+    assert several.read({"body": {"image": BASE64, "caption": "a dog"}}, {}).inputs == [expected]
+    with_audio = several.read({"body": {"instances": [{"image": BASE64, "caption": "a dog", "audio": BASE64}]}}, {})
+    assert with_audio.inputs == [Several(image=b"hello", caption="a dog", audio=b"hello")]
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        ({"body": bytearray(b"x")}, UnsupportedInput, 'several inputs.*"image": ..., "caption": ..., "audio": ...'),
+        ({"image": b"x"}, MissingField, 'The field "caption" is missing. Accepted: form fields "image"'),
+        ({"image": b"x", "caption": ""}, EmptyInput, "is empty"),
+        ({"body": {"instances": [{"image": BASE64}]}}, MissingField, '"caption" is missing'),
+        ({"body": {"instances": ["a"]}}, UnsupportedInput, "object with the fields image, caption, audio"),
+        ({"body": {"image": "x", "instances": []}}, MissingField, "exclude each other"),
+    ],
+)
+def test_incomplete_inputs_are_rejected(row: dict, error: type, message: str):
+    with pytest.raises(error, match=message):
+        several.read(row, {})
+
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"score_threshold": 0.25}, {"score_threshold": 0.25}),
+        ({"score_threshold": 1, "crowd": True}, {"score_threshold": 1.0, "crowd": True}),
+        ({"score_threshold": "0.25", "method": b"exact"}, {"score_threshold": 0.25, "method": "exact"}),
+        ({"crowd": "true"}, {"crowd": True}),
+        ({"max_detections": bytearray(b"100")}, {"max_detections": 100}),
+    ],
+)
+def test_options_come_as_json_or_as_the_text_of_a_form(given: dict, expected: dict):
+    request = several.read({"image": b"x", "caption": "y", **given}, {})
+    assert request.options == Detection(**expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("score_threshold", 1.5, "score_threshold must be a number from 0 to 1."),
+        ("score_threshold", "nan", "score_threshold must be a number from 0 to 1."),
+        ("max_detections", 0, "max_detections must be a whole number from 1 to 100."),
+        ("max_detections", 2.0, "max_detections must be a whole number from 1 to 100."),
+        ("method", "slow", "method must be one of fast, exact."),
+        ("crowd", 1, "crowd must be true or false."),
+        ("crowd", None, "crowd must be true or false."),
+    ],
+)
+def test_an_invalid_option_is_rejected_with_what_it_takes(option: str, value: object, message: str):
+    with pytest.raises(InvalidOption, match=f"^{re.escape(message)}$"):
+        several.read({"image": b"x", "caption": "y", option: value}, {})
+
+
+def test_a_wrong_declaration_is_refused_when_the_worker_starts():
+    class Nothing(inputs.Inputs):
+        pass
+
+    class Needed(inputs.Options):
+        top_k: int
+
+    class Same(inputs.Options):
+        data: int = 1
+
+    class Instances(inputs.Inputs):
+        instances: Text
+
+    for wrong in ((Nothing, TopK), (OneText, Needed), (OneText, Same), (Instances, TopK)):
+        with pytest.raises(TypeError):
+            RequestReader(*wrong, MAX_INSTANCES)
+
+
+# --- base64 ------------------------------------------------------------------------------------------------------
+
+
+@given(st.binary(min_size=1), st.sampled_from(["{}", "data:image/png;base64,{}", "  {}\n", "data:;base64, {}\r\n"]))
+def test_base64_round_trip(content: bytes, wrapping: str):
+    for encode in (base64.b64encode, base64.encodebytes):  # in one line, and in lines of 76 characters
+        assert binary(wrapping.format(encode(content).decode())) == content
+
+
+@given(st.binary())
+def test_bytes_are_taken_as_they_are(content: bytes):
+    assert binary(content) is content
+
+
+@pytest.mark.parametrize(
+    "text", ["not base64!", "aGVsbG8", "aGVs*G8=", "aGVsbG8=aGVsbG8=", "é", "\ud800", "data:image/png", "data:,%00"]
+)
+def test_text_that_is_not_base64_is_rejected(text: str):
+    with pytest.raises(InvalidBase64, match="bytes, or base64"):
+        binary(text)
+
+
+@pytest.mark.parametrize("text", [" ", "data:image/png;base64,"])
+def test_base64_of_nothing_is_empty(text: str):
+    with pytest.raises(EmptyInput):
+        binary(text)
+
+
+@given(st.text())
+def test_any_text_is_decoded_or_rejected(text: str):
+    try:
+        assert binary(text)
+    except (InvalidBase64, EmptyInput):
+        pass
+
+
+# --- the tree of errors ------------------------------------------------------------------------------------------
+
+
+def test_the_tree_in_the_docstring_is_the_tree():
+    drawn, path = {}, []
+    for line in errors.__doc__.splitlines():
+        if match := re.match(r"[ │├└─]*(?=\w+(  |$))", line):
+            name = re.findall(r"\w+", line)[0]
+            path = path[: (len(match[0]) - 4) // 4] + [name]
+            drawn[name] = path[-2] if len(path) > 1 else "Exception"
+    classes = dict(inspect.getmembers(errors, lambda member: inspect.isclass(member)))
+    assert drawn == {name: cls.__base__.__name__ for name, cls in classes.items()}
+
+
+def test_only_request_errors_are_the_requests_fault():
+    for error in (value for value in vars(errors).values() if inspect.isclass(value)):
+        asks_again = error is errors.Overloaded
+        assert error.code // 100 == (4 if issubclass(error, errors.RequestError) or asks_again else 5)
+        assert error("why").body() == {"code": error.code, "type": error.__name__, "message": "why"}
