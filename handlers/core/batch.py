@@ -32,6 +32,7 @@ from handlers.core.errors import (
     ServingError,
     UnsupportedOperation,
 )
+from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_verb
 from handlers.core.metrics import HandlerMetrics
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class BatchHandler(BaseHandler):
             FileNotFoundError: the archive has no index_to_name.json.
         """
         self.settings = self.Settings.model_validate((context.model_yaml_config or {}).get("handler") or {})
+        self.behind_proxy = behind_proxy()
         torch.set_num_threads(self.settings.threads)
         memory.keep_freed_memory()
         super().initialize(context)
@@ -176,8 +178,10 @@ class BatchHandler(BaseHandler):
 
     def first_arrival(self, requests: int) -> float | None:
         """When the first of the batch's requests reached the proxy (s since the epoch), if it came through one."""
+        if not self.behind_proxy:
+            return None
         headers = map(self.context.get_all_request_header, range(requests))
-        return min(filter(None, map(payload.arrival, headers)), default=None)
+        return min(filter(None, map(proxy_arrival, headers)), default=None)
 
     def serve(self, data: list[dict]) -> list[str]:
         """The stages, each timed."""
@@ -195,22 +199,23 @@ class BatchHandler(BaseHandler):
         """Decodes each request by itself."""
         self.decode_until = time.monotonic() + self.settings.max_decode_seconds
         slots = []
-        crowded = len(data) >= self.batch_size
+        crowded = self.behind_proxy and len(data) >= self.batch_size
         for index, row in enumerate(data):
             headers = self.context.get_all_request_header(index)
             try:
                 if crowded:
-                    self.check_wait(payload.arrival(headers))
+                    self.check_wait(proxy_arrival(headers))
                 slots.append(self.open_slot(row, headers))
             except (RequestError, Overloaded) as error:
                 slots.append(Slot(error=error))
         return slots
 
     def open_slot(self, row: dict, headers: dict) -> Slot:
-        # TorchServe mixes predictions, explanations and descriptions in one batch: each says what it is
-        if payload.header(headers, "describe") == "True":
+        # TorchServe mixes predictions and explanations in one batch
+        verb = requested_verb(row, headers)
+        if verb is Verb.DESCRIBE:
             return Slot(answer=self.describe())
-        if payload.header(headers, "explain") == "True":
+        if verb is Verb.EXPLAIN:
             raise UnsupportedOperation("This model gives no explanations. Use /predictions.")
         request = payload.read(row, headers, self.settings.max_instances)
         top_k = self.check_top_k(request.top_k)

@@ -7,8 +7,6 @@ and text/* as str, unless they do not parse: then, like everything else, as byte
 import base64
 import binascii
 import json
-import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +20,7 @@ from handlers.core.errors import (
     UnknownField,
     UnsupportedInput,
 )
+from handlers.core.headers import content_type
 
 Content = bytes | str
 
@@ -148,28 +147,6 @@ def binary(content: Content) -> bytes:
     if not decoded:
         raise EmptyInput("The base64 text holds no bytes.")
     return decoded
-
-
-def header(headers: Mapping, name: str) -> str:
-    """The value of a header, whatever the case of its name; "" where there is none."""
-    for key, value in headers.items():
-        if key.lower() == name and isinstance(value, str):
-            return value
-    return ""
-
-
-def arrival(headers: Mapping) -> float | None:
-    """When a proxy took the request: its X-Request-Start, `t=` and s since the epoch, as nginx's "t=${msec}" writes it.
-    None where there is none, or one that another clock or a client's hand wrote."""
-    text = header(headers, "x-request-start").removeprefix("t=")
-    if not re.fullmatch(r"\d{1,12}(\.\d{1,9})?", text):
-        return None
-    seconds = float(text)
-    return seconds if 0 <= time.time() - seconds < 3600 else None
-
-
-def content_type(headers: Mapping) -> str:
-    return header(headers, "content-type").split(";")[0].strip().lower()
 
 
 def json_type(value: object) -> str:
