@@ -31,4 +31,4 @@ def test_all_but_inference_is_published_on_loopback(name):
 
 def test_the_server_believes_the_proxys_headers_and_inference_is_published_by_the_proxy_alone():
     assert SERVICES["torchserve"]["environment"]["BUNDLE_BEHIND_PROXY"] == "true"
-    assert [port.rsplit(":", 1)[1] for port in SERVICES["torchserve"]["ports"]] == ["8081"]
+    assert not [port for port in SERVICES["torchserve"].get("ports", ()) if not port.endswith(":8081")]
