@@ -21,7 +21,6 @@ from ts.service import Service
 from ts.torch_handler.base_handler import BaseHandler
 
 from bundle.paths import ROOT
-from handlers.core.headers import lowered
 from handlers.core.slots import Sample
 
 METRICS_CONFIG = ROOT / "bundle" / "config" / "metrics.yaml"
@@ -93,7 +92,7 @@ class DryRun:
         Raises:
             RequestError: it is rejected.
         """
-        return [self.handler.decode(each) for each in self.handler.read(row, lowered(headers or {})).inputs]
+        return [self.handler.decode(each) for each in self.handler.read(row, headers or {}).inputs]
 
     def close(self) -> None:
         self.unpacked.cleanup()

@@ -135,7 +135,9 @@ class Server:
             return f"What runs serves {', '.join(running.served)}, and not {', '.join(wanted)}."
         if changed := [name for name, digest in wanted.items() if running.served[name] != digest]:
             return f"What runs has other archives of {', '.join(changed)}."
-        return "What runs has other settings (config.properties, bundle/config, TS_* or TRUSTED_KEY)."
+        return (
+            "What runs has other settings (config.properties, bundle/config, TS_*, BUNDLE_BEHIND_PROXY or TRUSTED_KEY)."
+        )
 
     def adopt(self, running: Running, folder: ModelFolder) -> None:
         """Records that the running server serves the archive that is in the store now."""

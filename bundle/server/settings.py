@@ -19,6 +19,7 @@ ADDRESSES = ("inference_address", "management_address", "metrics_address")
 GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
 PATHS = ("model_store", "workflow_store", "metrics_config", "keystore", "certificate_file", "private_key_file")
 BOOLEANS = ("true", "false")
+BEHIND_PROXY = "BUNDLE_BEHIND_PROXY"  # for handlers/core/headers.py, in the workers
 WHOLE_NUMBER = re.compile("[0-9]{1,9}")  # what Java's int holds
 LOG_CONFIG = re.compile(r"-Dlog4j\.configurationFile=(\S+)")
 
@@ -100,7 +101,7 @@ class Settings:
 
         Raises:
             BundleError: a number, an address, true or false was overridden by something else: TorchServe would not
-                start, or take it for another value.
+                start, or take it for another value. Or BUNDLE_BEHIND_PROXY is neither: no worker would start.
         """
         for key, usual in self.values.items():
             given = self[key]
@@ -110,10 +111,14 @@ class Settings:
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be a port, like {usual}.")
             if usual in BOOLEANS and given.lower() not in BOOLEANS:
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be true or false.")
+        if (given := os.environ.get(BEHIND_PROXY, "false")).lower() not in BOOLEANS:
+            raise BundleError(f"{BEHIND_PROXY} is {given!r}, and must be true or false.")
         self.listeners()
 
     def fingerprint(self) -> str:
-        overrides = sorted(f"{key}={value}" for key, value in self.environment().items() if key.startswith("TS_"))
+        environment = self.environment()
+        overrides = sorted(f"{key}={value}" for key, value in environment.items() if key.startswith("TS_"))
+        overrides += [f"{BEHIND_PROXY}={environment.get(BEHIND_PROXY, 'false').lower()}"]
         trusted = [key] if (key := key_of("TRUSTED_KEY")) else []
         texts = [file.read_text() for file in (self.file, *SIDE_FILES, *trusted)]
         return hashlib.sha256("\n".join([*texts, *overrides]).encode()).hexdigest()

@@ -29,11 +29,10 @@ class Deadline:
 
 
 def check_wait(arrival: float | None, longest: float | None) -> None:
-    """Reject a request that waited too long. To be asked in a full batch only, behind which others wait: work on late
-    requests delays the others, until all are late.
+    """Reject a request that waited too long: work on late requests delays the others, until all are late.
 
     Args:
-        arrival: when the request reached the proxy (s since the epoch), if it came through one.
+        arrival: when the request reached the proxy (s since the epoch); None where that does not count.
         longest: seconds that a request may wait; None for any time.
 
     Raises:

@@ -13,7 +13,7 @@ accelerator itself the worker exits, and TorchServe starts another one.
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from handlers.core.errors import (
     ServingError,
     UnsupportedOperation,
 )
-from handlers.core.headers import DESCRIBE, EXPLAIN, arrival, lowered, verb
+from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_verb
 from handlers.core.metrics import HandlerMetrics
 from handlers.core.outputs import Outputs, rows, to_host
 from handlers.core.request import Request, RequestReader
@@ -99,12 +99,12 @@ class BatchHandler(BaseHandler):
 
     # --- what a subclass may override --------------------------------------------------------------------------
 
-    def read(self, row: dict, headers: dict[str, str]) -> Request:
+    def read(self, row: dict, headers: Mapping) -> Request:
         """Read one row of a batch. By default, as `Inputs` and `Options` declare it.
 
         Args:
             row: {field: value}, as TorchServe hands it over.
-            headers: the request's own, their names in lower case.
+            headers: the request's own, as its client sent them.
 
         Raises:
             RequestError: the request is malformed.
@@ -156,6 +156,7 @@ class BatchHandler(BaseHandler):
             TypeError: `Inputs` or `Options` is declared wrongly.
         """
         self.settings = self.Settings.model_validate((context.model_yaml_config or {}).get("handler") or {})
+        self.behind_proxy = behind_proxy()
         self.reader = RequestReader(self.Inputs, self.Options, self.settings.max_instances)
         torch.set_num_threads(self.settings.threads)
         memory.keep_freed_memory()
@@ -204,13 +205,14 @@ class BatchHandler(BaseHandler):
     def handle(self, data: list[dict], context: Context) -> list[str]:
         """Answer a batch: one entry of `data` a request -> one JSON text a request, in the same order."""
         self.context = context
-        headers = [lowered(context.get_all_request_header(index)) for index in range(len(data))]
-        first_arrival = min(filter(None, map(arrival, headers)), default=None)
+        headers = [context.get_all_request_header(index) for index in range(len(data))]
+        arrivals = [proxy_arrival(each) for each in headers] if self.behind_proxy else [None] * len(data)
+        first_arrival = min(filter(None, arrivals), default=None)
         if first_arrival is not None:
             self.metrics.observe("queue", time.time() - first_arrival)
         self.metrics.count_batch(len(data))
         try:
-            slots = self.serve(data, headers)
+            slots = self.serve(data, headers, arrivals)
         except MemoryError:
             raise  # TorchServe has a status for it: 507
         except Exception as exc:
@@ -226,10 +228,10 @@ class BatchHandler(BaseHandler):
         memory.trim()
         return answers
 
-    def serve(self, data: list[dict], headers: list[dict[str, str]]) -> list[Slot]:
+    def serve(self, data: list[dict], headers: list[Mapping], arrivals: list[float | None]) -> list[Slot]:
         """Run the stages, each timed: the predictions as one batch, then the explanations, one after the other."""
         with self.metrics.timed("decode"):
-            slots = self.preprocess(data, headers)
+            slots = self.preprocess(data, headers, arrivals)
         predicted = [slot for slot in slots if slot.samples and not slot.explained]
         predictions: list[object] = []
         if predicted:
@@ -242,13 +244,14 @@ class BatchHandler(BaseHandler):
                 self.isolate(slot, self.explain_slot)
         return slots
 
-    def preprocess(self, data: list[dict], headers: list[dict[str, str]]) -> list[Slot]:
+    def preprocess(self, data: list[dict], headers: list[Mapping], arrivals: list[float | None]) -> list[Slot]:
         """Read and decode each request by itself."""
         slots = [Slot() for _ in data]
         deadline = admission.Deadline.after(self.settings.max_decode_seconds)
-        crowded = len(data) >= self.batch_size
-        for slot, row, own in zip(slots, data, headers, strict=True):
-            self.isolate(slot, self.open_slot, row, own, deadline, crowded)
+        if len(data) < self.batch_size:
+            arrivals = [None] * len(data)  # nobody waits behind this batch
+        for slot, row, own, arrival in zip(slots, data, headers, arrivals, strict=True):
+            self.isolate(slot, self.open_slot, row, own, deadline, arrival)
         return slots
 
     def isolate(self, slot: Slot, stage: Callable[..., None], *arguments: object) -> None:
@@ -266,21 +269,19 @@ class BatchHandler(BaseHandler):
             slot.error = internal_error("this request")
 
     def open_slot(
-        self, slot: Slot, row: dict, headers: dict[str, str], deadline: admission.Deadline, crowded: bool
+        self, slot: Slot, row: dict, headers: Mapping, deadline: admission.Deadline, arrival: float | None
     ) -> None:
-        if crowded:
-            admission.check_wait(arrival(headers), self.settings.max_wait_seconds)
-        # TorchServe mixes predictions, explanations and descriptions in one batch: each says what it is
-        asked = verb(headers)
-        if asked == DESCRIBE:
+        admission.check_wait(arrival, self.settings.max_wait_seconds)
+        verb = requested_verb(row, headers)  # TorchServe mixes predictions and explanations in one batch
+        if verb is Verb.DESCRIBE:
             slot.finish([self.describe()])
             return
-        slot.explained = asked == EXPLAIN
+        slot.explained = verb is Verb.EXPLAIN
         if slot.explained and type(self).explain is BatchHandler.explain:
             BatchHandler.explain(self, None, None)  # says so before anything is decoded
         request = self.read(row, headers)
         slot.options, slot.many = request.options, request.many
-        slot.key = self.cache.key(request.inputs, request.options, request.many, asked)
+        slot.key = self.cache.key(request.inputs, request.options, request.many, verb)
         if known := self.cache.get(slot.key):
             slot.body = known
             return

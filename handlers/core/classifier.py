@@ -1,5 +1,6 @@
 """Classifiers: labels, and the most probable of them as the answer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ class ClassifierHandler(BatchHandler):
             raise FileNotFoundError(f"the archive has no {LABELS}: a classifier needs its labels")
         super().initialize(context)
 
-    def read(self, row: dict, headers: dict[str, str]) -> Request:
+    def read(self, row: dict, headers: Mapping) -> Request:
         request = super().read(row, headers)
         self.check_top_k(request.options.top_k)
         return request

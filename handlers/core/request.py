@@ -21,6 +21,7 @@ from handlers.core.errors import (
     UnknownField,
     UnsupportedInput,
 )
+from handlers.core.headers import content_type
 from handlers.core.inputs import Inputs, Options, describe, kind_of
 
 INSTANCES = "instances"
@@ -81,12 +82,12 @@ class RequestReader:
             f"; optionally with {options}." if options else "."
         )
 
-    def read(self, row: Mapping, headers: Mapping[str, str]) -> Request:
+    def read(self, row: Mapping, headers: Mapping) -> Request:
         """Read one row of a batch.
 
         Args:
             row: {field: value}, as TorchServe's worker gives it.
-            headers: the request's own headers, their names in lower case.
+            headers: the request's own, as its client sent them.
 
         Raises:
             MalformedRequest: the request is not wrapped as `accepted` says, or a value is not of its field's kind.
@@ -94,14 +95,14 @@ class RequestReader:
         """
         if row.keys() == {"body"}:
             body = row["body"]
-            if isinstance(body, (bytes, bytearray)) and media_type(headers) == "application/json":
+            if isinstance(body, (bytes, bytearray)) and content_type(headers) == "application/json":
                 body = self.parse_json(body)
             if isinstance(body, dict):
                 return self.read_fields(body)
             if self.only is None:
                 raise UnsupportedInput(f"The model takes several inputs, which a raw body cannot hold. {self.accepted}")
             return Request([self.read_inputs({self.only: body})], self.defaults)
-        if not row and media_type(headers) == "application/x-www-form-urlencoded":
+        if not row and content_type(headers) == "application/x-www-form-urlencoded":
             # what curl -d sends by itself
             raise UnsupportedInput(f"The request is sent as a form and holds no fields. {self.accepted}")
         if not row:
@@ -198,11 +199,6 @@ class RequestReader:
 
 def option_type(field: FieldInfo) -> TypeAdapter:
     return TypeAdapter(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
-
-
-def media_type(headers: Mapping[str, str]) -> str:
-    """Return the Content-Type without its parameters, in lower case; "" if there is none."""
-    return headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 def json_type(value: object) -> str:

@@ -54,6 +54,14 @@ def test_headers_that_torchserve_gets(proxy, upstream):
     assert (headers["Host"], headers["X-Own"]) == ("127.0.0.1", "1")
 
 
+@pytest.mark.parametrize("name", ["describe", "Describe", "DESCRIBE", "explain", "Explain", "EXPLAIN"])
+def test_headers_by_which_torchserve_says_what_a_request_is_do_not_pass(proxy, upstream, name):
+    status, _, _ = proxy.raw(
+        f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n{name}: True\r\n{name}: True\r\nContent-Length: 0\r\n\r\n"
+    )
+    assert (status, upstream.received[0].headers.get_all(name)) == (200, None)
+
+
 def test_the_server_does_not_tell_its_version(proxy):
     assert proxy.post().headers["Server"] == "nginx"
 

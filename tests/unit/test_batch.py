@@ -209,7 +209,7 @@ def test_invalid_top_k_is_rejected(worker: DryRun, asked: object):
 
 
 def test_each_request_says_what_it_is(worker: DryRun):
-    """TorchServe puts predictions, explanations and descriptions into one batch, and says which in the headers."""
+    """TorchServe puts predictions and explanations into one batch, and says which in the headers."""
     headers = [{}, {"explain": "True"}, {"describe": "True"}, {"Content-Type": "application/json"}, {}]
     rows = [row(0), row(1), {}, {"body": b'{"data":'}, row(4)]
     answers = worker.predict(rows, headers)
@@ -273,8 +273,11 @@ def test_metrics(worker: DryRun, caplog: pytest.LogCaptureFixture):
     assert not any("bundle_queue_seconds" in line or "bundle_request_seconds" in line for line in lines)
 
 
-def test_waiting_is_counted_from_the_proxys_stamp(worker: DryRun, caplog: pytest.LogCaptureFixture):
+def test_waiting_is_counted_from_the_proxys_stamp(
+    worker: DryRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     """Once a batch, of the request that waited longest; stamps that cannot be are none."""
+    monkeypatch.setattr(worker.handler, "behind_proxy", True)
     now = time.time()
     stamps = [f"t={now - 2:.3f}", f"t={now - 5:.3f}", f"t={now + 60:.3f}", "t=1.5", "nan", "t=", "-1"]
     headers = [{"X-Request-Start": stamp} for stamp in stamps] + [{}]

@@ -1,7 +1,6 @@
 """Overload, and a device that has too little memory or breaks: what a batch makes of them."""
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,12 +12,12 @@ from tests.unit.numbered import BATCH_SIZE, alike, row
 
 
 @pytest.fixture
-def limited(worker: DryRun) -> Iterator[DryRun]:
-    """Requests may wait a second."""
-    settings = worker.handler.settings
-    worker.handler.settings = settings.model_copy(update={"max_wait_seconds": 1.0})
-    yield worker
-    worker.handler.settings = settings
+def limited(worker: DryRun, monkeypatch: pytest.MonkeyPatch) -> DryRun:
+    """Requests come through a proxy, and may wait a second."""
+    monkeypatch.setattr(worker.handler, "behind_proxy", True)
+    impatient = worker.handler.settings.model_copy(update={"max_wait_seconds": 1.0})
+    monkeypatch.setattr(worker.handler, "settings", impatient)
+    return worker
 
 
 def test_a_request_that_waited_too_long_is_not_begun_while_others_wait(limited: DryRun):

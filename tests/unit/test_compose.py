@@ -27,3 +27,8 @@ def test_the_root_file_system_is_read_only(name):
 def test_all_but_inference_is_published_on_loopback(name):
     for port in SERVICES[name].get("ports", ()):
         assert port.startswith("${BIND:-127.0.0.1}:" if name == "proxy" else "127.0.0.1:")
+
+
+def test_the_server_believes_the_proxys_headers_and_inference_is_published_by_the_proxy_alone():
+    assert SERVICES["torchserve"]["environment"]["BUNDLE_BEHIND_PROXY"] == "true"
+    assert not [port for port in SERVICES["torchserve"].get("ports", ()) if not port.endswith(":8081")]

@@ -30,7 +30,7 @@ from handlers.core.inputs import Image, Sound, Text, binary
 from handlers.core.request import Request, RequestReader
 
 MAX_INSTANCES = 4
-JSON = {"content-type": "application/json; charset=utf-8"}  # TorchServe parses none that names a charset
+JSON = {"Content-Type": "application/json; charset=utf-8"}  # TorchServe parses none that names a charset
 BASE64 = "aGVsbG8="  # of b"hello"
 
 
@@ -90,7 +90,7 @@ def asked(*values: str, top_k: int | None = None, many: bool = False) -> Request
         pytest.param({"body": {"data": "a"}}, {}, asked("a"), id="json"),
         pytest.param({"body": {"data": "a", "top_k": 2}}, {}, asked("a", top_k=2), id="json-top-k"),
         pytest.param({"body": body({"data": "a"})}, JSON, asked("a"), id="json-with-charset"),
-        pytest.param({"body": body("hello")}, {"content-type": " Application/JSON"}, asked("hello"), id="header"),
+        pytest.param({"body": body("hello")}, {"content-TYPE": " Application/JSON"}, asked("hello"), id="header"),
         pytest.param({"data": bytearray(b"hello")}, {}, asked("hello"), id="form"),
         pytest.param({"data": "hello", "top_k": bytearray(b"3")}, {}, asked("hello", top_k=3), id="form-top-k"),
         pytest.param({"body": {"instances": ["a", "b"]}}, {}, asked("a", "b", many=True), id="instances"),
