@@ -82,7 +82,7 @@ def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
         mean, std = source.serialized.mean, source.serialized.std
     else:
         weights = folder.path / "weights.safetensors"
-        if not weights.is_file():
+        if not weights.is_file() and (folder.path / "train.py").is_file():
             raise BundleError(f"There is no {relative(weights)}. Train the model first: make train MODEL={folder.name}")
         module = import_model(folder.name, folder.existing("model.py"))
         return module.build(), [module.example_inputs(size) for size in sizes]
