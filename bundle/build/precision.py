@@ -72,13 +72,13 @@ class Judge:
 
     def verdict(self, candidate: torch.jit.ScriptModule) -> Verdict:
         before, after = self.ranked(self.expected), self.ranked(run(candidate, self.batches))
-        probabilities, first = before[:, 0].unbind(1)
-        moves = after[after[:, :, 1] == first[:, None]][:, 0] - probabilities
-        agreement = (after[:, 0, 1] == first).double().mean().item()
+        probabilities, first = before[:, :, 0].unbind(1)
+        moves = after[:, 0][after[:, 1] == first[:, None]] - probabilities
+        agreement = (after[:, 1, 0] == first).double().mean().item()
         return Verdict(len(first), agreement, self.least, moves.abs().quantile(MOVING_LESS).item())
 
     def ranked(self, outputs: Tensor) -> Tensor:
-        """float32 [examples, classes, 2]: probabilities and classes, best first, as a handler ranks them."""
+        """float32 [examples, 2, classes]: probabilities and classes, best first, as a handler ranks them."""
         return rank(outputs, self.outputs_are)
 
     @torch.inference_mode()

@@ -56,12 +56,12 @@ class ClassifierHandler(BatchHandler):
             raise InvalidOption(f"top_k must be between 1 and {len(self.mapping)}, the number of classes.")
 
     def reduce(self, outputs: Outputs) -> Tensor:
-        """Rank the classes: [N, classes] -> float32 [N, classes, 2], probability and class, best first."""
+        """Rank the classes: [N, classes] -> float32 [N, 2, classes], probabilities and classes, best first."""
         return topk.rank(main_output(outputs), self.settings.outputs)
 
     def encode(self, row: Tensor, info: object, options: Options) -> dict:
         top_k = options.top_k or min(self.settings.top_k, len(self.mapping))
-        return {"top_k": topk.ranking(row[:top_k], self.mapping)}
+        return {"top_k": topk.ranking(row, top_k, self.mapping)}
 
     def describe(self) -> dict:
         return {**super().describe(), "labels": self.mapping}

@@ -9,8 +9,10 @@ from torch import Tensor
 from handlers.core.errors import NonFiniteOutput, ServingError
 from handlers.core.inputs import Options
 
+encode = json.JSONEncoder(allow_nan=False).encode
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True)
 class Sample:
     """One decoded input.
 
@@ -23,7 +25,7 @@ class Sample:
     info: object = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Slot:
     """One request of a batch, on its way through the stages.
 
@@ -53,7 +55,7 @@ class Slot:
         """
         try:
             # as text, because TorchServe would indent it, which is longer and takes Python's slow encoder
-            self.body = json.dumps({"predictions": answers} if self.many else answers[0], allow_nan=False)
+            self.body = encode({"predictions": answers} if self.many else answers[0])
         except ValueError as exc:
             if "JSON compliant" not in str(exc):
                 raise

@@ -12,19 +12,20 @@ def rank(outputs: Tensor, outputs_are: str) -> Tensor:
         outputs_are: "logits" or "probabilities".
 
     Returns:
-        float32 [N, classes, 2] on the same device: probability and class. Both in one tensor, so that one copy brings
-        them to the host; float32 holds every class index up to 2**24.
+        float32 [N, 2, classes] on the same device: probabilities, and their classes. Both in one tensor, so that one
+        copy brings them to the host; float32 holds every class index up to 2**24.
     """
     scores = outputs.float()
     probabilities = scores.softmax(dim=1) if outputs_are == "logits" else scores
     # all of them, stable: the order of equals must not depend on how many classes a neighbour asks for
     values, classes = probabilities.sort(dim=1, descending=True, stable=True)
-    return torch.stack((values, classes.float()), dim=2)
+    return torch.stack((values, classes.float()), dim=1)
 
 
-def ranking(row: Tensor, labels: dict[str, str]) -> list[dict]:
-    """Make [{"label", "class", "probability"}, ...], best first, of one sample's ranking: [k, 2] on the host."""
+def ranking(row: Tensor, k: int, labels: dict[str, str]) -> list[dict]:
+    """Make [{"label", "class", "probability"}, ...] of the k best classes in one row of `rank` on the host."""
+    probabilities, classes = row[:, :k].tolist()
     return [
         {"label": labels[str(int(index))], "class": int(index), "probability": probability}
-        for probability, index in row.tolist()
+        for probability, index in zip(probabilities, classes, strict=True)
     ]
