@@ -160,14 +160,14 @@ def run(
 ) -> None:
     """Run TorchServe in the foreground, with the archives that there are. SIGTERM drains it; it ends with status 1 when
     TorchServe dies or a model's workers do not come back, for a container's restart policy to see."""
-    from bundle.supervisor.supervisor import Options, Supervisor, seed
+    from bundle.supervisor.supervisor import Options, Supervisor, install_archives
 
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise BundleError(f"--address is {address!r}, and must look like 127.0.0.1:8083.")
     server = Server()
     if archives:
-        seed(archives, server.store, say)
+        install_archives(archives, server.store, say)
     folders = [folder for folder in catalog.select(models or []) if models or server.archive(folder).is_file()]
     if missing := [folder.name for folder in folders if not server.archive(folder).is_file()]:
         raise BundleError(f"There is no archive of {', '.join(missing)} in {server.store}. Build it: make archive")
