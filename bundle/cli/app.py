@@ -84,12 +84,12 @@ def serve(
     folders = catalog.select(models or [])
     server = Server()
     server.settings.check()
-    with server.alone():
+    with server.lock():
         build(folders, server.store)
         running = server.running()
         if running and not server.is_current(running, folders):
             server.check(folders)  # before what serves is stopped
-            console.print(f"{server.difference(running, folders)} It is started again.", markup=False)
+            console.print(f"{server.restart_reason(running, folders)} It is restarted.", markup=False)
             server.stop()
             running = None
         if running is None:
@@ -160,21 +160,21 @@ def run(
 ) -> None:
     """Run TorchServe in the foreground, with the archives that there are. SIGTERM drains it; it ends with status 1 when
     TorchServe dies or a model's workers do not come back, for a container's restart policy to see."""
-    from bundle.supervisor.supervisor import Options, Supervisor, seed
+    from bundle.supervisor.supervisor import Options, Supervisor, install_archives
 
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise BundleError(f"--address is {address!r}, and must look like 127.0.0.1:8083.")
     server = Server()
     if archives:
-        seed(archives, server.store, say)
+        install_archives(archives, server.store, say)
     folders = [folder for folder in catalog.select(models or []) if models or server.archive(folder).is_file()]
     if missing := [folder.name for folder in folders if not server.archive(folder).is_file()]:
         raise BundleError(f"There is no archive of {', '.join(missing)} in {server.store}. Build it: make archive")
     if not folders:
         raise BundleError(f"There are no archives in {server.store}. Build them: make archive")
     options = Options(host, int(port), state, gate, timeout, patience, drain)
-    with server.alone():
+    with server.lock():
         server.stop()  # what a killed predecessor may have left
     Supervisor(server, options, say).run(folders, start)
 
@@ -209,7 +209,7 @@ def rollout(
     compose = stack.running_stack() if running is None else None
     if running is None and compose is None:
         raise BundleError("TorchServe is not running. Start it: make serve, or make up")
-    with server.alone(), tempfile.TemporaryDirectory(prefix="rollout-") as temporary:
+    with server.lock(), tempfile.TemporaryDirectory(prefix="rollout-") as temporary:
         if archive is None:
             build([folder], Path(temporary))
             archive = Path(temporary) / f"{model}.mar"
@@ -250,7 +250,7 @@ def profile(
 def stop() -> None:
     """Stop the TorchServe that `serve` started, and its workers."""
     server = Server()
-    with server.alone():
+    with server.lock():
         console.print("TorchServe is stopped." if server.stop() else "TorchServe was not running.")
 
 

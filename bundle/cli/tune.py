@@ -122,7 +122,7 @@ def tune_folder(
     with tempfile.TemporaryDirectory(prefix="tune-") as store:
         bench = Bench(folder, archive, inputs, run_dir or RUN_DIR, Path(store))
         try:
-            with bench.server.alone(), progress(budget) as show, bench:
+            with bench.server.lock(), progress(budget) as show, bench:
                 tuning = tune.Tuning(bench, current, precisions, target, budget, show)
                 verdict = tuning.run()
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""TorchServe's HTTP APIs, as far as the commands need them."""
+"""Client of TorchServe's HTTP APIs."""
 
 import json
 import time
@@ -15,25 +15,27 @@ from bundle.samples import first, headers
 from bundle.server.http import SECONDS, session
 from bundle.server.keys import Api, Keys
 
-DESCRIPTION_SECONDS = 10  # a server that takes longer to say what it has is not well
-MANAGEMENT_SECONDS = 150  # ending workers takes its time: unregister_model_timeout is 120
+DESCRIPTION_SECONDS = 10  # a healthy server describes its models faster
+MANAGEMENT_SECONDS = 150  # more than unregister_model_timeout, which is 120
 SCALE_TRIES, PAUSE_SECONDS = 5, 0.2
-STUMBLE = "ConcurrentModificationException"
+CONCURRENT_MODIFICATION = "ConcurrentModificationException"
 
 
 @dataclass(frozen=True)
 class WorkerCount:
+    """Number of READY workers, and the minimum that a model must have."""
+
     ready: int
     wanted: int
 
 
 @dataclass(frozen=True)
 class Client:
-    """Talks to one server.
+    """Client of one server.
 
     Args:
         inference, management: base URLs.
-        keys: where the server asks for them.
+        keys: the server's keys, if it requires tokens.
     """
 
     inference: str
@@ -41,7 +43,7 @@ class Client:
     keys: Keys | None = None
 
     def auth(self, api: Api) -> Callable[[requests.PreparedRequest], requests.PreparedRequest] | None:
-        """For the argument `auth` of requests."""
+        """Return the `auth` argument of requests for an API; None if the server does not require tokens."""
         return partial(self._sign, api) if self.keys else None
 
     def _sign(self, api: Api, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -49,18 +51,18 @@ class Client:
         return request
 
     def models(self) -> list[str]:
-        """The names of the registered models."""
+        """Return the names of the registered models."""
         params, auth = {"limit": 1000}, self.auth("management")
         listed = session.get(f"{self.management}/models", params=params, auth=auth, timeout=SECONDS)
         listed.raise_for_status()
         return [model["modelName"] for model in listed.json()["models"]]
 
     def versions(self, model: str) -> list[dict]:
-        """Every version of `model`, as the management API describes it; none where it is not registered."""
+        """Return the management API's description of every version; an empty list if `model` is not registered."""
         return self._described(f"{model}/all")
 
     def describe(self, model: str, version: str | None = None) -> dict | None:
-        """A version of `model`, by default the one that is the default; None where it is not registered."""
+        """Return the description of a version, by default the default one; None if it is not registered."""
         return next(iter(self._described("/".join(filter(None, (model, version))))), None)
 
     def _described(self, path: str) -> list[dict]:
@@ -72,45 +74,54 @@ class Client:
         return answer.json()
 
     def workers(self, model: str, version: str | None = None) -> WorkerCount:
-        """How many workers of `model` are READY, and how many it must have at least."""
+        """Count the workers of a version, by default the default one."""
         described = self.describe(model, version)
         return WorkerCount(0, 1) if described is None else count_ready(described)
 
     def register(self, url: str, model: str, workers: int | None = None) -> None:
-        """Registers an archive of the store as a version of `model`.
+        """Register an archive of the store as a version of `model`.
 
         Args:
-            workers: to start. By default, those that its model-config.yaml asks for; this returns when they have
-                started, and until then TorchServe answers nothing on those connections of other clients that the same
-                thread of its serves.
+            workers: number of workers to start; by default, as in its model-config.yaml. This returns when they have
+                started. Until then, TorchServe does not answer other clients whose connections share its thread.
+
+        Raises:
+            BundleError: TorchServe rejects the archive.
         """
         initial = {} if workers is None else {"initial_workers": workers}
         self._manage("POST", "", url=url, model_name=model, **initial)
 
     def scale(self, model: str, version: str, minimum: int, maximum: int) -> None:
-        """Sets the numbers of workers; they start and end in the background.
+        """Set the minimum and maximum number of workers, which start and end in the background.
 
-        TorchServe's lists of workers have no lock: while it ends workers, it may stumble over them, and is asked again.
+        TorchServe's lists of workers are not locked: it may fail while it ends workers, and then the call is retried.
+
+        Raises:
+            BundleError: TorchServe rejects the call, or still fails after `SCALE_TRIES` tries.
         """
         for left in reversed(range(SCALE_TRIES)):
             try:
                 self._manage("PUT", f"/{model}/{version}", min_worker=minimum, max_worker=maximum)
                 return
             except BundleError as exc:
-                if not left or STUMBLE not in exc.details:
+                if not left or CONCURRENT_MODIFICATION not in exc.details:
                     raise
                 time.sleep(PAUSE_SECONDS)
 
     def set_default(self, model: str, version: str) -> None:
+        """Make a version the default."""
         self._manage("PUT", f"/{model}/{version}/set-default")
 
     def unregister(self, model: str, version: str) -> None:
-        """Ends a version's workers and forgets it."""
+        """Unregister a version, and end its workers."""
         self._manage("DELETE", f"/{model}/{version}")
 
     def _manage(self, method: str, path: str, **params: str | int) -> None:
-        """Raises:
-        BundleError: TorchServe refuses; with its reason."""
+        """Call the management API.
+
+        Raises:
+            BundleError: the answer is an error; the details are TorchServe's reason.
+        """
         url, auth = f"{self.management}/models{path}", self.auth("management")
         answer = session.request(method, url, params=params, auth=auth, timeout=MANAGEMENT_SECONDS)
         if not answer.ok:
@@ -121,24 +132,27 @@ class Client:
     def predict(
         self, model: str, content: bytes, version: str | None = None, headers: dict[str, str] | None = None
     ) -> requests.Response:
-        """One prediction, the input as raw body, over a connection of its own: one left open, as TorchServe leaves it
-        even when asked to close it, looks like a client to `drain`."""
+        """Send one input as request body, and return the answer.
+
+        Each call has its own connection, and closes it: TorchServe keeps connections open even when asked to close
+        them, and `drain` takes an open connection for a client.
+        """
         url = f"{self.inference}/predictions/{'/'.join(filter(None, (model, version)))}"
         with requests.Session() as once:
             once.trust_env = False
             answer = once.post(url, data=content, headers=headers, auth=self.auth("inference"), timeout=SECONDS)
-            answer.raw.close()  # or the session's end would not close it
+            answer.raw.close()  # the end of the session would not close it
         return answer
 
 
 def count_ready(described: dict) -> WorkerCount:
-    """Of a version as the management API describes it."""
+    """Count the workers in the management API's description of a version."""
     ready = sum(worker["status"] == "READY" for worker in described["workers"])
     return WorkerCount(ready, max(1, int(described["minWorkers"])))
 
 
 def reason(answer: requests.Response) -> str:
-    """The message of one of TorchServe's error bodies; "" where it is none."""
+    """Return TorchServe's error message, or "" if the body is not an error body."""
     try:
         return answer.json()["message"]
     except (ValueError, KeyError, TypeError):
@@ -146,10 +160,10 @@ def reason(answer: requests.Response) -> str:
 
 
 def check_sample(client: Client, folder: ModelFolder, version: str | None = None) -> str | None:
-    """Sends the folder's sample to a version, by default to the default one.
+    """Send a folder's sample to a version, by default to the default one.
 
     Returns:
-        the label that came first in the answer; None if the answer is not a ranking, or the folder has no sample.
+        the label that ranks first; None if the answer is not a ranking, or the folder has no sample.
 
     Raises:
         BundleError: the answer is an error, or not what the folder expects.
@@ -175,8 +189,10 @@ def check_sample(client: Client, folder: ModelFolder, version: str | None = None
 
 
 def curl_lines(client: Client, folders: list[ModelFolder]) -> list[str]:
-    """What to type to try the models with their samples. A key goes to curl through a pipe: everybody on the machine
-    can read the arguments of a process."""
+    """Return shell commands that send the models their samples.
+
+    Keys are piped to curl, because every user of the machine can read a process's arguments.
+    """
 
     def curl(api: Api) -> str:
         if client.keys is None:

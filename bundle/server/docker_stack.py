@@ -1,4 +1,4 @@
-"""The Docker stack, as far as commands on the host reach into it."""
+"""Run commands of the host in the Docker stack."""
 
 import os
 import shlex
@@ -9,7 +9,7 @@ from bundle.errors import BundleError
 
 
 def running_stack() -> list[str] | None:
-    """The compose command ($COMPOSE, which make sets) of a stack whose TorchServe is up; None where there is none."""
+    """Return the compose command ($COMPOSE, which make sets) if the stack's TorchServe runs; None otherwise."""
     command = shlex.split(os.environ.get("COMPOSE", ""))
     if not command:
         return None
@@ -23,10 +23,10 @@ def running_stack() -> list[str] | None:
 
 
 def roll_out(stack: list[str], model: str, archive: Path) -> None:
-    """Runs the rollout inside the container, which is given the archive on standard input.
+    """Run a rollout in the container, which reads the archive from standard input.
 
     Raises:
-        BundleError: it failed; it has said why on standard error.
+        BundleError: the rollout failed; standard error says why.
     """
     command = [*stack, "exec", "-T", "torchserve", ".venv/bin/python", "-m", "bundle"]
     with archive.open("rb") as content:

@@ -1,4 +1,4 @@
-"""Waits until nothing is in flight, so that what is ended afterwards loses no request."""
+"""Wait until no requests are in flight, so that ending workers loses none."""
 
 import time
 
@@ -12,11 +12,11 @@ POLL_SECONDS = 0.5  # on a GPU, each description runs nvidia-smi
 
 
 def wait_until_idle(client: Client, versions: list[tuple[str, str]], ports: set[int], seconds: float) -> None:
-    """Returns when no request of these versions waits in a queue or is with a worker.
+    """Wait until no request of these versions is queued or processed by a worker.
 
-    TorchServe says what is queued, and not what a worker is at. So, once the queues are empty, one of two proofs is
-    waited for: a moment in which no client is connected (nginx closes idle connections after 2 s), or the end of the
-    longest responseTimeout, by which TorchServe itself would have ended the request.
+    TorchServe reports what is queued, but not what its workers process. So, once the queues are empty, this waits until
+    no client is connected (nginx closes idle connections after 2 s), or until the longest responseTimeout has passed,
+    after which TorchServe itself ends a request.
 
     Args:
         versions: name and version of each.
@@ -24,10 +24,10 @@ def wait_until_idle(client: Client, versions: list[tuple[str, str]], ports: set[
         seconds: to wait at most.
 
     Raises:
-        BundleError: the time is over, and requests may be in flight.
+        BundleError: timed out; requests may be in flight.
     """
     deadline = time.monotonic() + seconds
-    emptied = None  # since when the queues are empty
+    emptied = None  # when the queues became empty
     longest = 0  # responseTimeout, s
     waiting = "an unknown number of"
     while time.monotonic() < deadline:
@@ -47,10 +47,10 @@ def wait_until_idle(client: Client, versions: list[tuple[str, str]], ports: set[
             if time.monotonic() - emptied > longest:
                 return
         time.sleep(POLL_SECONDS)
-    raise BundleError(f"After {seconds:.0f} s there are still {waiting} requests waiting, or with a worker.")
+    raise BundleError(f"After {seconds:.0f} s, {waiting} requests are still queued, or workers are still busy.")
 
 
 def connections(ports: set[int]) -> int:
-    """How many clients are connected to these ports of this machine."""
+    """Count the clients that are connected to these ports of this machine."""
     found = psutil.net_connections("tcp")
     return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port in ports for c in found)

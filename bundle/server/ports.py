@@ -1,9 +1,10 @@
-"""Ports that are free now."""
+"""Find free ports."""
 
 import socket
 
 
 def free_ports(count: int) -> list[int]:
+    """Return `count` different ports of the loopback interface that are free now."""
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
         probe.bind(("127.0.0.1", 0))

@@ -1,16 +1,17 @@
-"""One TorchServe on this machine: its process, its record, its files."""
+"""Start, find and stop one TorchServe on this machine."""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,14 +24,16 @@ from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import ROOT
 from bundle.server.client import Client
+from bundle.server.identity import start_mark, start_mark_of_command
 from bundle.server.java import java_home
 from bundle.server.keys import Keys
 from bundle.server.settings import ADDRESSES, Settings
 from bundle.signing import key_of
 
-GUARDS = ROOT / "bundle" / "bin"  # what workers are started with: see bundle/guard.py
-# TorchServe starts workers with the Python that it was started with itself, and knows no other setting for it
+GUARDS = ROOT / "bundle" / "bin"  # the commands that start workers: see bundle/guard.py
+# TorchServe starts its workers with its own Python, and has no setting for another one
 LAUNCH = "import sys; sys.executable = sys.argv.pop(1); from ts.model_server import start; start()"
+TERMINATE_SECONDS, KILL_SECONDS = 30, 5  # how long processes have to end after SIGTERM, and after SIGKILL
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,17 @@ class Running:
     """A server that was started here, as recorded in its run folder.
 
     Attributes:
-        pid, created: the Java process; its start time, because process ids are used again.
+        pid, started: the Java process; the mark of its start, because process ids are reused.
         temporary: the folder of its sockets, unpacked archives and pid file.
-        served: what it serves: {model: digest of its archive}.
+        served: digest of each served archive, by model.
         settings: `Settings.fingerprint` at its start.
         inference, management: base URLs.
-        grpc: host:port of inference.
-        key_file: of its keys; "" where it asks for none.
+        grpc: host:port of gRPC inference.
+        key_file: file with its keys; "" if it does not require tokens.
     """
 
     pid: int
-    created: float
+    started: str
     temporary: str
     served: dict[str, str]
     settings: str
@@ -57,6 +60,19 @@ class Running:
     grpc: str
     key_file: str = ""
 
+    @classmethod
+    def read(cls, record: Path) -> "Running | None":
+        """Return the server of a record; None if the record is missing or invalid."""
+        try:
+            values = json.loads(record.read_text())
+            if values.pop("created", None) is not None:
+                # Earlier bundles recorded a start time of the wall clock, which the clock's changes made wrong.
+                # TorchServe has the name of its temporary folder, which is unique, on its command line.
+                values["started"] = start_mark_of_command(values["pid"], values["temporary"])
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
     def keys(self) -> Keys | None:
         return Keys(Path(self.key_file), self.management) if self.key_file else None
 
@@ -64,23 +80,22 @@ class Running:
         return Client(self.inference, self.management, self.keys())
 
     def process(self) -> psutil.Process | None:
-        """The Java process while it lives."""
+        """Return the Java process; None if it has ended."""
         try:
             process = psutil.Process(self.pid)
-            alive = abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
-            return process if alive else None
+            return process if start_mark(self.pid) == self.started and lives(process) else None
         except psutil.NoSuchProcess:
             return None
 
 
 class Server:
-    """Starts, finds and stops TorchServe.
+    """Start, find and stop TorchServe.
 
     Args:
-        run_dir: where its record and its logs are.
+        run_dir: folder of its record and logs; by default $RUN_DIR, or build/run.
 
     Attributes:
-        store: the folder of its archives.
+        store: folder of its archives.
     """
 
     def __init__(self, run_dir: Path | None = None, settings: Settings | None = None):
@@ -92,11 +107,11 @@ class Server:
         self.key_file = self.run_dir / "key_file.json"  # TorchServe's name for it, in the folder that it is started in
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keeps a second `make serve` or `make stop` of this run folder out.
+    def lock(self) -> Iterator[None]:
+        """Lock the run folder against other commands that start or stop its server.
 
         Raises:
-            BundleError: one is at work.
+            BundleError: another command holds the lock.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -104,44 +119,45 @@ class Server:
                 yield
         except Timeout as exc:
             raise BundleError(
-                "Another `make serve`, `make stop` or `make tune` is at work here. Wait until it is done."
+                "Another `make serve`, `make stop` or `make tune` is running here. Wait until it has ended."
             ) from exc
 
     def running(self) -> Running | None:
-        """The server that was started from this run folder and lives."""
-        try:
-            found = Running(**json.loads(self.record.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
-        return found if found.process() else None
+        """Return this run folder's server; None if it does not run."""
+        found = Running.read(self.record)
+        return found if found and found.process() else None
 
     def archive(self, folder: ModelFolder) -> Path:
         return self.store / f"{folder.name}.mar"
 
-    def wanted(self, folders: list[ModelFolder]) -> dict[str, str]:
-        """What a server of these models would serve, as `Running.served` has it."""
+    def archive_digests(self, folders: list[ModelFolder]) -> dict[str, str]:
+        """Return the SHA-256 digest of each model's archive, as in `Running.served`."""
         archives = {folder.name: self.archive(folder) for folder in folders}
         return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in archives.items()}
 
     def is_current(self, running: Running, folders: list[ModelFolder]) -> bool:
-        return running.served == self.wanted(folders) and running.settings == self.settings.fingerprint()
+        return running.served == self.archive_digests(folders) and running.settings == self.settings.fingerprint()
 
-    def difference(self, running: Running, folders: list[ModelFolder]) -> str:
-        """Why what runs is not what is asked for, in a sentence."""
-        wanted = self.wanted(folders)
+    def restart_reason(self, running: Running, folders: list[ModelFolder]) -> str:
+        """Explain in a sentence why the running server must be restarted to serve these models as they are now."""
+        digests = self.archive_digests(folders)
         if running.key_file and not self.settings.asks_for_keys:
-            return "What runs asks for tokens. WITHOUT TS_DISABLE_TOKEN_AUTHORIZATION=false, AS NOW, IT WILL NOT."
-        if running.served.keys() != wanted.keys():
-            return f"What runs serves {', '.join(running.served)}, and not {', '.join(wanted)}."
-        if changed := [name for name, digest in wanted.items() if running.served[name] != digest]:
-            return f"What runs has other archives of {', '.join(changed)}."
+            return (
+                "The running server requires tokens; this restart turns them OFF. "
+                "To keep them, set TS_DISABLE_TOKEN_AUTHORIZATION=false."
+            )
+        if running.served.keys() != digests.keys():
+            return f"The running server has the models {', '.join(running.served)} instead of {', '.join(digests)}."
+        if changed := [name for name, digest in digests.items() if running.served[name] != digest]:
+            return f"The running server has other archives of {', '.join(changed)}."
         return (
-            "What runs has other settings (config.properties, bundle/config, TS_*, BUNDLE_BEHIND_PROXY or TRUSTED_KEY)."
+            "The running server has other settings (config.properties, bundle/config, TS_*, BUNDLE_BEHIND_PROXY or "
+            "TRUSTED_KEY)."
         )
 
     def adopt(self, running: Running, folder: ModelFolder) -> None:
-        """Records that the running server serves the archive that is in the store now."""
-        self.write_record(replace(running, served=running.served | self.wanted([folder])))
+        """Record that the running server serves the archive that is now in the store."""
+        self.write_record(replace(running, served=running.served | self.archive_digests([folder])))
 
     def write_record(self, running: Running) -> None:
         partial = self.record.with_suffix(".partial")
@@ -149,36 +165,36 @@ class Server:
         partial.replace(self.record)
 
     def start(self, folders: list[ModelFolder]) -> Running:
-        """Starts TorchServe with the archives of these models, and returns as soon as its process lives.
+        """Start TorchServe with the archives of these models, and return as soon as its process runs.
 
         Raises:
-            BundleError: what `check` finds, or a process that ended at once.
+            BundleError: `check` failed, or the process ended at once.
         """
         self.check(folders)
         environment = {
             **self.settings.passed_on(),
             "BUNDLE_PYTHON": sys.executable,
-            "TRUSTED_KEY": str(key_of("TRUSTED_KEY") or ""),  # "", because without the variable no worker starts
+            "TRUSTED_KEY": str(key_of("TRUSTED_KEY") or ""),  # "", because no worker starts without it
             "PATH": f"{GUARDS}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "JAVA_HOME": str(java_home()),
             "LOG_LOCATION": str(self.logs),
             "METRICS_LOCATION": str(self.logs),
         }
-        wanted, settings = self.wanted(folders), self.settings.fingerprint()
+        served, settings = self.archive_digests(folders), self.settings.fingerprint()
         command = [sys.executable, "-c", LAUNCH, str(GUARDS / "python"), "--start"]
         command += ["--ts-config", str(self.settings.file), "--model-store", str(self.store)]
-        # snapshots are read only where there is no --ts-config, and have a keystore's password in them
+        # TorchServe reads snapshots only without --ts-config, and writes a keystore's password into them
         command += ["--no-config-snapshots"]
         command += ["--log-config", str(log_config)] if (log_config := self.settings.log_config) else []
-        command += ["--models", *(f"{name}={name}.mar" for name in wanted)] if wanted else []
+        command += ["--models", *(f"{name}={name}.mar" for name in served)] if served else []
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True, exist_ok=True)
         self.forget_keys()
         if self.settings.asks_for_keys:
-            self.key_file.touch(mode=0o600)  # TorchServe writes first, and restricts who may read afterwards
-        # not below the project: a socket's path must not be longer than about 100 characters
+            self.key_file.touch(mode=0o600)  # TorchServe restricts access only after it has written the keys
+        # outside the project, because a socket's path is limited to about 100 characters
         temporary = tempfile.mkdtemp(prefix="torchserve-")
-        environment |= {"TMPDIR": temporary, "TEMP": temporary}  # of the wrapper's pid file, and java.io.tmpdir
+        environment |= {"TMPDIR": temporary, "TEMP": temporary}  # for the launcher's pid file and for java.io.tmpdir
         try:
             with self.console.open("wb") as console:
                 streams = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": console}
@@ -188,9 +204,9 @@ class Server:
                 raise BundleError("TorchServe did not start.", self.console.read_text(errors="replace"))
             running = Running(
                 pid=process.pid,
-                created=process.create_time(),
+                started=start_mark(process.pid),
                 temporary=temporary,
-                served=wanted,
+                served=served,
                 settings=settings,
                 inference=self.settings.url("inference_address"),
                 management=self.settings.url("management_address"),
@@ -199,7 +215,7 @@ class Server:
             )
             self.write_record(running)
         except BaseException:
-            # Ctrl-C and a full disk included: what has no record could not be stopped later
+            # Ctrl-C and a full disk included: a server without a record could not be stopped later
             end(launched(temporary))
             shutil.rmtree(temporary, ignore_errors=True)
             self.forget_keys()
@@ -208,14 +224,14 @@ class Server:
 
     @property
     def console(self) -> Path:
-        """What the Java process prints before its logging is up: a heap that does not fit, a wrong option."""
+        """What Java prints before its logging starts: an invalid option, a heap that is too large."""
         return self.logs / "console.log"
 
     def check(self, folders: list[ModelFolder]) -> None:
-        """To be asked before anything is stopped for a new start.
+        """Check what a start needs. Call it before stopping a server for a restart.
 
         Raises:
-            BundleError: a setting that is none, no Java, a port that another holds, or an archive that is not what was
+            BundleError: a setting is invalid, Java is missing, a port is taken, or an archive was changed since it was
                 built or signed.
         """
         self.settings.check()
@@ -226,7 +242,12 @@ class Server:
             signing.check(self.archive(folder), trusted)
 
     def check_ports(self) -> None:
-        own = self.ports_held()  # free by the time of a new start
+        """Check that TorchServe can listen on its ports.
+
+        Raises:
+            BundleError: another process has a port, or the address is not of this machine.
+        """
+        own = self.listening_ports()  # a restart frees them
         for key, (host, port) in self.settings.listeners().items():
             if port in own:
                 continue
@@ -238,14 +259,14 @@ class Server:
                 except OSError as exc:
                     example = "http://127.0.0.1:9080" if key in ADDRESSES else "9070"
                     taken = exc.errno == errno.EADDRINUSE
-                    why = f"is taken{by_whom(port)}" if taken else f"cannot be used: {exc.strerror}"
+                    why = f"is taken{port_owner(port)}" if taken else f"of {host} cannot be used: {exc.strerror}"
                     raise BundleError(
-                        f"Port {port} ({key}) {why}. Choose another port, TS_{key.upper()}={example} make serve, "
-                        "or end what holds it."
+                        f"Port {port} ({key}) {why}. Set another one, TS_{key.upper()}={example} make serve"
+                        + (", or end the process that has it." if taken else ".")
                     ) from exc
 
-    def ports_held(self) -> set[int]:
-        """Of this run folder's server, if one runs."""
+    def listening_ports(self) -> set[int]:
+        """Return the ports that this run folder's server listens on."""
         running = self.running()
         try:
             held = psutil.Process(running.pid).net_connections("tcp") if running else []
@@ -254,10 +275,16 @@ class Server:
         return {connection.laddr.port for connection in held if connection.status == psutil.CONN_LISTEN}
 
     def stop(self) -> bool:
-        """Ends the server and its workers, and says whether there was one."""
-        try:
-            recorded = Running(**json.loads(self.record.read_text()))
-        except (OSError, ValueError, TypeError):
+        """End the server and its workers, and remove its record, keys and temporary folder.
+
+        Returns:
+            whether it was running.
+
+        Raises:
+            BundleError: the server cannot be ended; everything that belongs to it is left in place.
+        """
+        recorded = Running.read(self.record)
+        if recorded is None:
             return False
         process = recorded.process()
         end(process)
@@ -272,30 +299,52 @@ class Server:
 
 
 def launched(temporary: str) -> psutil.Process | None:
-    """The Java process whose wrapper wrote its pid file into `temporary`, while it lives."""
+    """Return the Java process that was launched with this temporary folder; None if it has ended."""
     try:
         return psutil.Process(int((Path(temporary) / ".model_server.pid").read_text()))
     except (OSError, ValueError, psutil.NoSuchProcess):
         return None
 
 
-def end(process: psutil.Process | None, seconds: float = 30) -> None:
-    """SIGTERM to the server; what is left of it and of its workers after `seconds` is killed."""
+def end(process: psutil.Process | None) -> None:
+    """Send SIGTERM to a server, then SIGKILL to what is left of it and its workers.
+
+    Raises:
+        BundleError: a process belongs to another user, or survives SIGKILL.
+    """
     if process is None:
         return
     try:
         family = [process, *process.children(recursive=True)]
-        process.terminate()
+        send(signal.SIGTERM, [process])
+        _, left = psutil.wait_procs(family, timeout=TERMINATE_SECONDS)
+        send(signal.SIGKILL, left)
     except psutil.NoSuchProcess:
         return
-    _, left = psutil.wait_procs(family, timeout=seconds)
-    for survivor in left:
-        survivor.kill()
-    psutil.wait_procs(left, timeout=5)
+    except psutil.AccessDenied as exc:
+        raise BundleError(f"PID {exc.pid} belongs to another user. Stop it as that user.") from exc
+    _, left = psutil.wait_procs(left, timeout=KILL_SECONDS)
+    if pids := [str(survivor.pid) for survivor in left if lives(survivor)]:
+        raise BundleError(f"PID {', '.join(pids)} survived SIGKILL. Wait until the system has ended it: make stop")
 
 
-def by_whom(port: int) -> str:
-    """` by PID 12 (java)`, where the system tells."""
+def send(number: int, processes: list[psutil.Process]) -> None:
+    """Send a signal to the processes that still run."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def port_owner(port: int) -> str:
+    """Return ` by PID 12 (java)` for the process that listens on a port; "" if the system does not show it."""
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:

@@ -1,4 +1,4 @@
-"""Waits until a server that was just started serves, or says why it does not."""
+"""Wait until a server that was just started serves, or find out why it does not."""
 
 import re
 import time
@@ -17,7 +17,7 @@ from bundle.server.process import Running, Server
 POLL_SECONDS = 0.3
 WORKER_DIED = "Backend worker process died"
 WORKER_RETRIED = "Retry worker"
-RETRIES = 3  # TorchServe starts a worker that was killed again; more often than this, it will not come up
+RETRIES = 3  # TorchServe restarts killed workers; one that was killed this often will not start
 LOG_PREFIX = re.compile(r"^\S+ \[\w+ *\] (\S+) (\S+ )?- ")
 
 
@@ -28,14 +28,14 @@ def wait_until_ready(
     seconds: float,
     progress: Callable[[str, WorkerCount], None],
 ) -> None:
-    """Returns when every model has its workers READY.
+    """Wait until every model has its workers READY.
 
     Args:
         seconds: to wait at most.
-        progress: is told each model's name and count of workers, again and again.
+        progress: called with each model's name and count of workers, at each poll.
 
     Raises:
-        BundleError: the server or a worker died, or the time is over; with the cause out of the logs.
+        BundleError: the server or a worker died, or the wait timed out; the details are the cause, from the logs.
     """
     client = running.client()
     deadline = time.monotonic() + seconds
@@ -59,6 +59,7 @@ def wait_until_ready(
 
 
 def count_workers(client: Client, model: str) -> WorkerCount:
+    """Count a model's workers; none while the management API does not answer."""
     try:
         return client.workers(model)
     except requests.RequestException:
@@ -68,14 +69,15 @@ def count_workers(client: Client, model: str) -> WorkerCount:
 def start_version(
     client: Client, logs: Path, archive: str, model: str, version: str, workers: tuple[int, int], seconds: float
 ) -> None:
-    """Registers an archive of the store, and returns when its workers are READY.
+    """Register an archive of the store, and wait until its workers are READY.
 
     Args:
-        version: what the archive says it is.
-        workers: how many at least and at most.
+        version: the archive's own version.
+        workers: minimum and maximum number.
+        seconds: to wait at most.
 
     Raises:
-        BundleError: it is refused, or its workers do not come up; with the cause out of the logs.
+        BundleError: it is rejected, or its workers do not become READY; the details are the cause, from the logs.
     """
     since = datetime.now()
     try:
@@ -88,10 +90,10 @@ def start_version(
 def scale_version(
     client: Client, logs: Path, model: str, version: str, workers: tuple[int, int], seconds: float
 ) -> None:
-    """Sets the numbers of workers, at least and at most, and returns when they are READY.
+    """Set the minimum and maximum number of workers, and wait until they are READY.
 
     Raises:
-        BundleError: they do not come up; with the cause out of the logs.
+        BundleError: they do not become READY; the details are the cause, from the logs.
     """
     since = datetime.now()
     deadline = time.monotonic() + seconds
@@ -107,11 +109,11 @@ def scale_version(
 def worker_failure(
     logs: Path, model: str, version: str | None = None, since: datetime = datetime.min
 ) -> BundleError | None:
-    """Why the workers of a model do not come up: what one raised, or that they are killed again and again.
+    """Return why a model's workers do not become READY: an exception, or repeated kills; None if neither is logged.
 
     Args:
-        version: one version's workers only.
-        since: lines before this time are not looked at.
+        version: by default, all versions.
+        since: ignore log lines before this time.
     """
     said = lines_of(logs / "model_log.log", model, version, since)
     if any(WORKER_DIED in line for line in said):
@@ -123,15 +125,15 @@ def worker_failure(
     if sum(WORKER_RETRIED in line for line in told) >= RETRIES:
         free = psutil.virtual_memory().available / 2**30
         return BundleError(
-            f"Workers of {model} end before they are READY, without a word: killed, for want of memory? "
-            f"{free:.1f} GiB are free.",
+            f"Workers of {model} end before they are READY, without an error: they may have been killed for lack of "
+            f"memory. {free:.1f} GiB are free.",
             "\n".join(told[-10:]),
         )
     return None
 
 
 def lines_of(log: Path, model: str, version: str | None, since: datetime) -> list[str]:
-    """What a log has of the workers of `model`, without the log's own prefix."""
+    """Return the lines of a log that are from the workers of `model`, without the log's prefix."""
     any_version = r"[\d.]+"
     thread = re.compile(rf"W-\d+-{re.escape(model)}_{re.escape(version) if version else any_version}(-|$)")
     earliest = since.isoformat(timespec="milliseconds").replace(".", ",")
@@ -141,9 +143,9 @@ def lines_of(log: Path, model: str, version: str | None, since: datetime) -> lis
 
 
 def last_words(server: Server, lines: int = 20) -> str:
-    """The last errors and warnings of the server's log, and what it printed on its console."""
+    """Return the last errors and warnings of the server's log, and the last lines of its console."""
     log = server.logs / "ts_log.log"
     told = log.read_text(errors="replace").splitlines() if log.is_file() else []
     words = [line for line in told if re.search(r"\[(ERROR|WARN) *\]|Exception", line)][-lines:]
     words += server.console.read_text(errors="replace").splitlines()[-lines:]
-    return "\n".join(words) or f"The logs in {server.logs} say nothing."
+    return "\n".join(words) or f"The logs in {server.logs} have no errors."

@@ -1,4 +1,4 @@
-"""A new version of a model takes the place of the one that is served, and no request notices."""
+"""Replace the served version of a model by a new one without a failed request."""
 
 import json
 import shutil
@@ -17,10 +17,10 @@ from bundle.signing import check, key_of
 
 
 def archive_version(archive: Path) -> str:
-    """The version that an archive says it is.
+    """Return the version of an archive.
 
     Raises:
-        BundleError: it is none.
+        BundleError: the file is not a model archive.
     """
     try:
         with zipfile.ZipFile(archive) as file:
@@ -32,22 +32,24 @@ def archive_version(archive: Path) -> str:
 def roll_out(
     server: Server, client: Client, folder: ModelFolder, archive: Path, seconds: float, report: Callable[[str], object]
 ) -> None:
-    """Registers `archive` beside what is served, and once it answers the folder's sample, makes it the default; then
-    waits for what the old version still has to answer, and removes it.
+    """Register `archive` beside the served version, make it the default, and remove the old version.
+
+    The new version becomes the default once it has answered the folder's sample. The old version is removed once it has
+    answered its requests.
 
     Args:
         archive: outside the store; it is copied.
-        seconds: to wait at most until the new version is READY, and for the old one's queue to empty.
+        seconds: to wait at most until the new version is READY, and until the old one is idle.
 
     Raises:
-        BundleError: the new version is not fit, and the old one goes on as before; or, as the message says, the old
-            one could not be removed.
+        BundleError: the new version failed, and the old one keeps serving; or, as the message says, the old one could
+            not be removed.
     """
     name, version = folder.name, archive_version(archive)
     check(archive, key_of("TRUSTED_KEY"))
     old = client.describe(name)
     if old is None:
-        raise BundleError(f"{name} is not served here: there is nothing to roll over. Serve it: make serve")
+        raise BundleError(f"{name} is not served here. Serve it: make serve")
     if any(served["modelVersion"] == version for served in client.versions(name)):
         raise BundleError(
             f"Version {version} of {name} is served already. Give the new one a higher number: "
@@ -56,39 +58,39 @@ def roll_out(
     incoming = server.store / f"rollout-{name}-{version}.mar"
     copy(archive, incoming)
     try:
-        report(f"{name} {version}: starts beside {old['modelVersion']}")
+        report(f"{name} {version}: starting beside {old['modelVersion']}")
         workers = old["minWorkers"], old["maxWorkers"]
         start_version(client, server.logs, incoming.name, name, version, workers, seconds)
         first = check_sample(client, folder, version)
         report(f"{name} {version}: READY" + (f", {folder.bundle.sample} is {first!r}" if first else ""))
         client.set_default(name, version)
     except BaseException:
-        # Ctrl-C included: the old version is the default still, and stays
+        # Ctrl-C included: the old version is still the default, and stays
         incoming.unlink(missing_ok=True)
         withdraw(client, name, version)
         raise
     incoming.replace(server.store / f"{name}.mar")  # what a restart serves
-    report(f"{name} {version}: is the default; {old['modelVersion']} answers what it has")
+    report(f"{name} {version}: is the default; {old['modelVersion']} finishes its requests")
     try:
         wait_until_idle(client, [(name, old["modelVersion"])], server.settings.inference_ports(), seconds)
         client.unregister(name, old["modelVersion"])
     except BundleError as exc:
         raise BundleError(
-            f"{name} {version} is served; {old['modelVersion']} still is, too: {exc} Remove it when nobody asks for it "
-            f"by number: curl -X DELETE {client.management}/models/{name}/{old['modelVersion']}",
+            f"{name} {version} is served, and so is still {old['modelVersion']}: {exc} Remove it when no client "
+            f"requests it by number: curl -X DELETE {client.management}/models/{name}/{old['modelVersion']}",
             exc.details,
         ) from exc
     report(f"{name} {old['modelVersion']}: removed")
 
 
 def copy(archive: Path, target: Path) -> None:
-    """A reader of the store never sees half an archive."""
+    """Copy an archive so that readers of the store never see a part of it."""
     partial = target.with_name(f".{target.name}")
     shutil.copyfile(archive, partial)
     partial.replace(target)
 
 
 def withdraw(client: Client, name: str, version: str) -> None:
-    """Unregisters a version, where TorchServe has not done so itself."""
+    """Unregister a version, unless TorchServe has already done so."""
     if client.describe(name, version) is not None:
         client.unregister(name, version)

@@ -1,4 +1,4 @@
-"""The frontend's settings: config.properties under the environment."""
+"""The frontend's settings: config.properties, overridden by the environment."""
 
 import hashlib
 import os
@@ -14,21 +14,21 @@ from bundle.paths import ROOT
 from bundle.signing import key_of
 
 CONFIG = ROOT / "config.properties"
-SIDE_FILES = sorted((ROOT / "bundle" / "config").iterdir())  # what config.properties names: logs, metrics
+SIDE_FILES = sorted((ROOT / "bundle" / "config").iterdir())  # named by config.properties: logs, metrics
 ADDRESSES = ("inference_address", "management_address", "metrics_address")
 GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
 PATHS = ("model_store", "workflow_store", "metrics_config", "keystore", "certificate_file", "private_key_file")
 BOOLEANS = ("true", "false")
 BEHIND_PROXY = "BUNDLE_BEHIND_PROXY"  # for handlers/core/headers.py, in the workers
-WHOLE_NUMBER = re.compile("[0-9]{1,9}")  # what Java's int holds
+WHOLE_NUMBER = re.compile("[0-9]{1,9}")  # fits into Java's int
 LOG_CONFIG = re.compile(r"-Dlog4j\.configurationFile=(\S+)")
 
 
 class Settings:
-    """config.properties under the environment: TS_<KEY> overrides a key, as TorchServe itself does it.
+    """The values of config.properties. As in TorchServe, the environment variable TS_<KEY> overrides a key.
 
     Args:
-        overrides: values by key, above both.
+        overrides: values by key, which override both.
     """
 
     def __init__(self, file: Path = CONFIG, overrides: Mapping[str, str] | None = None):
@@ -40,15 +40,18 @@ class Settings:
         return self.environment().get(f"TS_{key.upper()}", self.values[key])
 
     def environment(self) -> dict[str, str]:
-        """What TorchServe finds in its environment. Relative paths are the repository's, wherever it is started."""
+        """Return TorchServe's environment. Relative paths are resolved from the repository's root."""
         given = {**os.environ, **self.overrides}
         names = {key: f"TS_{key.upper()}" for key in PATHS}
         paths = {name: given.get(name, self.values.get(key)) for key, name in names.items()}
         return given | {name: str(ROOT / path) for name, path in paths.items() if path}
 
     def passed_on(self) -> dict[str, str]:
-        """The environment without what is kept from workers: as the same user, they could read TorchServe's. Its own
-        settings stay, a keystore's password among them."""
+        """Return TorchServe's environment without secrets.
+
+        Workers run as the same user, and could read them there. TorchServe's own settings stay, including a keystore's
+        password.
+        """
         kept_back = re.compile(self["blacklist_env_vars"])
         return {
             name: value
@@ -62,46 +65,46 @@ class Settings:
 
     @property
     def log_config(self) -> Path | None:
-        """What vmargs names; None where it names nothing."""
+        """The Log4j configuration file in `vmargs`, or None."""
         named = LOG_CONFIG.search(self.values.get("vmargs", ""))
         return ROOT / named[1] if named else None
 
     def url(self, key: str) -> str:
-        """The address as a client on this machine calls it."""
+        """Return the address as a URL for clients on this machine."""
         parts = self.address(key)
         return parts.geturl().replace("0.0.0.0", "127.0.0.1").rstrip("/")
 
     def address(self, key: str) -> SplitResult:
-        """The address, taken apart.
+        """Return the parts of an address.
 
         Raises:
-            BundleError: not of the form http://host:port.
+            BundleError: the address is invalid.
         """
         try:
             parts = urlsplit(self[key])
             good = parts.scheme in ("http", "https") and parts.hostname and parts.port
-        except ValueError:  # brackets that do not match, a port beyond 65535
+        except ValueError:  # unbalanced brackets, or a port beyond 65535
             good = False
         if not good:
             raise BundleError(f"{key} is {self[key]!r}, and must look like http://127.0.0.1:8080.")
         return parts
 
     def listeners(self) -> dict[str, tuple[str, int]]:
-        """Host and port of everything that TorchServe listens on, by the key that sets the port."""
+        """Return the host and port of each address that TorchServe listens on, by the key that sets the port."""
         http = {key: (self.address(key).hostname, self.address(key).port) for key in ADDRESSES}
         return http | {key: (self[key.replace("port", "address")], int(self[key])) for key in GRPC_PORTS}
 
     def inference_ports(self) -> set[int]:
-        """Where clients' predictions arrive: HTTP and gRPC."""
+        """Return the ports of inference: HTTP and gRPC."""
         listeners = self.listeners()
         return {listeners[key][1] for key in ("inference_address", "grpc_inference_port")}
 
     def check(self) -> None:
-        """Holds every setting to the kind of value that config.properties has for it.
+        """Check that every setting has the same kind of value as in config.properties.
 
         Raises:
-            BundleError: a number, an address, true or false was overridden by something else: TorchServe would not
-                start, or take it for another value. Or BUNDLE_BEHIND_PROXY is neither: no worker would start.
+            BundleError: a number, an address or a boolean is overridden by an invalid value. TorchServe would not
+                start, or would use another value; with an invalid BUNDLE_BEHIND_PROXY, no worker would start.
         """
         for key, usual in self.values.items():
             given = self[key]
@@ -116,6 +119,7 @@ class Settings:
         self.listeners()
 
     def fingerprint(self) -> str:
+        """Return a digest of everything that requires a restart when it changes."""
         environment = self.environment()
         overrides = sorted(f"{key}={value}" for key, value in environment.items() if key.startswith("TS_"))
         overrides += [f"{BEHIND_PROXY}={environment.get(BEHIND_PROXY, 'false').lower()}"]

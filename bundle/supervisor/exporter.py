@@ -1,4 +1,4 @@
-"""Prometheus metrics that TorchServe has not, and readiness that is true: `/metrics` and `/ready` of the supervisor."""
+"""Serve the supervisor's `/metrics` and `/ready`: metrics that TorchServe lacks, and reliable readiness."""
 
 import json
 import threading
@@ -15,10 +15,10 @@ from bundle.supervisor.health import History
 
 LABELS = ("model_name", "model_version")
 GAUGES = {
-    "bundle_workers_ready": "Workers that are READY.",
-    "bundle_workers_wanted": "Workers that there must be at least.",
-    "bundle_queue_pending": "Requests that wait for a worker.",
-    "bundle_queue_capacity": "Requests that may wait; further ones get 503.",
+    "bundle_workers_ready": "READY workers.",
+    "bundle_workers_wanted": "Minimum number of workers.",
+    "bundle_queue_pending": "Queued requests.",
+    "bundle_queue_capacity": "Requests that the queue can hold; further ones get 503.",
 }
 METRICS = (
     *GAUGES,
@@ -27,15 +27,17 @@ METRICS = (
     "bundle_worker_restarts_total",
     "bundle_failed_requests_total",
     "bundle_draining",
+    "bundle_not_restored",
 )
 
 
 class Exporter:
-    """Serves what a supervisor knows.
+    """WSGI application of `/metrics` and `/ready`.
 
     Args:
-        unready: says why the server is not ready; "" where it is.
-        failures: inference requests that were answered 5xx: {(model, version, status): count}.
+        failures: number of inference requests answered 5xx, by model, version and status.
+        unready: returns why the server is not ready; "" if it is.
+        draining: returns whether the server waits to stop.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Exporter:
         self.metrics = make_wsgi_app(registry)
 
     def collect(self) -> Iterable[Metric]:
+        """Return all metrics, for the Prometheus client."""
         latest = list(self.history.latest)
         values = [(v.ready, v.registered.minimum, v.pending, v.capacity) for v in latest]
         for column, (name, text) in enumerate(GAUGES.items()):
@@ -83,21 +86,29 @@ class Exporter:
             failed.add_metric(key, count)
         yield failed
         yield GaugeMetricFamily("bundle_draining", "1 while the server waits to stop.", value=self.draining())
+        restored = GaugeMetricFamily(
+            "bundle_not_restored", "1 for a version that could not be restored as it was saved.", labels=LABELS
+        )
+        not_restored = set(self.history.not_restored)
+        for key in sorted({version.key for version in latest} | not_restored):
+            restored.add_metric(key, key in not_restored)
+        yield restored
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
-        """The WSGI application."""
+        """Answer a request."""
         path = environ["PATH_INFO"]
         if path == "/metrics":
             return self.metrics(environ, start_response)
         if path == "/ready":
             why = self.unready()
             start_response("503 Service Unavailable" if why else "200 OK", [("Content-Type", "application/json")])
-            return [json.dumps({"status": why or "ready"}).encode()]
+            not_restored = [" ".join(key) for key in self.history.not_restored]
+            return [json.dumps({"status": why or "ready", "not_restored": not_restored}).encode()]
         start_response("404 Not Found", [("Content-Type", "text/plain")])
-        return [b"There are /metrics and /ready.\n"]
+        return [b"Not found. This server has /metrics and /ready.\n"]
 
     def serve(self, host: str, port: int) -> WSGIServer:
-        """Listens in the background.
+        """Serve in a background thread.
 
         Raises:
             BundleError: the address cannot be used.
@@ -106,14 +117,14 @@ class Exporter:
             server = make_server(host, port, self, handler_class=Quiet)
         except OSError as exc:
             raise BundleError(
-                f"The supervisor cannot listen on {host}:{port}: {exc.strerror}. Give it another --address."
+                f"The supervisor cannot listen on {host}:{port}: {exc.strerror}. Set another --address."
             ) from exc
         threading.Thread(target=server.serve_forever, daemon=True, name="exporter").start()
         return server
 
 
 class Quiet(WSGIRequestHandler):
-    timeout = 5  # one thread serves all: nobody holds it
+    timeout = 5  # s; a silent client must not block the only thread
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass

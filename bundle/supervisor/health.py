@@ -1,4 +1,4 @@
-"""What the management API says of every version at one moment, and what changed from moment to moment."""
+"""Observe every registered version through the management API, and what changes between observations."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from bundle.server.client import Client
-from bundle.supervisor.state import Registered, State
-
-Key = tuple[str, str]  # a model's name and version
+from bundle.supervisor.state import Key, Registered, State
 
 
 @dataclass(frozen=True)
@@ -16,9 +14,9 @@ class Version:
     """One registered version of a model.
 
     Attributes:
-        workers: process id of each worker by its id; 0 for one that has none at the moment.
-        ready: how many workers are READY.
-        pending, capacity: requests that wait, and that may.
+        workers: process id of each worker by its id; 0 for a worker without a process.
+        ready: number of READY workers.
+        pending, capacity: number of queued requests; of those that the queue can hold.
     """
 
     registered: Registered
@@ -33,8 +31,11 @@ class Version:
 
 
 def observe(client: Client) -> list[Version]:
-    """Raises:
-    requests.RequestException: the management API does not answer."""
+    """Return every registered version.
+
+    Raises:
+        requests.RequestException: the management API does not answer.
+    """
     found = []
     for name in client.models():
         default = (client.describe(name) or {}).get("modelVersion")
@@ -43,6 +44,7 @@ def observe(client: Client) -> list[Version]:
 
 
 def parse(described: dict, default: str | None) -> Version:
+    """Return a version, given its description by the management API and its model's default version."""
     queue = described["jobQueueStatus"]
     return Version(
         registered=Registered(
@@ -62,29 +64,33 @@ def parse(described: dict, default: str | None) -> Version:
 
 @dataclass
 class History:
-    """Observations, one after the other.
+    """Successive observations, and what follows from them.
 
     Attributes:
-        latest: the last one.
-        strength: of each version that ever had all its workers, how many it had to have when it last had them. More
-            that are asked for since are being started, and are not missed. A version without an entry is a failed
-            registration, which is its registrar's to see; it makes nothing else unready.
-        weak_since: versions that have fewer READY workers than they had, and since when (s, monotonic).
-        restarts: of each version, how often a worker came back as another process.
+        latest: the last observation.
+        expected_workers: for each version that ever had all its workers, its minimum at the last time it had them.
+            Workers added since are still starting, and not missed. A version without an entry never became ready:
+            whoever registered it sees that, and it does not make the server unready.
+        degraded_since: versions with fewer READY workers than expected, and since when (s, monotonic).
+        restarts: for each version, how often a worker came back as another process.
+        not_restored: versions whose saved registration, workers or default could not be restored.
     """
 
     latest: list[Version] = field(default_factory=list)
-    strength: dict[Key, int] = field(default_factory=dict)
-    weak_since: dict[Key, float] = field(default_factory=dict)
+    expected_workers: dict[Key, int] = field(default_factory=dict)
+    degraded_since: dict[Key, float] = field(default_factory=dict)
     restarts: Counter[Key] = field(default_factory=Counter)
+    not_restored: list[Key] = field(default_factory=list)
     _pids: dict[tuple[Key, str], int] = field(default_factory=dict)
 
     def add(self, versions: list[Version], now: float) -> None:
+        """Add an observation made at the time `now` (s, monotonic)."""
         self.latest = versions
         full = {v.key: v.registered.minimum for v in versions if v.ready >= v.registered.minimum}
-        self.strength = {v.key: self.strength[v.key] for v in versions if v.key in self.strength} | full
-        weak = [v.key for v in versions if v.ready < min(v.registered.minimum, self.strength.get(v.key, 0))]
-        self.weak_since = {key: self.weak_since.get(key, now) for key in weak}
+        expected = self.expected_workers
+        self.expected_workers = {v.key: expected[v.key] for v in versions if v.key in expected} | full
+        degraded = [v.key for v in versions if v.ready < min(v.registered.minimum, self.expected_workers.get(v.key, 0))]
+        self.degraded_since = {key: self.degraded_since.get(key, now) for key in degraded}
         for version in versions:
             self.restarts[version.key] += self._restarted(version)
 
@@ -97,14 +103,15 @@ class History:
                 self._pids[version.key, worker] = pid
         return count
 
-    def state(self, offered: dict[str, str], earlier: State | None) -> State:
-        """What is worth restoring: what has had its workers now, or in an earlier run, or is there anyway.
+    def state(self, archive_versions: dict[str, str], saved: State) -> State:
+        """Return what is registered and worth keeping: every version that ever had all its workers, that was saved
+        before, or that the store's NAME.mar has.
 
         Args:
-            offered: the version that each NAME.mar of the store has.
-            earlier: what was restored.
+            archive_versions: the version of each NAME.mar.
+            saved: what an earlier run has saved.
         """
-        known = {*self.strength, *offered.items(), *(version.key for version in (earlier or State()).registered)}
+        known = {*self.expected_workers, *archive_versions.items(), *(version.key for version in saved.registered)}
         there = {version.key for version in self.latest}
-        removed = {name: version for name, version in offered.items() if (name, version) not in there}
+        removed = {name: version for name, version in archive_versions.items() if (name, version) not in there}
         return State([version.registered for version in self.latest if version.key in known], removed)

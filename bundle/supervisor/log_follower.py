@@ -1,4 +1,4 @@
-"""TorchServe's log files, followed: to standard output, where a container's log is, and counted."""
+"""Follow TorchServe's log files, and count failed requests in its access log."""
 
 import os
 import re
@@ -10,21 +10,21 @@ FAILED = re.compile(r'"\w+ /(?:predictions|explanations)/([^/?" ]+)(?:/([\d.]+))
 
 
 class Follower:
-    """Reads what is appended to a file, over its rotations."""
+    """Read the lines that are appended to a file, across its rotations."""
 
     def __init__(self, file: Path):
         self.file = file
         self.stream = None
 
     def lines(self) -> list[str]:
-        """The complete lines since the last call."""
+        """Return the complete lines since the last call."""
         found = []
         try:
             if self.stream is None:
                 self.stream = self.file.open(errors="replace")
             found = self._rest()
             if self.file.stat().st_ino != os.fstat(self.stream.fileno()).st_ino:
-                found += self._rest()  # what came between the reading and the rotation
+                found += self._rest()  # lines written between the last read and the rotation
                 self.stream.close()
                 self.stream = self.file.open(errors="replace")
                 found += self._rest()
@@ -44,10 +44,11 @@ class Follower:
 
 
 def count_failures(lines: list[str], models: set[str], failures: Counter[tuple[str, str, str]]) -> None:
-    """Adds the inference requests that the access log has as 5xx: {(model, version or "default", status): count}.
+    """Count the inference requests that the access log shows as 5xx.
 
     Args:
-        models: what is registered; other names, which anybody may make up, are counted as "unknown".
+        models: names of registered models; other names, which clients may invent, are counted as "unknown".
+        failures: counts by model, version (or "default") and status; increased in place.
     """
     for line in lines:
         if match := FAILED.search(line):

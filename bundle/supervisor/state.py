@@ -1,11 +1,11 @@
-"""What was changed through the management API, kept over restarts.
+"""Keep what was changed through the management API over restarts.
 
-TorchServe's own snapshots are used only where it is started without a configuration file, and hold no default version.
+TorchServe's own snapshots are used only if it is started without a configuration file, and hold no default version.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import requests
@@ -15,6 +15,12 @@ from bundle.server.client import Client
 from bundle.server.process import Server
 from bundle.server.readiness import scale_version, start_version
 from bundle.server.rollout import archive_version, withdraw
+
+Key = tuple[str, str]  # a model's name and version
+
+
+class ArchiveMissing(BundleError):
+    """The store has no archive of a version that is to be restored."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +35,24 @@ class Registered:
     default: bool
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> Key:
         return self.name, self.version
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        return self.minimum, self.maximum
 
 
 @dataclass(frozen=True)
 class State:
-    """What was registered at some moment, and which version of a NAME.mar in the store had been unregistered."""
+    """What is registered at one moment, and which version of a NAME.mar in the store was unregistered, by name."""
 
     registered: list[Registered] = field(default_factory=list)
     removed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> "State | None":
-        """None where there is none yet, or none that can be read: that one is kept aside, as FILE.bad."""
+        """Return the state in a file; None if the file is missing, or invalid: then it is renamed to FILE.bad."""
         try:
             values = json.loads(file.read_text())
             return cls([Registered(**version) for version in values["registered"]], values["removed"])
@@ -57,11 +67,66 @@ class State:
         partial.write_text(json.dumps(asdict(self), indent=1))
         partial.replace(file)
 
+    def workers(self) -> dict[Key, tuple[int, int]]:
+        """Return the minimum and maximum number of workers of each registered version."""
+        return {version.key: version.workers for version in self.registered}
+
+    def defaults(self) -> dict[str, str]:
+        """Return the default version of each model."""
+        return {version.name: version.version for version in self.registered if version.default}
+
+
+def merge(saved: State, restored: State, now: State, store: Path) -> State:
+    """Return the state to keep: what management has changed since the restore, and what was saved for everything else.
+
+    What could not be restored is thus kept, and tried again at the next start. It is forgotten if the store no longer
+    has its archive, or if management has changed it since.
+
+    Args:
+        saved: what was to be restored.
+        restored: what was there after the restore.
+        now: what is there now.
+    """
+    before, after = restored.workers(), now.workers()
+
+    def unchanged(key: Key) -> bool:
+        return before.get(key) == after.get(key)
+
+    kept = {version.key: version for version in now.registered}
+    for version in saved.registered:
+        if version.key in kept and unchanged(version.key):
+            kept[version.key] = replace(kept[version.key], minimum=version.minimum, maximum=version.maximum)
+        elif unchanged(version.key) and has_archive(store, version):
+            kept[version.key] = version
+    removed = dict(now.removed)
+    for key in saved.removed.items():
+        replaced = any(version.name == key[0] for version in saved.registered)
+        others = any(name == key[0] for name, version in kept if (name, version) != key)
+        if key in kept and unchanged(key) and (others or not replaced):
+            del kept[key]
+            removed |= dict([key])
+    changed = {name for name, version in now.defaults().items() if restored.defaults().get(name) != version}
+    saved_defaults = {key for key in saved.defaults().items() if key in kept and key[0] not in changed}
+    defaults = now.defaults() | dict(saved_defaults)
+    return State(
+        [replace(version, default=defaults.get(version.name) == version.version) for version in kept.values()], removed
+    )
+
+
+def missing(kept: State, now: State) -> list[Key]:
+    """Return the versions that are not as the state to keep has them: they could not be restored."""
+    there, defaults = now.workers(), now.defaults().items()
+    return [
+        version.key
+        for version in kept.registered
+        if there.get(version.key) != version.workers or (version.default and version.key not in defaults)
+    ] + [key for key in kept.removed.items() if key in there]
+
 
 def restore(server: Server, client: Client, state: State, seconds: float, report: Callable[[str], object]) -> None:
-    """Brings a server that was just started to the state: versions, numbers of workers, defaults.
+    """Bring a server that was just started to the state: versions, numbers of workers, defaults.
 
-    What cannot be brought back is reported, and the rest goes on.
+    What cannot be restored is reported, and the rest is.
 
     Args:
         seconds: to wait at most for a version to be READY.
@@ -73,52 +138,71 @@ def restore(server: Server, client: Client, state: State, seconds: float, report
         except (BundleError, requests.RequestException) as exc:
             report(f"not restored: {what}: {exc}")
 
-    for wanted in state.registered:
-        attempt(f"{wanted.name} {wanted.version}", restore_version, server, client, wanted, seconds)
-    for wanted in state.registered:
-        if wanted.default:
-            attempt(f"{wanted.name} {wanted.version} as the default", restore_default, client, wanted)
+    for version in state.registered:
+        attempt(f"{version.name} {version.version}", restore_version, server, client, version, seconds)
+    for version in state.registered:
+        if version.default:
+            attempt(f"{version.name} {version.version} as the default", restore_default, client, version)
     for name, version in state.removed.items():
-        replaced = any(wanted.name == name for wanted in state.registered)
-        attempt(f"the absence of {name} {version}", remove_again, client, name, version, replaced)
+        replaced = any(registered.name == name for registered in state.registered)
+        attempt(f"the removal of {name} {version}", remove_again, client, name, version, replaced)
 
 
-def restore_version(server: Server, client: Client, wanted: Registered, seconds: float) -> None:
-    """Raises:
-    BundleError: its archive is gone, or its workers do not come up; what was served before still is."""
-    found = client.describe(*wanted.key)
-    workers = wanted.minimum, wanted.maximum
+def restore_version(server: Server, client: Client, version: Registered, seconds: float) -> None:
+    """Register and scale a version. If that fails, what was served before still is.
+
+    Raises:
+        BundleError: its archive is missing, or its workers do not become READY.
+        requests.RequestException: the management API does not answer.
+    """
+    found = client.describe(*version.key)
     if found is None:
-        archive = archive_of(server.store, wanted).name
+        archive = archive_of(server.store, version).name
         try:
-            start_version(client, server.logs, archive, *wanted.key, workers, seconds)
-        except BundleError:
-            withdraw(client, *wanted.key)
+            start_version(client, server.logs, archive, *version.key, version.workers, seconds)
+        except (BundleError, requests.RequestException):
+            withdraw(client, *version.key)
             raise
-    elif (found["minWorkers"], found["maxWorkers"]) != workers:
+    elif (found["minWorkers"], found["maxWorkers"]) != version.workers:
         try:
-            scale_version(client, server.logs, *wanted.key, workers, seconds)
-        except BundleError:
-            client.scale(*wanted.key, found["minWorkers"], found["maxWorkers"])
+            scale_version(client, server.logs, *version.key, version.workers, seconds)
+        except (BundleError, requests.RequestException):
+            client.scale(*version.key, found["minWorkers"], found["maxWorkers"])
             raise
 
 
-def restore_default(client: Client, wanted: Registered) -> None:
-    if client.describe(*wanted.key) is not None:
-        client.set_default(*wanted.key)
+def restore_default(client: Client, version: Registered) -> None:
+    """Make a version the default, if it is registered."""
+    if client.describe(*version.key) is not None:
+        client.set_default(*version.key)
 
 
 def remove_again(client: Client, name: str, version: str, replaced: bool) -> None:
-    """Unregisters what had been unregistered; where other versions had taken its place, only if one of them is back."""
+    """Unregister what had been unregistered; if other versions had replaced it, only if one of them is registered."""
     there = [described["modelVersion"] for described in client.versions(name)]
     if version in there and (not replaced or len(there) > 1):
         client.unregister(name, version)
 
 
-def archive_of(store: Path, wanted: Registered) -> Path:
-    """The archive that has the version: under the name it was registered by, or the one it was promoted to."""
-    for name in (wanted.url, f"{wanted.name}.mar"):
+def archive_of(store: Path, version: Registered) -> Path:
+    """Return the archive with the version: under the name it was registered by, or the one it was promoted to.
+
+    Raises:
+        ArchiveMissing: the store has no such archive.
+        BundleError: an archive of one of these names cannot be read.
+    """
+    for name in (version.url, f"{version.name}.mar"):
         file = store / name
-        if file.is_file() and archive_version(file) == wanted.version:
+        if file.is_file() and archive_version(file) == version.version:
             return file
-    raise BundleError(f"no archive in {store} has this version any more")
+    raise ArchiveMissing(f"no archive in {store} has this version any more")
+
+
+def has_archive(store: Path, version: Registered) -> bool:
+    try:
+        archive_of(store, version)
+    except ArchiveMissing:
+        return False
+    except BundleError:
+        return True  # it may be readable at the next start
+    return True

@@ -1,4 +1,4 @@
-"""TorchServe in the foreground, for containers and process managers: watched, measured, drained before it ends."""
+"""Run TorchServe in the foreground, for containers and process managers: watch, measure and drain it."""
 
 import hashlib
 import signal
@@ -20,11 +20,11 @@ from bundle.server.rollout import archive_version, copy
 from bundle.supervisor.exporter import Exporter
 from bundle.supervisor.health import History, observe
 from bundle.supervisor.log_follower import Follower, count_failures
-from bundle.supervisor.state import State, restore
+from bundle.supervisor.state import State, merge, missing, restore
 
 TICK_SECONDS = 0.5
 OBSERVE_SECONDS = 5
-STALE_SECONDS = 30  # the management API does not answer for so long: not ready
+STALE_SECONDS = 30  # not ready if the management API has not answered for longer
 LOGS = ("ts_log.log", "model_log.log", "access_log.log")
 
 
@@ -33,13 +33,13 @@ class Options:
     """How a server is supervised.
 
     Attributes:
-        host, port: where /metrics and /ready are.
-        state: the file that keeps what the management API changed; None to forget.
-        gate: a folder in which the file `closed` tells a proxy that the server takes nothing.
+        host, port: address of /metrics and /ready.
+        state: the file that keeps what the management API changed; None to keep nothing.
+        gate: a folder in which the file `closed` tells a proxy that the server takes no requests.
         start_seconds: to wait at most until every model is READY.
-        patience_seconds: for how long a model may lack workers that it had, or TorchServe an answer. TorchServe itself
-            gives up on a worker after 300 s, and its requests then wait for ever.
-        drain_seconds: to wait at most for what is in flight before the end.
+        patience_seconds: how long workers may be missing, or the management API unavailable. TorchServe itself gives up
+            on a worker after 300 s, and then never answers its requests.
+        drain_seconds: to wait at most for requests in flight before the end.
     """
 
     host: str
@@ -52,7 +52,7 @@ class Options:
 
 
 class Supervisor:
-    """Runs one server until it is told to stop (SIGTERM, SIGINT) or must be replaced."""
+    """Run one server until SIGTERM or SIGINT, or until it must be replaced."""
 
     def __init__(self, server: Server, options: Options, report: Callable[[str], object]):
         self.server, self.options, self.report = server, options, report
@@ -63,19 +63,20 @@ class Supervisor:
         self.serving = False
         self.stopping = False
         self.ended = threading.Event()
-        self.offered: dict[str, str] = {}
-        self.restored: State | None = None
-        self.saved: State | None = None
+        self.archive_versions: dict[str, str] = {}
+        self.saved = State()  # by an earlier run
+        self.restored: State | None = None  # what the restore came to
+        self.written: State | None = None
 
     def run(self, folders: list[ModelFolder], start: Callable[[Server, list[ModelFolder], float], Running]) -> None:
-        """Returns after a drained stop that was asked for.
+        """Start the server, watch it, and return after a requested stop, when it is drained.
 
         Args:
-            start: starts the server and returns when its models serve; whatever goes wrong, it leaves nothing running.
+            start: starts the server and returns when its models serve; if it fails, it leaves nothing running.
 
         Raises:
-            BundleError: the server did not start, ended, or lacks workers for too long: it is stopped, and its
-                container should be started anew.
+            BundleError: the server did not start, ended, or has lacked workers for too long. It is stopped, and its
+                container should be restarted.
         """
         self.close_gate()
         exporter = Exporter(self.history, self.failures, self.unready, lambda: self.stopping)
@@ -83,12 +84,12 @@ class Supervisor:
         relay = threading.Thread(target=self.relay_logs, name="logs")
         relay.start()
         try:
-            self.restored = State.read(self.options.state) if self.options.state else None
+            if self.options.state:
+                self.saved = State.read(self.options.state) or State()
             running = start(self.server, folders, self.options.start_seconds)
             try:
-                self.offered = offered(self.server.store, folders)
-                if self.restored:
-                    restore(self.server, running.client(), self.restored, self.options.start_seconds, self.report)
+                self.archive_versions = archive_versions(self.server.store, folders)
+                restore(self.server, running.client(), self.saved, self.options.start_seconds, self.report)
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, self.ask_to_stop)
                 self.watch(running)
@@ -102,10 +103,10 @@ class Supervisor:
             endpoint.shutdown()
 
     def ask_to_stop(self, *_: object) -> None:
-        self.stopping = True  # a plain flag: an Event's lock may be held by what the signal interrupts
+        self.stopping = True  # a plain flag, because a signal may interrupt code that holds an Event's lock
 
     def watch(self, running: Running) -> None:
-        """Returns when it is time to stop.
+        """Watch the server until it is to stop.
 
         Raises:
             BundleError: the server ended, does not answer, or has lacked workers for too long.
@@ -121,9 +122,10 @@ class Supervisor:
                 raise BundleError("TorchServe ended.", last_words(self.server))
             if time.monotonic() - self.observed > OBSERVE_SECONDS:
                 self.look(running)
-            self.check_strength()
+            self.check_workers()
 
     def look(self, running: Running) -> None:
+        """Observe the server, and save its state."""
         try:
             versions = observe(running.client())
         except requests.RequestException as exc:
@@ -137,37 +139,42 @@ class Supervisor:
         self.save()
 
     def save(self) -> None:
+        """Write the state file, if something has changed."""
         if self.options.state is None:
             return
-        state = self.history.state(self.offered, self.restored)
-        if state != self.saved:
+        now = self.history.state(self.archive_versions, self.saved)
+        self.restored = self.restored or now  # the first observation after the restore
+        kept = merge(self.saved, self.restored, now, self.server.store)
+        self.history.not_restored = missing(kept, now)
+        if kept != self.written:
             try:
-                state.write(self.options.state)
-            except OSError as exc:  # a full disk ends no server
-                self.report(f"the state is not kept: {exc}")
-            self.saved = state
+                kept.write(self.options.state)
+            except OSError as exc:  # a full disk must not end the server
+                self.report(f"the state could not be saved: {exc}")
+            self.written = kept
 
-    def check_strength(self) -> None:
+    def check_workers(self) -> None:
+        """Raise a BundleError if workers are missing, or the management API unavailable, for too long."""
         patience = self.options.patience_seconds
-        unanswered = max(patience, 2 * OBSERVE_SECONDS)  # it is asked no more often than that
+        unanswered = max(patience, 2 * OBSERVE_SECONDS)  # it is observed no more often
         if time.monotonic() - self.observed > unanswered:
             raise BundleError(f"The management API has not answered for {unanswered:.0f} s.", last_words(self.server))
-        for (name, version), since in self.history.weak_since.items():
+        for (name, version), since in self.history.degraded_since.items():
             if time.monotonic() - since > patience:
                 raise BundleError(f"{name} {version} has lacked workers for {patience:.0f} s.", last_words(self.server))
 
     def unready(self) -> str:
-        """Why the server should get no requests; "" where it should."""
+        """Return why the server should get no requests; "" if it is ready."""
         if self.stopping:
             return "draining"
         if not self.serving:
             return "starting"
         if time.monotonic() - self.observed > STALE_SECONDS:
             return "the management API does not answer"
-        return "; ".join(f"{name} {version} lacks workers" for name, version in self.history.weak_since)
+        return "; ".join(f"{name} {version} lacks workers" for name, version in self.history.degraded_since)
 
     def drain(self, running: Running) -> None:
-        """Takes nothing more, and waits for what was taken."""
+        """Close the gate, and wait until no requests are in flight."""
         self.report("draining")
         self.close_gate()
         self.look(running)
@@ -188,7 +195,7 @@ class Supervisor:
             (self.options.gate / "closed").touch()
 
     def relay_logs(self) -> None:
-        """Until the run has ended."""
+        """Copy the log files to standard output until the run has ended, and count failed requests."""
         last = False
         while not last:
             last = self.ended.wait(TICK_SECONDS)
@@ -201,14 +208,16 @@ class Supervisor:
                     print(line, flush=True)
 
 
-def offered(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
-    """The version of each folder's archive."""
+def archive_versions(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
+    """Return the version of each model's archive."""
     return {folder.name: archive_version(store / f"{folder.name}.mar") for folder in folders}
 
 
-def seed(source: Path, store: Path, report: Callable[[str], object]) -> None:
-    """Copies an image's archives into the store, each once: what was rolled out there since is not undone by a
-    restart. A new image's archive does replace it, unless it is the older version."""
+def install_archives(source: Path, store: Path, report: Callable[[str], object]) -> None:
+    """Copy an image's archives into the store, each once, so that a restart does not undo a rollout.
+
+    A new image's archive replaces the store's, unless its version is lower.
+    """
     for archive in sorted(source.glob("*.mar")):
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         record = store / f".{archive.stem}.seeded"
@@ -216,11 +225,11 @@ def seed(source: Path, store: Path, report: Callable[[str], object]) -> None:
             continue
         present = store / archive.name
         if present.is_file() and number(archive_version(present)) > number(archive_version(archive)):
-            report(f"{archive.name} of this image is older than the store's, and left out")
+            report(f"{archive.name} of this image is older than the store's, and was not installed")
             continue
         copy(archive, present)
         record.write_text(digest)
-        report(f"{archive.name} of this image is put into the store")
+        report(f"{archive.name} of this image was installed in the store")
 
 
 def number(version: str) -> tuple[int, ...]:

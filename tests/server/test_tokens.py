@@ -226,7 +226,7 @@ def test_lost_keys_are_named(place: Place, store: Path):
     place.keys.unlink()
     asked = place.bundle("status")
     assert asked.returncode == 1
-    assert asked.stderr.strip() == f"error: There is no key of the management API in {place.keys}."
+    assert asked.stderr.strip() == f"error: The key of the management API is missing in {place.keys}."
     assert place.bundle("stop").returncode == 0
 
 

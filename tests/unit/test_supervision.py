@@ -1,21 +1,24 @@
-"""What a supervisor knows, without a server: logs followed, observations compared, state kept."""
+"""The supervisor without a server: following logs, comparing observations, keeping and merging state."""
 
 import json
 import os
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bundle.errors import BundleError
+from bundle.supervisor.exporter import Exporter
 from bundle.supervisor.health import History, Version
 from bundle.supervisor.log_follower import Follower, count_failures
-from bundle.supervisor.state import Registered, State, archive_of
+from bundle.supervisor.state import Registered, State, archive_of, merge, missing
 
-ME, PARENT = os.getpid(), os.getppid()  # processes that live
+ME, PARENT = os.getpid(), os.getppid()  # two running processes
 
 
 def version(workers: dict[str, int], ready: int, minimum: int = 1, name: str = "mnist", number: str = "1.0") -> Version:
@@ -32,8 +35,8 @@ def manifest_only(file: Path, number: str) -> None:
 
 
 @given(writes=st.lists(st.sampled_from(["line\n", "be", "gun\n", "two\nlines\n", "ROTATE", "READ"]), max_size=25))
-def test_a_follower_misses_no_line_and_repeats_none(tmp_path_factory: pytest.TempPathFactory, writes: list[str]):
-    """As log4j does it: the file is renamed, and a new one begun; never twice between two readings."""
+def test_follower_returns_every_line_once(tmp_path_factory: pytest.TempPathFactory, writes: list[str]):
+    """Rotate as log4j does: rename the file and begin a new one, at most once between two reads."""
     folder = tmp_path_factory.mktemp("logs")
     file = folder / "access.log"
     follower = Follower(file)
@@ -66,7 +69,7 @@ def test_a_follower_misses_no_line_and_repeats_none(tmp_path_factory: pytest.Tem
         ('/10.0.0.7:39328 "GET /models/mnist HTTP/1.1" 500 11', None),
     ],
 )
-def test_failures_are_counted_by_model_and_status(line: str, counted: tuple | None):
+def test_failed_requests_are_counted_by_model_and_status(line: str, counted: tuple | None):
     failures = Counter()
     count_failures([f"2026-11-23T03:19:19,579 - {line}"] * 2, {"mnist", "image"}, failures)
     assert failures == ({counted: 2} if counted else {})
@@ -75,41 +78,41 @@ def test_failures_are_counted_by_model_and_status(line: str, counted: tuple | No
 # --- observations ------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_comes_back_as_another_process_is_a_restart():
+def test_worker_with_a_new_process_counts_as_restart():
     history = History()
     for workers in ({"9000": ME}, {"9000": 0}, {"9000": PARENT}, {"9000": PARENT}, {"9001": ME, "9000": PARENT}):
         history.add([version(workers, ready=1)], now=0)
     assert history.restarts == {("mnist", "1.0"): 1}
 
 
-def test_weakness_lasts_from_its_first_observation_to_recovery():
+def test_degraded_version_is_dated_from_first_observation_to_recovery():
     history = History()
     for now, ready in enumerate([2, 1, 1, 2, 0]):
         history.add([version({}, ready, minimum=2)], now)
         since = [None, 1, 1, None, 4][now]
-        assert history.weak_since == ({} if since is None else {("mnist", "1.0"): since})
+        assert history.degraded_since == ({} if since is None else {("mnist", "1.0"): since})
 
 
-def test_what_was_never_at_strength_is_neither_weak_nor_kept():
+def test_version_that_never_became_ready_is_not_tracked():
     history = History()
     history.add([version({}, ready=0, name="bad"), version({}, ready=1)], now=0)
-    assert history.weak_since == {}
-    assert [kept.name for kept in history.state({}, None).registered] == ["mnist"]
+    assert history.degraded_since == {}
+    assert [kept.name for kept in history.state({}, State()).registered] == ["mnist"]
 
 
-def test_more_workers_are_not_missed_before_they_were_there():
-    """A second worker that is asked for takes no request from the first while it starts."""
+def test_added_workers_are_not_missed_while_they_start():
+    """A worker that is added takes no requests from the others while it starts."""
     history = History()
-    for now, (minimum, ready, weak) in enumerate(
+    for now, (minimum, ready, degraded) in enumerate(
         [(1, 1, False), (2, 1, False), (2, 0, True), (2, 2, False), (2, 1, True)]
     ):
         history.add([version({}, ready, minimum=minimum)], now)
-        assert bool(history.weak_since) == weak, now
+        assert bool(history.degraded_since) == degraded, now
     history.add([version({}, 1, minimum=1)], now=9)  # scaled down
-    assert not history.weak_since
+    assert not history.degraded_since
 
 
-def test_what_is_weak_is_not_taken_for_removed():
+def test_degraded_version_is_not_taken_for_removed():
     history = History()
     history.add([version({}, ready=0), version({}, ready=0, name="text", number="2.0")], now=0)
     earlier = State([version({}, 1, name="text", number="2.0").registered])
@@ -118,18 +121,18 @@ def test_what_is_weak_is_not_taken_for_removed():
     assert state.removed == {"image": "1.0"}
 
 
-def test_a_version_that_is_gone_is_forgotten():
+def test_unregistered_version_is_forgotten():
     history = History()
     history.add([version({}, ready=1)], now=0)
     history.add([], now=1)
-    history.add([version({}, ready=0)], now=2)  # registered anew, and not up yet
-    assert history.weak_since == {}
+    history.add([version({}, ready=0)], now=2)  # registered again, and still starting
+    assert history.degraded_since == {}
 
 
 # --- state -------------------------------------------------------------------------------------------------------
 
 
-def test_state_is_read_as_it_was_written(tmp_path: Path):
+def test_written_state_is_read_unchanged(tmp_path: Path):
     file = tmp_path / "state.json"
     assert State.read(file) is None
     state = State([version({}, 1).registered], {"mnist": "1.0"})
@@ -139,7 +142,7 @@ def test_state_is_read_as_it_was_written(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"registered": [{"name": "mnist"}], "removed": {}}'])
-def test_a_state_that_cannot_be_read_is_put_aside(tmp_path: Path, text: str):
+def test_invalid_state_file_is_renamed(tmp_path: Path, text: str):
     file = tmp_path / "state.json"
     file.write_text(text)
     assert State.read(file) is None
@@ -147,7 +150,7 @@ def test_a_state_that_cannot_be_read_is_put_aside(tmp_path: Path, text: str):
     assert State.read(file) is None
 
 
-def test_an_archive_is_found_by_its_version(tmp_path: Path):
+def test_archive_is_found_by_its_version(tmp_path: Path):
     """A rollout promotes mnist-1.1.mar to mnist.mar, and an image may bring another mnist.mar."""
     wanted = Registered("mnist", "1.1", "mnist-1.1.mar", 1, 1, True)
     manifest_only(tmp_path / "mnist.mar", "1.0")
@@ -157,3 +160,134 @@ def test_an_archive_is_found_by_its_version(tmp_path: Path):
     assert archive_of(tmp_path, wanted).name == "mnist.mar"
     manifest_only(tmp_path / "mnist-1.1.mar", "1.1")
     assert archive_of(tmp_path, wanted).name == "mnist-1.1.mar"
+
+
+# --- what could not be restored ----------------------------------------------------------------------------------
+
+V1, V2 = Registered("mnist", "1.0", "mnist.mar", 2, 2, False), Registered("mnist", "2.0", "new.mar", 2, 2, True)
+FALLBACK = State([replace(V1, default=True)])  # 2.0 did not become READY: 1.0 is served instead
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    manifest_only(tmp_path / "mnist.mar", "1.0")
+    manifest_only(tmp_path / "new.mar", "2.0")
+    return tmp_path
+
+
+def test_version_that_failed_to_restore_is_kept_and_reported(store: Path):
+    kept = merge(State([V1, V2]), FALLBACK, FALLBACK, store)
+    assert kept == State([V1, V2])
+    assert missing(kept, FALLBACK) == [V2.key]
+    assert missing(kept, State([V1, V2])) == []
+
+
+def test_version_without_an_archive_is_forgotten(store: Path):
+    (store / "new.mar").unlink()
+    assert merge(State([V1, V2]), FALLBACK, FALLBACK, store) == FALLBACK
+    manifest_only(store / "new.mar", "2.1")
+    assert merge(State([V1, V2]), FALLBACK, FALLBACK, store) == FALLBACK
+
+
+def test_version_with_an_unreadable_archive_is_kept(store: Path):
+    (store / "new.mar").write_bytes(b"half of an archive")
+    assert merge(State([V1, V2]), FALLBACK, FALLBACK, store) == State([V1, V2])
+
+
+def test_version_that_management_removed_is_forgotten(store: Path):
+    both = State([V1, V2])
+    assert merge(both, both, FALLBACK, store) == FALLBACK
+
+
+def test_version_registered_again_by_hand_is_kept_as_it_is_now(store: Path):
+    now = State([replace(V1, default=True), replace(V2, minimum=1, default=False)])
+    kept = merge(State([V1, V2]), FALLBACK, now, store)
+    assert kept.workers() == now.workers()
+    assert missing(kept, now) == [V2.key]  # it is not yet the default again
+
+
+def test_default_set_by_hand_replaces_the_saved_one(store: Path):
+    """2.0 stays to be restored, but no longer as the default."""
+    third = Registered("mnist", "3.0", "third.mar", 1, 1, True)
+    kept = merge(State([V1, V2]), FALLBACK, State([V1, third]), store)
+    assert kept.registered == [V1, third, replace(V2, default=False)]
+
+
+def test_workers_that_failed_to_restore_are_kept(store: Path):
+    saved, fewer = State([replace(V2, minimum=3, maximum=4)]), State([V2])
+    assert merge(saved, fewer, fewer, store) == saved
+    assert missing(saved, fewer) == [V2.key]
+    one = State([replace(V2, minimum=1, maximum=1)])
+    assert merge(saved, fewer, one, store) == one  # scaled by hand since
+
+
+def test_default_that_failed_to_restore_is_kept(store: Path):
+    now = State([replace(V1, default=True), replace(V2, default=False)])
+    kept = merge(State([V1, V2]), now, now, store)
+    assert kept == State([V1, V2])
+    assert missing(kept, now) == [V2.key]
+
+
+def test_removal_that_failed_to_restore_is_kept(store: Path):
+    """The folder's own 1.0 had been replaced by 2.0, and is back in its place until 2.0 is."""
+    saved = State([V2], {"mnist": "1.0"})
+    kept = merge(saved, FALLBACK, FALLBACK, store)
+    assert kept == saved
+    assert missing(kept, FALLBACK) == [V2.key, V1.key]
+    alone = State([], {"mnist": "1.0"})
+    assert merge(alone, FALLBACK, FALLBACK, store) == alone
+
+
+def test_removal_is_forgotten_if_nothing_else_is_left(store: Path):
+    (store / "new.mar").unlink()
+    assert merge(State([V2], {"mnist": "1.0"}), FALLBACK, FALLBACK, store) == FALLBACK
+
+
+def test_removal_is_forgotten_if_management_changed_the_version(store: Path):
+    now = State([replace(V1, minimum=1, default=True)])
+    assert merge(State([V2], {"mnist": "1.0"}), FALLBACK, now, store).removed == {}
+
+
+VERSIONS = st.builds(
+    Registered,
+    name=st.sampled_from(["mnist", "text"]),
+    version=st.sampled_from(["1.0", "2.0"]),
+    url=st.just("any.mar"),
+    minimum=st.integers(0, 2),
+    maximum=st.just(2),
+    default=st.just(False),
+)
+
+
+@given(
+    saved=st.lists(VERSIONS, unique_by=lambda version: version.key),
+    restored=st.lists(VERSIONS, unique_by=lambda version: version.key),
+)
+def test_no_saved_version_is_lost_without_management(saved, restored, tmp_path_factory: pytest.TempPathFactory):
+    """Whatever a restore came to, at as many starts as it takes."""
+    store = tmp_path_factory.mktemp("store")
+    (store / "any.mar").write_bytes(b"unreadable, and so perhaps of every version")
+    now = State(restored)
+    kept = merge(State(saved), now, now, store)
+    assert State(saved).workers().items() <= kept.workers().items()
+    assert merge(kept, now, now, store) == kept
+    assert set(missing(kept, now)) == {key for key, _ in State(saved).workers().items() - now.workers().items()}
+
+
+# --- what the supervisor shows -----------------------------------------------------------------------------------
+
+
+def test_versions_that_are_not_restored_are_shown_and_leave_the_server_ready():
+    history = History(latest=[version({}, 1)], not_restored=[V2.key])
+    exporter = Exporter(history, Counter(), lambda: "", lambda: False)
+    server = exporter.serve("127.0.0.1", 0)
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        ready, metrics = requests.get(f"{url}/ready", timeout=5), requests.get(f"{url}/metrics", timeout=5)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert ready.status_code == 200
+    assert ready.json() == {"status": "ready", "not_restored": ["mnist 2.0"]}
+    assert 'bundle_not_restored{model_name="mnist",model_version="1.0"} 0.0' in metrics.text
+    assert 'bundle_not_restored{model_name="mnist",model_version="2.0"} 1.0' in metrics.text

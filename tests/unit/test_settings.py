@@ -1,0 +1,120 @@
+"""Settings: config.properties, overridden by the environment, checked before TorchServe reads them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bundle.errors import BundleError
+from bundle.paths import ROOT
+from bundle.server.settings import Settings
+from bundle.signing import make_keys
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("job_queue_size", "many", "TS_JOB_QUEUE_SIZE is 'many', and must be a whole number, like 100."),
+        ("grpc_inference_port", "", "TS_GRPC_INFERENCE_PORT is '', and must be a whole number"),
+        ("enable_model_api", "yes", "TS_ENABLE_MODEL_API is 'yes', and must be true or false."),
+        ("metrics_address", "127.0.0.1:8082", "metrics_address is '127.0.0.1:8082', and must look like http://"),
+        ("inference_address", "http://127.0.0.1", "inference_address is 'http://127.0.0.1', and must look like"),
+        ("inference_address", "http://127.0.0.1:many", "must look like http://127.0.0.1:8080."),
+        ("inference_address", "http://127.0.0.1:99999", "must look like http://127.0.0.1:8080."),
+        ("inference_address", "http://[::1", "must look like http://127.0.0.1:8080."),
+        ("job_queue_size", "\N{SUPERSCRIPT TWO}", "and must be a whole number, like 100."),
+        ("job_queue_size", "99999999999", "and must be a whole number, like 100."),
+        ("grpc_inference_port", "99999", "TS_GRPC_INFERENCE_PORT is '99999', and must be a port, like 7070."),
+        ("grpc_management_port", "0", "TS_GRPC_MANAGEMENT_PORT is '0', and must be a port, like 7071."),
+    ],
+)
+def test_check_names_invalid_setting(key: str, value: str, message: str):
+    with pytest.raises(BundleError, match=re.escape(message)):
+        Settings(overrides={key: value}).check()
+
+
+def test_check_accepts_valid_settings():
+    Settings().check()
+    Settings(overrides={"job_queue_size": "7", "enable_model_api": "TRUE"}).check()
+
+
+def test_environment_overrides_file_and_argument_overrides_both(monkeypatch: pytest.MonkeyPatch):
+    usual = Settings()["job_queue_size"]
+    monkeypatch.setenv("TS_JOB_QUEUE_SIZE", "7")
+    assert usual != "7"
+    assert Settings()["job_queue_size"] == "7"
+    assert Settings(overrides={"job_queue_size": "8"})["job_queue_size"] == "8"
+
+
+def test_relative_paths_are_the_repositorys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TS_CERTIFICATE_FILE", "certificates/server.pem")
+    environment = Settings().environment()
+    assert environment["TS_MODEL_STORE"] == str(ROOT / "model_store")
+    assert environment["TS_CERTIFICATE_FILE"] == str(ROOT / "certificates/server.pem")
+    assert "TS_PRIVATE_KEY_FILE" not in environment  # set nowhere
+    assert Settings(overrides={"model_store": "/srv/store"}).environment()["TS_MODEL_STORE"] == "/srv/store"
+
+
+def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch):
+    for name in ("AWS_SECRET_ACCESS_KEY", "DATABASE_URL", "TS_KEYSTORE_PASS", "HARMLESS"):
+        monkeypatch.setenv(name, "value")
+    passed = Settings().passed_on()
+    assert "HARMLESS" in passed
+    assert "TS_KEYSTORE_PASS" in passed  # TorchServe's own
+    assert not {"AWS_SECRET_ACCESS_KEY", "DATABASE_URL"} & passed.keys()
+
+
+@pytest.mark.parametrize(("value", "asks"), [("true", False), ("TRUE", False), ("false", True)])
+def test_tokens_are_required_unless_they_are_disabled(value: str, asks: bool):
+    assert Settings(overrides={"disable_token_authorization": value}).asks_for_keys == asks
+
+
+def test_url_of_every_interface_is_loopback():
+    settings = Settings(overrides={"inference_address": "http://0.0.0.0:9080/", "metrics_address": "https://h:1"})
+    assert settings.url("inference_address") == "http://127.0.0.1:9080"
+    assert settings.url("metrics_address") == "https://h:1"
+
+
+def test_listeners_are_found_by_the_key_of_their_port():
+    settings = Settings(
+        overrides={
+            "inference_address": "http://0.0.0.0:1",
+            "management_address": "http://127.0.0.1:2",
+            "metrics_address": "http://[::1]:3",
+            "grpc_inference_address": "127.0.0.2",
+            "grpc_inference_port": "4",
+            "grpc_management_address": "127.0.0.3",
+            "grpc_management_port": "5",
+        }
+    )
+    assert settings.listeners() == {
+        "inference_address": ("0.0.0.0", 1),
+        "management_address": ("127.0.0.1", 2),
+        "metrics_address": ("::1", 3),
+        "grpc_inference_port": ("127.0.0.2", 4),
+        "grpc_management_port": ("127.0.0.3", 5),
+    }
+    assert settings.inference_ports() == {1, 4}
+
+
+def test_log_config_is_the_file_that_vmargs_name(tmp_path: Path):
+    assert Settings().log_config == ROOT / "bundle" / "config" / "log4j2.xml"
+    file = tmp_path / "config.properties"
+    file.write_text("vmargs=-Xmx1g\nmodel_store=model_store\n")
+    assert Settings(file).log_config is None
+
+
+def test_fingerprint_changes_with_everything_that_needs_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "config.properties"
+    file.write_text("job_queue_size=100\n")
+    found = [Settings(file).fingerprint()]
+    assert Settings(file).fingerprint() == found[0]
+    found.append(Settings(file, {"job_queue_size": "7"}).fingerprint())
+    file.write_text("job_queue_size=101\n")
+    found.append(Settings(file).fingerprint())
+    monkeypatch.setenv("TRUSTED_KEY", str(make_keys(tmp_path / "signing.key")))
+    found.append(Settings(file).fingerprint())
+    assert len(set(found)) == 4
+    monkeypatch.setenv("OTHER", "value")
+    assert Settings(file).fingerprint() == found[-1]
