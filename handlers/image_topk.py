@@ -1,4 +1,4 @@
-"""Image classification: any image that Pillow opens -> the k most probable classes."""
+"""Image classification: an image file -> the k most probable classes."""
 
 from typing import Annotated, Literal
 

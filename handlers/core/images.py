@@ -1,104 +1,130 @@
-"""Bytes of an image file -> an upright 8-bit Pillow image. Sizes are checked before a pixel is decoded."""
+"""Decode the bytes of an image file into an upright 8-bit Pillow image. Sizes are checked before a pixel is decoded."""
 
-import io
-import re
 import struct
 import warnings
+import zlib
 from typing import Annotated
 
 import numpy
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from pydantic import BaseModel, Field
 
 from handlers.core.errors import ImageTooLarge, UndecodableImage
+from handlers.core.image_parts import PartReader, check_parts
 
 # of broken metadata Pillow warns in words of its own for each file: Python would keep every one of them, and log it
 warnings.filterwarnings("ignore", module=r"PIL\.")
 Image.init()
-COMMON = ("JPEG", "PNG", "WEBP", "GIF")  # first, because Pillow tries one after the other
-# EPS starts Ghostscript, and IPTC opens whatever is in it, EPS too; the others need programs or libraries that Pillow
-# only stubs
-FORMATS = (*COMMON, *sorted(set(Image.OPEN) - {*COMMON, "EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
-LIBJPEG = ("JPEG", "MPO", "BLP")  # formats whose scans nobody else counts; libtiff stops at a hundred by itself
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG, of those that have a segment, and of its end
-START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+# The formats that people send, the common ones first, because Pillow tries one after the other. JPEG includes MPO; TGA,
+# which has no signature, is last. Pillow's other formats belong to icons, games and old programs. Some of them contain
+# a file of another format (ICO, ICNS, BLP, IPTC), which would pass the limits unseen, and EPS starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
 
-# what Pillow's decoders raise on broken files, as fuzzing all of them has shown
+# what turns the pixels of each EXIF orientation upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# what Pillow raises on broken files, as its source and fuzzing show; SystemError, where a read fails within its C code
 DECODE_ERRORS = (
-    *(OSError, SyntaxError, EOFError, struct.error, RuntimeError),
-    *(ValueError, OverflowError, IndexError, KeyError, TypeError, AttributeError),
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    SystemError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
 )
 
 
 class ImageLimits(BaseModel):
     max_pixels: Annotated[int, Field(gt=0)] = 50_000_000  # width x height; a 48-megapixel photograph passes
-    # likewise, of what Pillow decodes in Python (QOI, PPM of other than 8 bits, DDS, ...), a microsecond a pixel
+    # likewise, of what Pillow decodes in Python (run-length BMP, PPM of other than 8 bits), a microsecond a pixel
     max_slow_pixels: Annotated[int, Field(gt=0)] = 2_000_000
     max_scans: Annotated[int, Field(gt=0)] = 100  # of a JPEG: each goes over all pixels again, and may have 95 bytes
+    # reads of a file, of which a part takes up to four: a PNG of 16 MiB in chunks of 4 KiB takes 12,300
+    max_parts: Annotated[int, Field(gt=0)] = 20_000
     min_side: Annotated[int, Field(gt=0)] = 8  # pixels
 
 
 def open_image(content: bytes, settings: ImageLimits, enough: int | None = None) -> Image.Image:
-    """Decodes the first frame, turned upright as its EXIF orientation says.
+    """Decode the first frame, turned upright as its EXIF orientation says.
 
     Args:
         enough: pixels of the shorter side that will be used. A JPEG of at least twice as many is decoded at a half, a
             quarter or an eighth of its size (libjpeg's scaled inverse DCT), never at less than what is enough.
 
     Returns:
-        an image of mode "L", "RGB" or "RGBA"; 16-bit and floating-point pixels are scaled to 8 bits.
+        an image of mode "L", "RGB" or "RGBA", all its pixels decoded; 16-bit and floating-point pixels are scaled to
+        8 bits.
 
     Raises:
         UndecodableImage: not an image, or a broken one, or one smaller than `min_side`.
-        ImageTooLarge: more than `max_pixels`, `max_slow_pixels` or `max_scans`.
+        ImageTooLarge: more than `max_pixels`, `max_slow_pixels`, `max_scans` or `max_parts`.
     """
-    # Pillow's own limit, for the sizes that show late: of tiles, and of images inside of others (ICO, BLP)
-    Image.MAX_IMAGE_PIXELS = settings.max_pixels
-    too_large = f"The image is too large; at most {settings.max_pixels} pixels (width x height) are accepted."
+    Image.MAX_IMAGE_PIXELS = settings.max_pixels  # Pillow's own limit, for the sizes that show late: a GIF's frame
+    problem = "The input is not an image in a supported format (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF, ...)."
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError as exc:
-        raise ImageTooLarge(too_large) from exc
-    except DECODE_ERRORS as exc:
-        raise UndecodableImage(
-            "The input is not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, BMP, TIFF, ...)."
-        ) from exc
-    width, height = image.size
-    if width * height > settings.max_pixels:
-        raise ImageTooLarge(too_large)
-    decoders = {tile.codec_name for tile in getattr(image, "tile", ())}
-    if decoders & Image.DECODERS.keys() and width * height > settings.max_slow_pixels:
-        raise ImageTooLarge(
-            f"The image is too large; at most {settings.max_slow_pixels} pixels (width x height) are accepted of "
-            f"{image.format} files like this one. JPEG or PNG may be larger."
-        )
-    if image.format in LIBJPEG and count_scans(content) > settings.max_scans:
-        raise ImageTooLarge(f"The image has too many scans; at most {settings.max_scans} are accepted.")
-    if min(width, height) < settings.min_side:
-        raise UndecodableImage(
-            f"The image has {width} x {height} pixels; at least {settings.min_side} x {settings.min_side} are needed."
-        )
-    try:
+        check_parts(content, settings.max_parts, settings.max_scans)
+        reader = PartReader(content, settings.max_parts)
+        image = Image.open(reader, formats=FORMATS)
+        problem = "The image is truncated or corrupt."
+        check_size(image, settings)
+        if decodes_in_python(image):
+            reader.left += 4 * image.width * image.height  # more than a pixel takes
         if enough is not None:
             image.draft(None, (enough, enough))
         image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            ImageOps.exif_transpose(image, in_place=True)
+        check_pixels(image, settings.max_pixels)  # again: a format may tell the size of what it contains only now
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return to_8_bit(image if turn is None else image.transpose(turn))
     except Image.DecompressionBombError as exc:
-        raise ImageTooLarge(too_large) from exc
+        raise too_many_pixels(settings.max_pixels) from exc
     except DECODE_ERRORS as exc:
-        raise UndecodableImage("The image is truncated or corrupt.") from exc
-    return to_8_bit(image)
+        raise UndecodableImage(problem) from exc
 
 
-def count_scans(jpeg: bytes) -> int:
-    """Those before the end of the image: what a phone puts behind it, a video say, is not decoded. (ITU T.81, B.1.1)"""
-    scans, found = 0, MARKER.search(jpeg, 2)
-    while found and found[0] != END_OF_IMAGE:
-        scans += found[0] == START_OF_SCAN
-        length = int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
-        found = MARKER.search(jpeg, found.end() + max(length, 2))
-    return scans
+def check_size(image: Image.Image, settings: ImageLimits) -> None:
+    """Check the size that the head of the file says, before its pixels are decoded.
+
+    Raises:
+        UndecodableImage: smaller than `min_side`.
+        ImageTooLarge: more than `max_pixels` or `max_slow_pixels`.
+    """
+    check_pixels(image, settings.max_pixels)
+    if decodes_in_python(image):
+        more = f" of {image.format} files like this one. JPEG or PNG may be larger"
+        check_pixels(image, settings.max_slow_pixels, more)
+    if min(image.size) < settings.min_side:
+        raise UndecodableImage(
+            f"The image has {image.width} x {image.height} pixels; at least {settings.min_side} x {settings.min_side} "
+            "are needed."
+        )
+
+
+def check_pixels(image: Image.Image, most: int, files: str = "") -> None:
+    if image.width * image.height > most:
+        raise too_many_pixels(most, files)
+
+
+def too_many_pixels(most: int, files: str = "") -> ImageTooLarge:
+    return ImageTooLarge(f"The image is too large; at most {most} pixels (width x height) are accepted{files}.")
+
+
+def decodes_in_python(image: Image.Image) -> bool:
+    return any(tile.codec_name in Image.DECODERS for tile in getattr(image, "tile", ()))
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:

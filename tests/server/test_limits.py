@@ -10,6 +10,8 @@ import requests
 import soundfile
 from PIL import Image
 
+from handlers.core.image_parts import count_segments
+
 JSON = {"Content-Type": "application/json"}
 BODY = 16 << 20
 SENTENCE = "where is my luggage"
@@ -42,6 +44,13 @@ def scans(count: int) -> bytes:
     content = file.getvalue()[:-2]
     last = content[content.rindex(b"\xff\xda") :]
     return content + last * (count - content.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+def segments(count: int) -> bytes:
+    """A JPEG of `count` segments, most of them empty and behind its scan."""
+    content = encoded(Image.new("L", (64, 64), 100), "JPEG")[:-2]
+    present, _ = count_segments(content, count)
+    return content + b"\xff\xe1\0\2" * (count - present) + b"\xff\xd9"
 
 
 def sound(frames: int, rate: int = 16_000, channels: int = 1, format: str = "FLAC") -> bytes:
@@ -77,6 +86,7 @@ LIMITS = {
     "pixels in JSON": ("image", JSON, image_in_json(10_000, 5_000), image_in_json(10_000, 5_001), 413, "ImageTooLarge"),
     "slow pixels": ("image", {}, slow_picture(2_000, 1_000), slow_picture(2_000, 1_001), 413, "ImageTooLarge"),
     "scans": ("image", {}, scans(100), scans(101), 413, "ImageTooLarge"),
+    "parts": ("image", {}, segments(20_000), segments(20_001), 413, "ImageTooLarge"),
     "shorter side": ("image", {}, picture(40, 8), picture(40, 7), 400, "UndecodableImage"),
     "seconds": ("audio", {}, sound(60 * 16_000), sound(60 * 16_000 + 1), 413, "AudioTooLong"),
     "values": ("audio", {}, sound(4_000_000, 384_000, 8), sound(4_000_001, 384_000, 8), 413, "AudioTooLong"),

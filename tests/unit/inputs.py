@@ -32,19 +32,51 @@ def four_colours(width: int = 48, height: int = 32) -> Image.Image:
     return image
 
 
-def bare_png(width: int, height: int, depth: int = 8, colour_type: int = 0, pixels: bytes = b"\0") -> bytes:
-    """A PNG file made by hand; unless `pixels` are given, their data stops after one byte."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def ico_around(png: bytes) -> bytes:
-    """An icon file that says 32 x 32 and holds `png`."""
-    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(png), 22) + png
+def bare_png(
+    width: int, height: int, depth: int = 8, colour_type: int = 0, pixels: bytes = b"\0", chunks: bytes = b""
+) -> bytes:
+    """A PNG file made by hand, with `chunks` before its pixels; unless `pixels` are given, their data stops after one
+    byte."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    data = png_chunk(b"IDAT", zlib.compress(pixels))
+    return b"\x89PNG\r\n\x1a\n" + header + chunks + data + png_chunk(b"IEND")
+
+
+def jpeg_segment(marker: int, data: bytes = b"") -> bytes:
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def bare_tiff(tags: dict[int, tuple[int, int, int]], data: bytes = b"") -> bytes:
+    """A little-endian TIFF file of one directory.
+
+    Args:
+        tags: {tag: (type, count, value)}; the value of a long one is an offset into `data`.
+    """
+    start = 14 + 12 * len(tags)
+    fits = {3: 2, 4: 1}  # SHORT, LONG: how many values stand in the entry itself
+    entries = [
+        struct.pack("<HHII", tag, kind, count, value if count <= fits[kind] else start + value)
+        for tag, (kind, count, value) in sorted(tags.items())
+    ]
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + data
+
+
+def icon(format: str, image: bytes) -> bytes:
+    """An icon file that says 32 x 32 and contains `image`, a PNG or JPEG 2000 file."""
+    if format == "ICO":
+        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(image), 22) + image
+    return b"icns" + struct.pack(">I4sI", len(image) + 16, b"ic11", len(image) + 8) + image
+
+
+def blp_around(jpeg: bytes, width: int = 8, height: int = 8) -> bytes:
+    """A BLP1 texture that says `width` x `height` and contains `jpeg`."""
+    head = b"BLP1" + struct.pack("<IIIIII", 0, 0, width, height, 5, 0)
+    offsets = struct.pack("<16I16I", 160, *[0] * 15, len(jpeg), *[0] * 15)
+    return head + offsets + struct.pack("<I", 0) + jpeg
 
 
 # --- digits: lines and arcs in the unit square, drawn with a round pen -------------------------------------------

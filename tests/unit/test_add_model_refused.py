@@ -114,7 +114,7 @@ def test_digits_of_another_size(bench):
 def test_an_image_that_is_none(bench):
     image = bench.files / "image.jpg"
     image.write_text("no image")
-    bench.refuses(SmallNet(3, 32), "answers 400 .*not an image in a format", image=image)
+    bench.refuses(SmallNet(3, 32), "answers 400 .*not an image in a supported format", image=image)
 
 
 def test_files_that_the_handler_cannot_load(bench):

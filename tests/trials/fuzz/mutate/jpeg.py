@@ -9,6 +9,7 @@ BARE = (*range(0xD0, 0xDA), 0x01)  # markers without length
 FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC))
 TABLES = (0xC4, 0xDB, 0xDD)
 SCAN = 0xDA
+LENGTHS = (0, 1, 2, 16, 64, 65, 66, 129, 255, 256, 4_096, 65_533)  # bytes of a segment's data
 SIDES = (0, 1, 7, 8, 65, 7_071, 65_500, 65_535)
 
 Segment = tuple[int, bytes]  # marker, and what follows up to the next: length, data, coded pixels
@@ -45,7 +46,8 @@ def mutated(content: bytes, random: Random) -> bytes:
     segments = split(content)
     if not segments:
         return generic.mutated(content, [], random)
-    change = random.choice((frame, frame, table, scan, remove, duplicate, swap, remark, end, tags))
+    changes = (frame, frame, table, scan, remove, duplicate, flood, swap, shuffle, remark, resize, end, tags)
+    change = random.choice(changes)
     return change(segments, random)
 
 
@@ -94,6 +96,26 @@ def duplicate(segments: list[Segment], random: Random) -> bytes:
     """Scans above all: each is decoded over the whole picture."""
     at = one_of(segments, (SCAN,), random) if random.random() < 0.5 else random.randrange(len(segments))
     return replaced(segments, at, *[segments[at]] * random.choice((2, 3, 50, 500)))
+
+
+def flood(segments: list[Segment], random: Random) -> bytes:
+    """Thousands of segments without data, or of markers without length."""
+    at = random.randrange(len(segments) + 1)
+    marker = random.choice((0xE1, 0xED, 0xFE, 0xDB, 0xC4, 0xD0, 0xD9, 0xFF))
+    many = [(marker, b"" if marker in BARE or marker == 0xFF else b"\0\2")] * random.choice((300, 21_000))
+    return join([*segments[:at], *many, *segments[at:]])
+
+
+def shuffle(segments: list[Segment], random: Random) -> bytes:
+    return join(random.sample(segments, len(segments)))
+
+
+def resize(segments: list[Segment], random: Random) -> bytes:
+    """A segment as long as the format allows, or longer than its kind may be, or too short; its data repeats."""
+    at = random.randrange(len(segments))
+    marker, rest = segments[at]
+    size, old = random.choice(LENGTHS), rest[2:] or b"\0"
+    return replaced(segments, at, (marker, struct.pack(">H", size + 2) + (old * (size // len(old) + 1))[:size]))
 
 
 def swap(segments: list[Segment], random: Random) -> bytes:

@@ -8,6 +8,8 @@ from tests.trials.fuzz.mutate import generic
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SIDES = (0, 1, 7, 8, 9, 64, 65_535, 7_071, 50_000_000, 2**31 - 1, 2**31, 2**32 - 1)
+COLOURS = (0, 1, 2, 15, 16, 255, 256, 257, 300, 65_536)  # of a palette, which has 1 to 256
+SIZES = (0, 1, 2, 3, 6, 12, 14, 255, 256, 257, 300, 767, 769, 65_536)  # bytes of a chunk
 NAMES = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"eXIf", b"zTXt", b"acTL", b"fcTL", b"fdAT", b"????")
 
 Chunk = tuple[bytes, bytes]  # name, data
@@ -35,7 +37,8 @@ def mutated(content: bytes, random: Random) -> bytes:
     if not chunks:
         return generic.mutated(content, [], random)
     at = random.randrange(len(chunks))
-    change = random.choice((header, header, pixels, data, remove, duplicate, swap, rename, lie))
+    changes = (header, header, pixels, data, remove, duplicate, swap, shuffle, rename, resize, palette, palette, lie)
+    change = random.choice(changes)
     return change(chunks, at, random)
 
 
@@ -74,7 +77,7 @@ def remove(chunks: list[Chunk], at: int, _: Random) -> bytes:
 
 
 def duplicate(chunks: list[Chunk], at: int, random: Random) -> bytes:
-    return join([*chunks[:at], *[chunks[at]] * random.choice((2, 3, 200)), *chunks[at + 1 :]])
+    return join([*chunks[:at], *[chunks[at]] * random.choice((2, 3, 200, 7_000)), *chunks[at + 1 :]])
 
 
 def swap(chunks: list[Chunk], at: int, random: Random) -> bytes:
@@ -82,6 +85,30 @@ def swap(chunks: list[Chunk], at: int, random: Random) -> bytes:
     changed = list(chunks)
     changed[at], changed[other] = changed[other], changed[at]
     return join(changed)
+
+
+def shuffle(chunks: list[Chunk], _: int, random: Random) -> bytes:
+    """Other orders than the format allows; the header stays first, because nothing is read without it."""
+    return join([*chunks[:1], *random.sample(chunks[1:], len(chunks) - 1)])
+
+
+def resize(chunks: list[Chunk], at: int, random: Random) -> bytes:
+    """A chunk as long as the format allows, or longer, or too short; its data repeats."""
+    name, old = chunks[at]
+    size = random.choice((*SIZES, len(old) + 1, max(0, len(old) - 1)))
+    return join([*chunks[:at], (name, ((old or b"\0") * (size // max(1, len(old)) + 1))[:size]), *chunks[at + 1 :]])
+
+
+def palette(chunks: list[Chunk], _: int, random: Random) -> bytes:
+    """An image of palette colours, whose palette and transparency have lengths that do not fit each other."""
+    colours, alphas = (random.choice(COLOURS) for _ in range(2))
+    tables = [(b"PLTE", random.randbytes(3 * colours)), (b"tRNS", random.randbytes(alphas))]
+    if random.random() < 0.2:
+        tables.reverse()
+    header = (b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, 3, 0, 0, 0))
+    pixels = (b"IDAT", zlib.compress((b"\0" + random.randbytes(16)) * 16))
+    others = [chunk for chunk in chunks if chunk[0] not in (b"IHDR", b"IDAT", b"PLTE", b"tRNS")]
+    return join([header, *tables, pixels, *others])
 
 
 def rename(chunks: list[Chunk], at: int, random: Random) -> bytes:
