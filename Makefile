@@ -147,6 +147,10 @@ lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+.PHONY: check
+check: lint  ## lint, and run the unit tests that are fast
+	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
+
 lock: dev  ## choose the newest versions of requirements/*.in again
 	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done

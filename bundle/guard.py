@@ -78,7 +78,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 def torchserve() -> Path:
     """The folder that the package `ts` is in."""
-    return Path(find_spec("ts").origin).parents[1]
+    found = find_spec("ts")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("TorchServe is not installed here. Set it up: make setup")
+    return Path(found.origin).parents[1]
 
 
 if __name__ == "__main__":

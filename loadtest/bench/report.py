@@ -270,9 +270,13 @@ def terminal_tables(results: Results) -> list[Table]:
 def rich_table(
     title: str, header: list[str] | tuple[str, ...], rows: list[tuple[str, ...]], caption: str = ""
 ) -> Table:
-    table = Table(title=title, caption=caption or None, header_style="bold", box=SIMPLE_HEAD, padding=0)
+    # no edges: in 80 columns, the range of several rounds needs their two
+    table = Table(
+        title=title, caption=caption or None, header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False
+    )
     for index, name in enumerate(header):
-        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", no_wrap=not index)
+        justify = "right" if index else "left"
+        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=not index, overflow="fold")
     for row in rows:
         table.add_row(*row, style="bold" if row[0].rstrip(WRONG + CROWDED) == OURS else "")
     return table

@@ -25,6 +25,8 @@ class KeywordNet(nn.Module):
     transformed at once.
     """
 
+    cosines: Tensor
+
     def __init__(self):
         super().__init__()
         self.faintest = 1e-4  # root mean square (-80 dB of full scale) under which a clip is not made as loud as others

@@ -159,6 +159,9 @@ class Augment(nn.Module):
         noises: float32 [M, 16000], recordings without speech to mix in.
     """
 
+    noises: Tensor
+    channels: Tensor
+
     def __init__(self, noises: Tensor):
         super().__init__()
         noises = torch.cat([noises, coloured_noise(len(noises))])

@@ -20,6 +20,9 @@ class ImageNet32(nn.Module):
     Normalisation is in here, so that images travel to the device as bytes.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self):
         super().__init__()
         # per-channel statistics of CIFAR-10's training images

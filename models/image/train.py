@@ -128,7 +128,7 @@ def main() -> None:
     images, targets = load(options.data_dir, "train")
     test_images, test_targets = load(options.data_dir, "test")
 
-    model = ImageNet32().to(memory_format=torch.channels_last)
+    model = ImageNet32().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     stages = [
         (replace(RECIPE, epochs=options.epochs), Augment()),
         (REFINEMENT, Augment(GENTLE)),

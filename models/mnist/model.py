@@ -19,6 +19,9 @@ class DigitNet(nn.Module):
     Normalisation is in here, so that images travel to the device as bytes.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self):
         super().__init__()
         # statistics of MNIST's training images

@@ -40,7 +40,13 @@ class Augment:
         from kornia import augmentation as K
 
         self.hand = nn.Sequential(
-            K.RandomAffine(degrees=12, translate=(0.06, 0.06), scale=(0.8, 1.1), shear=(-12, 12, -5, 5), p=0.8),
+            K.RandomAffine(
+                degrees=12,
+                translate=(0.06, 0.06),
+                scale=(0.8, 1.1),
+                shear=(-12, 12, -5, 5),  # type: ignore[arg-type]  # kornia takes four numbers, its types two
+                p=0.8,
+            ),
             K.RandomPerspective(0.2, p=0.2),
             K.RandomElasticTransform(kernel_size=(13, 13), sigma=(4.0, 4.0), alpha=(1.0, 1.0), p=0.3),
         )
@@ -97,7 +103,7 @@ def main() -> None:
     images, targets = load(options.data_dir, "train")
     test_images, test_targets = load(options.data_dir, "test")
 
-    model = DigitNet().to(memory_format=torch.channels_last)
+    model = DigitNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     classifier = training.Classifier(model, recipe, Augment())
     seconds = training.fit(classifier, training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True))
 

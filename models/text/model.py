@@ -65,6 +65,9 @@ class IntentNet(nn.Module):
     arXiv 1911.11132). `train.py` fits it and the temperature on the validation split.
     """
 
+    threshold: Tensor
+    temperature: Tensor
+
     def __init__(self):
         super().__init__()
         self.intents = Ensemble()

@@ -219,7 +219,9 @@ def main() -> None:
     model = IntentNet()
     rng = random.Random(options.seed)
     batches = AlteredTexts(tokenizer, texts["train"], targets["train"], texts["oos_train"], recipe.batch_size, rng)
-    augment = WordDropout(tokenizer.token_to_id("[UNK]"))
+    unknown = tokenizer.token_to_id("[UNK]")
+    assert unknown is not None, "train_tokenizer makes it"
+    augment = WordDropout(unknown)
     seconds = sum(
         training.fit(training.Classifier(member, recipe, augment), batches) for member in model.intents.members
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ from filelock import FileLock
 
 from bundle.paths import MODEL_STORE, MODELS
 from tests.server.conftest import SHIPPED
+from tests.support import wait_for
 
 
 def test_serving_again_changes_nothing(served):
@@ -32,7 +35,40 @@ def test_serving_again_changes_nothing(served):
 def test_status(served):
     shown = served.bundle("status")
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert all(name in shown.stdout for name in ("mnist", "image", "audio", "text"))
+    for name in SHIPPED:
+        model = served.client.describe(name)
+        row = [name, model["modelVersion"], len(model["workers"]), model["minWorkers"], model["maxWorkers"]]
+        assert re.search(r"\W+".join(map(str, row)), shown.stdout), shown.stdout
+
+
+def test_status_with_a_worker_missing_exits_1(served):
+    """Workers are killed whenever TorchServe has started them again, until `status` has looked."""
+    ended = threading.Event()
+
+    def workers() -> list[dict]:
+        return served.client.describe("mnist")["workers"]
+
+    def ready() -> list[dict]:
+        return [worker for worker in workers() if worker["status"] == "READY"]
+
+    def kill_workers() -> None:
+        while not ended.wait(0.1):
+            for worker in workers():
+                with suppress(psutil.Error, ValueError):
+                    psutil.Process(worker["pid"]).kill()
+
+    killer = threading.Thread(target=kill_workers)
+    killer.start()
+    try:
+        wait_for(lambda: not ready())
+        shown = served.bundle("status")
+    finally:
+        ended.set()
+        killer.join()
+    assert shown.returncode == 1, shown.stdout + shown.stderr
+    assert re.search(r"mnist\W+1\.0\W+0\W", shown.stdout), shown.stdout
+    wait_for(lambda: len(ready()) == len(workers()))
+    assert served.bundle("status").returncode == 0
 
 
 def test_predict_from_the_command_line(served):

@@ -1,4 +1,5 @@
-"""The README's commands, run as they stand there, answer as they do there."""
+"""The README's commands, run as they stand there, answer as they do there. `unit/test_documents.py` checks its links
+and the names of its make commands."""
 
 import json
 import math
@@ -26,20 +27,6 @@ def examples() -> list[tuple[str, str]]:
             command, _, output = part.replace("\\\n", "").partition("\n")
             found.append((command.strip(), output.strip()))
     return found
-
-
-def test_make_commands_exist():
-    """`make serve` is what the tests' server was started with; the others are asked for by a dry run."""
-    named = set(re.findall(r"make ([a-z-]+)", README)) & set(re.findall(r"`make ([a-z-]+)", README))
-    assert {"serve"} <= named
-    for target in named:
-        run = subprocess.run(["make", "--dry-run", target, "MODEL=mnist"], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-
-
-def test_files_exist():
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
 
 
 @pytest.mark.parametrize("model", ["mnist", "image", "audio", "text"])

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from bundle.build.archive import REQUIREMENTS, archive, fingerprint
+from bundle.build.archive import REQUIREMENTS, archive
 from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
 from bundle.paths import HANDLERS, MODELS, ROOT
@@ -87,12 +89,49 @@ def test_it_is_built_again_for_another_signer(folder, tmp_path, monkeypatch):
     check(store / "mnist.mar", trusted["other"])
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "index_to_name.json", "model-config.yaml", "model.py"])
-def test_every_input_decides(folder, file):
-    before = fingerprint(folder)
-    with (folder.path / file).open("ab") as changed:
-        changed.write(b"\n")
-    assert fingerprint(ModelFolder(folder.path)) != before
+IN_A_CHANGED_CHECKOUT = """
+import json, sys
+from pathlib import Path
+from bundle.build.archive import fingerprint
+from bundle.catalog import select
+import models.mnist.model
+
+[folder], root = select(["mnist"]), Path.cwd()
+ours = [Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+files = [file for file in ours if file.is_relative_to(root) and file.stat().st_size]
+files += [root / name for name in json.loads(sys.argv[1])]
+before, decides = fingerprint(folder), {}
+for file in files:
+    content = file.read_bytes()
+    file.write_bytes(content + b"\\n")
+    decides[str(file.relative_to(root))] = fingerprint(folder) != before
+    file.write_bytes(content)
+assert fingerprint(folder) == before
+print(json.dumps(decides))
+"""
+DATA = [
+    "handlers/mnist.py",
+    "handlers/requirements.txt",
+    "models/mnist/index_to_name.json",
+    "models/mnist/model-config.yaml",
+    "models/mnist/weights.safetensors",
+]
+NO_INPUTS = ["bundle/cli/app.py", "handlers/text.py", "models/mnist/metrics.json", "models/mnist/train.py"]
+
+
+def test_every_input_decides_and_nothing_else(tmp_path):
+    """Inputs are all modules that building an archive imports, all that it copies, and the model's data."""
+    for name in ("bundle", "handlers", "models"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    core = [f"handlers/core/{file.name}" for file in (HANDLERS / "core").glob("*.py")]
+    command = [sys.executable, "-c", IN_A_CHANGED_CHECKOUT, json.dumps(DATA + core + NO_INPUTS)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    decides = json.loads(run.stdout)
+    assert {"bundle/build/archive.py", "bundle/build/export.py", "bundle/catalog.py", "models/weights.py"} <= set(
+        decides
+    )
+    assert [file for file, does in decides.items() if does == (file in NO_INPUTS)] == []
 
 
 def test_a_failure_leaves_the_old_archive(folder, tmp_path):

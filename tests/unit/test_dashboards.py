@@ -113,11 +113,6 @@ def test_every_recording_rule_is_read():
 # --- dashboards ------------------------------------------------------------------------------------------------------
 
 
-def test_the_file_is_formatted(path, dashboard):
-    """As `json.dumps(..., indent=2)` writes it, so that a change is a small diff."""
-    assert path.read_text(encoding="utf-8") == json.dumps(dashboard, indent=2, ensure_ascii=False) + "\n"
-
-
 def test_panels_have_ids_and_titles_of_their_own(dashboard):
     every = list(panels(dashboard))
     assert len({panel["id"] for panel in every}) == len(every)

@@ -1,4 +1,4 @@
-"""The handlers on a GPU; skipped where there is none."""
+"""The handlers on a GPU; all but one of these tests are skipped where there is none."""
 
 from pathlib import Path
 
@@ -9,10 +9,11 @@ from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
 from bundle.samples import first
+from handlers.core.batch import BatchHandler
 from loadtest.bench.cases import CASES
 from loadtest.bench.devices import measure_case
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 MODELS = ("mnist", "image", "audio", "text")
 
 
@@ -25,6 +26,7 @@ def answers(folder: ModelFolder, mar: Path, size: int, gpu: int | None) -> list[
     return [body for _, body in found]
 
 
+@on_gpu
 @pytest.mark.parametrize("size", [1, 5, 32])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gpu_answers_as_the_cpu_does(model: str, size: int, tmp_path: Path):
@@ -36,14 +38,40 @@ def test_a_gpu_answers_as_the_cpu_does(model: str, size: int, tmp_path: Path):
         assert first(answer).probability == pytest.approx(first(expected).probability, abs=0.03)
 
 
-def test_inputs_reach_the_gpu_from_pinned_memory(tmp_path: Path):
+@on_gpu
+def test_inputs_reach_the_gpu_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     [folder] = select(["mnist"])
+    copied, copy = [], torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        copied.append((tensor.is_pinned(), options))
+        return copy(tensor, *arguments, **options)
+
     with DryRun(archive(folder, store=tmp_path).path, gpu=0) as worker:
+        monkeypatch.setattr(torch.Tensor, "to", to)
         moved = worker.handler.to_device(torch.arange(6).view(2, 3))
+        assert copied == [(True, {"non_blocking": True})]
         assert moved.is_cuda
         assert moved.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_inputs_are_pinned_before_they_are_copied_to_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Without a GPU no memory can be pinned: the two calls are recorded instead of made."""
+    given, pinned, calls = torch.zeros(2), torch.ones(2), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned if tensor is given else tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, **options: calls.append((tensor is pinned, device, options))
+    )
+    handler = BatchHandler()
+    handler.device = torch.device("cuda", 0)
+    handler.to_device(given)
+    assert calls == [(True, handler.device, {"non_blocking": True})]
+    handler.device = torch.device("cpu")
+    handler.to_device(given)
+    assert calls[1:] == [(False, handler.device, {"non_blocking": True})]
+
+
+@on_gpu
 def test_the_benchmark_of_devices_measures_a_gpu():
     timings = list(measure_case(CASES["mnist"], ["cpu", "0"], (1, 64), seconds=1))
     assert [(timing.device, timing.batch) for timing in timings] == [("cpu", 1), ("0", 1), ("cpu", 64), ("0", 64)]

@@ -41,11 +41,18 @@ def test_a_limit_that_does_not_hold_is_kept():
     assert outcome.broken == ["that holds"]
 
 
-@given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 5), st.booleans()), min_size=1))
-def test_silence_is_no_longer_than_the_load(drawn: list[tuple[float, float, bool]]):
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5), st.booleans()), min_size=1))
+def test_the_longest_silence_is_the_longest_run_of_seconds_without_a_right_answer(drawn: list[tuple[int, int, bool]]):
     answers = [Answer(due, due + took, 200 if right else 500, right) for due, took, right in drawn]
-    sent = max(due for due, *_ in drawn) - min(due for due, *_ in drawn)
-    assert 0 <= longest_silence(answers) <= sent
+    begin, end = min(due for due, *_ in drawn), max(due for due, *_ in drawn)
+    heard = {due + took for due, took, right in drawn if right} - {begin}
+    longest = silence = 0
+    for second in range(begin + 1, end + 1):
+        silence += 1
+        longest = max(longest, silence)
+        if second in heard:
+            silence = 0
+    assert longest_silence(answers) == longest
 
 
 def test_silence_lies_between_right_answers():
