@@ -17,6 +17,7 @@ import soundfile
 import torch
 from PIL import Image, ImageDraw
 
+from bundle import paths
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.build.export import PreprocessedImages, load_torchscript, random_images
@@ -33,7 +34,7 @@ from bundle.build.inspect_model import (
 )
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, handlers, read_labels
 from bundle.errors import BundleError
-from bundle.paths import MODEL_STORE, MODELS, relative
+from bundle.paths import MODEL_STORE, relative
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")  # the archiver's rule
 CONFIG = """\
@@ -69,7 +70,7 @@ def add_model(
     std: list[float] | None = None,
     image: Path | None = None,
     files: Sequence[Path] = (),
-    models_dir: Path = MODELS,
+    models_dir: Path | None = None,
     store: Path = MODEL_STORE,
     report: Callable[[str], object] = print,
 ) -> ModelFolder:
@@ -86,13 +87,14 @@ def add_model(
         std: likewise.
         image: a file to try the model with, which becomes the folder's sample; by default, one is made up.
         files: what else the handler needs (tokenizer.json for `text`).
-        models_dir: where the folder goes.
+        models_dir: where the folder goes; by default, where all model folders are.
         store: where the archive goes.
         report: is told, line by line, what was found.
 
     Raises:
         BundleError: why the file cannot be served so; nothing is left behind.
     """
+    models_dir = models_dir or paths.models_dir()
     check_name(name, models_dir)
     check_handler(handler, files)
     for file in (serialized, labels, *files, *([image] if image else [])):

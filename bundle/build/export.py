@@ -20,7 +20,7 @@ from bundle.build import torchvision_source
 from bundle.build.handler import labels, load_handler
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
-from bundle.paths import relative
+from bundle.paths import MODELS, relative
 from handlers.core.batch import BatchHandler
 from handlers.core.classifier import ClassifierHandler
 from handlers.core.outputs import main_output, tensors
@@ -83,7 +83,8 @@ def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
     else:
         weights = folder.path / "weights.safetensors"
         if not weights.is_file() and (folder.path / "train.py").is_file():
-            raise BundleError(f"There is no {relative(weights)}. Train the model first: make train MODEL={folder.name}")
+            how = f"make train MODEL={folder.name}" if folder.path.parent == MODELS else "its train.py writes them"
+            raise BundleError(f"There is no {relative(weights)}. Train the model first: {how}")
         module = import_model(folder.name, folder.existing("model.py"))
         return module.build(), [module.example_inputs(size) for size in sizes]
     module = PreprocessedImages(classifier, mean, std)

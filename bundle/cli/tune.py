@@ -16,8 +16,9 @@ from rich.text import Text
 
 from bundle.catalog import CONFIG_NAME, ModelFolder, select
 from bundle.errors import BundleError
+from bundle.files import write_atomically
 from bundle.load.generator import wrk
-from bundle.paths import ROOT, relative
+from bundle.paths import relative
 from bundle.server.process import Server
 
 if TYPE_CHECKING:  # torch comes with them: seconds that `--help` need not wait
@@ -26,7 +27,6 @@ if TYPE_CHECKING:  # torch comes with them: seconds that `--help` need not wait
     from bundle.tuning.trial_server import Input
     from bundle.tuning.tuner import Tuning
 
-RUN_DIR = ROOT / "build" / "tune"
 BUSY = 25  # % of the CPU that others take: measurements suffer
 EXAMPLES = (
     "Examples: `python -m bundle tune image --p99 100ms` · `python -m bundle tune text --p99 0.02s --minutes 15 "
@@ -120,7 +120,7 @@ def tune_folder(
     tune.check_precisions(precisions, current.precision, folder, archive)
     tuning = None
     with tempfile.TemporaryDirectory(prefix="tune-") as store:
-        bench = Bench(folder, archive, inputs, run_dir or RUN_DIR, Path(store))
+        bench = Bench(folder, archive, inputs, run_dir or Server().run_dir / "tune", Path(store))
         try:
             with bench.server.lock(), progress(budget) as show, bench:
                 tuning = tune.Tuning(bench, current, precisions, target, budget, show)
@@ -197,7 +197,7 @@ def write_down(folder: ModelFolder, found: dict, picture: bytes, wanted: dict, p
 
     beside = patch.parent / patch.stem if patch else folder.path / "tuning"
     for ending, content in ((".json", json.dumps(found, indent=1) + "\n"), (".svg", picture)):
-        config_file.write(beside.with_name(beside.name + ending), content)
+        write_atomically(beside.with_name(beside.name + ending), content)
     console.print(f"Evidence: {relative(beside)}.json, {relative(beside)}.svg", soft_wrap=True)
     file = folder.path / CONFIG_NAME
     old = file.read_text()
@@ -205,10 +205,10 @@ def write_down(folder: ModelFolder, found: dict, picture: bytes, wanted: dict, p
     if old == new:
         console.print(f"{relative(file)} stays as it is.")
     elif patch:
-        config_file.write(patch, config_file.difference(old, new, relative(file)))
+        write_atomically(patch, config_file.difference(old, new, relative(file)))
         console.print(f"Patch: {patch}. Apply it: git apply {patch}", soft_wrap=True)
     else:
-        config_file.write(file, new)
+        write_atomically(file, new)
         console.print(f"{relative(file)} is changed. Serve it: make serve")
 
 

@@ -1,6 +1,7 @@
 """Client of TorchServe's HTTP APIs."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def curl_lines(client: Client, folders: list[ModelFolder]) -> list[str]:
     def ask(folder: ModelFolder) -> str:
         file = folder.sample_file
         header = "".join(f" -H '{name}: {value}'" for name, value in headers(file).items()) if file else ""
-        sample = relative(file) if file else "FILE"
+        sample = shlex.quote(relative(file)) if file else "FILE"
         return f"{curl('inference')}{header} -T {sample} {client.inference}/predictions/{folder.name}"
 
     return [*map(ask, folders), f"{curl('management')} {client.management}/models"]

@@ -22,6 +22,7 @@ from ts.model_server import TS_NAMESPACE
 from bundle import signing
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
+from bundle.files import write_atomically
 from bundle.paths import ROOT
 from bundle.server.client import Client
 from bundle.server.identity import start_mark, start_mark_of_command
@@ -160,9 +161,7 @@ class Server:
         self.write_record(replace(running, served=running.served | self.archive_digests([folder])))
 
     def write_record(self, running: Running) -> None:
-        partial = self.record.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(running), indent=2))
-        partial.replace(self.record)
+        write_atomically(self.record, json.dumps(asdict(running), indent=2))
 
     def start(self, folders: list[ModelFolder]) -> Running:
         """Start TorchServe with the archives of these models, and return as soon as its process runs.

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import requests
 
+from bundle import mar
 from bundle.errors import BundleError
+from bundle.files import write_atomically
 from bundle.server.client import Client
 from bundle.server.process import Server
 from bundle.server.readiness import scale_version, start_version
-from bundle.server.rollout import archive_version, withdraw
+from bundle.server.rollout import withdraw
 
 Key = tuple[str, str]  # a model's name and version
 
@@ -63,9 +65,7 @@ class State:
             return None
 
     def write(self, file: Path) -> None:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.replace(file)
+        write_atomically(file, json.dumps(asdict(self), indent=1))
 
     def workers(self) -> dict[Key, tuple[int, int]]:
         """Return the minimum and maximum number of workers of each registered version."""
@@ -193,7 +193,7 @@ def archive_of(store: Path, version: Registered) -> Path:
     """
     for name in (version.url, f"{version.name}.mar"):
         file = store / name
-        if file.is_file() and archive_version(file) == version.version:
+        if file.is_file() and mar.version(file) == version.version:
             return file
     raise ArchiveMissing(f"no archive in {store} has this version any more")
 
