@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, UsageError
 from bundle.paths import HANDLERS, MODELS, relative
 
 CONFIG_NAME = "model-config.yaml"
@@ -160,7 +160,7 @@ def select(names: list[str]) -> list[ModelFolder]:
     """The folders of these names; without names, all that are not served on request only."""
     known = {folder.name: folder for folder in folders()}
     if unknown := [name for name in names if name not in known]:
-        raise BundleError(f"There is no model {unknown[0]!r} in models/; there are: {', '.join(known)}.")
+        raise UsageError(f"There is no model {unknown[0]!r} in models/; there are: {', '.join(known)}.")
     if names:
         return [known[name] for name in dict.fromkeys(names)]
     return [folder for folder in known.values() if folder.bundle.served == "always"]
