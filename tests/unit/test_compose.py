@@ -1,11 +1,13 @@
 """What SECURITY.md says of the containers, as docker/compose.yaml has it."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-COMPOSE = Path(__file__).parents[2] / "docker" / "compose.yaml"
+ROOT = Path(__file__).parents[2]
+COMPOSE = ROOT / "docker" / "compose.yaml"
 SERVICES = yaml.safe_load(COMPOSE.read_text())["services"]
 
 
@@ -27,3 +29,20 @@ def test_the_root_file_system_is_read_only(name):
 def test_all_but_inference_is_published_on_loopback(name):
     for port in SERVICES[name].get("ports", ()):
         assert port.startswith("${BIND:-127.0.0.1}:" if name == "proxy" else "127.0.0.1:")
+
+
+# what both Make's commands and the stack read, with the same meaning
+SHARED = {"MODELS", "TORCH_INDEX_URL", "TRUSTED_KEY", "TS_MODEL_STORE"}
+
+
+def test_no_variable_means_one_thing_to_a_command_and_another_to_the_stack():
+    """RATE was the load test's arrivals and the proxy's limit: exported for one, it changed the other."""
+    makefile = (ROOT / "Makefile").read_text()
+    lists = " ".join(re.findall(r"\$\(call options,([A-Z0-9_ ]+)\)", makefile)).split()
+    commands = {*re.findall(r"\$\(([A-Z][A-Z0-9_]*)\)", makefile), *lists}
+    locust = {"SHAPE", "USERS", "DURATION", "RATE", "THRESHOLDS", "MODELS"}
+    assert {"PATCH", "RATE", "MODELS"} <= commands
+    files = [file.read_text() for file in (ROOT / "docker").glob("compose*.yaml")]
+    stack = {name for text in files for name in re.findall(r"\$\{([A-Z0-9_]+)", text)}
+    assert {"PROXY_RATE", "SERVER_IMAGE"} <= stack
+    assert stack & (commands | locust) == SHARED
