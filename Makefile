@@ -2,10 +2,11 @@
 # the commands behind them, with all their options.
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
-# MODELS (which to archive and serve), MODEL (which to train), ARGS (of train.py), DATA_DIR (where data sets are, or are
-# put), TESTS (what pytest runs), RUN_DIR (where the server's record and logs are: build/run), SIGNING_KEY (what signs
-# archives), TRUSTED_KEY (what must have signed them to be served), COMPOSE (`docker compose` or docker-compose); of the
-# Docker stack PROJECT (its name), SERVICES (which), GPU=1, ADMIN=1 (Grafana's administrator).
+# BUNDLE_MODELS (the folder of the model folders: models), MODELS (which to archive and serve), MODEL (which to train),
+# ARGS (of train.py), DATA_DIR (where data sets are, or are put), TESTS (what pytest runs), RUN_DIR (where the server's
+# record and logs are: build/run), SIGNING_KEY (what signs archives), TRUSTED_KEY (what must have signed them to be
+# served), COMPOSE (`docker compose` or docker-compose); of the Docker stack PROJECT (its name), SERVICES (which), GPU=1,
+# ADMIN=1 (Grafana's administrator).
 # loadtest/README.md has those of the load tests, loadtest/bench/README.md those of the benchmark.
 
 PYTHON ?= python3

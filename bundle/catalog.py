@@ -1,4 +1,4 @@
-"""The model folders: what is in `models/`, and what each one says of itself."""
+"""The model folders, in `models/` or where BUNDLE_MODELS says, and what each one says of itself."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bundle.errors import BundleError, UsageError
-from bundle.paths import HANDLERS, MODELS, relative
+from bundle.paths import HANDLERS, models_dir, relative
 
 CONFIG_NAME = "model-config.yaml"
 LABELS_NAME = "index_to_name.json"
@@ -153,14 +153,15 @@ def read_labels(file: Path) -> list[str]:
 
 def folders() -> list[ModelFolder]:
     """Every model folder, by name."""
-    return [ModelFolder(file.parent) for file in sorted(MODELS.glob(f"*/{CONFIG_NAME}"))]
+    return [ModelFolder(file.parent) for file in sorted(models_dir().glob(f"*/{CONFIG_NAME}"))]
 
 
 def select(names: list[str]) -> list[ModelFolder]:
     """The folders of these names; without names, all that are not served on request only."""
     known = {folder.name: folder for folder in folders()}
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"There is no model {unknown[0]!r} in models/; there are: {', '.join(known)}.")
+        there = ", ".join(known) or "none"
+        raise UsageError(f"There is no model {unknown[0]!r} in {relative(models_dir())}/; there are: {there}.")
     if names:
         return [known[name] for name in dict.fromkeys(names)]
     return [folder for folder in known.values() if folder.bundle.served == "always"]

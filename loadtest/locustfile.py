@@ -2,6 +2,7 @@
 
 There is one class of users for each folder in models/ that has a sample: MnistUser, ImageUser, ...
 The environment says the rest, and must be the same for master and workers:
+  BUNDLE_MODELS    the folder of the model folders: models/
   MODELS    which models, and their weights: "mnist text", "mnist=4 text=1"
   SHAPE     steps, spike, soak or rate; without it, locust's own --users, --spawn-rate and --run-time
   USERS, DURATION, RATE    of the shape: 64, 60s, and arrivals a second

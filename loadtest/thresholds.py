@@ -76,7 +76,7 @@ def read(file: Path, models: set[str]) -> Thresholds:
     defaults = limits(content.get("defaults"), f"{file}, defaults")
     own = mapping(content.get("models"), f"{file}, models")
     if unknown := own.keys() - models:
-        raise LoadTestError(f"{file}: there is no model {unknown.pop()!r} in models/; there are: {', '.join(models)}")
+        raise LoadTestError(f"{file}: there is no model {unknown.pop()!r}; there are: {', '.join(models)}")
     return Thresholds(
         Limits(**defaults), {name: Limits(**defaults | limits(of, f"{file}, {name}")) for name, of in own.items()}
     )

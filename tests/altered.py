@@ -1,27 +1,18 @@
 """Archives that are not what was built, or not signed by whom they should be."""
 
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from bundle.signing import SEALS, make_keys, seal
+from bundle import mar
+from bundle.signing import UNSEALED, make_keys, seal
 from tests.support import reversioned
 
 
-def changed(archive: Path, target: Path, members: dict[str, bytes]) -> Path:
-    """A copy with other members, or more of them, under the old manifest and signature."""
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
-        for name in {**dict.fromkeys(old.namelist()), **members}:
-            new.writestr(name, members[name] if name in members else old.read(name))
-    return target
-
-
 def one_bit(archive: Path, target: Path) -> Path:
-    with zipfile.ZipFile(archive) as old:
-        weights = bytearray(old.read("model.pt"))
+    weights = bytearray(mar.read(archive, "model.pt"))
     weights[len(weights) // 2] ^= 1
-    return changed(archive, target, {"model.pt": bytes(weights)})
+    return mar.rewrite(archive, target, {"model.pt": bytes(weights)})
 
 
 def leaves_a_mark(mark: Path) -> bytes:
@@ -30,11 +21,11 @@ def leaves_a_mark(mark: Path) -> bytes:
 
 
 def another_handler(archive: Path, target: Path) -> Path:
-    return changed(archive, target, {"mnist.py": leaves_a_mark(target.with_name("mark"))})
+    return mar.rewrite(archive, target, {"mnist.py": leaves_a_mark(target.with_name("mark"))})
 
 
 def another_file(archive: Path, target: Path) -> Path:
-    return changed(archive, target, {"sitecustomize.py": leaves_a_mark(target.with_name("mark"))})
+    return mar.rewrite(archive, target, {"sitecustomize.py": leaves_a_mark(target.with_name("mark"))})
 
 
 def unsigned(archive: Path, target: Path) -> Path:
@@ -42,10 +33,7 @@ def unsigned(archive: Path, target: Path) -> Path:
 
 
 def without_manifest(archive: Path, target: Path) -> Path:
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
-        for name in set(old.namelist()) - set(SEALS):
-            new.writestr(name, old.read(name))
-    return target
+    return mar.rewrite(archive, target, UNSEALED)
 
 
 def signed_by_another(archive: Path, target: Path) -> Path:

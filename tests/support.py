@@ -3,37 +3,28 @@
 import json
 import threading
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import requests
 
-from bundle.signing import SEALS, seal
-
-MANIFEST = "MAR-INF/MANIFEST.json"
+from bundle import mar
+from bundle.signing import UNSEALED, seal
 
 
 def altered(archive: Path, target: Path, members: dict[str, bytes | None]) -> Path:
-    """A copy of an archive, with a manifest, that has these members in the place of its own; None leaves one out."""
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
-        for entry in old.infolist():
-            if entry.filename not in {*members, *SEALS}:
-                new.writestr(entry.filename, old.read(entry))
-        for name, content in members.items():
-            if content is not None:
-                new.writestr(name, content)
+    """Write a copy of an archive with these members and with checksums; None leaves a member out."""
+    mar.rewrite(archive, target, members | UNSEALED)
     seal(target, None)
     return target
 
 
 def reversioned(archive: Path, version: str, target: Path, without: str = "") -> Path:
-    """A copy that says it is another version; leaving out the member `without`."""
-    with zipfile.ZipFile(archive) as old:
-        manifest = json.loads(old.read(MANIFEST))
+    """Write a copy of another version, without the member `without`."""
+    manifest = json.loads(mar.read(archive, mar.MANIFEST))
     manifest["model"]["modelVersion"] = version
-    return altered(archive, target, {MANIFEST: json.dumps(manifest).encode(), without: None})
+    return altered(archive, target, {mar.MANIFEST: json.dumps(manifest).encode(), without: None})
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -18,6 +18,7 @@ import soundfile
 import torch
 from PIL import Image, ImageDraw
 
+from bundle import paths
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.build.export import PreprocessedImages, load_torchscript, random_images
@@ -34,7 +35,7 @@ from bundle.build.inspect_model import (
 )
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, handlers, read_labels
 from bundle.errors import BundleError, UsageError
-from bundle.paths import MODEL_STORE, MODELS, relative
+from bundle.paths import MODEL_STORE, relative
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")  # the archiver's rule
 CONFIG = """\
@@ -107,20 +108,21 @@ class NewModel:
 
 def add_model(
     new: NewModel,
-    models_dir: Path = MODELS,
+    models_dir: Path | None = None,
     store: Path = MODEL_STORE,
     report: Callable[[str], object] = print,
 ) -> ModelFolder:
     """Make `models/NAME/` and its archive, once the model has answered a request in this process.
 
     Args:
-        models_dir: where the folder goes.
+        models_dir: where the folder goes; by default, where all model folders are.
         store: where the archive goes.
         report: receives, line by line, what was found.
 
     Raises:
         BundleError: why the file cannot be served so; nothing is left behind.
     """
+    models_dir = models_dir or paths.models_dir()
     new.check(models_dir)
     names = read_labels(new.labels)
     model = load_torchscript(new.serialized)

@@ -17,6 +17,7 @@ from bundle.build.export import export, handler_settings, labels
 from bundle.build.precision import keep_what_is_right, set_precision
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
 from bundle.errors import BundleError
+from bundle.files import replacing
 from bundle.paths import HANDLERS, MODEL_STORE, MODELS, ROOT
 from bundle.signing import key_id, key_of, seal
 
@@ -71,10 +72,8 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
             notes = keep_what_is_right(folder, plain, stage.module, stage.extra, stage.config)
         built = pack(folder, stage, Path(temporary))
         seal(built, key)
-        # a reader of the store never sees half an archive
-        partial = store / f".{folder.name}.mar"
-        shutil.move(built, partial)
-        partial.replace(target)
+        with replacing(target) as partial:
+            shutil.move(built, partial)
     record.write_text(" ".join(filter(None, wanted)))
     return Archive(target, True, notes)
 

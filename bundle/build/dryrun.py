@@ -9,17 +9,16 @@ import json
 import struct
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import ModelLoaderFactory
 from ts.service import Service
 from ts.torch_handler.base_handler import BaseHandler
 
+from bundle import mar
 from bundle.paths import ROOT
 
 METRICS_CONFIG = ROOT / "bundle" / "config" / "metrics.yaml"
@@ -30,7 +29,7 @@ class DryRun:
     `ts.service` calls it, a real metrics cache counts.
 
     Args:
-        mar: the archive.
+        archive: a .mar file.
         batch_size: what the frontend would tell the worker; by default, as the archive's model-config.yaml says.
         gpu: the number of the GPU that the frontend would give the worker; by default, none.
 
@@ -41,10 +40,10 @@ class DryRun:
         Exception: whatever the handler's `initialize` raises.
     """
 
-    def __init__(self, mar: Path, batch_size: int | None = None, gpu: int | None = None):
-        self.unpacked = tempfile.TemporaryDirectory(prefix=f"dryrun-{mar.stem}-")
+    def __init__(self, archive: Path, batch_size: int | None = None, gpu: int | None = None):
+        self.unpacked = tempfile.TemporaryDirectory(prefix=f"dryrun-{archive.stem}-")
         try:
-            self.service = self.load(mar, Path(self.unpacked.name), batch_size, gpu)
+            self.service = self.load(archive, Path(self.unpacked.name), batch_size, gpu)
         except BaseException:
             self.close()
             raise
@@ -52,11 +51,9 @@ class DryRun:
         self.handler: BaseHandler = self.service._entry_point.__self__
 
     @staticmethod
-    def load(mar: Path, folder: Path, batch_size: int | None, gpu: int | None) -> Service:
-        with zipfile.ZipFile(mar) as archive:
-            archive.extractall(folder)
-        model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
-        config = yaml.safe_load((folder / model["configFile"]).read_text()) if "configFile" in model else {}
+    def load(archive: Path, folder: Path, batch_size: int | None, gpu: int | None) -> Service:
+        mar.unpack(archive, folder)
+        model, config = mar.manifest(archive), mar.config(archive)
         metrics = MetricsCacheYamlImpl(config_file_path=str(METRICS_CONFIG))
         metrics.initialize_cache()
         metrics.model_name = model["modelName"]

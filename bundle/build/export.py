@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bundle.build import torchvision_source
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
-from bundle.paths import relative
+from bundle.paths import MODELS, relative
 from handlers.core.precision import main_output
 
 DEFAULT_SIDES = {"image_topk": 224, "mnist": 28}  # pixels: what the handlers make where a folder sets no `crop`
@@ -83,7 +83,8 @@ def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
     else:
         weights = folder.path / "weights.safetensors"
         if not weights.is_file():
-            raise BundleError(f"There is no {relative(weights)}. Train the model first: make train MODEL={folder.name}")
+            how = f"make train MODEL={folder.name}" if folder.path.parent == MODELS else "its train.py writes them"
+            raise BundleError(f"There is no {relative(weights)}. Train the model first: {how}")
         module = import_model(folder.name, folder.existing("model.py"))
         return module.build(), [module.example_inputs(size) for size in sizes]
     module = PreprocessedImages(classifier, mean, std)

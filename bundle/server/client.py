@@ -1,6 +1,7 @@
 """TorchServe's HTTP APIs, as far as the commands need them."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,9 +186,13 @@ def curl_lines(client: Client, folders: list[ModelFolder], root: Path) -> list[s
             return "curl"
         return f"jq -r '\"Authorization: Bearer \" + .{api}.key' {relative(client.keys.file)} | curl -H @-"
 
+    def sample(folder: ModelFolder) -> str:
+        if folder.sample_file is None:
+            return "FILE"
+        file = folder.sample_file
+        return shlex.quote(str(file.relative_to(root) if file.is_relative_to(root) else file))
+
     lines = [
-        f"{curl('inference')} -T {folder.sample_file.relative_to(root) if folder.sample_file else 'FILE'} "
-        f"{client.inference}/predictions/{folder.name}"
-        for folder in folders
+        f"{curl('inference')} -T {sample(folder)} {client.inference}/predictions/{folder.name}" for folder in folders
     ]
     return [*lines, f"{curl('management')} {client.management}/models"]

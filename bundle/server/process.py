@@ -21,6 +21,7 @@ from ts.model_server import TS_NAMESPACE
 from bundle import signing
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
+from bundle.files import write_atomically
 from bundle.paths import ROOT
 from bundle.server.client import Client
 from bundle.server.java import java_home
@@ -142,9 +143,7 @@ class Server:
         self.write_record(replace(running, served=running.served | self.wanted([folder])))
 
     def write_record(self, running: Running) -> None:
-        partial = self.record.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(running), indent=2))
-        partial.replace(self.record)
+        write_atomically(self.record, json.dumps(asdict(running), indent=2))
 
     def start(self, folders: list[ModelFolder]) -> Running:
         """Starts TorchServe with the archives of these models, and returns as soon as its process lives.

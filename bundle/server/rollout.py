@@ -1,32 +1,19 @@
 """A new version of a model takes the place of the one that is served, and no request notices."""
 
-import json
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bundle.catalog import ModelFolder
+from bundle import mar
+from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.errors import BundleError
+from bundle.files import replacing
 from bundle.paths import relative
 from bundle.server.client import Client, check_sample
 from bundle.server.drain import wait_until_idle
 from bundle.server.process import Server
 from bundle.server.readiness import start_version
 from bundle.signing import check, key_of
-
-
-def archive_version(archive: Path) -> str:
-    """The version that an archive says it is.
-
-    Raises:
-        BundleError: it is none.
-    """
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"]
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as exc:
-        raise BundleError(f"{relative(archive)} is not a model archive: {exc}") from exc
 
 
 def roll_out(
@@ -43,7 +30,7 @@ def roll_out(
         BundleError: the new version is not fit, and the old one goes on as before; or, as the message says, the old
             one could not be removed.
     """
-    name, version = folder.name, archive_version(archive)
+    name, version = folder.name, mar.version(archive)
     check(archive, key_of("TRUSTED_KEY"))
     old = client.describe(name)
     if old is None:
@@ -51,7 +38,7 @@ def roll_out(
     if any(served["modelVersion"] == version for served in client.versions(name)):
         raise BundleError(
             f"Version {version} of {name} is served already. Give the new one a higher number: "
-            f"`version` in models/{name}/model-config.yaml."
+            f"`version` in {relative(folder.path / CONFIG_NAME)}."
         )
     incoming = server.store / f"rollout-{name}-{version}.mar"
     copy(archive, incoming)
@@ -83,9 +70,8 @@ def roll_out(
 
 def copy(archive: Path, target: Path) -> None:
     """A reader of the store never sees half an archive."""
-    partial = target.with_name(f".{target.name}")
-    shutil.copyfile(archive, partial)
-    partial.replace(target)
+    with replacing(target) as partial:
+        shutil.copyfile(archive, partial)
 
 
 def withdraw(client: Client, name: str, version: str) -> None:

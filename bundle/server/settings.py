@@ -11,6 +11,7 @@ from ts.model_server import load_properties
 
 from bundle.errors import BundleError
 from bundle.paths import ROOT
+from bundle.server.ports import free_ports
 from bundle.signing import key_of
 
 CONFIG = ROOT / "config.properties"
@@ -34,6 +35,22 @@ class Settings:
         self.file = file
         self.values = load_properties(str(file))
         self.overrides = {f"TS_{key.upper()}": value for key, value in (overrides or {}).items()}
+
+    @classmethod
+    def isolated(cls, store: Path, **overrides: str) -> "Settings":
+        """Return settings that keep a server apart from every other: free ports on loopback, no tokens, its own store.
+
+        Args:
+            store: the folder of its archives.
+            overrides: further values by key.
+        """
+        keys = (*ADDRESSES, *GRPC_PORTS)
+        ports = dict(zip(keys, free_ports(len(keys)), strict=True))
+        values = {key: f"http://127.0.0.1:{ports[key]}" for key in ADDRESSES}
+        values |= {key: str(ports[key]) for key in GRPC_PORTS}
+        values |= {key.replace("port", "address"): "127.0.0.1" for key in GRPC_PORTS}
+        values |= {"model_store": str(store), "disable_token_authorization": "true"}
+        return cls(overrides=values | overrides)
 
     def __getitem__(self, key: str) -> str:
         return self.environment().get(f"TS_{key.upper()}", self.values[key])

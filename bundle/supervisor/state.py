@@ -10,11 +10,13 @@ from pathlib import Path
 
 import requests
 
+from bundle import mar
 from bundle.errors import BundleError
+from bundle.files import write_atomically
 from bundle.server.client import Client
 from bundle.server.process import Server
 from bundle.server.readiness import scale_version, start_version
-from bundle.server.rollout import archive_version, withdraw
+from bundle.server.rollout import withdraw
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,7 @@ class State:
             return None
 
     def write(self, file: Path) -> None:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.replace(file)
+        write_atomically(file, json.dumps(asdict(self), indent=1))
 
 
 def restore(server: Server, client: Client, state: State, seconds: float, report: Callable[[str], object]) -> None:
@@ -119,6 +119,6 @@ def archive_of(store: Path, wanted: Registered) -> Path:
     """The archive that has the version: under the name it was registered by, or the one it was promoted to."""
     for name in (wanted.url, f"{wanted.name}.mar"):
         file = store / name
-        if file.is_file() and archive_version(file) == wanted.version:
+        if file.is_file() and mar.version(file) == wanted.version:
             return file
     raise BundleError(f"no archive in {store} has this version any more")

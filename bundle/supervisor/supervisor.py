@@ -11,12 +11,13 @@ from pathlib import Path
 
 import requests
 
+from bundle import mar
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.server.drain import wait_until_idle
 from bundle.server.process import Running, Server
 from bundle.server.readiness import last_words
-from bundle.server.rollout import archive_version, copy
+from bundle.server.rollout import copy
 from bundle.supervisor.exporter import Exporter
 from bundle.supervisor.health import History, observe
 from bundle.supervisor.log_follower import Follower, count_failures
@@ -203,7 +204,7 @@ class Supervisor:
 
 def offered(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
     """The version of each folder's archive."""
-    return {folder.name: archive_version(store / f"{folder.name}.mar") for folder in folders}
+    return {folder.name: mar.version(store / f"{folder.name}.mar") for folder in folders}
 
 
 def seed(source: Path, store: Path, report: Callable[[str], object]) -> None:
@@ -215,7 +216,7 @@ def seed(source: Path, store: Path, report: Callable[[str], object]) -> None:
         if record.is_file() and record.read_text() == digest:
             continue
         present = store / archive.name
-        if present.is_file() and number(archive_version(present)) > number(archive_version(archive)):
+        if present.is_file() and number(mar.version(present)) > number(mar.version(archive)):
             report(f"{archive.name} of this image is older than the store's, and left out")
             continue
         copy(archive, present)

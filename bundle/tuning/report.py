@@ -1,22 +1,17 @@
 """What a search found, for people and for the record."""
 
 import math
-import platform
 import subprocess
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 
-import psutil
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bundle.load.generator import Load, wrk
+from bundle.machine import record
 from bundle.tuning.search import UTILISATION, Point, Score, Verdict, front, meets
 from bundle.tuning.space import Candidate
-
-PACKAGES = ("torch", "torchvision", "torchserve")
 
 
 def table(points: list[Point], current: Candidate, best: Candidate, target: float) -> Table:
@@ -114,35 +109,10 @@ def numbers(load: Load) -> dict[str, float | int | None]:
     return {"seconds": round(load.seconds, 2), **counts, **latencies}
 
 
-def machine(cores: int) -> dict[str, str | int | float | dict[str, str]]:
-    packages = {name: version(name) for name in PACKAGES}
-    return {
-        "cpu": cpu_model(),
-        "cores": cores,
-        "gpus": gpus(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "versions": {
-            "python": platform.python_version(),
-            **packages,
-            "wrk": wrk_version(),
-        },
-    }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+def machine(cores: int) -> dict:
+    """The machine and the versions, wrk's among them."""
+    found = record(cores)
+    return found | {"versions": found["versions"] | {"wrk": wrk_version()}}
 
 
 def wrk_version() -> str:

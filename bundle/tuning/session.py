@@ -1,7 +1,6 @@
 """One search for a model's settings: from its checks to the evidence and the new settings on disk."""
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from rich.table import Table
 
 from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.errors import BundleError
-from bundle.paths import ROOT, relative
+from bundle.files import write_atomically
+from bundle.paths import relative
+from bundle.server.process import Server
 from bundle.tuning import report, tuner, yaml_edit
 from bundle.tuning.search import Point, Score, Verdict, summary
 from bundle.tuning.space import Candidate
@@ -56,7 +57,7 @@ class Session:
         budget: how long to search, in seconds.
         precisions: to try; by default, the current one.
         patch: where a diff goes, instead of new settings into the folder.
-        run_dir: of the server that is measured; by default, `own_run_dir`.
+        run_dir: of the server that is measured; by default, a folder in that of `make serve`.
 
     Raises:
         BundleError: something is missing, or the archive cannot be served in one of the precisions.
@@ -74,7 +75,7 @@ class Session:
         run_dir: Path | None = None,
     ):
         self.folder, self.archive, self.target, self.budget = folder, archive, target, budget
-        self.inputs, self.patch, self.run_dir = inputs, patch, run_dir or own_run_dir()
+        self.inputs, self.patch, self.run_dir = inputs, patch, run_dir or Server().run_dir / "tune"
         self.draw = drawing()
         if patch and not patch.absolute().parent.is_dir():
             raise BundleError(f"There is no folder {patch.absolute().parent} for the patch.")
@@ -126,11 +127,6 @@ class Session:
         return write_down(self.folder, evidence, picture, wanted, self.patch)
 
 
-def own_run_dir() -> Path:
-    """Return the run folder of the server that is measured: it is not that of `make serve`."""
-    return Path(os.environ["RUN_DIR"]) / "tune" if os.environ.get("RUN_DIR") else ROOT / "build" / "tune"
-
-
 def drawing() -> Callable:
     """Return what draws the chart: it is looked for before minutes of measuring.
 
@@ -165,7 +161,7 @@ def write_down(folder: ModelFolder, found: dict, picture: bytes, wanted: dict, p
     """
     beside = patch.parent / patch.stem if patch else folder.path / "tuning"
     for ending, content in ((".json", json.dumps(found, indent=1) + "\n"), (".svg", picture)):
-        yaml_edit.write(beside.with_name(beside.name + ending), content)
+        write_atomically(beside.with_name(beside.name + ending), content)
     lines = [f"Evidence: {relative(beside)}.json, {relative(beside)}.svg"]
     file = folder.path / CONFIG_NAME
     old = file.read_text()
@@ -173,7 +169,7 @@ def write_down(folder: ModelFolder, found: dict, picture: bytes, wanted: dict, p
     if old == new:
         return [*lines, f"{relative(file)} stays as it is."]
     if patch:
-        yaml_edit.write(patch, yaml_edit.difference(old, new, relative(file)))
+        write_atomically(patch, yaml_edit.difference(old, new, relative(file)))
         return [*lines, f"Patch: {patch}. Apply it: git apply {patch}"]
-    yaml_edit.write(file, new)
+    write_atomically(file, new)
     return [*lines, f"{relative(file)} is changed. Serve it: make serve"]

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,17 +13,17 @@ import psutil
 import requests
 import yaml
 
+from bundle import mar
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.load.generator import Load, closed_loop, open_loop
 from bundle.server.client import Client, first_class
 from bundle.server.http import SECONDS, session
-from bundle.server.ports import free_ports
 from bundle.server.process import Running, Server
 from bundle.server.readiness import last_words, start_version
-from bundle.server.rollout import archive_version, withdraw
-from bundle.server.settings import ADDRESSES, GRPC_PORTS, Settings
-from bundle.signing import SEALS, key_of, seal
+from bundle.server.rollout import withdraw
+from bundle.server.settings import Settings
+from bundle.signing import UNSEALED, key_of, seal
 from bundle.tuning.search import LARGEST_LOAD
 from bundle.tuning.space import Candidate
 from bundle.tuning.yaml_edit import Keys, put
@@ -122,8 +121,8 @@ class Bench:
 
     def __init__(self, folder: ModelFolder, archive: Path, inputs: list[Input], run_dir: Path, store: Path):
         self.folder, self.archive, self.inputs, self.store = folder, archive, inputs, store
-        self.version = archive_version(archive)
-        self.server = Server(run_dir, Settings(overrides=own_settings(store)))
+        self.version = mar.version(archive)
+        self.server = Server(run_dir, Settings.isolated(store, load_models=""))
         self.running: Running | None = None
         self.count = 0
 
@@ -192,7 +191,7 @@ class Bench:
     def kept_precision(self, candidate: Candidate) -> str | list[str]:
         """The candidate's; where the folder has the same, the archive's, which may have settled for fewer."""
         own = precision_name(precision_of(self.folder.config))
-        return precision_of(archived_config(self.archive)) if candidate.precision == own else candidate.precision
+        return precision_of(mar.config(self.archive)) if candidate.precision == own else candidate.precision
 
     def check(self, url: str, sent: Input) -> int:
         """Sends an input once, and returns the length of its answer.
@@ -221,42 +220,17 @@ class Bench:
             return ""
 
 
-def own_settings(store: Path) -> dict[str, str]:
-    """Settings that keep the server apart from every other: its own ports, on loopback, and its own store."""
-    keys = (*ADDRESSES, *GRPC_PORTS)
-    ports = dict(zip(keys, free_ports(len(keys)), strict=True))
-    addresses = {key: f"http://127.0.0.1:{ports[key]}" for key in ADDRESSES}
-    grpc = {key: str(ports[key]) for key in GRPC_PORTS} | {
-        key.replace("port", "address"): "127.0.0.1" for key in GRPC_PORTS
-    }
-    alone = {"model_store": str(store), "load_models": "", "disable_token_authorization": "true"}
-    return {**addresses, **grpc, **alone}
-
-
 def variant(archive: Path, target: Path, candidate: Candidate, precision: str | list[str]) -> None:
     """A copy of an archive with the candidate's settings, which stand above those of the registration, in the given
     precision. It keeps no answers: the same few inputs come again and again."""
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
-        config = config_name(old)
-        for entry in old.infolist():
-            if entry.filename in SEALS:
-                continue
-            content = old.read(entry)
-            if entry.filename == config:
-                values = yaml.safe_load(content)
-                for keys, value in (settings_of(candidate) | {("handler", "precision"): precision}).items():
-                    put(values, keys, value)
-                if "cache_entries" in values["handler"]:
-                    put(values, ("handler", "cache_entries"), 0)
-                content = yaml.safe_dump(values, sort_keys=False).encode()
-            new.writestr(entry.filename, content)
+    values = mar.config(archive)
+    for keys, value in (settings_of(candidate) | {("handler", "precision"): precision}).items():
+        put(values, keys, value)
+    if "cache_entries" in values["handler"]:
+        put(values, ("handler", "cache_entries"), 0)
+    config = {mar.manifest(archive)["configFile"]: yaml.safe_dump(values, sort_keys=False).encode()}
+    mar.rewrite(archive, target, config | UNSEALED)
     seal(target, key_of("SIGNING_KEY"))
-
-
-def archived_config(archive: Path) -> dict:
-    """The model-config.yaml that an archive carries."""
-    with zipfile.ZipFile(archive) as file:
-        return yaml.safe_load(file.read(config_name(file)))
 
 
 def precision_of(config: dict) -> str | list[str]:
@@ -266,15 +240,6 @@ def precision_of(config: dict) -> str | list[str]:
 
 def precision_name(precision: str | list[str]) -> str:
     return precision if isinstance(precision, str) else " or ".join(precision)
-
-
-def archived_names(archive: Path) -> list[str]:
-    with zipfile.ZipFile(archive) as file:
-        return file.namelist()
-
-
-def config_name(archive: zipfile.ZipFile) -> str:
-    return json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]["configFile"]
 
 
 def resident(described: dict) -> int:

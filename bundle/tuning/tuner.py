@@ -14,6 +14,7 @@ import psutil
 import requests
 import torch
 
+from bundle import mar
 from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.errors import BundleError, UsageError
 from bundle.load.generator import Load
@@ -24,8 +25,6 @@ from bundle.tuning.trial_server import (
     Bench,
     Input,
     Service,
-    archived_config,
-    archived_names,
     largest_batch,
     precision_name,
     precision_of,
@@ -43,9 +42,9 @@ def check_precisions(names: list[str], current: str, folder: ModelFolder, archiv
     Raises:
         BundleError: the archive cannot be served in one of them, or must not.
     """
-    if "int8" in names and INT8_NAME not in archived_names(archive):
+    if "int8" in names and INT8_NAME not in mar.names(archive):
         raise BundleError(f"{folder.name} has no int8 module. Ask for one in its {CONFIG_NAME}: bundle: int8: true")
-    kept = precision_of(archived_config(archive))
+    kept = precision_of(mar.config(archive))
     if kept == precision_of(folder.config):
         return
     right = {"float32", *([kept] if isinstance(kept, str) else kept)}

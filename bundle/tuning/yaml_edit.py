@@ -5,10 +5,7 @@ a library that reads and writes the whole file again would set it in its own sty
 """
 
 import difflib
-import os
 import re
-import tempfile
-from pathlib import Path
 
 import yaml
 
@@ -93,18 +90,3 @@ def difference(old: str, new: str, name: str) -> str:
     """A unified diff that `git apply` and `patch -p1` take; "" where nothing differs."""
     lines = difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"a/{name}", f"b/{name}")
     return "".join(lines)
-
-
-def write(file: Path, content: str | bytes) -> None:
-    """At once: a reader never sees half of it, and a full disk loses nothing."""
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-        mode = file.stat().st_mode & 0o777 if file.exists() else 0o644
-        Path(partial).chmod(mode)
-        Path(partial).replace(file)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

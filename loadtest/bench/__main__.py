@@ -6,14 +6,17 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bundle import machine
 from bundle.cli import console as terminal
 from bundle.cli.console import console, note
 from bundle.cli.parameters import comma_list
 from bundle.errors import BundleError, UsageError
+from bundle.files import around_section, write_section
 from bundle.load.generator import wrk
 from loadtest.bench import report
-from loadtest.bench.cases import CASES, ROOT, WORK
-from loadtest.bench.results import Results, about_this_machine
+from loadtest.bench.cases import CASES
+from loadtest.bench.paths import ROOT, WORK
+from loadtest.bench.results import Results
 from loadtest.bench.runner import Plan, Runner, allow_open_files
 
 app = terminal.program()
@@ -115,14 +118,15 @@ def main(
     ] = False,
 ) -> None:
     output = output and output.resolve()
-    report.surroundings(output or OUTPUT)  # what is wrong with the file is said before anything is measured
+    # an invalid document must be reported before minutes of measuring
+    around_section(output or OUTPUT, report.SECTION, report.TITLE)
     if report_only:
         target, interrupted = output or OUTPUT, False
         results = Results.read(results_file(target))
     else:
         plan = chosen_plan(rounds, seconds, warm_up, cases, systems, concurrency)
         target = output or PARTIAL
-        results = Results(about_this_machine(), seconds, warm_up)
+        results = Results(machine.about(), seconds, warm_up)
         interrupted = measure(results, results_file(target), plan)
         if results.measurements and not (output or interrupted) and is_everything(plan):
             results_file(PARTIAL).replace(RESULTS)
@@ -204,7 +208,8 @@ def show(results: Results, output: Path) -> None:
         raise BundleError("Nothing was measured, so nothing is written.")
     chart = CHART if output == OUTPUT else output.with_suffix(".png")
     drawn = draw(results, chart)
-    report.write(report.markdown(results, report.relative_to(chart, output.parent) if drawn else None), output)
+    text = report.markdown(results, report.relative_to(chart, output.parent) if drawn else None)
+    write_section(output, report.SECTION, text, report.TITLE)
     console.print(f"Written: {output}" + (f", {chart}" if drawn else ""), soft_wrap=True)
 
 

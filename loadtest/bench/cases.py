@@ -3,24 +3,11 @@
 The inputs are drawn by `inputs.py`; no file of a data set is among them.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-WORK = ROOT / "build" / "bench"  # all that the benchmark makes
-INGREDIENTS = [
-    ROOT / file
-    for file in (
-        "loadtest/bench/inputs.py",
-        "loadtest/bench/resnet.py",
-        "models/mnist/make_sample.py",
-        "models/audio/sample.wav",
-    )
-]
-# inputs and the model of the photographs: a change of what they are made of is a folder of its own
-MADE = WORK / f"made-{hashlib.sha256(b''.join(file.read_bytes() for file in INGREDIENTS)).hexdigest()[:8]}"
+from loadtest.bench import paths
 
 
 @dataclass(frozen=True)
@@ -41,15 +28,15 @@ class Case:
     @cached_property
     def body(self) -> bytes:
         """The input as a file has it. It is drawn the first time it is asked for, and kept."""
-        from loadtest.bench.inputs import made  # imports NumPy and Pillow, which a list of the cases does not need
+        from loadtest.bench.inputs import made  # NumPy and Pillow take a second, and a list of the cases needs neither
 
         return made(self.file).read_bytes()
 
     @property
     def folder(self) -> Path:
         """The model's folder: one of the project's, or one that the benchmark makes."""
-        shipped = ROOT / "models" / self.model
-        return shipped if shipped.is_dir() else MADE / "models" / self.model
+        shipped = paths.MODELS / self.model
+        return shipped if shipped.is_dir() else paths.made() / "models" / self.model
 
 
 CASES = {

@@ -9,8 +9,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from loadtest.bench.report import closed_rows, measured_cases  # noqa: E402
-from loadtest.bench.results import Results  # noqa: E402
-from loadtest.bench.runner import OURS  # noqa: E402
+from loadtest.bench.results import OURS, Results  # noqa: E402
 
 COLUMNS = 3
 LIMIT = "in-process limit of the peers' pipeline"

@@ -19,16 +19,17 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from bundle import machine
 from bundle.build.dryrun import DryRun
 from bundle.cli import console as terminal
 from bundle.cli.console import console, errors, note
 from bundle.cli.parameters import comma_list
 from bundle.errors import BundleError, UsageError
 from loadtest.bench.__main__ import Cases, chosen
-from loadtest.bench.cases import CASES, WORK, Case
+from loadtest.bench.cases import CASES, Case
 from loadtest.bench.limit import BATCHES, LONGEST, SETTLED, content, dry_run, requests
+from loadtest.bench.paths import WORK
 from loadtest.bench.report import markdown_table, number
-from loadtest.bench.results import about_this_machine
 
 CPU = "cpu"
 SIZES = (1, 8, max(BATCHES))  # of batches
@@ -195,7 +196,7 @@ def report(timings: list[Timing], devices: list[str], output: Path) -> None:
         table.add_row(*row)
     console.print(table)
     gpus = {name(device): torch.cuda.get_device_name(int(device)) for device in devices if device != CPU}
-    about = "\n".join(f"- {key}: {value}" for key, value in {**about_this_machine(), **gpus}.items())
+    about = "\n".join(f"- {key}: {value}" for key, value in {**machine.about(), **gpus}.items())
     output.write_text(f"{TITLE}\n\n{METHOD}\n\n{about}\n\n{markdown_table(HEADER, rows(timings))}\n")
     console.print(f"Written: {output}", soft_wrap=True)
 

@@ -7,17 +7,16 @@ as a photograph does, and pictures of one kind resemble each other.
 """
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 from PIL import Image, ImageDraw
 
-from loadtest.bench.cases import MADE, ROOT
+from bundle.files import write_atomically
+from loadtest.bench import paths
 from models.mnist import make_sample
 
-INPUTS = MADE / "inputs"
 KINDS = 20  # of scenes
 SHAPES = 12  # on a scene
 GRAIN = 11  # of 255
@@ -27,12 +26,10 @@ SENTENCE = "please could you move two hundred dollars from checking to my saving
 
 def made(name: str) -> Path:
     """The input's file, drawn where it is not there yet."""
-    file = INPUTS / name
+    file = paths.made() / "inputs" / name
     if not file.is_file():
-        INPUTS.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{name}.{os.getpid()}")  # a reader never sees half a file
-        partial.write_bytes(DRAW[name]())
-        partial.replace(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, DRAW[name]())
     return file
 
 
@@ -102,7 +99,7 @@ def encoded(image: Image.Image, **options: object) -> bytes:
 
 def word() -> bytes:
     """WAV: one second at 16 kHz, mono, 16 bits, spoken by a synthesiser."""
-    return (ROOT / "models" / "audio" / "sample.wav").read_bytes()
+    return (paths.MODELS / "audio" / "sample.wav").read_bytes()
 
 
 DRAW: dict[str, Callable[[], bytes]] = {
@@ -116,4 +113,4 @@ DRAW: dict[str, Callable[[], bytes]] = {
 if __name__ == "__main__":
     for name in DRAW:
         file = made(name)
-        print(f"{file.relative_to(ROOT)}: {file.stat().st_size} bytes")
+        print(f"{file.relative_to(paths.ROOT)}: {file.stat().st_size} bytes")

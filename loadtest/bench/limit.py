@@ -19,7 +19,8 @@ from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun, request
 from bundle.catalog import ModelFolder
 from loadtest.bench import resnet
-from loadtest.bench.cases import CASES, WORK, Case
+from loadtest.bench.cases import CASES, Case
+from loadtest.bench.paths import WORK
 from loadtest.bench.results import Limit
 from loadtest.bench.systems.base import first
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from loadtest.bench.cases import CASES, ROOT
+from loadtest.bench.cases import CASES
+from loadtest.bench.paths import MODELS
 from models.audio import model as audio
 from models.mnist import model as mnist
 from models.text import model as text
@@ -83,7 +84,7 @@ class Photos(Steps):
         from loadtest.bench import resnet  # imports the bundle, which the peers of the other cases need not
 
         self.model = resnet.build()
-        self.labels = json.loads(resnet.LABELS.read_text())
+        self.labels = json.loads(resnet.fitted(resnet.LABELS).read_text())
         self.transform = v2.Compose(
             [
                 v2.Resize(256),
@@ -133,7 +134,7 @@ class Texts(Steps):
 
 
 def labels_of(model: str) -> list[str]:
-    names = json.loads((ROOT / "models" / model / "index_to_name.json").read_text())
+    names = json.loads((MODELS / model / "index_to_name.json").read_text())
     return [names[str(index)] for index in range(len(names))]
 
 

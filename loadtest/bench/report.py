@@ -10,12 +10,21 @@ from statistics import median
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bundle.errors import BundleError
 from loadtest.bench.cases import CASES
-from loadtest.bench.results import TOLERANCE, TOLERATED, Failure, Limit, Measurement, Results
-from loadtest.bench.runner import CONNECTIONS, LIMIT, OURS, UTILISATION
+from loadtest.bench.results import (
+    CONNECTIONS,
+    LIMIT,
+    OURS,
+    TOLERANCE,
+    TOLERATED,
+    UTILISATION,
+    Failure,
+    Limit,
+    Measurement,
+    Results,
+)
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+SECTION, TITLE = "bench", "# Benchmarks\n"  # of the document: its part that is generated, and a new one's beginning
 DISTURBED = 0.05  # share of the CPU that something else used: above it, numbers are doubtful
 WRONG = "†"  # marks a system whose answer is not the reference's
 CROWDED = "‡"  # marks an open loop that kept many of the load generator's connections busy
@@ -358,33 +367,6 @@ def failure_text(failure: Failure) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def surroundings(file: Path) -> tuple[str, str]:
-    """What stands before and after the generated part of a file, which need not have one, nor exist.
-
-    Raises:
-        BundleError: the file has one of the marks only, or one twice, or they are in the wrong order.
-    """
-    text = file.read_text() if file.exists() else "# Benchmarks\n"
-    if (text.count(START), text.count(END)) == (0, 0):
-        return text.rstrip("\n") + "\n\n", "\n"
-    if (text.count(START), text.count(END)) != (1, 1) or text.find(START) > text.find(END):
-        raise BundleError(f"{file} must have {START} and {END} once each, in this order: the report goes between them.")
-    return text[: text.find(START)], text[text.find(END) + len(END) :]
-
-
-def write(generated: str, file: Path) -> None:
-    """Puts the generated part between its marks; everything else in the file stays as it is.
-
-    Raises:
-        BundleError: see `surroundings`; nothing is written.
-    """
-    before, after = surroundings(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(f"{before}{START}\n\n{generated}\n\n{END}{after}")
-    partial.replace(file)
 
 
 def relative_to(file: Path, folder: Path) -> str:

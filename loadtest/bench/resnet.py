@@ -14,7 +14,6 @@ another decoder of JPEG could turn the answer.
 """
 
 import json
-import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -27,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from loadtest.bench.cases import MADE, WORK
+from bundle.files import replacing
+from loadtest.bench import paths
 from loadtest.bench.inputs import KINDS, made, scene
 
 NAME = "resnet18"
-MODELS, STORE = MADE / "models", WORK / "store"
-WEIGHTS, TORCHSCRIPT, LABELS = (MADE / NAME / file for file in ("weights.safetensors", "model.pt", "labels.json"))
+STORE = paths.WORK / "store"
+WEIGHTS, TORCHSCRIPT, LABELS = "weights.safetensors", "model.pt", "labels.json"  # what `fit` writes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 CLASSES = 1000
 VARIATIONS = 24  # scenes of each kind that the model is fitted on
@@ -47,15 +47,15 @@ NEVER = -2.0  # before sharpening: what the classes get that no scene belongs to
 def build() -> nn.Module:
     """The fitted model, on the CPU, in evaluation mode: normalised float32 [N, 3, 224, 224] -> logits [N, 1000]."""
     model = resnet18(weights=None)
-    model.load_state_dict(load_file(WEIGHTS))
+    model.load_state_dict(load_file(fitted(WEIGHTS)))
     return model.eval()
 
 
 def make() -> None:
     """Fits the model and makes its folder as a user would, each where it is not there yet."""
-    if not WEIGHTS.is_file():
+    if not fitted(WEIGHTS).is_file():
         fit()
-    if not (MODELS / NAME).is_dir():
+    if not folder().is_dir():
         add()
 
 
@@ -71,14 +71,14 @@ def fit() -> None:
     with torch.no_grad():
         model.fc.weight.copy_(weight)
         model.fc.bias.copy_(bias)
-    WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-    LABELS.write_text(json.dumps([f"scene {kind}" if kind < KINDS else f"class {kind}" for kind in range(CLASSES)]))
+    fitted(LABELS).parent.mkdir(parents=True, exist_ok=True)
+    labels = [f"scene {kind}" if kind < KINDS else f"class {kind}" for kind in range(CLASSES)]
+    fitted(LABELS).write_text(json.dumps(labels))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        torch.jit.script(model).save(TORCHSCRIPT)
-    partial = WEIGHTS.with_suffix(f".{os.getpid()}")  # last and whole: the file says that all is there
-    save_file(model.state_dict(), partial)
-    partial.replace(WEIGHTS)
+        torch.jit.script(model).save(fitted(TORCHSCRIPT))
+    with replacing(fitted(WEIGHTS)) as partial:  # last and whole: the file says that all is there
+        save_file(model.state_dict(), partial)
 
 
 def add() -> None:
@@ -87,12 +87,13 @@ def add() -> None:
     from bundle.build.add_model import NewModel, add_model  # what the peers need not import
     from bundle.catalog import CONFIG_NAME
 
-    MODELS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".add-", dir=MADE) as temporary:
+    folder().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".add-", dir=paths.made()) as temporary:
         place = Path(temporary)
         image = made("photo.jpg")
         # the archive that it makes knows nothing of the examples: it goes with the temporary folder
-        add_model(NewModel(NAME, TORCHSCRIPT, LABELS, sample=image), models_dir=place, store=place / ".store")
+        new = NewModel(NAME, fitted(TORCHSCRIPT), fitted(LABELS), sample=image)
+        add_model(new, models_dir=place, store=place / ".store")
         examples = place / NAME / "examples"
         examples.mkdir()
         for index in track(range(KINDS * EXAMPLES), "draw examples", transient=True):
@@ -156,10 +157,14 @@ def ridge(features: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
     return weight * SHARPNESS, bias * SHARPNESS
 
 
+def fitted(name: str) -> Path:
+    return paths.made() / NAME / name
+
+
 def folder() -> Path:
-    return MODELS / NAME
+    return paths.made() / "models" / NAME
 
 
 if __name__ == "__main__":
     make()
-    print(f"{WEIGHTS} and {folder()} are there")
+    print(f"{fitted(WEIGHTS)} and {folder()} are there")

@@ -2,21 +2,17 @@
 
 import json
 import math
-import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import psutil
-
 from bundle.errors import BundleError
+from bundle.files import write_atomically
 from bundle.load.generator import Load
-from bundle.tuning.report import cpu_model
-from loadtest.bench.cases import ROOT
 
+OURS = "bundle"  # the system that the others are compared with
+LIMIT = "in-process limit"
+UTILISATION = 0.7  # of the best throughput just seen: the rate of an open loop
+CONNECTIONS = 512  # of an open loop, at most: each is a thread of wrk's, and with more it hardly starts on two cores
 TOLERANCE = 0.05  # by which the probability of the first class may differ from the reference's
 TOLERATED = 0.01  # share of failed requests above which a system is nobody's best peer
 LATENCIES = ("p50", "p95", "p99", "longest")
@@ -122,9 +118,7 @@ class Results:
 
     def save(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(finite(asdict(self)), indent=1))
-        partial.replace(file)
+        write_atomically(file, json.dumps(finite(asdict(self)), indent=1))
 
     @staticmethod
     def read(file: Path) -> "Results":
@@ -168,26 +162,3 @@ def finite(value: object) -> object:
 
 def read_load(held: dict) -> Load:
     return Load(**held | {name: math.inf for name in LATENCIES if held[name] is None})
-
-
-def about_this_machine() -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0))
-    memory = psutil.virtual_memory().total / 2**30
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit(),
-        "CPU": f"{cpu_model()}, {cores} cores",
-        "memory": f"{memory:.0f} GiB",
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "torch": version("torch"),
-    }
-
-
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + (" and changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

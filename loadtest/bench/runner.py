@@ -16,14 +16,22 @@ import requests
 from bundle.errors import BundleError
 from bundle.load.generator import Load, closed_loop, open_loop
 from loadtest.bench import usage
-from loadtest.bench.cases import ROOT, Case
-from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results, few_failed
+from loadtest.bench.cases import Case
+from loadtest.bench.paths import ROOT
+from loadtest.bench.results import (
+    CONNECTIONS,
+    LIMIT,
+    OURS,
+    UTILISATION,
+    Answer,
+    Failure,
+    Limit,
+    Measurement,
+    Results,
+    few_failed,
+)
 from loadtest.bench.systems.base import Endpoint, System
 
-OURS = "bundle"
-LIMIT = "in-process limit"
-UTILISATION = 0.7  # of the best throughput just seen: the rate of an open loop
-CONNECTIONS = 512  # of an open loop, at most: each is a thread of wrk's, and with more it hardly starts on two cores
 OPEN_FILES = 4096  # that wrk and each server may need: wrk has two for a connection of an open loop
 START_GUESS = 20.0  # seconds to start and stop a system, before one has been seen
 LIMIT_GUESS = 45.0  # seconds to measure a case's limit

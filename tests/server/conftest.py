@@ -14,8 +14,7 @@ import pytest
 from bundle.paths import MODEL_STORE, MODELS
 from bundle.server.client import Client, first_class
 from bundle.server.keys import Keys
-from bundle.server.ports import free_ports
-from bundle.server.settings import ADDRESSES, GRPC_PORTS
+from bundle.server.settings import Settings
 from bundle.signing import make_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,11 +67,9 @@ class Place:
 
 
 def new_place(run_dir: Path) -> Place:
-    keys = (*ADDRESSES, *GRPC_PORTS)
-    ports = dict(zip(keys, free_ports(len(keys)), strict=True))
-    overrides = {f"TS_{key.upper()}": f"http://127.0.0.1:{ports[key]}" for key in ADDRESSES}
-    overrides |= {f"TS_{key.upper()}": str(ports[key]) for key in GRPC_PORTS}
-    return Place({**os.environ, **overrides, "RUN_DIR": str(run_dir), "COLUMNS": "160"}, ports)
+    settings = Settings.isolated(MODEL_STORE)
+    ports = {key: port for key, (_, port) in settings.listeners().items()}
+    return Place({**os.environ, **settings.overrides, "RUN_DIR": str(run_dir), "COLUMNS": "160"}, ports)
 
 
 @contextmanager

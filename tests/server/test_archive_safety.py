@@ -19,10 +19,11 @@ import grpc
 import pytest
 import requests
 
+from bundle import mar
 from bundle.catalog import select
 from bundle.server.client import first_class
 from bundle.server.readiness import worker_failure
-from tests.altered import REFUSED, another_handler, changed, every_refusal, leaves_a_mark
+from tests.altered import REFUSED, another_handler, every_refusal, leaves_a_mark
 from tests.server.conftest import Place
 from tests.support import wait_for
 
@@ -110,17 +111,11 @@ def fails_with(place: Place, model: str, text: str) -> None:
     wait_for(lambda: text in str(worker_failure(logs_of(place), model)), LOGGED)
 
 
-def unpacked(archive: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(folder)
-    return folder
-
-
 @pytest.mark.parametrize("where", ["outside", "in the store"])
 def test_a_folder_never_runs(trusting: Place, good: Path, store: Path, tmp_path: Path, where: str):
     """TorchServe takes any folder of the machine by its absolute path, and one in the store by its name, without a look
     at `allowed_urls`; no worker starts in it, not even if it is what was signed."""
-    folder = unpacked(good, tmp_path / "other" if where == "outside" else store / "other")
+    folder = mar.unpack(good, tmp_path / "other" if where == "outside" else store / "other")
     asked = register(trusting, str(folder) if where == "outside" else "other")
     assert asked.status_code == 500, asked.text
     fails_with(trusting, "elsewhere", f"{folder} is refused: it did not come out of an archive of the model store")
@@ -130,7 +125,7 @@ def test_a_folder_brings_no_python_of_its_own(trusting: Place, good: Path, tmp_p
     """With `useVenv`, TorchServe starts workers with venv/bin/python beside the model's folder; here that is the
     folder's own, because of its name. It first has a venv made by the Python that it knows, the guard, and answers 400.
     It keeps the name registered, without a worker."""
-    folder = unpacked(good, tmp_path / "venv")
+    folder = mar.unpack(good, tmp_path / "venv")
     config = folder / "model-config.yaml"
     config.write_text(f"useVenv: true\n{config.read_text()}")
     (folder / "bin").mkdir()
@@ -194,10 +189,9 @@ def test_a_registration_that_nobody_waits_for_is_refused(trusting: Place, good: 
 
 def reversioned_config(archive: Path) -> Path:
     """The same without `minWorkers`, which would stand above what a registration says."""
-    with zipfile.ZipFile(archive) as old:
-        lines = old.read("model-config.yaml").decode().splitlines()
+    lines = mar.read(archive, "model-config.yaml").decode().splitlines()
     kept = "\n".join(line for line in lines if not line.startswith(("minWorkers", "maxWorkers")))
-    return changed(archive, archive.with_name("patient.mar"), {"model-config.yaml": kept.encode()})
+    return mar.rewrite(archive, archive.with_name("patient.mar"), {"model-config.yaml": kept.encode()})
 
 
 def test_a_registration_over_grpc_is_refused(trusting: Place, good: Path, store: Path):
@@ -235,7 +229,7 @@ def test_a_workflow_runs_no_functions_that_nobody_signed(trusting: Place, store:
 
 def test_a_member_that_leads_out_of_its_folder(trusting: Place, good: Path, store: Path):
     """TorchServe itself refuses the archive while it unpacks it (500): nothing is written outside."""
-    changed(good, store / "other.mar", {"../escaped.txt": b""})
+    mar.rewrite(good, store / "other.mar", {"../escaped.txt": b""})
     asked = register(trusting, "other.mar")
     assert asked.status_code == 500, asked.text
     temporary = Path(json.loads((Path(trusting.environment["RUN_DIR"]) / "server.json").read_text())["temporary"])
@@ -248,9 +242,8 @@ def test_a_member_that_is_a_link(trusting: Place, good: Path, store: Path, key: 
     (tmp_path / "outside.py").write_bytes(leaves_a_mark(tmp_path / "mark"))
     link = zipfile.ZipInfo("mnist.py")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(good) as old, zipfile.ZipFile(store / "other.mar", "w") as new:
-        for name in set(old.namelist()) - {link.filename}:
-            new.writestr(name, old.read(name))
+    mar.rewrite(good, store / "other.mar", {link.filename: None})
+    with zipfile.ZipFile(store / "other.mar", "a") as new:
         new.writestr(link, str(tmp_path / "outside.py"))
     assert register(trusting, "other.mar", "linked").status_code == 500
     fails_with(trusting, "linked", "'mnist.py' was changed")

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import socket
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import psutil
 import pytest
 import requests
 
+from bundle import mar
 from bundle.paths import MODEL_STORE, ROOT
 from bundle.server.process import GUARDS
-from bundle.signing import SEALS, make_keys, seal
+from bundle.signing import UNSEALED, make_keys, seal
 from tests.server.conftest import Place, new_place, serving
 
 MARKER = "m4rker-of-somebodys-input"
@@ -56,15 +56,10 @@ def leaky(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 
 def with_bug(archive: Path, target: Path) -> None:
-    """A copy whose handler raises, not sealed."""
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
-        handler = json.loads(old.read("MAR-INF/MANIFEST.json"))["model"]["handler"]
-        for entry in old.infolist():
-            content = old.read(entry)
-            if entry.filename == handler:
-                content += b"\n\ndef _broken(*_):\n    raise KeyError(__file__)\n\n\nTextHandler.decode = _broken\n"
-            if entry.filename not in SEALS:
-                new.writestr(entry.filename, content)
+    """Write a copy whose handler raises, not sealed."""
+    handler = mar.manifest(archive)["handler"]
+    bug = b"\n\ndef _broken(*_):\n    raise KeyError(__file__)\n\n\nTextHandler.decode = _broken\n"
+    mar.rewrite(archive, target, {handler: mar.read(archive, handler) + bug} | UNSEALED)
 
 
 def requests_that_fail() -> dict[str, tuple[str, str, dict]]:

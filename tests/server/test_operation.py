@@ -15,7 +15,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from bundle.paths import MODEL_STORE, MODELS
+from bundle.paths import MODELS
 from tests.server.conftest import SHIPPED
 from tests.support import wait_for
 
@@ -162,23 +162,36 @@ def test_a_java_that_will_not_run_is_shown(place):
 
 
 @pytest.fixture
-def broken_model():
-    """A copy of the MNIST folder whose handler settings are wrong."""
-    folder = MODELS / "broken_for_test"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(MODELS / "mnist", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    config = folder / "model-config.yaml"
-    config.write_text(config.read_text().replace("  threads: 1", "  threads: many") + "  served: on request\n")
-    yield folder.name
-    shutil.rmtree(folder)
-    for file in MODEL_STORE.glob("broken_for_test*"):
-        file.unlink()
+def elsewhere(place, tmp_path: Path) -> Path:
+    """A models folder outside of the repository, with a copy of MNIST under another name, for the server of `place`."""
+    models = tmp_path / "my models"
+    shutil.copytree(MODELS / "mnist", models / "digits", ignore=shutil.ignore_patterns("__pycache__"))
+    place.environment.update(BUNDLE_MODELS=str(models), TS_MODEL_STORE=str(tmp_path / "store"))
+    return models
 
 
-def test_a_handler_that_fails_is_shown_and_leaves_nothing(place, broken_model):
-    failed = place.bundle("serve", broken_model)
+def test_serve_with_another_models_folder_serves_its_models(place, elsewhere: Path):
+    served = place.bundle("serve")
+    assert served.returncode == 0, served.stderr
+    assert "digits: sample.png is '3', as expected" in served.stdout
+    assert place.client.models() == ["digits"]
+    [curl] = [line.strip() for line in served.stdout.splitlines() if "curl -T" in line]
+    answer = subprocess.run(curl, shell=True, cwd=MODELS.parent, capture_output=True, text=True, timeout=60)
+    assert json.loads(answer.stdout)["top_3_classes"][0] == 3, answer
+    again = place.bundle("serve")
+    assert "nothing has changed" in again.stdout, again.stderr
+    asked = place.bundle("predict", "digits")
+    assert json.loads(asked.stdout)["top_3_classes"][0] == 3, asked.stderr
+    unknown = place.bundle("predict", "mnist")
+    assert f"There is no model 'mnist' in {elsewhere}/; there are: digits." in unknown.stderr
+
+
+def test_serve_with_a_handler_that_fails_shows_it_and_leaves_nothing(place, elsewhere: Path):
+    config = elsewhere / "digits" / "model-config.yaml"
+    config.write_text(config.read_text().replace("  threads: 1", "  threads: many"))
+    failed = place.bundle("serve", "digits")
     assert failed.returncode == 1
-    assert f"A worker of {broken_model} failed" in failed.stderr.strip().splitlines()[-1]
+    assert "A worker of digits failed" in failed.stderr.strip().splitlines()[-1]
     assert "threads" in failed.stderr
     assert "ValidationError" in failed.stderr
     assert not children_of(place)

@@ -1,6 +1,7 @@
 """`make tune` with a real TorchServe and real load, on a copy of a model's folder."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -101,27 +102,16 @@ def test_a_target_that_nothing_reaches_changes_nothing(folder: ModelFolder, tmp_
     assert not servers(tmp_path / "run")
 
 
-def test_ctrl_c_ends_the_server_and_writes_nothing(folder: ModelFolder, tmp_path: Path):
+def test_ctrl_c_while_tuning_ends_the_server_and_writes_nothing(folder: ModelFolder, tmp_path: Path):
+    archive(folder, tmp_path / "store")
     before = files(folder)
-    mar = archive(folder, tmp_path / "store").path
-    run_dir = tmp_path / "run"
-    code = f"""
-from pathlib import Path
-from bundle.catalog import ModelFolder
-from bundle.tune import read_inputs
-from bundle.tuning.command import tune
-from bundle.tuning import command
-folder = ModelFolder(Path({str(folder.path)!r}))
-command.select = lambda names: [folder]
-command.built = lambda folder: Path({str(mar)!r})
-command.RUN_DIR = Path({str(run_dir)!r})
-from bundle import cli
-cli.main()
-"""
-    arguments = ["tune", "mnist", "--p99", "1200ms", "--minutes", "5"]
+    place = {"BUNDLE_MODELS": tmp_path, "TS_MODEL_STORE": tmp_path / "store", "RUN_DIR": tmp_path}
+    run_dir = tmp_path / "tune"
+    command = [sys.executable, "-m", "bundle", "tune", "mnist", "--p99", "1200ms", "--minutes", "5"]
     run = subprocess.Popen(
-        ["env", "--default-signal=INT", sys.executable, "-c", code, *arguments],  # a shell's background jobs ignore it
+        ["env", "--default-signal=INT", *command],  # a shell's background jobs ignore it
         cwd=ROOT,
+        env={**os.environ, **{name: str(path) for name, path in place.items()}},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from bundle import files, machine
 from bundle.cli import console
-from loadtest.bench.results import about_this_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "RELIABILITY.md"
@@ -25,21 +25,9 @@ def run(main: Callable, module: str, *examples: str) -> None:
 
 def about() -> str:
     """The machine, the date and the commit of a run, in words."""
-    return "; ".join(f"{name}: {value}" for name, value in about_this_machine().items()) + "."
+    return "; ".join(f"{name}: {value}" for name, value in machine.about().items()) + "."
 
 
 def write_section(name: str, text: str, document: Path = DOCUMENT) -> None:
-    """Puts `text` into the document in the place of the section of this name, or at the end.
-
-    Args:
-        name: what the section's markers carry: <!-- NAME --> and <!-- end of NAME -->.
-    """
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    old = document.read_text() if document.is_file() else TITLE
-    section = f"{begin}\n{text.strip()}\n\n{end}"
-    before, found, rest = old.partition(begin)
-    if found:
-        _, _, after = rest.partition(end)
-        document.write_text(before + section + after)
-    else:
-        document.write_text(f"{old.rstrip()}\n\n{section}")
+    """Put the text into the document in the place of the section of this name, or at the end."""
+    files.write_section(document, name, text, TITLE)

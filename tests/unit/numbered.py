@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bundle.build.dryrun import DryRun
+from bundle.mar import MANIFEST
 
 CLASSES, WIDTH, BATCH_SIZE, MAX_INSTANCES = 7, 4, 8, 20
 
@@ -68,7 +69,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
     }
     mar = folder / "numbers.mar"
     with zipfile.ZipFile(mar, "w") as archive:
-        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
+        archive.writestr(MANIFEST, json.dumps(manifest))
         archive.writestr("numbers_handler.py", HANDLER)
         archive.writestr("index_to_name.json", json.dumps({str(index): f"n{index}" for index in range(CLASSES)}))
         archive.writestr(

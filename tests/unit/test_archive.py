@@ -3,11 +3,11 @@
 import json
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
 
+from bundle import mar
 from bundle.build.archive import REQUIREMENTS, archive, fingerprint
 from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
@@ -23,9 +23,8 @@ def folder(tmp_path) -> ModelFolder:
     return ModelFolder(copy)
 
 
-def contents(mar: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(mar) as files:
-        return {name: files.read(name) for name in files.namelist()}
+def contents(archive: Path) -> dict[str, bytes]:
+    return dict(mar.contents(archive))
 
 
 @pytest.mark.parametrize("model", ["mnist", "image", "audio", "text"])
@@ -33,11 +32,11 @@ def test_an_archive_is_self_contained(model, tmp_path):
     [source] = select([model])
     found = contents(archive(source, store=tmp_path).path)
     core = {f"handlers/core/{file.name}" for file in (HANDLERS / "core").glob("*.py")}
-    expected = {"model.pt", "index_to_name.json", "model-config.yaml", "requirements.txt", "MAR-INF/MANIFEST.json"}
+    expected = {"model.pt", "index_to_name.json", "model-config.yaml", "requirements.txt", mar.MANIFEST}
     expected.add("MAR-INF/SHA256SUMS")
     expected |= core | {"handlers/__init__.py", f"{source.bundle.handler}.py", *source.bundle.files}
     assert set(found) == expected
-    manifest = json.loads(found["MAR-INF/MANIFEST.json"])["model"]
+    manifest = json.loads(found[mar.MANIFEST])["model"]
     assert manifest["modelVersion"] == source.bundle.version
     assert manifest["handler"] == f"{source.bundle.handler}.py"
     assert manifest["configFile"] == "model-config.yaml"
@@ -50,7 +49,7 @@ def test_the_same_input_gives_the_same_content(folder, tmp_path):
     second = contents(archive(folder, store=tmp_path / "two").path)
     for found in (first, second):
         del found["MAR-INF/SHA256SUMS"]  # of the MANIFEST.json, too, which has its time of birth
-    manifests = [json.loads(found.pop("MAR-INF/MANIFEST.json")) for found in (first, second)]
+    manifests = [json.loads(found.pop(mar.MANIFEST)) for found in (first, second)]
     for manifest in manifests:
         del manifest["createdOn"]
     assert manifests[0] == manifests[1]

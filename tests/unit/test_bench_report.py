@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from bundle import machine
 from bundle.errors import BundleError
 from bundle.load.generator import Load
 from loadtest.bench import report
-from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results, about_this_machine
-
-HAND_WRITTEN = (
-    "# Benchmarks\n\nWhat changed, and why.\n\n<!-- bench:start -->\nold\n<!-- bench:end -->\n\n## Before\n\nslow\n"
-)
+from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results
 
 
 def measurement(
@@ -37,7 +34,7 @@ def results(*measurements: Measurement, **others: object) -> Results:
     names = ("bundle", "litserve", "bentoml", "mlserver")
     held = {"limits": {"text": {"pipeline": Limit(2000, 32, 2, 1), "handler": Limit(3000, 64, 1, 2)}}}
     return Results(
-        about_this_machine(), 2, 5, {name: "1.2.3" for name in names}, **(held | others), measurements=[*measurements]
+        machine.about(), 2, 5, {name: "1.2.3" for name in names}, **(held | others), measurements=[*measurements]
     )
 
 
@@ -196,47 +193,6 @@ def test_tables_fit_a_terminal_of_80_columns(rounds: int):
 def test_a_machine_that_was_not_idle_is_said(others: float, is_idle: bool):
     held = results(measurement("bundle", 1000, others=others), measurement("litserve", 500, others=others))
     assert ("not idle" not in report.markdown(held, None)) == is_idle
-
-
-def test_what_people_wrote_stays(tmp_path: Path):
-    file = tmp_path / "BENCHMARKS.md"
-    file.write_text(HAND_WRITTEN)
-    report.write("| new |", file)
-    assert file.read_text() == HAND_WRITTEN.replace("\nold\n", "\n\n| new |\n\n")
-    once = file.read_text()
-    report.write("| new |", file)
-    assert file.read_text() == once
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_file_without_marks_gets_them_at_its_end(tmp_path: Path):
-    file = tmp_path / "BENCHMARKS.md"
-    file.write_text("# Ours\n\nnotes\n")
-    report.write("| new |", file)
-    assert file.read_text() == "# Ours\n\nnotes\n\n<!-- bench:start -->\n\n| new |\n\n<!-- bench:end -->\n"
-
-
-def test_a_missing_file_is_made(tmp_path: Path):
-    file = tmp_path / "docs" / "BENCHMARKS.md"
-    report.write("| new |", file)
-    assert file.read_text() == "# Benchmarks\n\n<!-- bench:start -->\n\n| new |\n\n<!-- bench:end -->\n"
-
-
-@pytest.mark.parametrize(
-    "marks",
-    [
-        "<!-- bench:start -->",
-        "<!-- bench:end -->",
-        "<!-- bench:end --> <!-- bench:start -->",
-        "<!-- bench:start --> <!-- bench:start --> <!-- bench:end -->",
-    ],
-)
-def test_broken_marks_lose_nothing(tmp_path: Path, marks: str):
-    file = tmp_path / "BENCHMARKS.md"
-    file.write_text(f"notes {marks} notes")
-    with pytest.raises(BundleError, match="once each"):
-        report.write("| new |", file)
-    assert file.read_text() == f"notes {marks} notes"
 
 
 def test_results_are_read_as_they_were_saved(tmp_path: Path):

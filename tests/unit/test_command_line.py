@@ -252,10 +252,11 @@ def test_debug_shows_a_traceback_before_the_same_error(arguments: list[str], mon
     assert "Traceback" not in plain.stderr
 
 
-def test_models_dir_is_in_the_environment_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_models_dir_is_where_a_command_looks_for_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BUNDLE_MODELS", "")  # so that it is restored
-    programs.run(app, "--models-dir", str(tmp_path), "status")
-    assert os.environ["BUNDLE_MODELS"] == str(tmp_path)
+    ended = programs.run(app, "--models-dir", str(tmp_path), "archive", "mnist")
+    assert ended == programs.Ended(2, "", f"error: There is no model 'mnist' in {tmp_path}/; there are: none.\n")
+    assert os.environ["BUNDLE_MODELS"] == str(tmp_path), "for the processes that it starts"
 
 
 # --- signals --------------------------------------------------------------------------------------------------------

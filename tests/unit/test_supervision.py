@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bundle.errors import BundleError
+from bundle.mar import MANIFEST
 from bundle.supervisor.health import History, Version
 from bundle.supervisor.log_follower import Follower, count_failures
 from bundle.supervisor.state import Registered, State, archive_of
@@ -25,7 +26,7 @@ def version(workers: dict[str, int], ready: int, minimum: int = 1, name: str = "
 
 def manifest_only(file: Path, number: str) -> None:
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": {"modelVersion": number}}))
+        archive.writestr(MANIFEST, json.dumps({"model": {"modelVersion": number}}))
 
 
 # --- logs --------------------------------------------------------------------------------------------------------

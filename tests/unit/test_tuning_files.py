@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bundle import mar
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.load.generator import Load
@@ -104,18 +105,6 @@ def test_the_patch_applies(tmp_path: Path):
     assert file.read_text() == new
 
 
-def test_a_write_that_fails_loses_nothing(tmp_path: Path):
-    file = tmp_path / "model-config.yaml"
-    config_file.write(file, "old")
-    file.chmod(0o640)
-    with pytest.raises(UnicodeEncodeError):
-        config_file.write(file, "\ud800")
-    config_file.write(file, "new")
-    assert file.read_text() == "new"
-    assert file.stat().st_mode & 0o777 == 0o640
-    assert list(tmp_path.iterdir()) == [file]
-
-
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
@@ -160,11 +149,11 @@ def test_a_patch_leaves_the_folder_alone(folder: ModelFolder, tmp_path: Path):
 def test_a_variant_of_an_archive(tmp_path: Path):
     archive, target = tmp_path / "m.mar", tmp_path / "v.mar"
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": {"configFile": "c.yaml"}}))
+        file.writestr(mar.MANIFEST, json.dumps({"model": {"configFile": "c.yaml"}}))
         file.writestr("c.yaml", "batchSize: 1\njobQueueSize: 7\nhandler: {top_k: 3, cache_entries: 50}\n")
         file.writestr("model.pt", b"weights")
     measure.variant(archive, target, Candidate(2, 1, 8, 5), "float32")
-    assert measure.archived_config(target) == {
+    assert mar.config(target) == {
         "batchSize": 8,
         "jobQueueSize": 7,
         "handler": {"top_k": 3, "cache_entries": 0, "threads": 1, "precision": "float32"},  # no cached answers
@@ -172,15 +161,14 @@ def test_a_variant_of_an_archive(tmp_path: Path):
         "maxWorkers": 2,
         "maxBatchDelay": 5,
     }
-    with zipfile.ZipFile(target) as file:
-        assert file.read("model.pt") == b"weights"
+    assert mar.read(target, "model.pt") == b"weights"
 
 
 def archived(tmp_path: Path, precision: str, *files: str) -> Path:
     """An archive whose model-config.yaml has this precision."""
     archive = tmp_path / "settled.mar"
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": {"configFile": "c.yaml"}}))
+        file.writestr(mar.MANIFEST, json.dumps({"model": {"configFile": "c.yaml"}}))
         file.writestr("c.yaml", f"handler: {{precision: {precision}}}\n")
         for name in files:
             file.writestr(name, b"")

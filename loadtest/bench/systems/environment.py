@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bundle.errors import BundleError
 from bundle.paths import relative
-from loadtest.bench.cases import WORK
+from loadtest.bench.paths import WORK
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 

@@ -15,7 +15,7 @@ import psutil
 import requests
 
 from bundle.errors import BundleError
-from loadtest.bench.cases import ROOT, WORK
+from loadtest.bench.paths import ROOT, WORK
 
 MARK = "BENCH_PROCESS"  # an environment variable that finds a process again, even one that left its parent
 LOGS = WORK / "logs"
@@ -41,7 +41,8 @@ class Workplace:
         self.log.write_bytes(b"")
         self.started: list[subprocess.Popen] = []
         # what is set for this process is not meant for the servers
-        own = ("TS_", "RUN_DIR", "PYTHON", "VIRTUAL_ENV", "OMP_", "MKL_", "BENCH_", "RAY_", "BENTOML_", "MLSERVER_")
+        own = ("TS_", "BUNDLE_", "RUN_DIR", "PYTHON", "VIRTUAL_ENV", "OMP_", "MKL_", "BENCH_", "RAY_", "BENTOML_")
+        own += ("MLSERVER_",)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(own)}
         self.environment = inherited | {
             MARK: self.mark,

@@ -2,12 +2,12 @@
 
 import subprocess
 import tempfile
-import zipfile
 from pathlib import Path
 
+from bundle import mar
 from bundle.catalog import CONFIG_NAME
 from tests.docker.stack import Stack, docker
-from tests.support import MANIFEST, altered
+from tests.support import altered
 
 FAULTY = Path(__file__).parent / "faulty.py"
 
@@ -32,9 +32,8 @@ def register_faulty(stack: Stack, settings: str = "") -> None:
     """
     with tempfile.TemporaryDirectory() as temporary:
         text = shipped(stack, "text", Path(temporary))
-        with zipfile.ZipFile(text) as file:
-            manifest = file.read(MANIFEST).replace(b'"text.py"', b'"faulty.py"')
-            config = file.read(CONFIG_NAME) + f"\n{settings}\n".encode()
-        members = {"faulty.py": FAULTY.read_bytes(), MANIFEST: manifest, CONFIG_NAME: config}
+        manifest = mar.read(text, mar.MANIFEST).replace(b'"text.py"', b'"faulty.py"')
+        config = mar.read(text, CONFIG_NAME) + f"\n{settings}\n".encode()
+        members = {"faulty.py": FAULTY.read_bytes(), mar.MANIFEST: manifest, CONFIG_NAME: config}
         put(stack, altered(text, Path(temporary) / "faulty.mar", members))
     stack.client.register("faulty.mar", "faulty")

@@ -11,7 +11,7 @@ from statistics import median
 
 from rich.table import Table
 
-from bundle.tuning.report import cpu_model
+from bundle.machine import cpu_model
 from tests.trials.fuzz.inprocess import InProcess
 from tests.trials.fuzz.serving import Look, Run
 from tests.trials.fuzz.verdict import FAULTS, Tally

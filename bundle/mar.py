@@ -1,0 +1,99 @@
+"""Model archives: what a .mar file holds, and copies of it with other members.
+
+A .mar file is a ZIP file whose MAR-INF/MANIFEST.json names the model, its version and its parts. The checksums and the
+signature beside it are members like others here; `bundle.signing` writes and checks them.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from bundle.errors import BundleError
+from bundle.paths import relative
+
+MANIFEST = "MAR-INF/MANIFEST.json"
+
+
+def manifest(archive: Path) -> dict:
+    """Return what the manifest says of the model: modelName, modelVersion, handler, configFile and so on.
+
+    Raises:
+        BundleError: the file is not a model archive. So do all functions here.
+    """
+    with opened(archive) as file:
+        return dict(json.loads(file.read(MANIFEST))["model"])
+
+
+def version(archive: Path) -> str:
+    """Return the model's version, as the manifest says it."""
+    found = manifest(archive).get("modelVersion")
+    if not isinstance(found, str):
+        raise BundleError(f"{relative(archive)} is not a model archive: its manifest has no modelVersion.")
+    return found
+
+
+def config(archive: Path) -> dict:
+    """Return the archive's model-config.yaml, parsed; {} if it has none."""
+    name = manifest(archive).get("configFile")
+    with opened(archive) as file:
+        return dict(yaml.safe_load(file.read(name)) or {}) if name else {}
+
+
+def names(archive: Path) -> list[str]:
+    """Return the names of the members, in their order."""
+    with opened(archive) as file:
+        return file.namelist()
+
+
+def read(archive: Path, name: str) -> bytes:
+    """Return the content of one member."""
+    with opened(archive) as file:
+        return file.read(name)
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Write all members into the folder, as TorchServe does for a worker, and return the folder."""
+    with opened(archive) as file:
+        file.extractall(folder)
+    return folder
+
+
+def rewrite(source: Path, target: Path, members: Mapping[str, bytes | None]) -> Path:
+    """Write a copy of an archive in which some members differ, and return its path.
+
+    Args:
+        target: another file than `source`.
+        members: new contents by name; None leaves a member out. The old checksums and signature no longer match: leave
+            them out with `signing.UNSEALED`, and call `signing.seal` on the copy.
+    """
+    with zipfile.ZipFile(target, "w") as new:
+        for name, content in contents(source):
+            if name not in members:
+                new.writestr(name, content)
+        for name, content in members.items():
+            if content is not None:
+                new.writestr(name, content)
+    return target
+
+
+def contents(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the content of each member."""
+    with opened(archive) as file:
+        for entry in file.infolist():
+            yield entry.filename, file.read(entry)
+
+
+@contextmanager
+def opened(archive: Path) -> Iterator[zipfile.ZipFile]:
+    """Open the archive for reading; what goes wrong in the block is an error of the archive."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            yield file
+    except BundleError:
+        raise
+    except Exception as exc:  # damaged archives make zipfile raise many kinds
+        raise BundleError(f"{relative(archive)} is not a model archive: {exc}") from exc

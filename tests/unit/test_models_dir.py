@@ -1,0 +1,120 @@
+"""A models folder outside of the repository, which BUNDLE_MODELS names."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bundle import mar
+from bundle.build.add_model import add_model
+from bundle.build.archive import archive, fingerprint
+from bundle.build.export import export
+from bundle.catalog import CONFIG_NAME, ModelFolder, folders, select
+from bundle.errors import BundleError
+from bundle.paths import MODELS, ROOT, models_dir
+from bundle.server.client import Client, curl_lines
+from loadtest import targets
+from loadtest.errors import LoadTestError
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A models folder that holds a copy of MNIST under another name; BUNDLE_MODELS names it."""
+    models = tmp_path / "my models"
+    shutil.copytree(MODELS / "mnist", models / "digits", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("BUNDLE_MODELS", str(models))
+    return models
+
+
+def test_models_are_found_in_the_folder_that_the_environment_names(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    assert [folder.path for folder in folders()] == [elsewhere / "digits"]
+    with pytest.raises(BundleError, match=f"There is no model 'mnist' in {elsewhere}/; there are: digits"):
+        select(["mnist"])
+    monkeypatch.chdir(elsewhere.parent)
+    monkeypatch.setenv("BUNDLE_MODELS", elsewhere.name)
+    assert [folder.path for folder in select([])] == [elsewhere / "digits"]
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_models_are_the_repositorys_without_the_variable(monkeypatch: pytest.MonkeyPatch, value: str | None):
+    monkeypatch.delenv("BUNDLE_MODELS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("BUNDLE_MODELS", value)
+    assert models_dir() == targets.models_dir() == MODELS
+
+
+def test_a_missing_folder_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BUNDLE_MODELS", "none/such")
+    with pytest.raises(BundleError, match="BUNDLE_MODELS is 'none/such', and there is no such folder"):
+        folders()
+    with pytest.raises(LoadTestError, match="BUNDLE_MODELS is 'none/such', and there is no such folder"):
+        targets.choose()
+
+
+def test_an_empty_folder_has_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BUNDLE_MODELS", str(tmp_path))
+    assert folders() == []
+    with pytest.raises(BundleError, match="there are: none"):
+        select(["mnist"])
+
+
+def test_an_archive_is_the_same_wherever_the_folder_lies(elsewhere: Path, tmp_path: Path):
+    [folder] = select([])
+    shutil.copytree(folder.path, tmp_path / "moved" / "digits")
+    assert fingerprint(folder) == fingerprint(ModelFolder(tmp_path / "moved" / "digits"))
+    built = archive(folder, tmp_path / "store")
+    assert mar.manifest(built.path)["modelName"] == "digits"
+    assert not archive(folder, tmp_path / "store").rebuilt
+
+
+def test_the_commands_use_the_folder(elsewhere: Path, tmp_path: Path):
+    environment = {**os.environ, "TS_MODEL_STORE": str(tmp_path / "store")}
+    run = subprocess.run(
+        [sys.executable, "-m", "bundle", "archive"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert sorted(file.name for file in (tmp_path / "store").iterdir()) == ["digits.fingerprint", "digits.mar"]
+
+
+def test_add_model_writes_into_the_folder(elsewhere: Path, tmp_path: Path):
+    serialized, labels = tmp_path / "model.pt", tmp_path / "labels.json"
+    torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)).eval()).save(serialized)
+    labels.write_text(json.dumps([str(digit) for digit in range(10)]))
+    reported: list[str] = []
+    added = add_model("mine", serialized, labels, "mnist", store=tmp_path / "store", report=reported.append)
+    assert added.path == elsewhere / "mine"
+    assert f"{elsewhere}/mine and {tmp_path}/store/mine.mar are there" in reported
+    assert [folder.name for folder in folders()] == ["digits", "mine"]
+    assert not archive(added, tmp_path / "store").rebuilt
+
+
+def test_curl_lines_name_a_sample_outside_of_the_repository(elsewhere: Path):
+    client = Client("http://127.0.0.1:8080", "http://127.0.0.1:8081", None)
+    lines = curl_lines(client, [*select([]), ModelFolder(MODELS / "text")], ROOT)
+    assert lines == [
+        f"curl -T '{elsewhere}/digits/sample.png' http://127.0.0.1:8080/predictions/digits",
+        "curl -T models/text/sample.txt http://127.0.0.1:8080/predictions/text",
+        "curl http://127.0.0.1:8081/models",
+    ]
+
+
+def test_missing_weights_are_explained(elsewhere: Path, tmp_path: Path):
+    (elsewhere / "digits" / "weights.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"Train the model first: its train\.py writes them"):
+        export(ModelFolder(elsewhere / "digits"), tmp_path / "model.pt")
+
+
+def test_load_tests_ask_the_models_of_the_folder(elsewhere: Path):
+    assert [(target.name, target.expect) for target in targets.choose()] == [("digits", "3")]
+    assert set(targets.sections()) == {"digits"}
+    with pytest.raises(LoadTestError, match=f"no model 'mnist' with a sample in {elsewhere}/; there are: digits"):
+        targets.choose("mnist")
+    (elsewhere / "digits" / CONFIG_NAME).write_text("bundle: [")
+    with pytest.raises(LoadTestError, match=f"{elsewhere}/digits/{CONFIG_NAME} is not valid YAML"):
+        targets.choose()
