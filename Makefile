@@ -1,4 +1,5 @@
-# The bundle's commands. `make` alone lists them.
+# Sets up, serves, tests, and has short forms of the commands. `make` alone lists them; `.venv/bin/bundle --help` lists
+# the commands behind them, with all their options.
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
 # BUNDLE_MODELS (the folder of the model folders: models), MODELS (which to archive and serve), MODEL (which to train),
@@ -17,6 +18,8 @@ GPU ?=
 ADMIN ?=
 PROJECT ?= torchserve-bundle
 SERVICES ?=
+# USERS=64 -> --users "64", for each of these variables that is set
+options = $(foreach name,$(1),$(if $($(name)),--$(shell echo $(name) | tr A-Z_ a-z-) "$($(name))"))
 # compose takes relative paths to be relative to docker/
 absolute = $(if $(filter /%,$(1)),,$(CURDIR)/)$(1)
 ifneq ($(TRUSTED_KEY),)
@@ -43,11 +46,11 @@ help:  ## show the commands
 	@echo
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
-setup: .venv/serve.done  ## make .venv with everything that serving needs, a Java runtime included
+setup: .venv/bin/bundle  ## make .venv with everything that serving needs, Java and the command `bundle` included
 
-dev: .venv/dev.done  ## the same and what training and testing need
+dev: .venv/bin/bundle .venv/dev.done  ## the same, and what training and testing need
 
-serve: setup  ## build what is out of date, start TorchServe, return when every model answers (MODELS="mnist text")
+serve: setup  ## build what is out of date, start TorchServe, return when every model works (MODELS="mnist text")
 	@$(BUNDLE) serve $(MODELS)
 
 stop: made  ## stop the server and its workers
@@ -62,87 +65,78 @@ logs: made  ## follow the server's and the workers' logs
 archive: setup  ## build the archives into model_store/ (MODELS="mnist text")
 	@$(BUNDLE) archive $(MODELS)
 
-keygen: setup  ## make a pair of keys: SIGNING_KEY signs archives, TRUSTED_KEY has only those served (KEY=keys/signing.key)
+keygen: setup  ## make a pair of keys, to sign archives and to serve only signed ones (KEY=keys/signing.key)
 	@$(BUNDLE) keygen $(if $(KEY),"$(KEY)")
 
-rollout: setup  ## put a new version of a model in place of the one that is served, without an outage (MODEL=mnist)
-	@test -n "$(MODEL)" || { echo "error: say which: make rollout MODEL=mnist" >&2; exit 2; }
+rollout: setup  ## replace the version of a model that is served, without a failed request (MODEL=mnist)
+	@test -n "$(MODEL)" || { echo "error: name the model: make rollout MODEL=mnist" >&2; exit 2; }
 	@COMPOSE="$(STACK)" $(BUNDLE) rollout "$(MODEL)"
 
 image:  ## build the Docker images (TORCH_INDEX_URL=... for CPU-only torch)
 	$(STACK) build $(or $(SERVICES),torchserve)
 
-up:  ## start the Docker stack: TorchServe behind a proxy, Prometheus, Grafana; return when every model answers (GPU=1)
+up:  ## start the Docker stack: TorchServe behind a proxy, Prometheus, Grafana (GPU=1)
 	$(STACK) up --detach $(SERVICES)
 	@docker/wait.sh $(STACK)
 
-down:  ## stop the Docker stack, TorchServe after the requests in flight; volumes stay
+down:  ## stop the Docker stack; requests in flight are answered, volumes stay
 	$(STACK) --profile loadtest down --remove-orphans
 
 made:
-	@test -e .venv/serve.done || { echo "error: nothing is set up here yet: make serve" >&2; exit 1; }
+	@test -e .venv/serve.done || { echo "error: nothing is set up here. Start with: make serve" >&2; exit 1; }
 
 train: dev  ## train a model and write its weights and metrics.json (MODEL=mnist)
-	@test -n "$(MODEL)" || { echo "error: say which: make train MODEL=mnist" >&2; exit 2; }
+	@test -n "$(MODEL)" || { echo "error: name the model: make train MODEL=mnist" >&2; exit 2; }
 	@test -f models/$(MODEL)/train.py || { echo "error: models/$(MODEL) has no train.py" >&2; exit 2; }
 	DATA_DIR="$(DATA_DIR)" $(BIN)/python -m models.$(MODEL).train $(ARGS)
 
-add-model: setup  ## make a model folder of a TorchScript file (NAME=... SERIALIZED=model.pt LABELS=labels.json HANDLER=image_topk)
+add-model: setup  ## make a model folder from a TorchScript file (NAME=birds SERIALIZED=model.pt LABELS=labels.json)
 	@test -n "$(NAME)" -a -n "$(SERIALIZED)" -a -n "$(LABELS)" || \
-	  { echo "error: say what: make add-model NAME=birds SERIALIZED=model.pt LABELS=labels.json" >&2; exit 2; }
-	@$(BUNDLE) add-model "$(NAME)" --serialized "$(SERIALIZED)" --labels "$(LABELS)" --handler "$(or $(HANDLER),image_topk)" \
-	  $(if $(SIZE),--size $(SIZE)) $(if $(MEAN),--mean $(MEAN)) $(if $(STD),--std $(STD)) $(if $(RESIZE),--resize $(RESIZE)) \
-	  $(if $(IMAGE),--image "$(IMAGE)") $(foreach file,$(FILES),--file "$(file)")
+	  { echo "error: name the model and its files: make add-model NAME=birds SERIALIZED=model.pt LABELS=labels.json" >&2; exit 2; }
+	@$(BUNDLE) add-model "$(NAME)" $(call options,SERIALIZED LABELS HANDLER SIZE RESIZE MEAN STD SAMPLE) \
+	  $(foreach file,$(FILES),--file "$(file)")
 
-LOADTEST_OPTIONS = $(or $(MODEL),$(MODELS)) $(if $(SHAPE),--shape "$(SHAPE)") $(if $(USERS),--users "$(USERS)") \
-  $(if $(DURATION),--duration "$(DURATION)") $(if $(RATE),--rate "$(RATE)") $(if $(WORKERS),--workers "$(WORKERS)") \
-  $(if $(URL),--host "$(URL)") $(if $(LOCUST),--locust "$(LOCUST)")
+LOADTEST_OPTIONS = $(or $(MODEL),$(MODELS)) $(call options,SHAPE USERS DURATION RATE WORKERS LOCUST) $(if $(URL),--host "$(URL)")
 
-loadtest: .venv/loadtest.done  ## load what is served, check answers and thresholds (MODEL=mnist USERS=64 DURATION=60s SHAPE=steps)
-	@$(BIN)/python -m loadtest run $(LOADTEST_OPTIONS) $(if $(THRESHOLDS),--thresholds "$(THRESHOLDS)") \
-	  $(if $(RESULTS),--results "$(RESULTS)")
+loadtest: .venv/loadtest.done  ## load what is served, check answers and thresholds (MODEL=mnist USERS=64 DURATION=60s)
+	@$(BIN)/python -m loadtest run $(LOADTEST_OPTIONS) $(call options,THRESHOLDS RESULTS)
 
-loadtest-ui: .venv/loadtest.done  ## the same by hand, in locust's web interface on http://127.0.0.1:8089 (UI_PORT=8090)
+loadtest-ui: .venv/loadtest.done  ## the same by hand, in locust's web interface, http://127.0.0.1:8089 (UI_PORT=8090)
 	@$(BIN)/python -m loadtest ui $(LOADTEST_OPTIONS) $(if $(UI_PORT),--port "$(UI_PORT)")
 
-bench: dev .venv/loadtest.done  ## measure the bundle beside its peers (ROUNDS=1 SECONDS=3 CASES=mnist SYSTEMS=bundle,litserve CONCURRENCY=16)
-	@$(BIN)/python -m loadtest.bench $(if $(ROUNDS),--rounds "$(ROUNDS)") $(if $(SECONDS),--seconds "$(SECONDS)") \
-	  $(if $(CASES),--cases "$(CASES)") $(if $(SYSTEMS),--systems "$(SYSTEMS)") \
-	  $(if $(CONCURRENCY),--concurrency "$(CONCURRENCY)") $(if $(OUTPUT),--output "$(OUTPUT)")
+bench: dev .venv/loadtest.done  ## measure the bundle beside its peers (CASES=mnist SYSTEMS=bundle,litserve CONCURRENCY=16)
+	@$(BIN)/python -m loadtest.bench $(call options,ROUNDS SECONDS CASES SYSTEMS CONCURRENCY OUTPUT)
 
 bench-gpu: dev .venv/loadtest.done  ## measure the handlers on a GPU beside the CPU (DEVICES=cpu,0 CASES=mnist SECONDS=4)
-	@$(BIN)/python -m loadtest.bench.devices $(if $(DEVICES),--devices "$(DEVICES)") $(if $(CASES),--cases "$(CASES)") \
-	  $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(OUTPUT),--output "$(OUTPUT)")
+	@$(BIN)/python -m loadtest.bench.devices $(call options,DEVICES CASES SECONDS OUTPUT)
 
-tune: setup .venv/loadtest.done  ## find a model's best workers, threads, batch and delay for a latency target (MODEL=image P99=100ms MINUTES=5 PATCH=1)
-	@test -n "$(MODEL)" -a -n "$(P99)" || { echo "error: say what: make tune MODEL=image P99=100ms" >&2; exit 2; }
-	@$(if $(filter 1,$(PATCH)),mkdir -p build/tune;) $(BUNDLE) tune "$(MODEL)" --p99 "$(P99)" $(if $(MINUTES),--minutes "$(MINUTES)") \
-	  $(if $(PATCH),--patch "$(if $(filter 1,$(PATCH)),build/tune/$(MODEL).patch,$(PATCH))") \
-	  $(if $(PRECISION),--precision "$(PRECISION)") $(foreach file,$(INPUTS),--input "$(file)")
+tune: setup .venv/loadtest.done  ## find a model's fastest settings that keep a latency target (MODEL=image P99=100ms MINUTES=5 PATCH=1)
+	@test -n "$(MODEL)" -a -n "$(P99)" || { echo "error: name the model and its target: make tune MODEL=image P99=100ms" >&2; exit 2; }
+	@$(if $(filter 1,$(PATCH)),mkdir -p build/tune;) $(BUNDLE) tune "$(MODEL)" $(call options,P99 MINUTES PRECISION) \
+	  $(if $(PATCH),--patch "$(if $(filter 1,$(PATCH)),build/tune/$(MODEL).patch,$(PATCH))") $(foreach file,$(INPUTS),--input "$(file)")
 
 profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mnist CONCURRENCY=64 SECONDS=10)
-	@test -n "$(MODEL)" || { echo "error: say which: make profile MODEL=mnist" >&2; exit 2; }
-	@$(BUNDLE) profile "$(MODEL)" $(if $(CONCURRENCY),--concurrency "$(CONCURRENCY)") $(if $(SECONDS),--seconds "$(SECONDS)")
+	@test -n "$(MODEL)" || { echo "error: name the model: make profile MODEL=mnist" >&2; exit 2; }
+	@$(BUNDLE) profile "$(MODEL)" $(call options,CONCURRENCY SECONDS)
 
 test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
 	$(BIN)/python -m pytest $(TESTS)
 
-fuzz: dev  ## send mutated requests to the handlers and to a server, neighbours and memory watched (CASES=5000 SEED=0 MODEL=audio REPORT=1)
-	@$(BIN)/python -m tests.trials.fuzz $(if $(CASES),--cases "$(CASES)") $(if $(SEED),--seed "$(SEED)") \
-	  $(if $(MODEL),--model "$(MODEL)") $(if $(REPORT),--write)
+fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
+	@$(BIN)/python -m tests.trials.fuzz $(call options,CASES SEED MODEL) $(if $(REPORT),--write)
 
 fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guided by coverage (MODEL=image SECONDS=60)
-	@test -n "$(MODEL)" || { echo "error: say which: make fuzz-decoder MODEL=image" >&2; exit 2; }
-	@$(BIN)/python -m tests.trials.fuzz atheris --model "$(MODEL)" $(if $(SECONDS),--seconds "$(SECONDS)")
+	@test -n "$(MODEL)" || { echo "error: name the model: make fuzz-decoder MODEL=image" >&2; exit 2; }
+	@$(BIN)/python -m tests.trials.fuzz atheris $(call options,MODEL SECONDS)
 
 test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
 	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
 
-test-faults: dev  ## do to a Docker stack what happens to servers, and count what clients notice (FAULTS="kill-one overload" SECONDS=3; REPORT=1 for RELIABILITY.md)
-	@$(BIN)/python -m tests.trials.faults $(FAULTS) $(if $(SECONDS),--seconds "$(SECONDS)") $(if $(REPORT),--write)
+test-faults: dev  ## inject faults into a Docker stack and count failed requests (FAULTS="kill-one overload" SECONDS=3 REPORT=1)
+	@$(BIN)/python -m tests.trials.faults $(FAULTS) $(call options,SECONDS) $(if $(REPORT),--write)
 
-soak: dev .venv/loadtest.done  ## load all models at 70 % for long, and see whether anything grows (MINUTES=10 REPORT=1)
-	@$(BIN)/python -m tests.trials.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(REPORT),--write)
+soak: dev .venv/loadtest.done  ## load all models at 70 % for a long time and measure what grows (MINUTES=10 REPORT=1)
+	@$(BIN)/python -m tests.trials.soak $(call options,MINUTES) $(if $(REPORT),--write)
 
 lint: dev
 	$(BIN)/ruff check .
@@ -173,6 +167,11 @@ clean:  ## stop the server; remove archives and build products (not .venv, not d
 	$(PIP) $(QUIET) -r requirements/serve.txt
 	$(PIP) $(QUIET) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r requirements/torch.txt
 	$(BIN)/python -m bundle.server.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
+	@touch $@
+
+# The command `bundle`, linked to this checkout. What it imports is there already: --no-deps.
+.venv/bin/bundle: pyproject.toml .venv/serve.done
+	$(PIP) $(QUIET) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/loadtest.done: requirements/loadtest.txt .venv/serve.done

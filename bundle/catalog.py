@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, UsageError
 from bundle.paths import HANDLERS, models_dir, relative
 
 CONFIG_NAME = "model-config.yaml"
@@ -168,7 +168,7 @@ def select(names: list[str]) -> list[ModelFolder]:
     known = {folder.name: folder for folder in folders()}
     if unknown := [name for name in names if name not in known]:
         there = ", ".join(known) or "none"
-        raise BundleError(f"There is no model {unknown[0]!r} in {relative(models_dir())}/; there are: {there}.")
+        raise UsageError(f"There is no model {unknown[0]!r} in {relative(models_dir())}/; there are: {there}.")
     if names:
         return [known[name] for name in dict.fromkeys(names)]
     return [folder for folder in known.values() if folder.bundle.served == "always"]

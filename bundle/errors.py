@@ -1,4 +1,9 @@
-"""What the commands say when they cannot do what was asked."""
+"""The errors that a user can mend, and the exit status of each.
+
+BundleError (1)          the command failed
+├── UsageError (2)       an argument is invalid
+└── NotRunning (3)       the server that the command needs is not running
+"""
 
 
 class BundleError(Exception):
@@ -6,9 +11,26 @@ class BundleError(Exception):
 
     Args:
         message: what is wrong and what to do.
-        details: lines that show the cause (out of a log, say), printed below the message.
+        details: lines that show the cause (out of a log, say), printed above the message.
+
+    Attributes:
+        status: the exit status of a command that it ends.
     """
+
+    status = 1
 
     def __init__(self, message: str, details: str = ""):
         super().__init__(message)
         self.details = details
+
+
+class UsageError(BundleError):
+    """An argument is invalid: no such model, a missing file."""
+
+    status = 2
+
+
+class NotRunning(BundleError):
+    """The server that the command needs is not running."""
+
+    status = 3

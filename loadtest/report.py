@@ -26,7 +26,6 @@ SHORTEST_SECONDS = 0.25  # of a window
 OPEN_END_SECONDS = 5  # a window's length where no shape says when the run ends: all processes must know
 REPORT_SECONDS = 1.0  # between a worker's reports: locust's 3 would make the progress line late
 WORKER_SECONDS = 2.0  # that a worker has left after a Ctrl-C, unless its master ends it
-INTERRUPTED = 130  # the exit status, as a shell has it for Ctrl-C
 
 
 def interrupt() -> None:
@@ -69,6 +68,7 @@ class Report:
         self.limits = limits
         self.record = Record(width(load))
         self.classes: dict[str, int] = {}  # users by class
+        self.received = signal.SIGINT  # the signal that interrupted the run, if one did
         self.console = Console(highlight=False, soft_wrap=True)
         columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self.progress = Progress(
@@ -102,7 +102,11 @@ class Report:
             gevent.signal_handler(signal.SIGINT, gevent.spawn_later, WORKER_SECONDS, interrupt)
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            gevent.signal_handler(number, interrupt)
+            gevent.signal_handler(number, self.interrupt, number)
+
+    def interrupt(self, number: int) -> None:
+        self.received = number
+        interrupt()
 
     def on_test_stopping(self, **_: object) -> None:
         self.record.stopped = self.record.stopped or time.time()
@@ -157,7 +161,8 @@ class Report:
         """Prints what each model did and what it had to.
 
         Returns:
-            the exit status: 0 when every threshold was met, 1 when not, 130 when the run did not come to its end.
+            the exit status: 0 when every threshold was met, 1 when not, 130 (Ctrl-C) or 143 (SIGTERM) when the run was
+            interrupted.
         """
         table = Table("model", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for head in ("requests", "right/s", "p50 ms", "p95 ms", "p99 ms", "failed", "wrong"):
@@ -177,7 +182,7 @@ class Report:
             self.console.print(f"missed: {line}", style="red", markup=False)
         if self.load and self.record.seconds(time.time()) < self.load.seconds - 1:
             self.console.print("The run was interrupted: this is what it had seen until then.")
-            return INTERRUPTED
+            return 128 + self.received
         return 1 if missed else 0
 
     def outcomes(self) -> list[Outcome]:

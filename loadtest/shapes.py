@@ -1,10 +1,10 @@
 """How many users there are at which second: steps, a spike, a soak, a constant arrival rate."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from bundle import durations
 from loadtest.errors import LoadTestError
 
 MOST_USERS = 2000  # that are made for an arrival rate; whoever needs more says USERS
@@ -75,11 +75,17 @@ def positive(name: str, text: str, kind: type) -> float | int:
 
 
 def seconds(text: str) -> int:
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
-    hours, minutes, rest = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
-    duration = 3600 * hours + 60 * minutes + rest
+    """Return the whole seconds of a duration.
+
+    Raises:
+        LoadTestError: it is not one, or shorter than a second.
+    """
+    try:
+        duration = round(durations.seconds(text))
+    except ValueError:
+        duration = 0
     if not duration:
-        raise LoadTestError(f"DURATION is {text!r}, and must look like 90s, 5m or 1h30m")
+        raise LoadTestError(f"DURATION is {text!r}, and must be at least 1s, like 90s, 5m or 1h30m")
     return duration
 
 

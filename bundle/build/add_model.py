@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -33,7 +34,7 @@ from bundle.build.inspect_model import (
     usual_resize,
 )
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, handlers, read_labels
-from bundle.errors import BundleError
+from bundle.errors import BundleError, UsageError
 from bundle.paths import MODEL_STORE, relative
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")  # the archiver's rule
@@ -59,110 +60,135 @@ bundle:              # read by `make`
 """
 
 
-def add_model(
-    name: str,
-    serialized: Path,
-    labels: Path,
-    handler: str,
-    size: int | None = None,
-    resize: int | None = None,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    image: Path | None = None,
-    files: Sequence[Path] = (),
-    models_dir: Path | None = None,
-    store: Path = MODEL_STORE,
-    report: Callable[[str], object] = print,
-) -> ModelFolder:
-    """Makes `models/NAME/` and its archive, once the model has answered a request in this process.
+@dataclass(frozen=True)
+class NewModel:
+    """What a user says of a TorchScript file.
 
-    Args:
+    Attributes:
         name: the model's name, and the folder's.
         serialized: the TorchScript file.
         labels: a JSON list of labels, or an object {"0": label, ...}.
         handler: a file of `handlers/`, without ".py".
-        size: pixels of the model's square image; by default, the first of `probe.SIDES` that it takes.
-        resize: pixels of an image's shorter side before the square is cut out; by default, see `usual_resize`.
+        size: side of the model's square image in pixels; by default, the first of `SIDES` that it takes.
+        resize: an image's shorter side in pixels before the square is cut out; by default, see `usual_resize`.
         mean: what images are normalised with, in [0, 1], one number a channel; by default, as `NORMALISATIONS` says.
         std: likewise.
-        image: a file to try the model with, which becomes the folder's sample; by default, one is made up.
+        sample: a file to try the model with, which becomes the folder's sample; by default, one is made up.
         files: what else the handler needs (tokenizer.json for `text`).
+    """
+
+    name: str
+    serialized: Path
+    labels: Path
+    handler: str = "image_topk"
+    size: int | None = None
+    resize: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    sample: Path | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def sample_name(self) -> str | None:
+        """The sample's name in the model's folder."""
+        return f"sample{self.sample.suffix.lower()}" if self.sample else None
+
+    def check(self, models_dir: Path) -> None:
+        """Check what can be checked before the model is loaded.
+
+        Raises:
+            BundleError: the name or the handler cannot be used, or a file is missing.
+        """
+        check_name(self.name, models_dir)
+        check_handler(self.handler, self.files)
+        for file in (self.serialized, self.labels, *self.files, *([self.sample] if self.sample else [])):
+            if not file.is_file():
+                raise UsageError(f"There is no file {relative(file)}.")
+
+
+def add_model(
+    new: NewModel,
+    models_dir: Path | None = None,
+    store: Path = MODEL_STORE,
+    report: Callable[[str], object] = print,
+) -> ModelFolder:
+    """Make `models/NAME/` and its archive, once the model has answered a request in this process.
+
+    Args:
         models_dir: where the folder goes; by default, where all model folders are.
         store: where the archive goes.
-        report: is told, line by line, what was found.
+        report: receives, line by line, what was found.
 
     Raises:
         BundleError: why the file cannot be served so; nothing is left behind.
     """
     models_dir = models_dir or paths.models_dir()
-    check_name(name, models_dir)
-    check_handler(handler, files)
-    for file in (serialized, labels, *files, *([image] if image else [])):
-        if not file.is_file():
-            raise BundleError(f"There is no file {relative(file)}.")
-    names = read_labels(labels)
-    model = load_torchscript(serialized)
+    new.check(models_dir)
+    names = read_labels(new.labels)
+    model = load_torchscript(new.serialized)
     quantised = "quantized::" in str(model.inlined_graph)
-    report(f"{relative(serialized)}: {describe(model, serialized, quantised)}")
+    report(f"{relative(new.serialized)}: {describe(model, new.serialized, quantised)}")
 
-    images = None
-    if handler in NORMALISATIONS:
-        images = find_images(model, handler, size, mean, std)
+    images, resize = None, new.resize
+    if new.handler in NORMALISATIONS:
+        images = find_images(model, new.handler, new.size, new.mean, new.std)
         resize = resize or usual_resize(images.side)
-        for line in describe_images(images, handler, resize):
+        for line in describe_images(images, new.handler, resize):
             report(line)
         model = PreprocessedImages(model, images.mean, images.std)
         # unlike each other, so that a batch normalisation left in training mode shows
         brightness = torch.tensor([1.0, 0.5, 0.1]).view(BATCH, 1, 1, 1)
         inputs = ((random_images(BATCH, images.channels, images.side) * brightness).byte(),)
     else:
-        inputs = EXAMPLES[handler]()
+        inputs = EXAMPLES[new.handler]()
     outputs = examine(model, inputs, report)
     if outputs.shape[1] != len(names):
         raise BundleError(
-            f"The model answers {outputs.shape[1]} classes, and {relative(labels)} has {len(names)} labels."
+            f"The model answers {outputs.shape[1]} classes, and {relative(new.labels)} has {len(names)} labels."
         )
     kind = kind_of(outputs, report)
 
     # on the disk where it will stay, and one level deeper than anybody looks for models
     with tempfile.TemporaryDirectory(prefix=".add-", dir=models_dir) as temporary:
-        folder = ModelFolder(Path(temporary) / name)
+        folder = ModelFolder(Path(temporary) / new.name)
         folder.path.mkdir()
-        sample = f"sample{image.suffix.lower()}" if image else None
         config = CONFIG.format(
-            handler=handler,
+            handler=new.handler,
             device="deviceType: cpu      # for a quantised model there is no other\n" if quantised else "",
-            settings=settings_lines(handler, images, resize),
+            settings=settings_lines(new.handler, images, resize),
             outputs=kind,
-            source=source_lines(images, sample, files),
+            source=source_lines(images, new.sample_name, new.files),
         )
         (folder.path / CONFIG_NAME).write_text(config)
         (folder.path / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
-        shutil.copy(serialized, folder.path / "model.pt")
-        for file in files:
+        shutil.copy(new.serialized, folder.path / "model.pt")
+        for file in new.files:
             shutil.copy(file, folder.path)
-        if image:
-            shutil.copy(image, folder.path / sample)
+        if new.sample:
+            shutil.copy(new.sample, folder.path / new.sample_name)
         built = archive(folder, Path(temporary) / ".store").path
-        try_out(built, image.read_bytes() if image else made_up(handler), report)
-        folder.path.rename(models_dir / name)
+        try_out(built, new.sample.read_bytes() if new.sample else made_up(new.handler), report)
+        folder.path.rename(models_dir / new.name)
         store.mkdir(parents=True, exist_ok=True)
         for file in built.parent.iterdir():
             shutil.move(file, store / file.name)
-    report(f"{relative(models_dir / name)} and {relative(store / built.name)} are there")
-    return ModelFolder(models_dir / name)
+    report(f"{relative(models_dir / new.name)} and {relative(store / built.name)} are there")
+    return ModelFolder(models_dir / new.name)
 
 
 def check_name(name: str, models_dir: Path) -> None:
     if not NAME.fullmatch(name):
-        raise BundleError(f"{name!r} is no name for a model: letters, digits, '_', '-' and '.', no mark at the start.")
+        raise UsageError(
+            f"{name!r} is not a valid name for a model. Use letters, digits, '_', '-' and '.', and begin with a "
+            "letter or a digit."
+        )
     if (models_dir / name).exists():
         raise BundleError(f"The name {name} is taken: there is {relative(models_dir / name)}. Choose another NAME.")
 
 
 def check_handler(handler: str, files: Sequence[Path]) -> None:
     if handler not in handlers():
-        raise BundleError(f"There is no handler {handler!r}; there are: {', '.join(handlers())}.")
+        raise UsageError(f"There is no handler {handler!r}; there are: {', '.join(handlers())}.")
     known = [*NORMALISATIONS, *EXAMPLES]
     if handler not in known:
         raise BundleError(

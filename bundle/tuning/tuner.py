@@ -4,7 +4,6 @@ The goal is the highest throughput at which the 99th percentile of the latency s
 """
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,7 +16,7 @@ import torch
 
 from bundle import mar
 from bundle.catalog import CONFIG_NAME, ModelFolder
-from bundle.errors import BundleError
+from bundle.errors import BundleError, UsageError
 from bundle.load.generator import Load
 from bundle.tuning import search
 from bundle.tuning.search import FINAL, Point, Score, Verdict
@@ -32,36 +31,10 @@ from bundle.tuning.trial_server import (
 )
 from handlers.core.precision import INT8_NAME, Precision
 
-UNITS = {"ms": 0.001, "s": 1.0}
 PRECISIONS = ("auto", *get_args(Precision))
 ROOM = 0.6  # of the free memory, for the finalists side by side
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 RUNG_OVERHEAD = 0.4  # seconds: wrk's start, and the last answers
-
-
-def parse_duration(text: str) -> float:
-    """`100ms` or `0.1s` in seconds.
-
-    Raises:
-        BundleError: neither, or not above zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) ?(ms|s)", text.strip())
-    seconds = float(match[1]) * UNITS[match[2]] if match else 0
-    if seconds <= 0:
-        raise BundleError(f"{text!r} is no duration: it must look like 100ms or 0.1s.")
-    return seconds
-
-
-def parse_precisions(text: str | None) -> list[str]:
-    """`float32,bfloat16` as a list.
-
-    Raises:
-        BundleError: not those of handlers/core/precision.py.
-    """
-    names = list(dict.fromkeys(filter(None, re.split(r"[,\s]+", text or ""))))
-    if unknown := [name for name in names if name not in PRECISIONS]:
-        raise BundleError(f"There is no precision {unknown[0]!r}; there are: {', '.join(PRECISIONS)}.")
-    return names
 
 
 def check_precisions(names: list[str], current: str, folder: ModelFolder, archive: Path) -> None:
@@ -94,15 +67,16 @@ def current_settings(folder: ModelFolder) -> Candidate:
 
 
 def read_inputs(folder: ModelFolder, files: Sequence[Path]) -> list[Input]:
-    """
+    """Read the files, or the folder's own sample.
+
     Raises:
-        BundleError: there is none.
+        UsageError: there is none.
     """
     if not files and folder.sample_file is None:
-        raise BundleError(f"{folder.name} has no sample of its own. Name what to send: --input FILE")
+        raise UsageError(f"{folder.name} has no sample of its own. Name what to send: --input FILE")
     for file in files or [folder.existing(folder.bundle.sample)]:
         if not file.is_file():
-            raise BundleError(f"There is no file {file}.")
+            raise UsageError(f"There is no file {file}.")
     return [Input(file, file.read_bytes()) for file in files or [folder.sample_file]]
 
 
@@ -174,19 +148,19 @@ class Tuning:
         self.finals(search.halve(field, self.judge, lambda leader: neighbours(self.candidates, leader)))
         verdict = search.decide(self.final, self.steady, self.current, self.target)
         if not verdict.scores[verdict.best].throughput:
-            raise BundleError(f"No settings that were tried reach a p99 of {1000 * self.target:g} ms. {self.nearest()}")
+            raise BundleError(f"No tested settings meet the p99 target of {1000 * self.target:g} ms. {self.nearest()}")
         return verdict
 
     def nearest(self) -> str:
         whole = [point for point in self.points if point.load.answered and not point.load.failed]
         if not whole:
-            return "None answered without failures."
+            return "None of them answered without failures."
         point = min(whole, key=lambda point: point.load.p99)
         load = point.load
+        early = " It met the target early on but not in the final; the machine may have been busy."
         return (
-            f"The nearest: {1000 * load.p99:.3g} ms at {load.throughput:.3g} answers/s "
-            f"and {point.concurrency} clients, with {point.candidate}."
-            + (" It was not held to the end: was the machine busy?" if load.p99 <= self.target else "")
+            f"Closest: {1000 * load.p99:.3g} ms at {load.throughput:.3g} answers/s "
+            f"and {point.concurrency} clients, with {point.candidate}." + (early if load.p99 <= self.target else "")
         )
 
     def field(self) -> list[Candidate]:

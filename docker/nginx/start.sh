@@ -7,7 +7,7 @@
 #   SUPERVISOR_PORT   8083        its supervisor, which knows whether it is ready
 #   UPSTREAM_TIMEOUT  25          seconds for an answer, its wait in a queue included: after them it is 504
 #   MAX_BODY          16m         the largest body; TorchServe has a limit of its own, max_request_size
-#   RATE              200r/s      predictions of one client
+#   PROXY_RATE        200r/s      predictions of one client
 #   BURST             400         how far a client may be ahead of that rate
 #   CONNECTIONS       256         predictions of one client at the same time
 #   LARGE_BODIES      16          predictions of all clients at the same time whose body is more than a megabyte,
@@ -45,7 +45,7 @@ setting TORCHSERVE_PORT "${TORCHSERVE_PORT:=8080}" "$port" "a port"
 setting SUPERVISOR_PORT "${SUPERVISOR_PORT:=8083}" "$port" "a port"
 setting UPSTREAM_TIMEOUT "${UPSTREAM_TIMEOUT:-25}" "$number" "a whole number of seconds"
 setting MAX_BODY "${MAX_BODY:-16m}" "${number}[kKmM]?" "a size like 16m, and not 0"
-setting RATE "${RATE:-200r/s}" "${number}r/[sm]" "a rate like 200r/s or 30r/m"
+setting PROXY_RATE "${PROXY_RATE:-200r/s}" "${number}r/[sm]" "a rate like 200r/s or 30r/m"
 setting BURST "${BURST:-400}" "$number" "a whole number of at least 1"
 setting CONNECTIONS "${CONNECTIONS:-256}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
 setting LARGE_BODIES "${LARGE_BODIES:-16}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"

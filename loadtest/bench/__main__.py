@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bundle import machine
-from bundle.errors import BundleError
+from bundle.cli import console as terminal
+from bundle.cli.console import console, note
+from bundle.cli.parameters import comma_list
+from bundle.errors import BundleError, UsageError
 from bundle.files import around_section, write_section
 from bundle.load.generator import wrk
 from loadtest.bench import report
@@ -17,31 +18,26 @@ from loadtest.bench.cases import CASES
 from loadtest.bench.paths import ROOT, WORK
 from loadtest.bench.results import Results
 from loadtest.bench.runner import Plan, Runner, allow_open_files
-from loadtest.bench.systems.processes import interrupt_on_signals
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = terminal.program()
 
 OUTPUT = ROOT / "BENCHMARKS.md"
 CHART = ROOT / "loadtest" / "bench" / "throughput.png"
 RESULTS = WORK / "results.json"  # behind these two
 PARTIAL = WORK / "partial.md"  # of a run that measures less than everything, or is ended early
 WARM_UP = 10.0  # seconds: TorchServe's frontend, stock or the bundle's, is compiled while it runs
-INTERRUPTED = 130
+INTERRUPTED = 130  # the exit status; run() makes it 143 after SIGTERM
 
 
 class Bar:
     """The runner's progress as a bar that moves with the planned seconds."""
 
-    def __init__(self, bars: RichProgress):
+    def __init__(self, bars: Progress):
         self.bars = bars
         self.task = bars.add_task("", total=None)
 
     def plan(self, seconds: float) -> None:
-        self.bars.console.print(
-            f"This takes about {max(1, round(seconds / 60))} min. Ctrl-C ends it with a report of what there is."
-        )
+        note(f"This takes about {max(1, round(seconds / 60))} min. Ctrl-C ends it with a report of what was measured.")
         self.bars.update(self.task, total=seconds)
 
     def doing(self, what: str) -> None:
@@ -51,35 +47,36 @@ class Bar:
         self.bars.advance(self.task, seconds)
 
     def say(self, line: str) -> None:
-        self.bars.console.print(line, markup=False, soft_wrap=True)
+        note(line)
 
 
-def words(text: str) -> list[str]:
-    """What commas or spaces separate."""
-    return text.replace(",", " ").split()
-
-
-def chosen(names: str, known: dict, what: str) -> list:
-    """The entries of these names, in their order; of no names, all.
+def chosen(names: tuple[str, ...] | None, known: dict, what: str) -> list:
+    """Return the entries of these names, in their order; without names, all.
 
     Raises:
-        BundleError: one of them is unknown.
+        UsageError: one of them is unknown.
     """
-    asked = words(names) or list(known)
+    asked = names or known
     if unknown := [name for name in asked if name not in known]:
-        raise BundleError(f"There is no {what} {unknown[0]!r}; there are: {', '.join(known)}.")
+        raise UsageError(f"There is no {what} {unknown[0]!r}; there are: {', '.join(known)}.")
     return [known[name] for name in dict.fromkeys(asked)]
 
 
-def numbers(text: str) -> tuple[int, ...] | None:
-    """
+def clients(text: str) -> int:
+    """Parse a number of clients.
+
     Raises:
-        BundleError: not all of them are whole numbers of at least 1.
+        ValueError: it is not a whole number of at least 1.
     """
-    asked = words(text)
-    if any(not word.isdecimal() or int(word) < 1 for word in asked):
-        raise BundleError(f"--concurrency takes numbers of clients, as in 1,16,64; not {text!r}.")
-    return tuple(sorted({int(word) for word in asked})) or None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+Cases = Annotated[
+    tuple | None,
+    typer.Option(parser=comma_list(str, "cases"), metavar="NAME,...", help=f"By default, all: {', '.join(CASES)}."),
+]
 
 
 @app.command(
@@ -91,13 +88,26 @@ def numbers(text: str) -> tuple[int, ...] | None:
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="How often each system is started and measured.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.5, help="Of each run of the load generator.")] = 3,
-    cases: Annotated[str, typer.Option(help=f"Which, separated by commas: {', '.join(CASES)}; by default all.")] = "",
-    systems: Annotated[str, typer.Option(help="Which, separated by commas; by default all.")] = "",
-    concurrency: Annotated[str, typer.Option(help="Numbers of clients, separated by commas.")] = "",
+    cases: Cases = None,
+    systems: Annotated[
+        tuple | None, typer.Option(parser=comma_list(str, "systems"), metavar="NAME,...", help="By default, all.")
+    ] = None,
+    concurrency: Annotated[
+        tuple | None,
+        typer.Option(
+            "--concurrency",
+            "-c",
+            parser=comma_list(clients, "whole numbers above 0"),
+            metavar="N,...",
+            help="Numbers of clients: 1,16,64. By default, those of each case.",
+        ),
+    ] = None,
     warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before anything counts.")] = WARM_UP,
     output: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "-o",
             help="The Markdown file whose marked part is written; by default BENCHMARKS.md once everything is measured,"
             " build/bench/partial.md otherwise.",
             show_default=False,
@@ -108,35 +118,37 @@ def main(
     ] = False,
 ) -> None:
     output = output and output.resolve()
-    try:
-        # an invalid document must be reported before minutes of measuring
-        around_section(output or OUTPUT, report.SECTION, report.TITLE)
-        if report_only:
-            target, interrupted = output or OUTPUT, False
-            results = Results.read(results_file(target))
-        else:
-            plan = chosen_plan(rounds, seconds, warm_up, cases, systems, concurrency)
-            target = output or PARTIAL
-            results = Results(machine.about(), seconds, warm_up)
-            interrupted = measure(results, results_file(target), plan)
-            if results.measurements and not (output or interrupted) and is_everything(plan):
-                results_file(PARTIAL).replace(RESULTS)
-                target = OUTPUT
-        if results.measurements or not interrupted:
-            show(results, target)
-    except BundleError as exc:
-        errors.print(f"error: {exc}", style="red", markup=False, soft_wrap=True)
-        if exc.details:
-            errors.print(exc.details, markup=False, soft_wrap=True)
-        raise typer.Exit(1) from exc
+    # an invalid document must be reported before minutes of measuring
+    around_section(output or OUTPUT, report.SECTION, report.TITLE)
+    if report_only:
+        target, interrupted = output or OUTPUT, False
+        results = Results.read(results_file(target))
+    else:
+        plan = chosen_plan(rounds, seconds, warm_up, cases, systems, concurrency)
+        target = output or PARTIAL
+        results = Results(machine.about(), seconds, warm_up)
+        interrupted = measure(results, results_file(target), plan)
+        if results.measurements and not (output or interrupted) and is_everything(plan):
+            results_file(PARTIAL).replace(RESULTS)
+            target = OUTPUT
+    if results.measurements or not interrupted:
+        show(results, target)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
-def chosen_plan(rounds: int, seconds: float, warm_up: float, cases: str, systems: str, concurrency: str) -> Plan:
-    """
+def chosen_plan(
+    rounds: int,
+    seconds: float,
+    warm_up: float,
+    cases: tuple[str, ...] | None,
+    systems: tuple[str, ...] | None,
+    concurrency: tuple[int, ...] | None,
+) -> Plan:
+    """Return the plan of a run.
+
     Raises:
-        BundleError: a case or a system is unknown, or the concurrency is not numbers.
+        UsageError: a case or a system is unknown.
     """
     from loadtest.bench.systems import SYSTEMS  # imports torch: seconds that --help need not wait
 
@@ -146,7 +158,7 @@ def chosen_plan(rounds: int, seconds: float, warm_up: float, cases: str, systems
         rounds=rounds,
         seconds=seconds,
         warm_up=warm_up,
-        concurrencies=numbers(concurrency),
+        concurrencies=tuple(sorted(set(concurrency))) if concurrency else None,
     )
 
 
@@ -170,13 +182,12 @@ def measure(results: Results, file: Path, plan: Plan) -> bool:
     """
     wrk()
     allow_open_files()
-    interrupt_on_signals()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with RichProgress(*columns, TimeRemainingColumn(), console=console) as bars:
+    with terminal.progress(*columns, TimeRemainingColumn()) as bars:
         try:
             Runner(plan, results, file, Bar(bars)).run()
         except KeyboardInterrupt:
-            bars.console.print("Interrupted: this is what was measured until then.")
+            note("Interrupted: this is what was measured until then.")
             return True
     return False
 
@@ -206,11 +217,11 @@ def draw(results: Results, chart: Path) -> bool:
     try:
         from loadtest.bench.chart import draw as draw_chart
     except ImportError:
-        errors.print("No chart: matplotlib is missing. pip install -r requirements/loadtest.txt")
+        note("No chart: matplotlib is missing. pip install -r requirements/loadtest.txt")
         return False
     draw_chart(results, chart)
     return True
 
 
 if __name__ == "__main__":
-    app()
+    terminal.run(app, "python -m loadtest.bench")

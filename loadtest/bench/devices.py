@@ -16,14 +16,16 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from bundle import machine
 from bundle.build.dryrun import DryRun
-from bundle.errors import BundleError
-from loadtest.bench.__main__ import chosen, words
+from bundle.cli import console as terminal
+from bundle.cli.console import console, errors, note
+from bundle.cli.parameters import comma_list
+from bundle.errors import BundleError, UsageError
+from loadtest.bench.__main__ import Cases, chosen
 from loadtest.bench.cases import CASES, Case
 from loadtest.bench.limit import BATCHES, LONGEST, SETTLED, content, dry_run, requests
 from loadtest.bench.paths import WORK
@@ -40,9 +42,7 @@ METHOD = (
 )
 HEADER = ("case", "batch", "device", "precision", "req/s", "× CPU", "batch ms", "inference")
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = terminal.program()
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ class Timing:
 
 
 def known(device: str) -> str:
-    """
+    """Return the device's name without leading zeros.
+
     Raises:
-        BundleError: PyTorch can use no such device.
+        UsageError: PyTorch cannot use it.
     """
     # without the first, this counts GPUs that the driver is too old for
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -82,7 +83,7 @@ def known(device: str) -> str:
     seen = (
         f"{count}, numbered from 0." if count else "none: does nvidia-smi list one, and is this PyTorch built for CUDA?"
     )
-    raise BundleError(f"There is no GPU {device!r} here. PyTorch sees {seen} DEVICES=cpu measures the CPU alone.")
+    raise UsageError(f"There is no GPU {device!r} here. PyTorch sees {seen} DEVICES=cpu measures the CPU alone.")
 
 
 def measure_case(case: Case, devices: list[str], sizes: tuple[int, ...], seconds: float) -> Iterator[Timing]:
@@ -182,10 +183,10 @@ def writable(output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         held = output.read_text() if output.exists() else ""  # "": a run that ended before its first timing
         if held and not held.startswith(TITLE):
-            raise BundleError(f"{output} is not a report of this command, and is left as it is. Name another file.")
+            raise UsageError(f"{output} is not a report of this command, and is left as it is. Name another file.")
         output.touch()
     except (OSError, UnicodeDecodeError) as exc:
-        raise BundleError(f"{output} cannot be written: {exc}") from exc
+        raise UsageError(f"{output} cannot be written: {exc}") from exc
 
 
 def report(timings: list[Timing], devices: list[str], output: Path) -> None:
@@ -205,36 +206,32 @@ def report(timings: list[Timing], devices: list[str], output: Path) -> None:
     " mnist,photo` · `python -m loadtest.bench.devices --devices cpu`",
 )
 def main(
-    devices: Annotated[str, typer.Option(help="cpu and numbers of GPUs, separated by commas.")] = f"{CPU},0",
-    cases: Annotated[str, typer.Option(help=f"Which, separated by commas: {', '.join(CASES)}; by default all.")] = "",
+    devices: Annotated[
+        tuple,
+        typer.Option(parser=comma_list(str, "devices"), metavar="DEVICE,...", help="cpu, and numbers of GPUs: cpu,0,1"),
+    ] = f"{CPU},0",
+    cases: Cases = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each batch size on each device.")] = 4,
-    output: Annotated[Path, typer.Option(help="The Markdown file to write.")] = OUTPUT,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The Markdown file to write.")] = OUTPUT,
 ) -> None:
+    asked = list(dict.fromkeys(known(device) for device in devices))
+    wanted = chosen(cases, CASES, "case")
+    writable(output)
     timings: list[Timing] = []
-    asked: list[str] = []
-    status = 0
     try:
-        asked += dict.fromkeys(known(device) for device in words(devices))
-        if not asked:
-            raise BundleError("Say which devices: --devices cpu,0")
-        writable(output)
-        for case in track(chosen(cases, CASES, "case"), "measuring", console=errors):
+        for case in track(wanted, "measuring", console=errors):
             with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a worker prints its metrics
                 for timing in measure_case(case, asked, SIZES, seconds):
                     timings.append(timing)
-    except BundleError as exc:
-        status = 1
-        errors.print(f"error: {exc}", style="red", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
-        status = 130
-        errors.print("Interrupted: this is what was measured until then.")
-    except (RuntimeError, SystemExit):  # of the device: a worker that it fails ends
-        status = 1
-        errors.print_exception()
-    if timings:
-        report(timings, asked, output)
-    raise typer.Exit(status)
+        note("Interrupted: this is what was measured until then.")
+        raise
+    except SystemExit as exc:  # of a worker that its device fails
+        raise RuntimeError(f"A worker ended: {exc}") from exc
+    finally:
+        if timings:
+            report(timings, asked, output)
 
 
 if __name__ == "__main__":
-    app()
+    terminal.run(app, "python -m loadtest.bench.devices")

@@ -82,9 +82,9 @@ def fit() -> None:
 
 
 def add() -> None:
-    """`make add-model NAME=resnet18 SERIALIZED=model.pt LABELS=labels.json IMAGE=photo.jpg`, in folders of its own;
+    """`make add-model NAME=resnet18 SERIALIZED=model.pt LABELS=labels.json SAMPLE=photo.jpg`, in folders of its own;
     then examples for int8, and settings for a model that has the machine to itself."""
-    from bundle.build.add_model import add_model  # what the peers need not import
+    from bundle.build.add_model import NewModel, add_model  # what the peers need not import
     from bundle.catalog import CONFIG_NAME
 
     folder().parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +92,8 @@ def add() -> None:
         place = Path(temporary)
         image = made("photo.jpg")
         # the archive that it makes knows nothing of the examples: it goes with the temporary folder
-        source = (fitted(TORCHSCRIPT), fitted(LABELS))
-        add_model(NAME, *source, "image_topk", image=image, models_dir=place, store=place / ".store")
+        new = NewModel(NAME, fitted(TORCHSCRIPT), fitted(LABELS), sample=image)
+        add_model(new, models_dir=place, store=place / ".store")
         examples = place / NAME / "examples"
         examples.mkdir()
         for index in track(range(KINDS * EXAMPLES), "draw examples", transient=True):

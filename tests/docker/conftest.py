@@ -9,7 +9,7 @@ from tests.docker.proxy import engine, fresh, proxy, start, supervisor, upstream
 from tests.docker.stack import Stack, running
 
 SERVICES = ("torchserve", "proxy", "prometheus")  # Grafana's image has no stand-in where nothing can be pulled
-UNLIMITED = {"RATE": "10000r/s", "BURST": "10000"}  # test_proxy_limits.py tries the limits
+UNLIMITED = {"PROXY_RATE": "10000r/s", "BURST": "10000"}  # test_proxy_limits.py tries the limits
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

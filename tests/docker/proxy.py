@@ -27,7 +27,7 @@ from bundle.server.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("NGINX_IMAGE", "nginx:1.28-alpine")  # as docker/compose.yaml
-UNLIMITED = {"RATE": "100000r/s", "BURST": "100000", "CONNECTIONS": "9999"}
+UNLIMITED = {"PROXY_RATE": "100000r/s", "BURST": "100000", "CONNECTIONS": "9999"}
 PREDICT = "/predictions/mnist"
 
 http = requests.Session()

@@ -82,7 +82,7 @@ def test_a_slow_client_occupies_no_worker_and_is_cut_off(proxy, upstream):
 
 @pytest.fixture(scope="module")
 def strict(start) -> Proxy:
-    return start(RATE="1r/s", BURST="4", CONNECTIONS="2")
+    return start(PROXY_RATE="1r/s", BURST="4", CONNECTIONS="2")
 
 
 def test_rate_limit(strict, upstream):
@@ -175,7 +175,7 @@ def refused_or_not(upstream, waiting: list, another, limited: bool) -> None:
 
 
 def test_clients_behind_a_trusted_load_balancer_have_limits_of_their_own(start, upstream):
-    proxy = start(TRUSTED_PROXIES="10.0.0.0/8 127.0.0.1", RATE="1r/m", BURST="1")
+    proxy = start(TRUSTED_PROXIES="10.0.0.0/8 127.0.0.1", PROXY_RATE="1r/m", BURST="1")
     statuses = [
         proxy.post(headers={"X-Forwarded-For": f"6.6.6.6, 1.1.1.{n}, 10.1.1.1"}).status_code for n in (1, 1, 1, 2)
     ]

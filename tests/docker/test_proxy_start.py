@@ -24,8 +24,8 @@ def refused_start(tmp_path: Path, mounts: dict[Path, str] | None = None, **setti
         ("MAX_BODY", "0"),
         ("MAX_BODY", "16 m"),
         ("MAX_BODY", "16m; }"),
-        ("RATE", "200"),
-        ("RATE", "0r/s"),
+        ("PROXY_RATE", "200"),
+        ("PROXY_RATE", "0r/s"),
         ("BURST", "0"),
         ("CONNECTIONS", "0"),
         ("CONNECTIONS", "many"),
@@ -35,7 +35,7 @@ def refused_start(tmp_path: Path, mounts: dict[Path, str] | None = None, **setti
         ("LISTEN", "8080 default_server"),
         ("ALLOW_PLAIN", "yes"),
         ("TRUSTED_PROXIES", "10.0.0.0/8,172.16.0.0/12"),
-        ("RATE", "1r/s\nx"),
+        ("PROXY_RATE", "1r/s\nx"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path, name, value):

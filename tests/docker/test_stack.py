@@ -244,7 +244,7 @@ def test_locust_with_workers(stack: Stack):
 def test_archives_can_be_mounted(stack: Stack):
     """An image without archives, on those of this checkout."""
     image = f"{stack.project}-mounted"
-    environment = {"IMAGE": image, "ARCHIVES": "mounted"}
+    environment = {"SERVER_IMAGE": image, "ARCHIVES": "mounted"}
     Stack(stack.command, stack.environment | environment).compose("build", "torchserve")
     assert docker("run", "--rm", "--entrypoint", "ls", image, "archives") == ""
     mounts = [f"--volume={ROOT / name}:/opt/bundle/{name}:ro" for name in ("model_store", "models")]

@@ -87,10 +87,13 @@ def test_an_arrival_rate(served: Place, tmp_path: Path):
 
 
 def test_wrong_answers_are_failures(served: Place, tmp_path: Path):
-    """In the image of the load generator: loadtest/ and models/ alone, and locust's own command."""
+    """In the image of the load generator: loadtest/, models/ and two files of bundle/, and locust's own command."""
     shutil.copytree(ROOT / "loadtest", tmp_path / "loadtest", ignore=shutil.ignore_patterns("bench", "__pycache__"))
     for model in ("mnist", "text"):
         shutil.copytree(ROOT / "models" / model, tmp_path / "models" / model)
+    (tmp_path / "bundle").mkdir()
+    for file in ("__init__.py", "durations.py"):
+        shutil.copy(ROOT / "bundle" / file, tmp_path / "bundle")
     config = tmp_path / "models" / "mnist" / "model-config.yaml"
     config.write_text(config.read_text().replace('expect: "3"', 'expect: "7"'))
     (tmp_path / "loadtest" / "thresholds.yaml").write_text(yaml.safe_dump({"defaults": {"wrong": 0}}))
@@ -112,7 +115,7 @@ def test_a_model_that_is_not_served(served: Place, tmp_path: Path):
         run = loadtest(served, tmp_path / "run", LENIENT, "text", "mnist")
     finally:
         served.client.register("mnist.mar", "mnist")
-    assert run.returncode == 2
+    assert run.returncode == 3
     assert "mnist is not served at" in run.stderr
 
 
@@ -130,6 +133,6 @@ def test_a_signal_ends_workers_too(served: Place, tmp_path: Path):
         shown, _ = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert "The run was interrupted" in shown
     assert not psutil.wait_procs(workers, timeout=5)[1]

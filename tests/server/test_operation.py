@@ -27,7 +27,7 @@ def test_serving_again_changes_nothing(served):
     again = served.bundle("serve")
     assert again.returncode == 0, again.stderr
     assert "nothing has changed" in again.stdout
-    assert "built" not in again.stdout
+    assert "built" not in again.stderr
     assert json.loads((Path(served.environment["RUN_DIR"]) / "server.json").read_text()) == record
     assert psutil.Process(record["pid"]).is_running()
 
@@ -71,12 +71,51 @@ def test_status_with_a_worker_missing_exits_1(served):
     assert served.bundle("status").returncode == 0
 
 
+def test_status_as_json_says_what_the_management_api_says(served):
+    shown = served.bundle("status", "--json")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    status = json.loads(shown.stdout)
+    record = json.loads((Path(served.environment["RUN_DIR"]) / "server.json").read_text())
+    assert (status["running"], status["healthy"], status["pid"]) == (True, True, record["pid"])
+    assert 2**28 < status["memory_bytes"] < 2**36
+    assert status["child_processes"] >= len(SHIPPED)
+    assert [model["name"] for model in status["models"]] == sorted(SHIPPED)
+    for model in status["models"]:
+        described = served.client.describe(model["name"])
+        workers = {"ready": len(described["workers"]), "min": described["minWorkers"], "max": described["maxWorkers"]}
+        assert model["workers"] == workers
+        assert (model["version"], model["batch_size"]) == (described["modelVersion"], described["batchSize"])
+        assert (model["max_batch_delay_ms"], model["queue"]) == (described["maxBatchDelay"], 0)
+
+
+def test_status_without_a_worker_is_1(served):
+    """TorchServe starts a killed worker again, later each time: it is missing for a moment."""
+    [worker, *_] = served.client.describe("mnist")["workers"]
+    psutil.Process(worker["pid"]).kill()
+    try:
+        wait_for(lambda: served.client.workers("mnist").ready < served.client.workers("mnist").wanted, 10)
+        shown = served.bundle("status", "--json")
+    finally:
+        wait_for(lambda: served.client.workers("mnist").ready == served.client.workers("mnist").wanted)
+    assert shown.returncode == 1
+    status = json.loads(shown.stdout)
+    assert status["healthy"] is False
+    [mnist] = [model for model in status["models"] if model["name"] == "mnist"]
+    assert mnist["workers"]["ready"] < mnist["workers"]["min"]
+
+
+def test_results_go_to_standard_output_and_progress_to_standard_error(served):
+    built = served.bundle("archive", "mnist")
+    assert built.stdout == "model_store/mnist.mar\n"
+    assert "up to date" in built.stderr
+
+
 def test_predict_from_the_command_line(served):
     for arguments in (["mnist"], ["mnist", "--grpc"]):
         shown = served.bundle("predict", *arguments)
         assert json.loads(shown.stdout)["top_3_classes"][0] == 3, shown.stderr
     wrong = served.bundle("predict", "mnist", "README.md")
-    assert wrong.returncode == 1
+    assert (wrong.returncode, wrong.stdout) == (1, "")
     assert "not an image" in wrong.stderr
 
 
@@ -84,7 +123,7 @@ def test_nothing_runs(place):
     assert place.bundle("status").returncode == 3
     assert "not running" in place.bundle("stop").stdout
     asked = place.bundle("predict", "mnist")
-    assert asked.returncode == 1
+    assert asked.returncode == 3
     assert "make serve" in asked.stderr
 
 
@@ -195,7 +234,7 @@ def test_serve_with_a_handler_that_fails_shows_it_and_leaves_nothing(place, else
 
 def test_an_unknown_model_is_named(place):
     failed = place.bundle("serve", "nonesuch")
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stderr.startswith("error: There is no model 'nonesuch' in models/; there are: ")
 
 

@@ -16,10 +16,11 @@ import yaml
 
 from bundle.build.archive import archive
 from bundle.catalog import ModelFolder
-from bundle.cli.tune import tune_folder
+from bundle.cli.measure import tune_session
 from bundle.errors import BundleError
 from bundle.paths import MODELS, ROOT
 from bundle.tuning import search
+from bundle.tuning.session import Session
 from bundle.tuning.tuner import read_inputs
 from tests.support import wait_for
 
@@ -62,7 +63,7 @@ def test_better_settings_are_found_and_written(
     mar = archive(folder, tmp_path / "store").path
     run_dir = tmp_path / "run"
 
-    tune_folder(folder, mar, 1.2, 10, read_inputs(folder, []), run_dir=run_dir)
+    tune_session(Session(folder, mar, 1.2, 10, read_inputs(folder, []), run_dir=run_dir))
 
     shown = capsys.readouterr().out
     assert "The current settings miss the target." in shown
@@ -95,8 +96,8 @@ def test_better_settings_are_found_and_written(
 def test_a_target_that_nothing_reaches_changes_nothing(folder: ModelFolder, tmp_path: Path):
     before = files(folder)
     mar = archive(folder, tmp_path / "store").path
-    with pytest.raises(BundleError, match=r"reach a p99 of 0\.01 ms\. The nearest: .* ms at .* answers/s"):
-        tune_folder(folder, mar, 0.00001, 1, read_inputs(folder, []), run_dir=tmp_path / "run")
+    with pytest.raises(BundleError, match=r"meet the p99 target of 0\.01 ms\. Closest: .* ms at .* answers/s"):
+        tune_session(Session(folder, mar, 0.00001, 1, read_inputs(folder, []), run_dir=tmp_path / "run"))
     assert files(folder) == before
     assert not servers(tmp_path / "run")
 

@@ -1,30 +1,26 @@
 """The commands that measure reliability, and RELIABILITY.md: each run in its own section, with its machine."""
 
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import typer
-
 from bundle import files, machine
-from bundle.errors import BundleError
+from bundle.cli import console
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "RELIABILITY.md"
 TITLE = "# Reliability\n\nWhat was tried, and what was seen. Each section is written by its command.\n"
 
 
-def run(main: Callable, examples: str) -> None:
-    """Runs a command whose options are the arguments of `main`."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: what was started is stopped
-    app = typer.Typer(add_completion=False)
-    app.command(epilog=f"Examples: {examples}")(main)
-    try:
-        app()
-    except BundleError as exc:
-        print(f"error: {exc}\n{exc.details}".rstrip(), file=sys.stderr)
-        sys.exit(1)
+def run(main: Callable, module: str, *examples: str) -> None:
+    """Run a command whose options are the arguments of `main`.
+
+    Args:
+        module: what `python -m` runs.
+        examples: of its arguments.
+    """
+    app = console.program()
+    app.command(epilog="Examples: " + " · ".join(f"`python -m {module}{example}`" for example in ("", *examples)))(main)
+    console.run(app, f"python -m {module}")
 
 
 def about() -> str:

@@ -16,11 +16,10 @@ from typing import Annotated
 import numpy
 import psutil
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from bundle.catalog import ModelFolder, select
-from bundle.cli.app import progress
+from bundle.cli.console import console, progress
 from bundle.errors import BundleError
 from bundle.load.generator import Load, closed_loop, open_loop
 from bundle.server.client import check_sample
@@ -34,7 +33,6 @@ CONNECTIONS = 24  # of each model's clients: wrk has a thread for each
 GROWTH = 0.05  # of memory, in the last half of the run
 LEAK = 100  # open files an hour
 DRIFT = 1.5  # of p99, from the first half of the slices to the last
-console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
@@ -211,4 +209,4 @@ def main(
 
 
 if __name__ == "__main__":
-    reliability.run(main, "python -m tests.trials.soak · python -m tests.trials.soak --minutes 240")
+    reliability.run(main, "tests.trials.soak", " --minutes 240")

@@ -140,7 +140,7 @@ def test_the_users_normalisation_and_image(bench):
     image = bench.files / "Photo.PNG"
     noise(100).save(image)
     model = SmallNet(3, 32)
-    folder = bench.add(model, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.1], image=image)
+    folder = bench.add(model, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.1], sample=image)
     assert folder.bundle.serialized.model_dump() == {
         "file": "model.pt",
         "mean": [0.4, 0.5, 0.6],
@@ -188,7 +188,7 @@ def test_a_text_network_needs_its_tokenizer(bench):
 def test_a_sound_network(bench):
     sound = bench.files / "clip.wav"
     soundfile.write(sound, numpy.zeros(8000), 8000)
-    folder = bench.add(Tone(), handler="audio_mfcc", image=sound)
+    folder = bench.add(Tone(), handler="audio_mfcc", sample=sound)
     assert folder.bundle.serialized.mean is None
     assert (folder.path / "model.pt").read_bytes() == (bench.files / "theirs.pt").read_bytes()
     assert "tried, it answers: label" in bench.report()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-x", "a/b", "../up", "a b", "straße"])
 def test_a_name_that_is_none(bench, name):
-    with pytest.raises(BundleError, match="is no name for a model"):
+    with pytest.raises(BundleError, match="is not a valid name for a model"):
         bench.add(SmallNet(3, 32), name)
     assert not list(bench.models.iterdir())
 
@@ -37,7 +37,7 @@ def test_missing_files(bench):
     model = bench.save(SmallNet(3, 32))
     bench.refuses(bench.files / "none.pt", "no file .*none.pt")
     bench.refuses(model, "no file .*none.json", labels=bench.files / "none.json")
-    bench.refuses(model, "no file .*none.jpg", image=bench.files / "none.jpg")
+    bench.refuses(model, "no file .*none.jpg", sample=bench.files / "none.jpg")
 
 
 class Planted:
@@ -114,7 +114,7 @@ def test_digits_of_another_size(bench):
 def test_an_image_that_is_none(bench):
     image = bench.files / "image.jpg"
     image.write_text("no image")
-    bench.refuses(SmallNet(3, 32), "answers 400 .*not an image in a supported format", image=image)
+    bench.refuses(SmallNet(3, 32), "answers 400 .*not an image in a supported format", sample=image)
 
 
 def test_files_that_the_handler_cannot_load(bench):

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from bundle.load.generator import Load
 from loadtest.bench import __main__ as command
 from loadtest.bench.results import Measurement, Results
+from tests import programs
 
 BEFORE = "# Benchmarks\n\n<!-- bench:start -->\nthe last full run\n<!-- bench:end -->\n"
 LOAD = Load(1, 900, 0, 900, 0.01, 0.015, 0.02, 0.05)
@@ -36,7 +36,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch, interrupted: bool = False) -> Non
 
 
 def run(*arguments: str) -> int:
-    return CliRunner().invoke(command.app, [*arguments]).exit_code
+    return programs.run(command.app, *arguments).status
 
 
 def is_untouched(project: Path) -> bool:

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from loadtest.bench import devices
 from loadtest.bench.cases import CASES
 from loadtest.bench.devices import Timing, app, measure_case, rows
-
-run = CliRunner().invoke
+from tests.programs import run
 
 
 def test_a_worker_is_timed_on_the_cpu():
@@ -33,8 +31,8 @@ def test_a_gpu_is_compared_with_the_cpu_at_the_same_batch_size():
 
 
 def test_the_report_is_written(tmp_path: Path):
-    ended = run(app, ["--devices", "cpu", "--cases", "text", "--seconds", "0.5", "--output", str(tmp_path / "gpu.md")])
-    assert ended.exit_code == 0, ended.output
+    ended = run(app, "--devices", "cpu", "--cases", "text", "--seconds", "0.5", "--output", str(tmp_path / "gpu.md"))
+    assert ended.status == 0, ended.stderr
     text = (tmp_path / "gpu.md").read_text()
     assert [line.count("|") for line in text.splitlines() if line.startswith("| text | 64 | cpu |")] == [9]
 
@@ -45,9 +43,8 @@ def test_what_was_measured_before_a_fault_is_reported(tmp_path: Path, monkeypatc
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(devices, "measure_case", measure)
-    ended = run(app, ["--devices", "cpu", "--cases", "text", "--output", str(tmp_path / "gpu.md")])
-    assert ended.exit_code == 1
-    assert "illegal memory access" in ended.output
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(app, "--devices", "cpu", "--cases", "text", "--output", str(tmp_path / "gpu.md"))
     assert "| text | 1 | cpu | float32 | 500 |" in (tmp_path / "gpu.md").read_text()
 
 
@@ -59,28 +56,28 @@ def test_a_batch_that_takes_one_device_too_long_is_left_out(monkeypatch: pytest.
 @pytest.mark.parametrize("place", ["notes.md", "", "notes.md/gpu.md"])
 def test_another_file_is_left_as_it_is(place: str, tmp_path: Path):
     (tmp_path / "notes.md").write_text("# Mine\n")
-    ended = run(app, ["--devices", "cpu", "--output", str(tmp_path / place)])
-    assert ended.exit_code == 1
-    assert "error: " in ended.output
+    ended = run(app, "--devices", "cpu", "--output", str(tmp_path / place))
+    assert (ended.status, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ")
     assert (tmp_path / "notes.md").read_text() == "# Mine\n"
 
 
 def test_a_run_that_measured_nothing_hinders_no_other(tmp_path: Path):
     output = ["--devices", "cpu", "--seconds", "0.1", "--output", str(tmp_path / "gpu.md")]
-    assert run(app, [*output, "--cases", "nope"]).exit_code == 1
-    assert run(app, [*output, "--cases", "text"]).exit_code == 0
+    assert run(app, *output, "--cases", "nope").status == 2
+    assert run(app, *output, "--cases", "text").status == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
-    ended = run(app, [])
-    assert ended.exit_code == 1
-    assert "There is no GPU '0' here" in ended.output
-    assert "DEVICES=cpu" in ended.output
+    ended = run(app)
+    assert ended.status == 2
+    assert "There is no GPU '0' here" in ended.stderr
+    assert "DEVICES=cpu" in ended.stderr
 
 
 @pytest.mark.parametrize("asked", ["gpu", "-1", "99", ","])
 def test_an_unknown_device_is_refused(asked: str):
-    ended = run(app, ["--devices", asked])
-    assert ended.exit_code == 1
-    assert "error: " in ended.output
+    ended = run(app, "--devices", asked)
+    assert (ended.status, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ")

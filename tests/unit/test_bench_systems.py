@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from bundle.build.add_model import NewModel
 from loadtest.bench import paths, resnet
 from loadtest.bench.cases import CASES
 from loadtest.bench.paths import INGREDIENTS, ROOT
@@ -21,10 +22,11 @@ from loadtest.bench.systems.torchserve import TorchServe
 # a benchmark with one server, which ignores SIGTERM
 BENCHMARK = """
 import sys, time
+from bundle.cli.console import interrupt_on_signals
 from loadtest.bench.systems import processes
 
 processes.STOP_SECONDS = 1.5
-processes.interrupt_on_signals()
+interrupt_on_signals()
 server = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
 try:
     with processes.workplace("test-stubborn") as place:
@@ -56,7 +58,7 @@ def test_a_signal_that_was_ignored_stays_so():
     """As nohup wants it."""
     code = """
 import os, signal
-from loadtest.bench.systems.processes import interrupt_on_signals
+from bundle.cli.console import interrupt_on_signals
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 interrupt_on_signals()
 os.kill(os.getpid(), signal.SIGHUP)
@@ -67,7 +69,8 @@ os.kill(os.getpid(), signal.SIGHUP)
 def test_a_signal_during_the_clean_up_counts_after_it():
     code = """
 import os, signal
-from loadtest.bench.systems.processes import interrupt_on_signals, signals_deferred
+from bundle.cli.console import interrupt_on_signals
+from loadtest.bench.systems.processes import signals_deferred
 interrupt_on_signals()
 try:
     with signals_deferred():
@@ -81,9 +84,9 @@ except KeyboardInterrupt:
 
 
 def test_a_model_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def add_model(name: str, *_: object, models_dir: Path, **__: object) -> None:
-        (models_dir / name).mkdir()
-        (models_dir / name / "model-config.yaml").write_text("minWorkers: 1\nbundle: {}")
+    def add_model(new: NewModel, *, models_dir: Path, **_: object) -> None:
+        (models_dir / new.name).mkdir()
+        (models_dir / new.name / "model-config.yaml").write_text("minWorkers: 1\nbundle: {}")
 
     class Interrupted:
         def save(self, *_: object, **__: object) -> None:

@@ -126,7 +126,7 @@ class TestShapes:
         assert users(Load("soak", 60, 3600))[58:62] == [58, 59, 60, 60], "no more than a minute's ramp"
 
     def test_rate(self):
-        load = Load.parse({"SHAPE": "rate", "RATE": "120", "USERS": "60", "DURATION": "5"})
+        load = Load.parse({"SHAPE": "rate", "RATE": "120", "USERS": "60", "DURATION": "5s"})
         assert (users(load), load.period) == ([60] * 5, 0.5)
         assert Load.parse({"SHAPE": "rate", "RATE": "120.5"}).users == 121, "one second of answers on their way"
         assert Load.parse({"SHAPE": "rate", "RATE": "1"}, models=4).users == 4
@@ -149,7 +149,14 @@ class TestShapes:
 
     @pytest.mark.parametrize(
         "setting",
-        [{"SHAPE": "stairs"}, {"USERS": "0"}, {"USERS": "1.5"}, {"DURATION": "0"}, {"DURATION": "5x"}]
+        [
+            {"SHAPE": "stairs"},
+            {"USERS": "0"},
+            {"USERS": "1.5"},
+            {"DURATION": "0s"},
+            {"DURATION": "5"},
+            {"DURATION": "5x"},
+        ]
         + [{"SHAPE": "rate", "RATE": rate} for rate in ("", "fast", "-1", "0", "nan", "inf", "200r/s")],
     )
     def test_what_it_must_not_say(self, setting: dict[str, str]):
@@ -319,5 +326,5 @@ def test_no_server():
         [sys.executable, "-m", "loadtest", "run", "mnist", "--host", "http://127.0.0.1:9"],
         cwd=ROOT, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == "error: no server answers at http://127.0.0.1:9. Start one: make serve\n"
+    assert (run.returncode, run.stdout) == (3, "")
+    assert run.stderr == "error: No server answers at http://127.0.0.1:9. Start one: make serve\n"

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundle.errors import BundleError
 from bundle.load.generator import Load
 from bundle.tuning import search
 from bundle.tuning import tuner as tune
@@ -29,27 +28,7 @@ def load(throughput: float, p99: float, p50: float | None = None, failed: int = 
     return Load(1.0, int(throughput), failed, throughput, p50, p99, p99, p99)
 
 
-# --- durations and precisions ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("100ms", 0.1), ("0.1s", 0.1), ("2s", 2), (" 1.5 ms ", 0.0015), (".5s", 0.5)]
-)
-def test_durations(text: str, seconds: float):
-    assert tune.parse_duration(text) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize("text", ["100", "", "ms", "-1s", "0ms", "1m", "1e3ms", "100 msec", "1,5s", "nan s"])
-def test_what_is_no_duration(text: str):
-    with pytest.raises(BundleError, match="must look like 100ms"):
-        tune.parse_duration(text)
-
-
-def test_precisions():
-    assert tune.parse_precisions(None) == []
-    assert tune.parse_precisions("float32, int8,float32") == ["float32", "int8"]
-    with pytest.raises(BundleError, match="no precision 'fp8'; there are: auto, float32, bfloat16"):
-        tune.parse_precisions("fp8")
+# --- the machine ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

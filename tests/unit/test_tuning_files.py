@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from bundle import mar
 from bundle.catalog import ModelFolder
-from bundle.cli import tune as command
 from bundle.errors import BundleError
 from bundle.load.generator import Load
 from bundle.paths import MODELS
-from bundle.tuning import report, search
+from bundle.tuning import report, search, session
 from bundle.tuning import trial_server as measure
 from bundle.tuning import tuner as tune
 from bundle.tuning import yaml_edit as config_file
@@ -121,26 +120,26 @@ def test_only_what_differs_is_written(folder: ModelFolder):
     )
     now = tune.current_settings(folder)
     assert now == Candidate(1, 1, 32, 2, "auto")
-    assert command.changes(folder, now, replace(now, batch_size=64, workers=2)) == {
+    assert session.changes(folder, now, replace(now, batch_size=64, workers=2)) == {
         ("minWorkers",): 2,
         ("batchSize",): 64,
     }
-    many = command.changes(folder, now, replace(now, workers=4, precision="float32"))
+    many = session.changes(folder, now, replace(now, workers=4, precision="float32"))
     assert many == {("minWorkers",): 4, ("maxWorkers",): 4, ("handler", "precision"): "float32"}
-    assert command.changes(folder, now, now) == {}
+    assert session.changes(folder, now, now) == {}
 
 
 def test_torchserve_needs_both_numbers_of_workers(folder: ModelFolder):
     (folder.path / "model-config.yaml").write_text("bundle:\n  handler: mnist\n")
     now = tune.current_settings(folder)
     assert now == Candidate(1, 1, 1, 100, "auto")
-    wanted = command.changes(folder, now, replace(now, workers=2))
+    wanted = session.changes(folder, now, replace(now, workers=2))
     assert wanted == {("minWorkers",): 2, ("maxWorkers",): 2}
 
 
 def test_a_patch_leaves_the_folder_alone(folder: ModelFolder, tmp_path: Path):
     before = {file: file.read_bytes() for file in folder.path.iterdir() if file.is_file()}
-    command.write_down(folder, {"model": "mnist"}, b"<svg/>", {("batchSize",): 63}, tmp_path / "m.patch")
+    session.write_down(folder, {"model": "mnist"}, b"<svg/>", {("batchSize",): 63}, tmp_path / "m.patch")
     assert {file: file.read_bytes() for file in folder.path.iterdir() if file.is_file()} == before
     assert "+batchSize: 63 " in (tmp_path / "m.patch").read_text()
     assert json.loads((tmp_path / "m.json").read_text()) == {"model": "mnist"}
@@ -191,7 +190,7 @@ def test_a_list_of_precisions_stays_what_it_is(folder: ModelFolder):
     (folder.path / "model-config.yaml").write_text("batchSize: 2\nhandler: {precision: [float32, int8]}\n")
     now = tune.current_settings(folder)
     assert now.precision == "float32 or int8"
-    assert command.changes(folder, now, replace(now, batch_size=4)) == {("batchSize",): 4}
+    assert session.changes(folder, now, replace(now, batch_size=4)) == {("batchSize",): 4}
 
 
 def test_inputs_that_take_turns_count_alike():

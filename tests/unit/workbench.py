@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bundle.build.add_model import add_model
+from bundle.build.add_model import NewModel, add_model
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 
@@ -108,7 +108,8 @@ class Workbench:
         serialized = model if isinstance(model, Path) else self.save(model)
         labels = options.pop("labels", None) or self.labels()
         roots = {"models_dir": self.models, "store": self.store, "report": self.reported.append}
-        return add_model(name, serialized, labels, handler, **options, **roots)
+        new = NewModel(name, serialized, labels, handler, files=tuple(options.pop("files", ())), **options)
+        return add_model(new, **roots)
 
     def refuses(self, model: nn.Module | Path, message: str, name: str = "theirs", **options) -> BundleError:
         """Checks that it is refused in one line, and that nothing is left behind."""

@@ -113,13 +113,6 @@ def end(place: Workplace) -> None:
         process.poll()  # a child that nobody waits for stays a zombie
 
 
-def interrupt_on_signals() -> None:
-    """What asks this program to end does so as Ctrl-C does: by way of every `finally`, which ends the servers."""
-    for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, signal.default_int_handler)
-
-
 @contextmanager
 def signals_deferred() -> Iterator[None]:
     """What asks this program to end during the block does so after it: no half of the processes is left behind."""

@@ -5,11 +5,10 @@ import traceback
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from bundle.cli.app import progress
-from bundle.errors import BundleError
+from bundle.cli.console import console, note, progress
+from bundle.errors import UsageError
 from tests.docker.stack import Stack, running
 from tests.trials import reliability
 from tests.trials.faults import load, operation, workers
@@ -20,14 +19,13 @@ TRIALS: dict[str, Trial] = {
     trial.name: trial for trial in (*workers.TRIALS, *load.TRIALS, *operation.TRIALS)
 }  # `rollout` and what comes after it find another version of mnist
 SETTINGS = {
-    "RATE": "10000r/s",  # all load comes from one client here
+    "PROXY_RATE": "10000r/s",  # all load comes from one client here
     "BURST": "10000",
     "CONNECTIONS": "9999",
     "LARGE_BODIES_OF_CLIENT": "9999",
     "PATIENCE_SECONDS": "15",  # so that a trial need not wait two minutes
     "TMP_SIZE": "2g",  # which is soon full
 }
-console = Console(highlight=False)
 
 
 def main(
@@ -37,14 +35,16 @@ def main(
         bool, typer.Option("--write", help="Write the figures of all trials into RELIABILITY.md.")
     ] = False,
 ) -> None:
-    """Do to a stack of its own what happens to servers, and count what its clients notice. Exits 1 where a limit does
-    not hold."""
+    """Inject faults into a Docker stack of its own, and count failed requests.
+
+    Exit with 1 if a limit does not hold.
+    """
     if unknown := [name for name in names or [] if name not in TRIALS]:
-        raise BundleError(f"There is no trial {unknown[0]!r}; there are: {', '.join(TRIALS)}.")
+        raise UsageError(f"There is no trial {unknown[0]!r}; there are: {', '.join(TRIALS)}.")
     if names and write:
-        raise BundleError("RELIABILITY.md has all trials: --write (REPORT=1) goes with all of them.")
+        raise UsageError("RELIABILITY.md has all trials. Give --write (REPORT=1) without names of trials.")
     wanted = [TRIALS[name] for name in dict.fromkeys(names or TRIALS)]
-    console.print("The stack is built and started: some minutes.")
+    note("Building and starting the stack takes some minutes.")
     with running(("torchserve", "proxy"), **SETTINGS) as stack:
         outcomes = run(stack, wanted, seconds)
     console.print(table(wanted, outcomes))
@@ -67,7 +67,7 @@ def run(stack: Stack, trials: list[Trial], seconds: float) -> dict[str, Outcome]
             began = time.monotonic()
             outcomes[trial.name] = outcome_of(trial, stack, seconds)
             held = "held" if not outcomes[trial.name].broken else "DID NOT HOLD"
-            bars.console.print(f"{trial.name}: {held}, {time.monotonic() - began:.0f} s", markup=False)
+            note(f"{trial.name}: {held}, {time.monotonic() - began:.0f} s")
             bars.advance(task)
     return outcomes
 
@@ -92,6 +92,4 @@ def table(trials: list[Trial], outcomes: dict[str, Outcome]) -> Table:
 
 
 if __name__ == "__main__":
-    reliability.run(
-        main, "python -m tests.trials.faults · python -m tests.trials.faults kill-one overload --seconds 10"
-    )
+    reliability.run(main, "tests.trials.faults", " kill-one overload --seconds 10")

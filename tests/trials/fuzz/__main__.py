@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,9 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from bundle.cli import console as terminal
+from bundle.cli.console import console, errors
+from bundle.cli.parameters import choice
+from bundle.errors import BundleError
 from bundle.server.process import Server
 from tests.server.conftest import new_place
 from tests.trials.fuzz import inprocess, report
@@ -23,16 +25,15 @@ from tests.trials.fuzz.findings import FOLDER, Findings
 from tests.trials.fuzz.serving import Fuzzer, Run
 from tests.trials.reliability import write_section
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="markdown")
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+app = terminal.program(__doc__)
 
 SHOWN = 10  # findings on the terminal; all are in build/fuzz/findings.json
 
 Cases = Annotated[int, typer.Option(min=1, help="How many mutated requests.")]
 Seed = Annotated[int, typer.Option(help="Other seeds make other requests; the same seed makes the same ones.")]
 Write = Annotated[bool, typer.Option("--write", help="Write the server's figures into RELIABILITY.md.")]
-Model = Annotated[str, typer.Option(help="Which model, of mnist, image, audio, text; by default, all four in turns.")]
+OneModel = typer.Option("--model", parser=choice(*MODELS), metavar="MODEL", help=f"One of: {', '.join(MODELS)}.")
+Model = Annotated[str | None, OneModel]
 
 
 @app.callback(
@@ -43,7 +44,7 @@ def everything(
     context: typer.Context,
     cases: Cases = 5000,
     seed: Seed = 0,
-    model: Model = "",
+    model: Model = None,
     write: Write = False,
 ) -> None:
     """Fuzz the handlers, then a server that is started for it. Exits 1 if anything does not hold."""
@@ -56,14 +57,14 @@ def everything(
 
 
 @app.command()
-def handlers(cases: Cases = 5000, seed: Seed = 0, model: Model = "") -> None:
+def handlers(cases: Cases = 5000, seed: Seed = 0, model: Model = None) -> None:
     """Fuzz the handlers in this process, without a server."""
     findings = Findings()
     conclude(seed, cases, against_handlers(chosen(model), seed, cases, findings), None, findings)
 
 
 @app.command()
-def server(cases: Cases = 5000, seed: Seed = 0, model: Model = "", write: Write = False) -> None:
+def server(cases: Cases = 5000, seed: Seed = 0, model: Model = None, write: Write = False) -> None:
     """Fuzz a server that is started for it, and nothing else."""
     findings = Findings()
     conclude(seed, cases, [], against_server(chosen(model), seed, cases, findings), findings, write)
@@ -71,20 +72,19 @@ def server(cases: Cases = 5000, seed: Seed = 0, model: Model = "", write: Write 
 
 @app.command("atheris")
 def decoders(
-    model: Annotated[str, typer.Option(help="One of mnist, image, audio, text.")],
+    model: Annotated[str, OneModel],
     seconds: Annotated[int, typer.Option(min=1, help="How long.")] = 60,
 ) -> None:
     """Fuzz a model's decoder with atheris, guided by coverage."""
-    [name] = chosen(model)
     # a process of its own, because what it instruments must not have been imported yet
-    os.execv(sys.executable, [sys.executable, "-m", "tests.trials.fuzz.decoders", name, str(seconds)])
+    os.execv(sys.executable, [sys.executable, "-m", "tests.trials.fuzz.decoders", model, str(seconds)])
 
 
 @app.command()
 def show(
     number: Annotated[int, typer.Argument(help="Of the case.")],
     seed: Seed = 0,
-    model: Model = "",
+    model: Model = None,
     url: Annotated[str, typer.Option(help="The server that it is for.")] = "http://127.0.0.1:8080",
 ) -> None:
     """Write a case's body to build/fuzz, and print the command that sends it. --model as in the run."""
@@ -93,9 +93,7 @@ def show(
     console.print(Findings().write(one, url), markup=False, soft_wrap=True)
 
 
-def chosen(model: str) -> tuple[str, ...]:
-    if model and model not in MODELS:
-        raise typer.BadParameter(f"{model!r} is none of {', '.join(MODELS)}.")
+def chosen(model: str | None) -> tuple[str, ...]:
     return (model,) if model else MODELS
 
 
@@ -109,7 +107,7 @@ def progress(title: str, total: int) -> Iterator:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as bars:
+    with terminal.progress(*columns) as bars:
         task = bars.add_task(title, total=total)
         yield lambda done: bars.advance(task, done)
 
@@ -125,11 +123,10 @@ def against_server(models: tuple[str, ...], seed: int, cases: int, findings: Fin
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place = new_place(Path(folder))
         try:
-            with console.status(f"starting a server of {', '.join(models)}"):
+            with errors.status(f"starting a server of {', '.join(models)}"):
                 started = place.bundle("serve", *models)
             if started.returncode:
-                errors.print(started.stdout + started.stderr, markup=False)
-                raise typer.Exit(1)
+                raise BundleError("The server did not start.", started.stdout + started.stderr)
             pid = Server(Path(folder)).running().pid
             with progress("server", cases) as advance:
                 fuzzer = Fuzzer(place.client, place.url("metrics_address"), pid, models, seed, findings, advance)
@@ -182,5 +179,4 @@ def conclude(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: the server is stopped
-    app()
+    terminal.run(app, "python -m tests.trials.fuzz")

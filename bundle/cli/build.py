@@ -1,0 +1,150 @@
+"""The commands that make what is served: archives, model folders, keys, the bill of materials."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bundle.cli.console import console, errors, note, opening, progress
+from bundle.cli.parameters import Models, comma_list
+
+if TYPE_CHECKING:
+    from bundle.catalog import ModelFolder
+
+app = typer.Typer()
+numbers = comma_list(float, "numbers")
+
+# no imports of the bundle above: --help need not wait for them, and --models-dir must come before them
+
+
+@app.command(epilog="Examples: `bundle archive` · `bundle archive mnist --force`")
+def archive(
+    models: Models = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Build archives that are up to date, too.")] = False,
+) -> None:
+    """Build the archives that are out of date into model_store/, and print their paths."""
+    from bundle import catalog
+    from bundle.paths import relative
+    from bundle.server.process import Server
+
+    server, folders = Server(), catalog.select(models or [])
+    build(folders, server.store, force)
+    for folder in folders:
+        console.print(relative(server.archive(folder)), markup=False, soft_wrap=True)
+
+
+def build(folders: list["ModelFolder"], store: Path, force: bool = False) -> None:
+    """Build the archives of these folders into the store, with a progress bar."""
+    from bundle.build.archive import archive as build_archive  # imports torch, which takes seconds
+
+    with progress() as bars:
+        for folder in folders:
+            task = bars.add_task(f"archive {folder.name}", total=1, state="")
+            built = build_archive(folder, store, force)
+            megabytes = built.path.stat().st_size / 1e6
+            bars.update(task, completed=1, state=f"{'built' if built.rebuilt else 'up to date'}, {megabytes:.1f} MB")
+            for line in built.notes:
+                note(f"  {folder.name}: {line}")
+
+
+@app.command(
+    "add-model",
+    epilog="Examples: `bundle add-model birds --serialized model.pt --labels labels.json --sample bird.jpg`"
+    " · `bundle add-model reviews --serialized model.pt --labels labels.json --handler text --file tokenizer.json`",
+)
+def add_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name, and its folder's.")],
+    serialized: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The TorchScript file.")],
+    labels: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help='A JSON file: a list of labels, or {"0": label, ...}.')
+    ],
+    handler: Annotated[str, typer.Option(help="A file of handlers/, without .py.")] = "image_topk",
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the model's square image, in pixels. By default, found by trying."),
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="Shorter side of an image before the square is cut out, in pixels.")
+    ] = None,
+    mean: Annotated[
+        tuple | None,
+        typer.Option(
+            parser=numbers, metavar="N,...", help="Mean of the pixels in [0, 1], for each channel: 0.5,0.5,0.5"
+        ),
+    ] = None,
+    std: Annotated[
+        tuple | None, typer.Option(parser=numbers, metavar="N,...", help="Their standard deviation, likewise.")
+    ] = None,
+    sample: Annotated[
+        Path | None,
+        typer.Option(
+            "--sample",
+            "--image",
+            exists=True,
+            dir_okay=False,
+            help="A file to try the model with: it becomes its sample.",
+        ),
+    ] = None,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Another file that the handler needs: tokenizer.json for text."),
+    ] = None,
+) -> None:
+    """Make a model folder and its archive from a TorchScript file and a label file."""
+    from bundle.build.add_model import NewModel
+    from bundle.build.add_model import add_model as add
+    from bundle.catalog import CONFIG_NAME
+    from bundle.paths import relative
+
+    new = NewModel(
+        name=name,
+        serialized=serialized,
+        labels=labels,
+        handler=handler,
+        size=size,
+        resize=resize,
+        mean=list(mean) if mean else None,
+        std=list(std) if std else None,
+        sample=sample,
+        files=tuple(file or ()),
+    )
+    added = add(new, report=note)
+    console.print(f"Serve it, with the others: make serve. Its settings: {relative(added.path / CONFIG_NAME)}")
+
+
+@app.command(epilog="Examples: `bundle keygen` · `bundle keygen /safe/place/signing.key`")
+def keygen(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="The private key. By default, keys/signing.key.")
+    ] = None,
+) -> None:
+    """Make a pair of keys, to sign archives.
+
+    SIGNING_KEY=FILE signs archives as they are built. With TRUSTED_KEY=FILE.pub, only archives that this key has signed
+    are served.
+    """
+    from bundle.signing import KEY_FILE, make_keys
+
+    private = file or KEY_FILE
+    with opening(private):
+        public = make_keys(private)
+    console.print(f"{private} signs archives: keep it secret. {public} checks them.", markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Examples: `bundle sbom` · `bundle sbom --output /tmp/sbom.json`")
+def sbom(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write. By default, build/sbom.json.")
+    ] = None,
+) -> None:
+    """Write the bill of materials of what serves, for scanners (CycloneDX).
+
+    It has the Python packages, the Java libraries and the Java runtime.
+    """
+    from bundle.build.sbom import write  # cyclonedx is in the development environment only
+    from bundle.paths import ROOT, relative
+
+    target = output or ROOT / "build" / "sbom.json"
+    with opening(target), errors.status("reading the packages"):
+        components = write(target)
+    console.print(f"{relative(target)}: {components} components", markup=False, soft_wrap=True)

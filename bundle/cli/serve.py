@@ -1,0 +1,321 @@
+"""The commands that operate a server: start and stop it, look at it, ask it, replace a version."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bundle.cli.build import build
+from bundle.cli.console import console, note, opening, progress
+from bundle.cli.parameters import Model, Models, Timeout, address
+from bundle.errors import BundleError, NotRunning, UsageError
+
+if TYPE_CHECKING:
+    from bundle.catalog import ModelFolder
+    from bundle.server.client import WorkerCount
+    from bundle.server.process import Running, Server
+
+app = typer.Typer()
+NOT_RUNNING = "TorchServe is not running. Start it: make serve"
+
+
+@app.command(
+    epilog="Examples: `bundle serve` · `bundle serve mnist text`"
+    " · `TS_INFERENCE_ADDRESS=http://127.0.0.1:9080 bundle serve`"
+)
+def serve(models: Models = None, timeout: Annotated[float, Timeout] = 300) -> None:
+    """Build the archives, start TorchServe, and return when every model works.
+
+    Only archives that are out of date are built. A model works when its workers are READY and it has answered its own
+    sample correctly. The server stays in the background: `bundle stop` ends it.
+    """
+    from bundle import catalog
+    from bundle.paths import relative
+    from bundle.server.client import curl_lines
+    from bundle.server.process import Server
+
+    folders = catalog.select(models or [])
+    server = Server()
+    server.settings.check()
+    make_run_folder(server)
+    with server.lock():
+        build(folders, server.store)
+        running = server.running()
+        if running and not server.is_current(running, folders):
+            server.check(folders)  # before the running server is stopped
+            note(f"{server.restart_reason(running, folders)} It is restarted.")
+            server.stop()
+            running = None
+        if running is None:
+            running = start(server, folders, timeout)
+            console.print(f"TorchServe is up: PID {running.pid}, logs in {relative(server.logs)}.")
+        else:
+            wait_until_serving(server, running, folders, timeout)
+            console.print(f"Already served by PID {running.pid}; nothing has changed.")
+    console.print("\nTry:")
+    for line in curl_lines(running.client(), folders):
+        console.print(f"  {line}", soft_wrap=True, markup=False)
+
+
+def make_run_folder(server: "Server") -> None:
+    """Make the folder of the server's record.
+
+    Raises:
+        BundleError: RUN_DIR names a folder that cannot be made.
+    """
+    with opening(server.run_dir):
+        server.run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def start(server: "Server", folders: list["ModelFolder"], timeout: float) -> "Running":
+    """Start the server and wait until it serves. After any failure, Ctrl-C included, nothing is left running."""
+    running = server.start(folders)
+    try:
+        wait_until_serving(server, running, folders, timeout)
+    except BaseException:
+        server.stop()
+        raise
+    return running
+
+
+def wait_until_serving(server: "Server", running: "Running", folders: list["ModelFolder"], timeout: float) -> None:
+    """Wait until every model's workers are READY, then have each model answer its own sample."""
+    from bundle.server.client import check_sample
+    from bundle.server.readiness import wait_until_ready
+
+    with progress() as bars:
+        tasks = {folder.name: bars.add_task(f"start {folder.name}", total=1, state="") for folder in folders}
+
+        def show(name: str, count: "WorkerCount") -> None:
+            state = f"{count.ready}/{count.wanted} workers READY"
+            bars.update(tasks[name], total=count.wanted, completed=count.ready, state=state)
+
+        wait_until_ready(server, running, folders, timeout, show)
+    for folder in folders:
+        first = check_sample(running.client(), folder)
+        if first is not None:
+            expected = ", as expected" if folder.bundle.expect else ""
+            note(f"  {folder.name}: {folder.bundle.sample} is {first!r}{expected}")
+
+
+@app.command(epilog="Example: `bundle stop`")
+def stop() -> None:
+    """Stop the server that `bundle serve` started, and its workers."""
+    from bundle.server.process import Server
+
+    server = Server()
+    make_run_folder(server)
+    with server.lock():
+        console.print("TorchServe is stopped." if server.stop() else "TorchServe was not running.")
+
+
+@app.command(epilog="Examples: `bundle status` · `bundle status --json`")
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Show the models that are served, their versions and workers.
+
+    Exit with 0 if every worker is there, with 1 if one is missing, with 3 if no server is running.
+    """
+    from bundle.server.process import Server
+    from bundle.server.status import status_of
+
+    running = Server().running()
+    if running is None:
+        if as_json:
+            console.print_json(data={"running": False})
+            raise typer.Exit(NotRunning.status)
+        raise NotRunning(NOT_RUNNING)
+    seen = status_of(running)
+    if as_json:
+        console.print_json(data=seen.as_dict())
+    else:
+        console.print(seen.table())
+        console.print(seen.process())
+    raise typer.Exit(0 if seen.healthy else 1)
+
+
+@app.command(epilog="Examples: `bundle logs` · `bundle logs --no-follow --lines 200`")
+def logs(
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", "-f", help="Show new lines until Ctrl-C, while the server runs.")
+    ] = True,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines to start with.")] = 40,
+) -> None:
+    """Show the logs of the server and its workers."""
+    import subprocess
+
+    from bundle.server.process import Server
+
+    server = Server()
+    files = sorted(server.logs.glob("*.log"))
+    if not files:
+        raise NotRunning("There are no logs: no server was started here. Start one: make serve")
+    following = ["-F"] if follow and server.running() else []
+    subprocess.run(["tail", f"--lines={lines}", *following, *map(str, files)])
+
+
+@app.command(epilog="Examples: `bundle predict mnist` · `bundle predict image photo.jpg --grpc`")
+def predict(
+    model: Model,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", exists=True, dir_okay=False, help="The input. By default, the sample in the model's folder."
+        ),
+    ] = None,
+    grpc: Annotated[bool, typer.Option("--grpc", help="Use gRPC instead of HTTP.")] = False,
+) -> None:
+    """Send one input to a model, and print its answer."""
+    from bundle import catalog
+    from bundle.samples import headers
+    from bundle.server.process import Server
+
+    if file is None:
+        [folder] = catalog.select([model])
+        if folder.sample_file is None:
+            raise UsageError(f"{model} has no sample of its own. Name a file to send.")
+        file = folder.sample_file
+    with opening(file):
+        content = file.read_bytes()
+    running = Server().running()
+    if running is None:
+        raise NotRunning(NOT_RUNNING)
+    if grpc:
+        from bundle.server import grpc_client  # imports grpcio, which HTTP need not wait for
+
+        try:
+            authorization = keys.header("inference") if (keys := running.keys()) else None
+            answer = json.loads(grpc_client.predict(running.grpc, model, content, authorization=authorization))
+        except grpc_client.GrpcError as exc:
+            raise BundleError(str(exc)) from exc
+    else:
+        answer = running.client().predict(model, content, headers=headers(file)).json()
+    if "code" in answer:  # over gRPC, TorchServe keeps the body of an error and drops its status
+        raise BundleError(f"{model} answered {answer['code']} {answer['type']}: {answer['message']}")
+    console.print_json(data=answer)
+
+
+@app.command(
+    epilog="Examples: `bundle rollout mnist` · `bundle rollout mnist --archive new.mar`"
+    " · `bundle rollout mnist --archive - < new.mar`"
+)
+def rollout(
+    model: Model,
+    archive: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            allow_dash=True,
+            help="The new archive, - for standard input. By default, built from the model's folder.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", "-t", min=0, help="Seconds to wait for the new version, and for the old one to finish."
+        ),
+    ] = 300,
+) -> None:
+    """Replace the version of a model that is served, without a failed request.
+
+    If anything fails, the old version keeps serving.
+    """
+    from bundle import catalog
+    from bundle.server import docker_stack as stack
+    from bundle.server.process import Server
+    from bundle.server.rollout import copy, roll_out
+
+    [folder] = catalog.select([model])
+    server = Server()
+    running = server.running()
+    compose = stack.running_stack() if running is None else None
+    if running is None and compose is None:
+        raise NotRunning("TorchServe is not running. Start it: make serve, or make up")
+    make_run_folder(server)
+    with server.lock(), tempfile.TemporaryDirectory(prefix="rollout-") as temporary:
+        if archive is None:
+            build([folder], Path(temporary))
+            archive = Path(temporary) / f"{model}.mar"
+        elif str(archive) == "-":
+            archive = Path(temporary) / f"{model}.mar"
+            archive.write_bytes(sys.stdin.buffer.read())
+        if running is None:
+            stack.roll_out(compose, model, archive)
+            return
+        roll_out(server, running.client(), folder, archive, timeout, note)
+        for record in Path(temporary).glob(
+            "*.fingerprint"
+        ):  # of an archive built here: the next `bundle serve` uses it
+            copy(record, server.store / record.name)
+        server.adopt(running, folder)
+
+
+@app.command(epilog="Examples: `bundle run` · `bundle run mnist --state state.json --address 0.0.0.0:8083`")
+def run(
+    models: Models = None,
+    address: Annotated[
+        tuple,
+        typer.Option(
+            envvar="BUNDLE_ADDRESS",
+            parser=address,
+            metavar="HOST:PORT",
+            help="Address of the supervisor's /metrics and /ready.",
+        ),
+    ] = "127.0.0.1:8083",
+    state: Annotated[
+        Path | None, typer.Option(envvar="BUNDLE_STATE", help="File that keeps what the management API changed.")
+    ] = None,
+    gate: Annotated[
+        Path | None, typer.Option(envvar="BUNDLE_GATE", help="Folder where the file `closed` makes the proxy wait.")
+    ] = None,
+    archives: Annotated[
+        Path | None,
+        typer.Option(envvar="BUNDLE_ARCHIVES", help="Folder of archives to copy into the store, each once."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(envvar="BUNDLE_START_SECONDS", min=0, help="Seconds to wait until every worker is READY.")
+    ] = 300,
+    patience: Annotated[
+        float,
+        typer.Option(
+            envvar="BUNDLE_PATIENCE_SECONDS", min=0, help="Seconds that a model may lack workers before this ends."
+        ),
+    ] = 120,
+    drain: Annotated[
+        float,
+        typer.Option(
+            envvar="BUNDLE_DRAIN_SECONDS", min=0, help="Seconds to wait for requests in flight before the end."
+        ),
+    ] = 90,
+) -> None:
+    """Run TorchServe in the foreground, as a container's first process.
+
+    It serves the archives that exist. SIGTERM drains it. It exits with 1 when TorchServe dies or a model's workers do
+    not come back, so that a restart policy replaces it.
+    """
+    from bundle import catalog
+    from bundle.server.process import Server
+    from bundle.supervisor.supervisor import Options, Supervisor, install_archives
+
+    server = Server()
+    if archives:
+        install_archives(archives, server.store, say)
+    folders = [folder for folder in catalog.select(models or []) if models or server.archive(folder).is_file()]
+    if missing := [folder.name for folder in folders if not server.archive(folder).is_file()]:
+        raise BundleError(f"There is no archive of {', '.join(missing)} in {server.store}. Build it: make archive")
+    if not folders:
+        raise BundleError(f"There are no archives in {server.store}. Build them: make archive")
+    make_run_folder(server)
+    with server.lock():
+        server.stop()  # what a killed predecessor may have left
+    Supervisor(server, Options(*address, state, gate, timeout, patience, drain), say).run(folders, start)
+
+
+def say(line: str) -> None:
+    """Print a line of a container's log, at once and without wrapping."""
+    print(f"bundle: {line}", flush=True)

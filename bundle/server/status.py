@@ -1,0 +1,105 @@
+"""What a running server serves, for people and for programs."""
+
+from dataclasses import asdict, dataclass
+
+from rich.table import Table
+
+from bundle.server.process import Running
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers of a model.
+
+    Attributes:
+        ready: workers that are READY.
+        min, max: between which the management API scales them.
+    """
+
+    ready: int
+    min: int
+    max: int
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """The default version of a model, as the management API describes it.
+
+    Attributes:
+        max_batch_delay_ms: how long a batch waits to fill.
+        queue: requests that wait; None where the API does not say.
+    """
+
+    name: str
+    version: str
+    workers: Workers
+    batch_size: int
+    max_batch_delay_ms: int
+    queue: int | None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no worker is missing."""
+        return self.workers.ready >= self.workers.min
+
+
+@dataclass(frozen=True)
+class Status:
+    """A running server.
+
+    Attributes:
+        pid: of the Java process.
+        child_processes: workers and their helpers.
+        memory_bytes: resident, of all these processes.
+    """
+
+    pid: int
+    child_processes: int
+    memory_bytes: int
+    models: list[ModelStatus]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no model lacks a worker."""
+        return all(model.healthy for model in self.models)
+
+    def as_dict(self) -> dict:
+        """Return what `bundle status --json` prints."""
+        return {"running": True, "healthy": self.healthy, **asdict(self)}
+
+    def table(self) -> Table:
+        """Return the models, one a row."""
+        table = Table("model", "version", "workers READY", "min", "max", "batch", "delay ms", "queued")
+        for model in self.models:
+            workers = (model.workers.ready, model.workers.min, model.workers.max)
+            queued = "" if model.queue is None else model.queue
+            row = (model.name, model.version, *workers, model.batch_size, model.max_batch_delay_ms, queued)
+            table.add_row(*map(str, row))
+        return table
+
+    def process(self) -> str:
+        """Return a line about the processes."""
+        return f"PID {self.pid}, {self.child_processes} child processes, {self.memory_bytes / 2**30:.1f} GiB resident"
+
+
+def status_of(running: Running) -> Status:
+    """Ask the management API and the operating system."""
+    client = running.client()
+    models = [model_status(name, client.describe(name)) for name in client.models()]
+    process = running.process()
+    family = [process, *process.children(recursive=True)]
+    memory = sum(member.memory_info().rss for member in family)
+    return Status(running.pid, len(family) - 1, memory, models)
+
+
+def model_status(name: str, described: dict) -> ModelStatus:
+    """Read the management API's description of a model."""
+    ready = sum(worker["status"] == "READY" for worker in described["workers"])
+    return ModelStatus(
+        name=name,
+        version=described["modelVersion"],
+        workers=Workers(ready, described["minWorkers"], described["maxWorkers"]),
+        batch_size=described["batchSize"],
+        max_batch_delay_ms=described["maxBatchDelay"],
+        queue=described.get("jobQueueStatus", {}).get("pendingRequests"),
+    )
