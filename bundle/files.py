@@ -26,9 +26,9 @@ def replacing(file: Path) -> Iterator[Path]:
     partial = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
     partial.touch(exist_ok=False)
     try:
+        mode = stat.S_IMODE((file if file.exists() else partial).stat().st_mode)
         yield partial
-        if file.exists():
-            partial.chmod(stat.S_IMODE(file.stat().st_mode))
+        partial.chmod(mode)  # what writes there may have put a file of its own in its place
         partial.replace(file)
     except BaseException:
         partial.unlink(missing_ok=True)

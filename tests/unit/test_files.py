@@ -36,6 +36,14 @@ def test_write_atomically_makes_a_file_with_the_users_default_permissions(tmp_pa
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+def test_replacing_sets_the_permissions_of_what_was_moved_there(tmp_path: Path):
+    (tmp_path / "usual").touch()
+    (tmp_path / "private").touch(mode=0o600)
+    with replacing(tmp_path / "file") as partial:
+        (tmp_path / "private").replace(partial)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_write_atomically_replaces_the_file_and_never_writes_into_it(tmp_path: Path):
     file = tmp_path / "file"
     file.write_text("old")
