@@ -1,9 +1,12 @@
 """Predictions over gRPC: what `POST /predictions/<model>` is over HTTP."""
 
 import functools
+import sys
 from types import ModuleType
 
 import grpc
+
+from bundle.paths import ROOT
 
 _OPTIONS = [
     # a gRPC client refuses answers over 4 MiB; the server has its own limit, in config.properties
@@ -58,4 +61,6 @@ def _call(address: str, method: str, request, timeout: float, metadata: list[tup
 @functools.cache
 def _stubs() -> tuple[ModuleType, ModuleType]:
     """Compiled in memory at the first call (grpcio-tools): no generated code to keep in step with the proto."""
+    if str(ROOT) not in sys.path:  # where grpcio-tools looks for the file; the command `bundle` runs in any folder
+        sys.path.append(str(ROOT))
     return grpc.protos_and_services("bundle/proto/inference.proto")
