@@ -171,7 +171,8 @@ def files_of_folder(folder: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 def check_name(archive: Path, name: str) -> None:
     """Raises:
-    BundleError: a member's name that is absolute, leads out of the archive's folder, or can be written otherwise."""
+    BundleError: a member's name that is absolute, leads out of the archive's folder, or can be written otherwise.
+    """
     plain = name.removesuffix("/")
     if name.startswith("/") or ".." in plain.split("/") or plain != posixpath.normpath(plain):
         raise refusal(archive, f"the name {name!r} leads out of its folder, or is not in its shortest form")
@@ -240,7 +241,8 @@ def public_key(file: Path) -> "Ed25519PublicKey":
 
 def load_key(file: Path, parse: Callable[[bytes], object], kind: type, name: str):
     """Raises:
-    BundleError: the file holds something else."""
+    BundleError: the file holds something else.
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:

@@ -47,7 +47,8 @@ class ImageTopKHandler(ClassifierHandler):
 
 def resize_and_crop(image: PillowImage.Image, resize: int, crop: int, interpolation: str) -> PillowImage.Image:
     """As torchvision's `ImageClassification` preset does on Pillow images: the shorter side to `resize` pixels, then
-    the `crop` x `crop` pixels of the middle, black outside."""
+    the `crop` x `crop` pixels of the middle, black outside.
+    """
     size = resized(image.size, resize)
     if size != image.size:
         image = image.resize(size, PillowImage.Resampling[interpolation.upper()])

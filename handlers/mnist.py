@@ -188,5 +188,6 @@ def centre(ink: numpy.ndarray) -> numpy.ndarray:
 
 def corner(middle: Sequence[float], size: Sequence[int]) -> tuple[int, int]:
     """Top and left of what has its centre of mass at `middle` of its `size` (both down, across), where that is in the
-    middle of the canvas, or as near to it as the canvas allows."""
+    middle of the canvas, or as near to it as the canvas allows.
+    """
     return tuple(min(max(round(SIDE / 2 - at), 0), SIDE - length) for at, length in zip(middle, size, strict=True))

@@ -58,7 +58,8 @@ class Tally:
 
     def percentile(self, share: float) -> float | None:
         """Milliseconds that this share of the right answers did not exceed, rounded down to the edge of a class; None
-        without any."""
+        without any.
+        """
         rank, seen = math.ceil(share * self.right), 0
         for time in sorted(self.times):
             seen += self.times[time]

@@ -217,7 +217,8 @@ def save(
     report: dict,
 ) -> None:
     """Writes weights.safetensors, index_to_name.json and metrics.json into `--out`, or else into the model's `folder`,
-    and prints the figures in `report`, which must have been measured after `round_weights`."""
+    and prints the figures in `report`, which must have been measured after `round_weights`.
+    """
     folder = options.out or folder
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / "weights.safetensors")

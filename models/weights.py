@@ -26,7 +26,8 @@ def save_weights(model: nn.Module, file: Path) -> None:
 
 def round_weights(model: Model) -> Model:
     """Rounds every floating-point weight to what float16 holds: done before a model is measured, so that the figures
-    are those of the weights that are stored."""
+    are those of the weights that are stored.
+    """
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():

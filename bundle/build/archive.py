@@ -42,7 +42,8 @@ class Archive:
 @dataclass(frozen=True)
 class Stage:
     """What an archive is made of, laid out as a worker will see it: a TorchScript file, a model-config.yaml, and a
-    folder of everything else."""
+    folder of everything else.
+    """
 
     module: Path
     config: Path
@@ -81,7 +82,8 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
 
 def is_current(record: Path, content: str, signer: str) -> bool:
     """Whether an archive was built of this content, and signed with this key. Who has no key (signer "") keeps what
-    others have signed."""
+    others have signed.
+    """
     recorded = record.read_text().split(" ") if record.is_file() else []
     return recorded[:1] == [content] and (not signer or recorded[1:] == [signer])
 

@@ -1,5 +1,6 @@
 """The bill of materials of what serves, as CycloneDX has it: the Python packages, the Java libraries inside
-TorchServe's jar, and the Java runtime."""
+TorchServe's jar, and the Java runtime.
+"""
 
 import re
 import zipfile
@@ -81,7 +82,8 @@ def pinned() -> dict[str, str]:
 
 def python_packages() -> dict[str, set[str]]:
     """What is pinned, and what that brings (CUDA, with torch from PyPI): the names of the packages, each with those
-    that it asks for on this machine."""
+    that it asks for on this machine.
+    """
     found: dict[str, set[str]] = {name: set() for name in pinned()}
     wanted = [Requirement(name) for name in found]
     seen = set()
@@ -110,7 +112,8 @@ def required_by(wanted: Requirement) -> list[Requirement]:
 
 def python_component(name: str) -> Component:
     """In the version that is installed; what is pinned and not installed (the Java runtime, on a machine that has one)
-    in the one that is pinned."""
+    in the one that is pinned.
+    """
     installed = installed_version(name)
     version, source = (installed, "installed") if installed else (pinned()[name], "pinned, not installed here")
     return Component(
@@ -132,7 +135,8 @@ def installed_version(name: str) -> str | None:
 
 def jar_file() -> Path:
     """Raises:
-    BundleError: TorchServe is not installed."""
+    BundleError: TorchServe is not installed.
+    """
     try:
         return Path(str(distribution("torchserve").locate_file("ts/frontend/model-server.jar")))
     except PackageNotFoundError as exc:

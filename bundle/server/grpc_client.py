@@ -1,9 +1,12 @@
 """Predictions over gRPC, as `POST /predictions/<model>` over HTTP."""
 
 import functools
+import sys
 from types import ModuleType
 
 import grpc
+
+from bundle.paths import ROOT
 
 _OPTIONS = [
     # a gRPC client's own limit is 4 MiB; the server's is in config.properties
@@ -64,4 +67,6 @@ def _call(address: str, method: str, request, timeout: float, metadata: list[tup
 @functools.cache
 def _stubs() -> tuple[ModuleType, ModuleType]:
     """Compile the proto file in memory at the first call, so that no generated code can differ from it."""
+    if str(ROOT) not in sys.path:  # where grpcio-tools looks for the file; the command `bundle` runs in any folder
+        sys.path.append(str(ROOT))
     return grpc.protos_and_services("bundle/proto/inference.proto")

@@ -20,8 +20,7 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "tuning", "font.family": "sans-
 def draw(
     title: str, points: list[Point], current: Candidate, best: Candidate, target: float, formats: tuple[str, ...]
 ) -> dict[str, bytes]:
-    """
-    Args:
+    """Args:
         points: one for each candidate and concurrency.
         target: of the 99th percentile (s).
         formats: svg, png.

@@ -65,10 +65,9 @@ def meets(load: Load, target: float) -> bool:
 
 
 def score(loads: dict[int, Load], target: float) -> Score:
-    """
-    Args:
-        loads: by concurrency.
-        target: seconds.
+    """Args:
+    loads: by concurrency.
+    target: seconds.
     """
     within = {concurrency: load for concurrency, load in loads.items() if meets(load, target)}
     if within:
@@ -81,7 +80,8 @@ def score(loads: dict[int, Load], target: float) -> Score:
 
 def climb(measure: Callable[[int], Load], rungs: Iterable[int], target: float) -> dict[int, Load]:
     """Raises the load until requests fail, or take too long, which more of them only would longer, or until it has
-    brought nothing twice in a row. Where even the lowest is too much, lowers it."""
+    brought nothing twice in a row. Where even the lowest is too much, lowers it.
+    """
     loads = {}
     best = in_vain = 0
     for concurrency in rungs:
@@ -105,8 +105,7 @@ def rising(concurrency: int) -> list[int]:
 
 
 def halve(field: Sequence[Candidate], judge: Judge, neighbours: Neighbours = lambda leader: []) -> list[Candidate]:
-    """
-    Args:
+    """Args:
         field: who takes part.
         judge: measures a field, given the number of the round, from 1, and how many rounds are left with this one, the
             final included. Whom it leaves out drops out.
@@ -174,12 +173,11 @@ def middle(loads: Sequence[Load]) -> Load:
 
 @dataclass(frozen=True)
 class Verdict:
-    """
-    Attributes:
-        best: the finalist with the highest score.
-        scores: of all finalists, by their medians.
-        replaces: whether it takes the place of the current settings.
-        reason: why, or why not.
+    """Attributes:
+    best: the finalist with the highest score.
+    scores: of all finalists, by their medians.
+    replaces: whether it takes the place of the current settings.
+    reason: why, or why not.
     """
 
     best: Candidate
@@ -191,11 +189,10 @@ class Verdict:
 def decide(
     final: dict[Candidate, list[dict[int, Load]]], steady: dict[Candidate, Load], current: Candidate, target: float
 ) -> Verdict:
-    """
-    Args:
-        final: of each finalist, the loads by concurrency, in each repeat.
-        steady: of each finalist, requests at random times, at `UTILISATION` of its throughput. Clients that wait for
-            their answers fill batches in step, which others do not: who is late here has no throughput.
+    """Args:
+    final: of each finalist, the loads by concurrency, in each repeat.
+    steady: of each finalist, requests at random times, at `UTILISATION` of its throughput. Clients that wait for
+        their answers fill batches in step, which others do not: who is late here has no throughput.
     """
     scores = {candidate: score(medians(repeats), target) for candidate, repeats in final.items()}
     for candidate, load in steady.items():

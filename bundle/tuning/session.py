@@ -144,7 +144,8 @@ def drawing() -> Callable:
 
 def changes(folder: ModelFolder, current: Candidate, best: Candidate) -> dict:
     """Return what to change in model-config.yaml. `maxWorkers` is the limit up to which the management API may scale:
-    it is raised where it must be."""
+    it is raised where it must be.
+    """
     now = settings_of(current)
     wanted = {keys: value for keys, value in settings_of(best).items() if value != now[keys]}
     most = int(folder.config.get("maxWorkers") or 1)

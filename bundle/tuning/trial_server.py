@@ -100,7 +100,8 @@ class Service:
 
 def joined(loads: list[Load]) -> Load:
     """The loads of several inputs, as of one that asks for each of them equally often. The percentiles are those of the
-    slowest input: what all of them stay within."""
+    slowest input: what all of them stay within.
+    """
     return Load(
         seconds=sum(load.seconds for load in loads),
         answered=sum(load.answered for load in loads),
@@ -224,7 +225,8 @@ class Bench:
 
 def variant(archive: Path, target: Path, candidate: Candidate, precision: str | list[str]) -> None:
     """A copy of an archive with the candidate's settings, which stand above those of the registration, in the given
-    precision. It keeps no answers: the same few inputs come again and again."""
+    precision. It keeps no answers: the same few inputs come again and again.
+    """
     values = mar.config(archive)
     for keys, value in (settings_of(candidate) | {("handler", "precision"): precision}).items():
         put(values, keys, value)

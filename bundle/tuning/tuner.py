@@ -38,9 +38,8 @@ RUNG_OVERHEAD = 0.4  # seconds: wrk's start, and the last answers
 
 
 def check_precisions(names: list[str], current: str, folder: ModelFolder, archive: Path) -> None:
-    """
-    Raises:
-        BundleError: the archive cannot be served in one of them, or must not.
+    """Raises:
+    BundleError: the archive cannot be served in one of them, or must not.
     """
     if "int8" in names and INT8_NAME not in mar.names(archive):
         raise BundleError(f"{folder.name} has no int8 module. Ask for one in its {CONFIG_NAME}: bundle: int8: true")
@@ -86,7 +85,8 @@ def on_gpu() -> bool:
 
 def cores() -> int:
     """Of this process: physical ones, for two threads on one core's halves get in each other's way; in a container, no
-    more than its share of processor time."""
+    more than its share of processor time.
+    """
     usable = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or os.cpu_count() or 1)
     return max(1, min(usable, round(quota(CPU_QUOTA))))
 
@@ -140,9 +140,8 @@ class Tuning:
         self.timeout = max(10.0, 2 * target)
 
     def run(self) -> Verdict:
-        """
-        Raises:
-            BundleError: the current settings cannot be served, or nothing reaches the target.
+        """Raises:
+        BundleError: the current settings cannot be served, or nothing reaches the target.
         """
         field = self.field()
         self.finals(search.halve(field, self.judge, lambda leader: neighbours(self.candidates, leader)))

@@ -64,7 +64,8 @@ TO_WRITE = """{handler} must define `{method}`. The least that a handler writes:
 
 class BatchHandler(BaseHandler):
     """Serves a TorchScript module. A subclass declares `Inputs`, fills in `decode`, `example` and `encode`, and
-    overrides whatever else differs."""
+    overrides whatever else differs.
+    """
 
     Settings: type[settings.Settings] = settings.Settings
     Inputs: type[inputs.Inputs] = inputs.Inputs

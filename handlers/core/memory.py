@@ -43,6 +43,7 @@ def trim() -> None:
 
 def settle() -> None:
     """Takes all that is there now for permanent: a full collection would walk the hundred thousands of objects that
-    importing torch makes, for 0.2 s, in a request's way."""
+    importing torch makes, for 0.2 s, in a request's way.
+    """
     gc.collect()
     gc.freeze()

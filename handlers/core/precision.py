@@ -139,7 +139,8 @@ def freeze(
 
 def relative_error(actual: Outputs, expected: Outputs) -> float:
     """Return the norm of the difference, as a share of the norm: the largest of the floating-point tensors; infinite
-    where a number is not finite, or where the outputs differ in their shapes."""
+    where a number is not finite, or where the outputs differ in their shapes.
+    """
     pairs = list(zip_longest(tensors(actual), tensors(expected)))
     if any(one is None or other is None or one.shape != other.shape for one, other in pairs):
         return float("inf")

@@ -19,6 +19,7 @@ INGREDIENTS = (
 @functools.cache
 def made() -> Path:
     """Return the folder of the inputs and of the model of the photographs. Each version of their ingredients has its
-    own."""
+    own.
+    """
     contents = b"".join((ROOT / file).read_bytes() for file in INGREDIENTS)
     return WORK / f"made-{hashlib.sha256(contents).hexdigest()[:8]}"

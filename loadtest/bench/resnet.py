@@ -83,7 +83,8 @@ def fit() -> None:
 
 def add() -> None:
     """`make add-model NAME=resnet18 SERIALIZED=model.pt LABELS=labels.json SAMPLE=photo.jpg`, in folders of its own;
-    then examples for int8, and settings for a model that has the machine to itself."""
+    then examples for int8, and settings for a model that has the machine to itself.
+    """
     from bundle.build.add_model import NewModel, add_model  # what the peers need not import
     from bundle.catalog import CONFIG_NAME
 

@@ -89,13 +89,12 @@ class Limit:
 
 @dataclass
 class Results:
-    """
-    Attributes:
-        about: machine, date and commit, in words.
-        seconds: of each run of the load generator.
-        warm_up: seconds of load before the first of them, for each system.
-        versions: of every system that was asked for.
-        limits: case -> "pipeline" or "handler" -> Limit.
+    """Attributes:
+    about: machine, date and commit, in words.
+    seconds: of each run of the load generator.
+    warm_up: seconds of load before the first of them, for each system.
+    versions: of every system that was asked for.
+    limits: case -> "pipeline" or "handler" -> Limit.
     """
 
     about: dict[str, str]
@@ -122,9 +121,8 @@ class Results:
 
     @staticmethod
     def read(file: Path) -> "Results":
-        """
-        Raises:
-            BundleError: there is none, or it is of another form.
+        """Raises:
+        BundleError: there is none, or it is of another form.
         """
         if not file.is_file():
             raise BundleError(f"There are no results in {file}. Measure first: make bench")

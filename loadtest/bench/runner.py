@@ -147,7 +147,8 @@ class Runner:
 
     def visit(self, system: System, case: Case, round_: int) -> None:
         """Every number of clients, and the open loop at a share of the best throughput that was reached without many
-        failures."""
+        failures.
+        """
         where = f"{case.name}: {system.name}, round {round_}"
         self.progress.doing(f"{where}: start")
         with system.serve(case) as endpoint:

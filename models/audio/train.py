@@ -96,7 +96,7 @@ def uniform(rows: int, low: float, high: float) -> Tensor:
 
 
 def some(rows: int, share: float) -> Tensor:
-    """bool [rows, 1], true for about `share` of them."""
+    """Bool [rows, 1], true for about `share` of them."""
     return torch.rand(rows, 1) < share
 
 

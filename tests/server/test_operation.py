@@ -119,6 +119,16 @@ def test_predict_from_the_command_line(served):
     assert "not an image" in wrong.stderr
 
 
+@pytest.mark.parametrize("arguments", [["status"], ["predict", "mnist"], ["predict", "mnist", "--grpc"]])
+def test_the_command_works_in_any_folder(served, tmp_path: Path, arguments: list[str]):
+    script = Path(sys.executable).parent / "bundle"
+    done = subprocess.run(
+        [script, *arguments], cwd=tmp_path, env=served.environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mnist" in done.stdout or json.loads(done.stdout)["top_3_classes"][0] == 3
+
+
 def test_nothing_runs(place):
     assert place.bundle("status").returncode == 3
     assert "not running" in place.bundle("stop").stdout

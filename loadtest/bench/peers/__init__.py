@@ -30,7 +30,8 @@ class Task:
 
 def task() -> Task:
     """What the command line says, and at least what leaves batching on: two requests (LitServe, BentoML), 1 ms
-    (MLServer)."""
+    (MLServer).
+    """
     port, case, batch_size, delay = sys.argv[1:]
     return Task(int(port), case, max(2, int(batch_size)), max(1, int(delay)) / 1000)
 
