@@ -1,9 +1,9 @@
-"""What is not in the store, not what was built, or not signed by whom it should, never runs: not at a start, not at a
-rollout, and not by registration, over which the bundle has no say but through the workers.
+"""Registration through the management API: changed, unsigned and foreign archives never run.
 
-TorchServe unpacks what it is given before a worker starts, and answers a registration when its workers are up or have
-failed. So a refusal by the workers' guard is an answer of 500, or no READY worker where nobody waits; either way none
-of the archive's code runs, and the log says why.
+TorchServe handles a registration without the bundle: it unpacks the archive, and answers when its workers are READY or
+have failed. The guard that starts each worker checks the unpacked archive. If it refuses the archive, none of its code
+runs, the log has the reason, and TorchServe answers 500. (If the registration did not wait for workers, it is answered
+200, and none becomes READY.) test_archive_starts.py has the same checks for `serve`, `run` and `rollout`.
 """
 
 import http.server
@@ -24,12 +24,12 @@ from bundle.catalog import select
 from bundle.samples import first
 from bundle.server.readiness import worker_failure
 from tests.altered import REFUSED, another_handler, every_refusal, leaves_a_mark
-from tests.server.conftest import Place
+from tests.server.place import Place
 from tests.support import wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
-LOGGED = 20  # seconds: TorchServe writes its logs in the background
+LOGGED = 20  # seconds, because TorchServe writes its logs in the background
 
 
 @pytest.fixture
@@ -37,26 +37,22 @@ def store(good: Path) -> Path:
     return good.parent
 
 
-def logs_of(place: Place) -> Path:
-    return Path(place.environment["RUN_DIR"]) / "logs"
-
-
 def register(place: Place, url: str, name: str = "elsewhere", api: str = "models", **options: str) -> requests.Response:
     named = {"url": url, "model_name" if api == "models" else "workflow_name": name, "synchronous": "true"}
     return requests.post(f"{place.client.management}/{api}", params=named | options, timeout=300)
 
 
-# --- where archives come from --------------------------------------------------------------------------------------
+# --- sources of archives -------------------------------------------------------------------------------------------
 
 
 class Elsewhere(http.server.BaseHTTPRequestHandler):
-    """Sends whoever asks for /redirect to the archive, and counts who came."""
+    """Serve the archive, redirect /redirect to it, and record the requested paths."""
 
-    asked: list[str] = []
+    requested: list[str] = []
     archive: Path
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         self.send_response(302 if "redirect" in self.path else 200)
         if "redirect" in self.path:
             self.send_header("Location", "/mnist.mar")
@@ -93,67 +89,72 @@ def elsewhere(good: Path) -> Iterator[str]:
         "nowhere.{kind}",
     ],
 )
-def test_archives_come_from_the_store_alone(trusting, good, elsewhere, tmp_path, url: str, api: str):
-    """TorchServe refuses each itself (404), and asks nobody for it."""
+def test_register_archive_outside_the_store_is_404_and_fetches_nothing(trusting, good, elsewhere, url: str, api: str):
     kind = {"models": "mar", "workflows": "war"}[api]
     outside = good.parents[1] / "outside"
     outside.mkdir(exist_ok=True)
     shutil.copy(good, outside / f"other.{kind}")
-    Elsewhere.asked.clear()
-    asked = register(trusting, url.format(elsewhere=elsewhere, outside=outside, kind=kind), api=api)
-    assert asked.status_code == 404, asked.text
-    assert not Elsewhere.asked
+    Elsewhere.requested.clear()
+    registered = register(trusting, url.format(elsewhere=elsewhere, outside=outside, kind=kind), api=api)
+    assert registered.status_code == 404, registered.text
+    assert not Elsewhere.requested
     assert list(good.parent.glob("other*")) == []
 
 
-def fails_with(place: Place, model: str, text: str) -> None:
-    """Waits until the log says that a worker of the model does."""
-    wait_for(lambda: text in str(worker_failure(logs_of(place), model)), LOGGED)
+def wait_for_failure(place: Place, model: str, text: str) -> None:
+    """Wait until the log has a failure of one of the model's workers with this text."""
+    wait_for(lambda: text in str(worker_failure(place.logs, model)), LOGGED)
 
 
 @pytest.mark.parametrize("where", ["outside", "in the store"])
-def test_a_folder_never_runs(trusting: Place, good: Path, store: Path, tmp_path: Path, where: str):
-    """TorchServe takes any folder of the machine by its absolute path, and one in the store by its name, without a look
-    at `allowed_urls`; no worker starts in it, not even if it is what was signed."""
+def test_register_folder_starts_no_worker(trusting: Place, good: Path, store: Path, tmp_path: Path, where: str):
+    """Refuse a folder even if it holds exactly what was signed.
+
+    TorchServe accepts any absolute path of a folder, and the name of a folder in the store. It ignores `allowed_urls`.
+    """
     folder = mar.unpack(good, tmp_path / "other" if where == "outside" else store / "other")
-    asked = register(trusting, str(folder) if where == "outside" else "other")
-    assert asked.status_code == 500, asked.text
-    fails_with(trusting, "elsewhere", f"{folder} is refused: it did not come out of an archive of the model store")
+    registered = register(trusting, str(folder) if where == "outside" else "other")
+    assert registered.status_code == 500, registered.text
+    wait_for_failure(
+        trusting, "elsewhere", f"{folder} is refused: it did not come out of an archive of the model store"
+    )
 
 
-def test_a_folder_brings_no_python_of_its_own(trusting: Place, good: Path, tmp_path: Path):
-    """With `useVenv`, TorchServe starts workers with venv/bin/python beside the model's folder; here that is the
-    folder's own, because of its name. It first has a venv made by the Python that it knows, the guard, and answers 400.
-    It keeps the name registered, without a worker."""
+def test_register_folder_with_its_own_python_never_runs_it(trusting: Place, good: Path, tmp_path: Path):
+    """Answer 400, and keep the model registered without a worker.
+
+    With `useVenv`, TorchServe starts workers with venv/bin/python in the parent of the model's folder. The folder here
+    is named `venv`, so that this Python is one of its own files. But TorchServe first creates the venv with the Python
+    that it is configured with, which is the guard, and that fails.
+    """
     folder = mar.unpack(good, tmp_path / "venv")
     config = folder / "model-config.yaml"
     config.write_text(f"useVenv: true\n{config.read_text()}")
     (folder / "bin").mkdir()
     (folder / "bin" / "python").write_text(f"#!/bin/sh\ntouch {tmp_path / 'mark'}\n")
     (folder / "bin" / "python").chmod(0o755)
-    asked = register(trusting, str(folder))
-    assert asked.status_code == 400, asked.text
+    registered = register(trusting, str(folder))
+    assert registered.status_code == 400, registered.text
     assert trusting.client.workers("elsewhere").ready == 0
     trusting.client.unregister("elsewhere", "1.0")
-    wait_for(lambda: "none are installed for it" in (logs_of(trusting) / "ts_log.log").read_text(), LOGGED)
+    wait_for(lambda: "none are installed for it" in (trusting.logs / "ts_log.log").read_text(), LOGGED)
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_registration_names_no_handler_elsewhere(trusting: Place, tmp_path: Path):
-    """TorchServe puts the folder of a handler that a registration names at the head of the worker's PYTHONPATH."""
+def test_register_with_a_handler_outside_the_archive_never_runs_it(trusting: Place, tmp_path: Path):
+    """TorchServe puts the folder of the named handler first on the worker's PYTHONPATH."""
     for name in ("other.py", "sitecustomize.py"):
         (tmp_path / name).write_bytes(leaves_a_mark(tmp_path / "mark"))
-    asked = register(trusting, "mnist.mar", handler=f"{tmp_path}/other.py:handle")
-    assert asked.status_code == 500, asked.text
+    registered = register(trusting, "mnist.mar", handler=f"{tmp_path}/other.py:handle")
+    assert registered.status_code == 500, registered.text
     assert not (tmp_path / "mark").exists()
 
 
-# --- what is in them -----------------------------------------------------------------------------------------------
+# --- contents of archives ------------------------------------------------------------------------------------------
 
 
-def test_what_was_signed_is_served(trusting: Place, good: Path):
-    """And registered again, over HTTP, whatever Python is asked for; nothing is left in the workers' folders that would
-    be refused at their next start."""
+def test_register_signed_archive_with_either_runtime_is_served_and_scales(trusting: Place, good: Path):
+    """Workers leave no file in their folder that the guard refuses at their next start."""
     for runtime in ("python", "python3"):
         assert register(trusting, "mnist.mar", runtime=runtime).status_code == 200
         trusting.client.scale("elsewhere", "1.0", 3, 3)
@@ -163,38 +164,37 @@ def test_what_was_signed_is_served(trusting: Place, good: Path):
 
 
 @every_refusal
-def test_a_registration_is_refused(trusting: Place, good: Path, store: Path, wrong: Callable[[Path, Path], Path]):
-    """TorchServe unpacks the archive and answers 500, because its worker does not start."""
+def test_register_refused_archive_is_500(trusting: Place, good: Path, store: Path, wrong: Callable[[Path, Path], Path]):
     wrong(good, store / "other.mar")
     for options in ({}, {"runtime": "python3"}):
-        asked = register(trusting, "other.mar", wrong.__name__, **options)
-        assert asked.status_code == 500, asked.text
-    started = f"A worker of {wrong.__name__} failed: BundleError: The unpacked archive is refused: "
-    fails_with(trusting, wrong.__name__, started)
-    assert REFUSED[wrong] in str(worker_failure(logs_of(trusting), wrong.__name__))
+        registered = register(trusting, "other.mar", wrong.__name__, **options)
+        assert registered.status_code == 500, registered.text
+    failure = f"A worker of {wrong.__name__} failed: BundleError: The unpacked archive is refused: "
+    wait_for_failure(trusting, wrong.__name__, failure)
+    assert REFUSED[wrong] in str(worker_failure(trusting.logs, wrong.__name__))
     assert not (store / "mark").exists()
 
 
-def test_a_registration_that_nobody_waits_for_is_refused(trusting: Place, good: Path, store: Path):
-    """TorchServe answers 200 where no worker is asked for at first; later none becomes READY."""
+def test_register_refused_archive_without_workers_never_becomes_ready(trusting: Place, good: Path, store: Path):
+    """TorchServe answers 200, because it starts no worker. After a scaling, no worker becomes READY."""
     another_handler(good, store / "other.mar")
-    without_workers = reversioned_config(store / "other.mar")
+    without_workers = without_worker_counts(store / "other.mar")
     assert register(trusting, without_workers.name, "later", initial_workers="0").status_code == 200
     trusting.client.scale("later", "1.0", 1, 1)
-    wait_for(lambda: worker_failure(logs_of(trusting), "later"))
+    wait_for(lambda: worker_failure(trusting.logs, "later"))
     assert trusting.client.workers("later").ready == 0
     assert not (store / "mark").exists()
     trusting.client.unregister("later", "1.0")
 
 
-def reversioned_config(archive: Path) -> Path:
-    """The same without `minWorkers`, which would stand above what a registration says."""
+def without_worker_counts(archive: Path) -> Path:
+    """Write a copy without `minWorkers` and `maxWorkers`, which override the numbers in a registration."""
     lines = mar.read(archive, "model-config.yaml").decode().splitlines()
     kept = "\n".join(line for line in lines if not line.startswith(("minWorkers", "maxWorkers")))
-    return mar.rewrite(archive, archive.with_name("patient.mar"), {"model-config.yaml": kept.encode()})
+    return mar.rewrite(archive, archive.with_name("no-counts.mar"), {"model-config.yaml": kept.encode()})
 
 
-def test_a_registration_over_grpc_is_refused(trusting: Place, good: Path, store: Path):
+def test_register_refused_archive_over_grpc_is_an_internal_error(trusting: Place, good: Path, store: Path):
     another_handler(good, store / "other.mar")
     method = "/org.pytorch.serve.grpc.management.ManagementAPIsService/RegisterModel"
     # RegisterModelRequest: initial_workers = 3, model_name = 5, synchronous = 8, url = 9
@@ -203,12 +203,12 @@ def test_a_registration_over_grpc_is_refused(trusting: Place, good: Path, store:
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary(method)(request, timeout=120)
     assert refused.value.code() == grpc.StatusCode.INTERNAL
-    fails_with(trusting, "by_grpc", "'mnist.py' was changed")
+    wait_for_failure(trusting, "by_grpc", "'mnist.py' was changed")
     assert not (store / "mark").exists()
 
 
-def test_a_workflow_runs_no_functions_that_nobody_signed(trusting: Place, store: Path):
-    """TorchServe takes a workflow's archive out of the store by name, and starts workers for the functions in it."""
+def test_register_unsigned_workflow_never_runs_its_functions(trusting: Place, store: Path):
+    """TorchServe reads a workflow's archive from the store, and starts workers for the functions in it."""
     manifest = {"createdOn": "today", "archiverVersion": "1"}
     manifest["workflow"] = {"workflowName": "flow", "specFile": "flow.yaml", "handler": "flow.py"}
     spec = "models:\n  min-workers: 1\n  digit:\n    url: mnist.mar\ndag:\n  before: [digit]\n"
@@ -216,29 +216,29 @@ def test_a_workflow_runs_no_functions_that_nobody_signed(trusting: Place, store:
         war.writestr("WAR-INF/MANIFEST.json", json.dumps(manifest))
         war.writestr("flow.yaml", spec)
         war.writestr("flow.py", leaves_a_mark(store / "mark").replace(b"handle", b"before"))
-    asked = register(trusting, "flow.war", "flow", api="workflows")
-    assert asked.status_code == 500, asked.text
+    registered = register(trusting, "flow.war", "flow", api="workflows")
+    assert registered.status_code == 500, registered.text
 
-    def said() -> bool:
-        lines = (logs_of(trusting) / "model_log.log").read_text().splitlines()
+    def is_logged() -> bool:
+        lines = (trusting.logs / "model_log.log").read_text().splitlines()
         return any("-flow__before_" in line and "it is not signed" in line for line in lines)
 
-    wait_for(said, LOGGED)
+    wait_for(is_logged, LOGGED)
     assert not (store / "mark").exists()
 
 
-def test_a_member_that_leads_out_of_its_folder(trusting: Place, good: Path, store: Path):
-    """TorchServe itself refuses the archive while it unpacks it (500): nothing is written outside."""
+def test_register_archive_with_a_climbing_member_writes_nothing_outside(trusting: Place, good: Path, store: Path):
+    """TorchServe itself refuses the archive while it unpacks it."""
     mar.rewrite(good, store / "other.mar", {"../escaped.txt": b""})
-    asked = register(trusting, "other.mar")
-    assert asked.status_code == 500, asked.text
-    temporary = Path(json.loads((Path(trusting.environment["RUN_DIR"]) / "server.json").read_text())["temporary"])
+    registered = register(trusting, "other.mar")
+    assert registered.status_code == 500, registered.text
+    temporary = Path(trusting.record()["temporary"])
     assert not list(temporary.rglob("escaped.txt"))
     assert not list(temporary.parent.glob("escaped.txt"))
 
 
-def test_a_member_that_is_a_link(trusting: Place, good: Path, store: Path, key: Path, tmp_path: Path):
-    """TorchServe unpacks it as a file that holds the link's target: nothing outside is reached. No bundle signs it."""
+def test_archive_with_a_link_is_refused(trusting: Place, good: Path, store: Path, tmp_path: Path):
+    """TorchServe unpacks a link as a file with the link's target as its text, so it reaches nothing outside."""
     (tmp_path / "outside.py").write_bytes(leaves_a_mark(tmp_path / "mark"))
     link = zipfile.ZipInfo("mnist.py")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -246,21 +246,20 @@ def test_a_member_that_is_a_link(trusting: Place, good: Path, store: Path, key: 
     with zipfile.ZipFile(store / "other.mar", "a") as new:
         new.writestr(link, str(tmp_path / "outside.py"))
     assert register(trusting, "other.mar", "linked").status_code == 500
-    fails_with(trusting, "linked", "'mnist.py' was changed")
+    wait_for_failure(trusting, "linked", "'mnist.py' was changed")
     assert not (tmp_path / "mark").exists()
     rolled = trusting.bundle("rollout", "mnist", "--archive", str(store / "other.mar"))
     assert rolled.returncode == 1
     assert "other.mar is refused: 'mnist.py' is a link" in rolled.stderr
 
 
-def test_what_changes_after_it_was_unpacked_is_refused(trusting: Place, tmp_path: Path):
-    """A worker that starts later looks again."""
+def test_worker_started_after_its_folder_changed_is_refused(trusting: Place, tmp_path: Path):
     assert register(trusting, "mnist.mar", "victim").status_code == 200
     pid = trusting.client.describe("victim")["workers"][0]["pid"]
     folder = Path(f"/proc/{pid}/cwd").readlink()
     (folder / "mnist.py").write_bytes(leaves_a_mark(tmp_path / "mark"))
     ready = trusting.client.workers("victim").ready
     trusting.client.scale("victim", "1.0", ready + 1, ready + 1)
-    fails_with(trusting, "victim", "'mnist.py' was changed")
+    wait_for_failure(trusting, "victim", "'mnist.py' was changed")
     assert not (tmp_path / "mark").exists()
     trusting.client.unregister("victim", "1.0")

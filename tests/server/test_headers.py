@@ -1,4 +1,4 @@
-"""Which headers are believed on the bare port: TorchServe's own, and a proxy's where the server is told of one."""
+"""Headers that clients cannot forge: TorchServe's `describe` and `explain`, and a proxy's X-Request-Start."""
 
 import re
 import time
@@ -11,7 +11,7 @@ import requests
 
 from bundle.catalog import select
 from bundle.server import grpc_client
-from tests.server.conftest import Place, serving
+from tests.server.place import Place, serving
 from tests.support import wait_for
 
 [MNIST] = select(["mnist"])
@@ -32,7 +32,7 @@ ROUTES = (
 
 
 def send(url: str, path: str, headers: list[tuple[str, str]], body: bytes, method: str = "POST") -> tuple[int, str]:
-    """Send headers with repetitions and in the case in which they are written, as no client library does."""
+    """Send repeated headers, and send names in the given case. Client libraries do neither."""
     connection = HTTPConnection(urlsplit(url).netloc, timeout=30)
     try:
         connection.putrequest(method, path, skip_accept_encoding=True)
@@ -51,13 +51,13 @@ def assert_undescribed(answer: str) -> None:
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_clients_describe_or_explain_header_leaves_a_prediction(served, name, value):
+def test_prediction_with_a_describe_or_explain_header_stays_a_prediction(served, name, value):
     status, answer = send(served.client.inference, "/predictions/mnist", [(name, value)], DIGIT)
     assert (status, '"top_3_classes": [3' in answer) == (200, True), answer
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_every_route_ignores_a_clients_describe_header(served, path):
+def test_every_route_with_a_describe_header_predicts(served, path):
     sent = [("Describe", "True"), ("describe", "True"), ("Explain", "True")]
     status, answer = send(served.client.inference, path, sent, DIGIT)
     assert (status, '"top_3_classes": [3' in answer) == (200, True), answer
@@ -69,15 +69,15 @@ def test_every_route_ignores_a_clients_describe_header(served, path):
     [
         [("Content-Type", FORM)],
         [("content-type", "multipart/form-data; boundary=b")],
-        # the worker sees the last of those with one spelling, the frontend goes by the first
+        # of several, the frontend reads the first; the worker gets the last of each spelling
         [("Content-Type", FORM), ("Content-Type", "")],
         [("Content-Type", FORM), ("Content-Type", "application/json")],
         [("CONTENT-TYPE", FORM), ("Content-Type", "text/plain")],
     ],
     ids=str,
 )
-def test_a_form_without_fields_is_no_description(served, path, content_type):
-    """Its row is empty, as that of TorchServe's own request for a description is."""
+def test_form_without_fields_is_rejected_and_not_described(served, path, content_type):
+    """Its row is empty, like the row of TorchServe's own request for a description."""
     body = b"--b--\r\n" if "multipart" in content_type[0][1] else b""
     status, answer = send(served.client.inference, path, [("describe", "True"), *content_type], body)
     assert status == 400, answer
@@ -85,21 +85,21 @@ def test_a_form_without_fields_is_no_description(served, path, content_type):
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
-def test_an_empty_body_is_no_description(served, method):
+def test_empty_body_is_rejected_and_not_described(served, method):
     status, answer = send(served.client.inference, "/predictions/mnist", [("describe", "True")], b"", method)
     assert (status, "EmptyInput" in answer) == (400, True), answer
     assert_undescribed(answer)
 
 
 @pytest.mark.parametrize("headers", [{}, {"Explain": "False"}, {"explain": "False", "Describe": "True"}], ids=str)
-def test_explanations_are_seen_as_such_whatever_the_client_says(served, headers):
+def test_explanation_with_any_client_headers_stays_an_explanation(served, headers):
     answer = requests.post(f"{served.client.inference}/explanations/mnist", data=DIGIT, headers=headers, timeout=30)
     assert (answer.status_code, answer.json()["type"]) == (400, "UnsupportedOperation")
 
 
 @pytest.mark.parametrize("path", ["/models/mnist", "/models/mnist/1.0"])
 @pytest.mark.parametrize("headers", [{}, {"describe": "False", "Describe": "False", "explain": "True"}], ids=str)
-def test_management_describes_whatever_the_client_says(served, path, headers):
+def test_description_with_any_client_headers_stays_a_description(served, path, headers):
     url = f"{served.client.management}{path}"
     [described] = requests.get(url, params={"customized": "true"}, headers=headers, timeout=30).json()
     assert described["customizedMetadata"].keys() >= {"handler", "settings", "labels"}
@@ -110,27 +110,27 @@ def call_grpc(port: int, method: str, message: bytes, metadata: tuple[tuple[str,
         return channel.unary_unary(method)(message, timeout=30, metadata=metadata)
 
 
-def test_management_describes_over_grpc(served):
+def test_description_over_grpc_has_the_settings(served):
     message = b"\x0a\x05mnist\x18\x01"  # model_name, customized
     assert b'"settings"' in call_grpc(served.ports["grpc_management_port"], DESCRIBE_MODEL, message)
 
 
-def test_grpc_metadata_and_inputs_leave_a_prediction(served):
-    """Metadata never reaches a worker; an input's name does, and is a field like any other."""
+def test_grpc_prediction_with_describe_in_metadata_or_inputs_stays_a_prediction(served):
+    """Metadata never reaches a worker. The name of an input does, as the name of a field."""
     messages, _ = grpc_client._stubs()
     port, method = served.ports["grpc_inference_port"], PREDICTIONS
-    asked = messages.PredictionsRequest(model_name="mnist", input={"data": DIGIT}).SerializeToString()
-    assert b'"top_3_classes": [3' in call_grpc(port, method, asked, (("describe", "True"), ("explain", "True")))
+    request = messages.PredictionsRequest(model_name="mnist", input={"data": DIGIT}).SerializeToString()
+    assert b'"top_3_classes": [3' in call_grpc(port, method, request, (("describe", "True"), ("explain", "True")))
     for inputs in ({"describe": b"True"}, {"data": DIGIT, "describe": b"True"}, {}):
-        asked = messages.PredictionsRequest(model_name="mnist", input=inputs).SerializeToString()
-        assert_undescribed(call_grpc(port, method, asked, (("describe", "True"),)).decode("latin-1"))
+        request = messages.PredictionsRequest(model_name="mnist", input=inputs).SerializeToString()
+        assert_undescribed(call_grpc(port, method, request, (("describe", "True"),)).decode("latin-1"))
 
 
 # --- X-Request-Start -------------------------------------------------------------------------------------------------
 
 
 def queue_seconds(place: Place) -> float | None:
-    """Return what all batches waited together, or None if no wait was measured."""
+    """Return the total measured waiting time of all batches, or None if none was measured."""
     text = requests.get(f"{place.url('metrics_address')}/metrics", timeout=30).text
     found = re.search(r'^bundle_queue_seconds_sum{.*ModelName="mnist".*} (\S+)', text, re.MULTILINE)
     return float(found[1]) if found else None
@@ -143,7 +143,7 @@ def predict_late(place: Place) -> int:
     ).status_code
 
 
-def test_a_clients_arrival_is_not_counted_on_the_bare_port(served):
+def test_request_start_without_a_proxy_is_ignored(served):
     assert predict_late(served) == 200
     wait_for(
         lambda: "bundle_requests_total" in requests.get(f"{served.url('metrics_address')}/metrics", timeout=30).text
@@ -151,14 +151,14 @@ def test_a_clients_arrival_is_not_counted_on_the_bare_port(served):
     assert queue_seconds(served) is None
 
 
-def test_the_proxys_arrival_is_counted_where_the_server_is_told_of_a_proxy(place):
+def test_request_start_behind_a_proxy_is_measured(place):
     place.environment["BUNDLE_BEHIND_PROXY"] = "true"
     with serving(place, "mnist"):
         predict_late(place)
         wait_for(lambda: (queue_seconds(place) or 0) > 599)
 
 
-def test_an_invalid_setting_of_the_proxy_ends_nothing(served):
+def test_serve_with_an_invalid_proxy_setting_leaves_the_server_running(served):
     failed = served.bundle("serve", BUNDLE_BEHIND_PROXY="nginx")
     assert failed.returncode == 1
     assert "BUNDLE_BEHIND_PROXY is 'nginx', and must be true or false." in failed.stderr

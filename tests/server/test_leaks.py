@@ -1,4 +1,4 @@
-"""What a client is told of a failure, what the logs keep of a request, and what handlers see of the environment."""
+"""Error answers and logs hold no inputs, secrets or internals, and workers get no secrets."""
 
 import json
 import re
@@ -12,10 +12,10 @@ import pytest
 import requests
 
 from bundle import mar
-from bundle.paths import MODEL_STORE, ROOT
+from bundle.paths import ROOT
 from bundle.server.process import GUARDS
 from bundle.signing import UNSEALED, make_keys, seal
-from tests.server.conftest import Place, new_place, serving
+from tests.server.place import Place, new_place, serving
 
 MARKER = "m4rker-of-somebodys-input"
 VALUE = "v4lue-of-a-secret"
@@ -28,27 +28,24 @@ SECRETS = (
 )  # fmt: skip
 KEPT = {"TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "de"}
 JSON = {"Content-Type": "application/json"}
-# Paths, stack traces, and names of Java packages. TorchServe's `type` is a bare class name, ModelNotFoundException say.
-TELLTALE = re.compile(
+# Paths, stack traces, and names of Java packages. TorchServe's `type`, such as ModelNotFoundException, is allowed.
+INTERNALS = re.compile(
     r"Traceback|File \"|\.py\b|\.java\b|\bat [\w.$]+\(|\b(org|io|java|com)\.\w+\.|/(home|opt|tmp|usr|root|var)/"
 )
 
 
 @pytest.fixture(scope="module")
-def leaky(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A server full of secrets, with a text model and one whose handler has a bug."""
+def leaky(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A server with secrets in its environment, the text model, and a model whose handler has a bug."""
     folder = tmp_path_factory.mktemp("leaky")
-    place = new_place(folder / "run")
-    store = folder / "store"
-    store.mkdir()
-    for file in MODEL_STORE.glob("text.*"):
-        shutil.copy(file, store)
-    with_bug(MODEL_STORE / "text.mar", store / "buggy.mar")
+    store = shutil.copytree(archives, folder / "store")
+    place = new_place(folder / "run", store)
+    with_bug(store / "text.mar", store / "buggy.mar")
     private = folder / VALUE / "signing.key"
     public = shutil.copy(make_keys(private), folder / "trusted.pub")
     seal(store / "buggy.mar", private)
     keys = {"SIGNING_KEY": str(private), "TRUSTED_KEY": str(public)}
-    place.environment.update(dict.fromkeys(SECRETS, VALUE), **KEPT, TS_MODEL_STORE=str(store))
+    place.environment.update(dict.fromkeys(SECRETS, VALUE), **KEPT)
     place.environment.update(keys)
     with serving(place, "text"):
         place.client.register("buggy.mar", "buggy")
@@ -56,7 +53,7 @@ def leaky(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 
 def with_bug(archive: Path, target: Path) -> None:
-    """Write a copy whose handler raises, not sealed."""
+    """Write a copy whose handler raises an exception, without checksums."""
     handler = mar.manifest(archive)["handler"]
     bug = b"\n\ndef _broken(*_):\n    raise KeyError(__file__)\n\n\nTextHandler.decode = _broken\n"
     mar.rewrite(archive, target, {handler: mar.read(archive, handler) + bug} | UNSEALED)
@@ -90,20 +87,20 @@ def requests_that_fail() -> dict[str, tuple[str, str, dict]]:
 CASES = requests_that_fail()
 
 
-def assert_tells_nothing(place: Place, said: str) -> None:
-    assert MARKER not in said
-    assert VALUE not in said
-    assert not TELLTALE.search(said), said
-    for path in (str(ROOT), place.environment["RUN_DIR"], place.environment["TS_MODEL_STORE"], "site-packages"):
-        assert path not in said
+def assert_reveals_nothing(place: Place, answer: str) -> None:
+    assert MARKER not in answer
+    assert VALUE not in answer
+    assert not INTERNALS.search(answer), answer
+    for path in (str(ROOT), str(place.run_dir), str(place.store), "site-packages"):
+        assert path not in answer
 
 
 @pytest.mark.parametrize(("method", "path", "sent"), CASES.values(), ids=CASES)
-def test_answers_to_failing_predictions(leaky: Place, method, path, sent):
+def test_failing_prediction_reveals_nothing(leaky: Place, method, path, sent):
     answer = requests.request(method, leaky.client.inference + path, **sent, timeout=30)
     assert 400 <= answer.status_code < 600
     assert answer.json()["code"] == answer.status_code
-    assert_tells_nothing(leaky, answer.text + json.dumps(dict(answer.headers)))
+    assert_reveals_nothing(leaky, answer.text + json.dumps(dict(answer.headers)))
 
 
 @pytest.mark.parametrize(
@@ -122,10 +119,10 @@ def test_answers_to_failing_predictions(leaky: Place, method, path, sent):
         ("PATCH", "/models"),
     ],
 )
-def test_answers_to_failing_management(leaky: Place, method, path):
+def test_failing_management_request_reveals_nothing(leaky: Place, method, path):
     answer = requests.request(method, leaky.client.management + path, data=MARKER, timeout=30)
     assert 400 <= answer.status_code < 500
-    assert_tells_nothing(leaky, answer.text)
+    assert_reveals_nothing(leaky, answer.text)
 
 
 @pytest.mark.parametrize("address", ["inference_address", "management_address", "metrics_address"])
@@ -141,18 +138,18 @@ def test_answers_to_failing_management(leaky: Place, method, path):
     ],
     ids=["garbage", "chunk", "header", "long header", "long path", "HTTP/2"],
 )
-def test_answers_to_malformed_http(leaky: Place, address, sent):
-    said = b""
+def test_malformed_http_reveals_nothing(leaky: Place, address, sent):
+    answer = b""
     with socket.create_connection(("127.0.0.1", leaky.ports[address]), timeout=10) as connection:
         connection.sendall(sent.encode())
         connection.settimeout(2)
         try:
             while received := connection.recv(65536):
-                said += received
-        except OSError:  # it may close as it likes, or wait for more
+                answer += received
+        except OSError:  # the server closed the connection, or waits for more input
             pass
-    assert said.startswith(b"HTTP/1.1 ")
-    assert_tells_nothing(leaky, said.decode("latin-1"))
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert_reveals_nothing(leaky, answer.decode("latin-1"))
 
 
 @pytest.mark.parametrize(
@@ -166,15 +163,15 @@ def test_answers_to_malformed_http(leaky: Place, address, sent):
             "Bad string: '%zz'",
         ),
     ],
-    ids=["the name of a field", "the name of a model", "an escape that is none"],
+    ids=["name of a field", "name of a model", "invalid escape"],
 )
-def test_what_is_told_back_to_who_sent_it(leaky: Place, path, sent, echoed):
-    """Names, never values: SECURITY.md says so."""
+def test_error_message_repeats_names_to_their_sender(leaky: Place, path, sent, echoed):
+    """Messages repeat names, but never values: SECURITY.md says so."""
     assert echoed in requests.post(leaky.client.inference + path, **sent, timeout=30).json()["message"]
 
 
-def test_a_part_without_a_name_is_answered_with_an_exception_of_java(leaky: Place):
-    """TorchServe's own doing, on the bare port. It has names of Java classes, no path and nothing of the input."""
+def test_form_part_without_a_name_is_500_with_a_java_exception_but_no_input(leaky: Place):
+    """TorchServe's frontend answers this itself. The message has names of Java classes, but no path."""
     sent = {"data": f"--x\r\n\r\n{MARKER}", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
     answer = requests.post(f"{leaky.client.inference}/predictions/text", **sent, timeout=30)
     assert answer.status_code == 500
@@ -182,27 +179,26 @@ def test_a_part_without_a_name_is_answered_with_an_exception_of_java(leaky: Plac
     assert MARKER not in answer.text
 
 
-def test_logs_keep_no_inputs_and_no_secrets(leaky: Place):
+def test_logs_hold_no_inputs_and_no_secrets(leaky: Place):
     for method, path, sent in CASES.values():
         requests.request(method, leaky.client.inference + path, **sent, timeout=30)
     assert leaky.client.predict("text", MARKER.encode()).status_code == 200
-    logs = Path(leaky.environment["RUN_DIR"]) / "logs"
-    texts = {file.name: file.read_text(errors="replace") for file in logs.rglob("*") if file.is_file()}
+    texts = {file.name: file.read_text(errors="replace") for file in leaky.logs.rglob("*") if file.is_file()}
     assert {"ts_log.log", "model_log.log", "access_log.log"} <= texts.keys()
-    assert "KeyError" in texts["model_log.log"]  # the bug's traceback is there, and nowhere else
+    assert "KeyError" in texts["model_log.log"]  # the traceback of the bug
     assert '"POST /predictions/nonesuch HTTP/1.1" 404' in texts["access_log.log"]
     for name, text in texts.items():
         assert MARKER not in text, name
         assert VALUE not in text, name
 
 
-def test_secrets_are_kept_from_workers_and_from_torchserve(leaky: Place):
-    java = psutil.Process(json.loads((Path(leaky.environment["RUN_DIR"]) / "server.json").read_text())["pid"])
+def test_secrets_are_not_in_the_environment_of_workers_or_torchserve(leaky: Place):
+    java = psutil.Process(leaky.record()["pid"])
     workers = [psutil.Process(worker["pid"]) for worker in leaky.client.describe("text")["workers"]]
     for process in (java, *workers):
         environment = process.environ()
-        own = {"TS_KEYSTORE_PASS"} if process is java else set()  # a setting of TorchServe's
-        assert {name for name, value in environment.items() if VALUE in value} == own
+        settings = {"TS_KEYSTORE_PASS"} if process is java else set()  # TorchServe needs it
+        assert {name for name, value in environment.items() if VALUE in value} == settings
         kept = {**KEPT, "TRUSTED_KEY": leaky.environment["TRUSTED_KEY"]}
         assert kept.items() <= environment.items()
         assert environment["PATH"].removeprefix(f"{GUARDS}:") == leaky.environment["PATH"]

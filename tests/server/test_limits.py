@@ -1,4 +1,4 @@
-"""Every limit of a request, met and passed by one: what is at it is served, what is past it has its own 4xx."""
+"""Every limit of a request: an input at the limit is served, and one past the limit gets its 4xx."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ FACE = "\U0001f600".encode()
 
 
 def picture(width: int, height: int, format: str = "PNG") -> bytes:
-    """A bright bar on black: something for MNIST to see."""
+    """Return a bright bar on black, which MNIST accepts as a digit."""
     image = Image.new("1", (width, height))
     image.paste(1, (width // 2 - max(1, width // 20), height // 4, width // 2, height - height // 4))
     return encoded(image, format)
@@ -32,13 +32,13 @@ def encoded(image: Image.Image, format: str) -> bytes:
 
 
 def slow_picture(width: int, height: int) -> bytes:
-    """PPM with a maximum of 254, which Pillow scales in Python."""
+    """Return a PGM with the maximum 254, which Pillow scales in Python."""
     dark, bright = bytes(width // 2), b"\xfe" * (width - width // 2)
     return b"P5 %d %d 254\n" % (width, height) + (dark + bright) * height
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes again until there are so many."""
+    """Return a progressive JPEG with `count` scans: its last scan is repeated."""
     file = io.BytesIO()
     Image.new("L", (64, 64), 100).save(file, "JPEG", progressive=True)
     content = file.getvalue()[:-2]
@@ -47,7 +47,7 @@ def scans(count: int) -> bytes:
 
 
 def segments(count: int) -> bytes:
-    """A JPEG of `count` segments, most of them empty and behind its scan."""
+    """Return a JPEG with `count` segments. Most are empty, and follow its scan."""
     content = encoded(Image.new("L", (64, 64), 100), "JPEG")[:-2]
     present, _ = count_segments(content, count)
     return content + b"\xff\xe1\0\2" * (count - present) + b"\xff\xd9"
@@ -68,7 +68,7 @@ def top_k(count: int, data: str = SENTENCE) -> bytes:
 
 
 def nested(*wrappers: str) -> bytes:
-    """`hello` in lists ("[") and in objects ("{")."""
+    """Return `hello` in nested lists ("[") and objects ("{")."""
     node: object = "hello"
     for wrapper in reversed(wrappers):
         node = [node] if wrapper == "[" else {"data": node}
@@ -79,7 +79,7 @@ def image_in_json(width: int, height: int) -> bytes:
     return json.dumps({"data": base64.b64encode(picture(width, height)).decode()}).encode()
 
 
-# model, headers, what is at the limit, what is one past it, the status and type of that
+# model, headers, input at the limit, input past the limit, status and type of the rejection
 LIMITS = {
     "pixels": ("image", {}, picture(10_000, 5_000), picture(50_000_001, 1), 413, "ImageTooLarge"),
     "pixels of a digit": ("mnist", {}, picture(10_000, 5_000), picture(50_000_001, 1), 413, "ImageTooLarge"),
@@ -112,17 +112,17 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_at_and_past(served, limit: str):
+def test_input_at_the_limit_is_served_and_past_it_is_rejected(served, limit: str):
     model, headers, at, past, status, error = LIMITS[limit]
     url = f"{served.client.inference}/predictions/{model}"
-    served_, refused = (requests.post(url, data=content, headers=headers, timeout=30) for content in (at, past))
-    assert served_.status_code == 200, served_.text
-    assert (refused.status_code, refused.json()["type"]) == (status, error), refused.text
+    accepted, rejected = (requests.post(url, data=content, headers=headers, timeout=30) for content in (at, past))
+    assert accepted.status_code == 200, accepted.text
+    assert (rejected.status_code, rejected.json()["type"]) == (status, error), rejected.text
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_body(served, chunked: bool):
-    """A photograph with padding behind it: at the limit a worker decodes it; past it, TorchServe answers, bare."""
+def test_body_at_the_limit_is_served_and_past_it_is_rejected(served, chunked: bool):
+    """The body is an image with padding. Past the limit, TorchServe's frontend answers, with an empty body."""
     content = picture(64, 64, "JPEG" if chunked else "PNG").ljust(BODY, b"\0")
 
     def post(body: bytes) -> requests.Response:
@@ -130,5 +130,5 @@ def test_body(served, chunked: bool):
         return requests.post(f"{served.client.inference}/predictions/image", data=sent, timeout=30)
 
     assert post(content).status_code == 200
-    refused = post(content + b"\0")
-    assert (refused.status_code, refused.content) == (413, b"")
+    rejected = post(content + b"\0")
+    assert (rejected.status_code, rejected.content) == (413, b"")

@@ -1,4 +1,4 @@
-"""The four models over HTTP and gRPC, in every way that people send inputs."""
+"""Predictions of the shipped models over HTTP and gRPC, with each way to send an input."""
 
 import base64
 import json
@@ -11,8 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from bundle.catalog import ModelFolder, select
 from bundle.samples import first
 from bundle.server import grpc_client
+from tests.shipped import SHIPPED
 
-MODELS = {folder.name: folder for folder in select(["mnist", "image", "audio", "text"])}
+MODELS = {folder.name: folder for folder in select(list(SHIPPED))}
 pytestmark = pytest.mark.parametrize("model", MODELS)
 
 
@@ -21,7 +22,7 @@ def sample(folder: ModelFolder) -> bytes:
 
 
 def as_json(folder: ModelFolder) -> str:
-    """The sample as it stands in JSON: a text as it is, all else as base64."""
+    """Return the sample as a JSON value: a text unchanged, everything else as base64."""
     content = sample(folder)
     return content.decode() if folder.sample_file.suffix == ".txt" else base64.b64encode(content).decode()
 
@@ -40,7 +41,7 @@ def ways(folder: ModelFolder) -> dict[str, dict]:
     }
 
 
-def test_every_way_of_sending_gives_the_same_answer(served, model):
+def test_every_way_to_send_the_sample_gives_the_expected_answer(served, model):
     folder = MODELS[model]
     answers = {}
     for way, arguments in ways(folder).items():
@@ -51,7 +52,7 @@ def test_every_way_of_sending_gives_the_same_answer(served, model):
     assert set(answers.values()) == {folder.bundle.expect}, answers
 
 
-def test_instances(served, model):
+def test_instances_are_answered_in_order(served, model):
     folder = MODELS[model]
     body = {"instances": [as_json(folder), {"data": as_json(folder)}, as_json(folder)]}
     response = requests.post(f"{served.client.inference}/predictions/{model}", json=body, timeout=30)
@@ -60,7 +61,7 @@ def test_instances(served, model):
     assert [first(prediction).label for prediction in predictions] == [folder.bundle.expect] * 3
 
 
-def test_top_k_of_the_request(served, model):
+def test_top_k_of_the_request_sets_the_number_of_classes(served, model):
     if model == "mnist":
         pytest.skip("MNIST always answers its top 3")
     folder = MODELS[model]
@@ -74,13 +75,13 @@ def test_top_k_of_the_request(served, model):
     assert sum(probabilities) == pytest.approx(1, abs=1e-4)
 
 
-def test_grpc(served, model):
+def test_grpc_prediction_gives_the_expected_answer(served, model):
     folder = MODELS[model]
     answer = grpc_client.predict(f"127.0.0.1:{served.ports['grpc_inference_port']}", model, sample(folder))
     assert first(json.loads(answer)).label == folder.bundle.expect
 
 
-ROUNDING = 0.02  # bfloat16 rounds otherwise in batches of another size, and each worker chooses its own precision
+ROUNDING = 0.02  # rounding of bfloat16 depends on the batch size, and each worker chooses its own precision
 
 
 def batches(served, model: str) -> tuple[float, float]:
@@ -94,8 +95,7 @@ def batches(served, model: str) -> tuple[float, float]:
     return total("bundle_batch_size_count"), total("bundle_batch_size_sum")
 
 
-def test_a_poisoned_neighbour_changes_nothing(served, model):
-    """Good and bad requests at the same time share batches: the good ones are answered as they are alone."""
+def test_valid_requests_in_a_batch_with_invalid_ones_are_answered_as_alone(served, model):
     folder = MODELS[model]
     url = f"{served.client.inference}/predictions/{model}"
 

@@ -1,4 +1,4 @@
-"""`make profile`, on the server that the tests share."""
+"""`make profile`."""
 
 import re
 import shutil
@@ -10,11 +10,11 @@ from bundle.catalog import select
 from bundle.errors import BundleError
 from bundle.load import profile
 from bundle.paths import ROOT
-from tests.server.conftest import Place
+from tests.server.place import Place
 
 
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
-def test_profile_tells_where_the_time_goes(served: Place):
+def test_profile_shows_the_time_of_each_stage_and_draws_a_flame_graph(served: Place):
     graph = ROOT / "build" / "profile" / "text.svg"
     graph.unlink(missing_ok=True)
     profiled = served.bundle("profile", "text", "--concurrency", "8", "--seconds", "3")
@@ -25,13 +25,13 @@ def test_profile_tells_where_the_time_goes(served: Place):
     assert "run_server" in graph.read_text()
 
 
-def test_profile_of_what_is_not_served(served: Place):
+def test_profile_of_a_model_that_is_not_served_exits_1(served: Place):
     profiled = served.bundle("profile", "imagenet")
     assert profiled.returncode == 1
     assert "not served" in profiled.stderr
 
 
-def test_what_py_spy_may_not_do_it_says_before_the_load(monkeypatch: pytest.MonkeyPatch):
+def test_profile_without_permission_for_py_spy_fails_before_the_load(monkeypatch: pytest.MonkeyPatch):
     class Server:
         inference = "http://127.0.0.1:1"
         client = staticmethod(lambda: None)
@@ -40,6 +40,6 @@ def test_what_py_spy_may_not_do_it_says_before_the_load(monkeypatch: pytest.Monk
     ended = subprocess.Popen(["true"])
     ended.wait()
     monkeypatch.setattr(profile, "worker_pids", lambda *_: [ended.pid])
-    monkeypatch.setattr(profile, "closed_loop", lambda *_: pytest.fail("the load began"))
+    monkeypatch.setattr(profile, "closed_loop", lambda *_: pytest.fail("the load started"))
     with pytest.raises(BundleError, match="could not look into a worker"):
         profile.profile(Server(), None, *select(["text"]), 8, 3)

@@ -1,4 +1,4 @@
-"""A version takes the place of another under load; a version that is not fit does not."""
+"""Rollouts under load: a good version replaces the old one without a failed request, a bad version changes nothing."""
 
 import shutil
 import subprocess
@@ -8,16 +8,15 @@ import pytest
 
 from bundle.catalog import CONFIG_NAME, select
 from bundle.paths import ROOT
-from tests.server.conftest import Place
+from tests.server.place import Place
 from tests.support import Traffic, reversioned
 
 [MNIST] = select(["mnist"])
 
 
 @pytest.fixture
-def rolling(place: Place, store: Path) -> Place:
-    """A server of MNIST 1.0, out of the test's own store."""
-    place.environment["TS_MODEL_STORE"] = str(store)
+def rolling(place: Place) -> Place:
+    """A server of MNIST 1.0."""
     started = place.bundle("serve", "mnist")
     assert started.returncode == 0, started.stderr
     return place
@@ -32,8 +31,9 @@ def traffic(place: Place) -> Traffic:
     return Traffic(url, MNIST.sample_file.read_bytes(), '"top_3_classes": [3')
 
 
-def test_no_request_fails(rolling: Place, store: Path, tmp_path: Path):
-    new = reversioned(store / "mnist.mar", "1.1", tmp_path / "new.mar")
+def test_rollout_under_load_replaces_the_version_and_no_request_fails(rolling: Place, tmp_path: Path):
+    served = rolling.store / "mnist.mar"
+    new = reversioned(served, "1.1", tmp_path / "new.mar")
     rolling.client.scale("mnist", "1.0", 3, 4)
     with traffic(rolling) as load:
         load.wait_for(50)
@@ -44,15 +44,14 @@ def test_no_request_fails(rolling: Place, store: Path, tmp_path: Path):
     assert versions(rolling) == ["1.1"]
     described = rolling.client.describe("mnist")
     assert (described["minWorkers"], described["maxWorkers"]) == (3, 4)
-    # what a restart serves, and no more of it than there was
-    assert (store / "mnist.mar").read_bytes() == new.read_bytes()
-    assert not list(store.glob("*1.1*"))
+    # a restart serves the new version, and no other copy of it is left
+    assert served.read_bytes() == new.read_bytes()
+    assert not list(rolling.store.glob("*1.1*"))
 
 
-def test_make_rollout_builds_the_folder(place: Place, store: Path, tmp_path: Path):
-    """And the next `make serve` finds nothing to do."""
-    place.environment["TS_MODEL_STORE"] = str(store)
-    reversioned(store / "mnist.mar", "0.9", tmp_path / "old.mar").replace(store / "mnist.mar")
+def test_make_rollout_builds_the_folder_and_the_next_serve_changes_nothing(place: Place, tmp_path: Path):
+    served = place.store / "mnist.mar"
+    reversioned(served, "0.9", tmp_path / "old.mar").replace(served)
     assert place.bundle("serve", "mnist").returncode == 0
     assert versions(place) == ["0.9"]
     command = ["make", "rollout", "MODEL=mnist"]
@@ -62,26 +61,27 @@ def test_make_rollout_builds_the_folder(place: Place, store: Path, tmp_path: Pat
     assert "nothing has changed" in place.bundle("serve", "mnist").stdout
 
 
-def test_the_same_version_is_refused(rolling: Place, store: Path):
-    refused = rolling.bundle("rollout", "mnist", "--archive", str(store / "mnist.mar"))
+def test_rollout_of_the_served_version_is_refused(rolling: Place):
+    refused = rolling.bundle("rollout", "mnist", "--archive", str(rolling.store / "mnist.mar"))
     assert refused.returncode == 1
     assert "Version 1.0 of mnist is served already" in refused.stderr
     assert versions(rolling) == ["1.0"]
 
 
 @pytest.mark.parametrize("fault", ["no worker comes up", "not an archive", "another answer"])
-def test_a_version_that_is_not_fit_changes_nothing(rolling: Place, store: Path, tmp_path: Path, fault: str):
-    before = (store / "mnist.mar").read_bytes()
+def test_rollout_of_a_bad_version_changes_nothing(rolling: Place, tmp_path: Path, fault: str):
+    served = rolling.store / "mnist.mar"
+    before = served.read_bytes()
     new = tmp_path / "new.mar"
     if fault == "not an archive":
         new.write_bytes(b"PK")
     elif fault == "no worker comes up":
-        reversioned(store / "mnist.mar", "1.1", new, without="index_to_name.json")
+        reversioned(served, "1.1", new, without="index_to_name.json")
     else:
-        reversioned(store / "mnist.mar", "1.1", new)
+        reversioned(served, "1.1", new)
     wrong = fault == "another answer"
     models = {"BUNDLE_MODELS": str(models_expecting_four(tmp_path / "models"))} if wrong else {}
-    told = {
+    message = {
         "no worker comes up": "the archive has no index_to_name.json",
         "not an archive": "is not a model archive",
         "another answer": "answered its own sample",
@@ -90,15 +90,15 @@ def test_a_version_that_is_not_fit_changes_nothing(rolling: Place, store: Path, 
         failed = rolling.bundle("rollout", "mnist", "--archive", str(new), **models)
         load.wait_for(20)
     assert failed.returncode == 1, failed.stdout
-    assert told in failed.stderr
+    assert message in failed.stderr
     assert set(load.counts) == {200}, load.counts
     assert versions(rolling) == ["1.0"]
-    assert (store / "mnist.mar").read_bytes() == before
-    assert [file.name for file in store.glob("*.mar")] == ["mnist.mar"]
+    assert served.read_bytes() == before
+    assert [file.name for file in rolling.store.glob("*.mar")] == ["mnist.mar"]
 
 
 def models_expecting_four(models: Path) -> Path:
-    """Make a models folder whose MNIST expects a 4, and return it. The model answers 3."""
+    """Make a models folder whose MNIST expects the answer 4, and return it. The model answers 3."""
     shutil.copytree(MNIST.path, models / "mnist")
     config = models / "mnist" / CONFIG_NAME
     old = config.read_text()

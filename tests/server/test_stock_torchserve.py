@@ -1,4 +1,4 @@
-"""The archives in a TorchServe that has nothing of the bundle but the third-party packages."""
+"""The archives in a stock TorchServe: nothing of the bundle except the packages that it installs."""
 
 import os
 import subprocess
@@ -10,16 +10,16 @@ import pytest
 import requests
 
 from bundle.catalog import select
-from bundle.paths import MODEL_STORE
 from bundle.server.client import Client, check_sample
 from bundle.server.java import java_home
+from tests.shipped import SHIPPED
 
-SHIPPED = select(["mnist", "image", "audio", "text"])
+FOLDERS = select(list(SHIPPED))
 
 
 @pytest.fixture
-def stock(served, place, tmp_path):
-    """TorchServe with its own defaults, but for the ports; `served` has built the archives."""
+def stock(archives, place, tmp_path):
+    """A TorchServe with its own defaults, except for the ports."""
     config = tmp_path / "config.properties"
     lines = [f"{key}=http://127.0.0.1:{place.ports[key]}" for key in place.ports if key.endswith("address")]
     lines += [f"{key}={place.ports[key]}" for key in place.ports if key.startswith("grpc")]
@@ -28,8 +28,8 @@ def stock(served, place, tmp_path):
     environment |= {"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "LOG_LOCATION": str(tmp_path / "logs")}
     environment |= {"METRICS_LOCATION": str(tmp_path / "logs"), "JAVA_HOME": str(java_home())}
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(config)]
-    command += ["--model-store", str(MODEL_STORE), "--models", *(f"{f.name}={f.name}.mar" for f in SHIPPED)]
-    # a pipe would stay open for as long as the server runs
+    command += ["--model-store", str(archives), "--models", *(f"{name}={name}.mar" for name in SHIPPED)]
+    # no pipe: the server would keep it open
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
     java = psutil.Process(int((tmp_path / ".model_server.pid").read_text()))
     try:
@@ -45,9 +45,9 @@ def stock(served, place, tmp_path):
             process.kill()
 
 
-def test_every_archive_serves(stock):
+def test_every_archive_answers_its_sample_in_a_stock_torchserve(stock):
     deadline = time.monotonic() + 180
-    for folder in SHIPPED:
+    for folder in FOLDERS:
         while True:
             try:
                 if stock.workers(folder.name).ready:

@@ -1,10 +1,7 @@
-"""`run`: TorchServe in the foreground, as in a container."""
+"""`bundle run`: TorchServe under a supervisor, as in a container."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +12,9 @@ import pytest
 import requests
 
 from bundle.catalog import CONFIG_NAME, select
-from bundle.paths import ROOT
 from bundle.server.drain import connections
-from bundle.server.ports import free_ports
-from tests.server.conftest import Place
+from tests.server.place import Place
+from tests.server.supervised import Supervised
 from tests.support import Traffic, altered, reversioned, wait_for
 
 [MNIST] = select(["mnist"])
@@ -26,75 +22,40 @@ DIGIT = MNIST.sample_file.read_bytes()
 WORKERS = MNIST.config["minWorkers"]
 
 
-class Supervised:
-    """A `run` that serves MNIST from its own store."""
-
-    def __init__(self, place: Place, store: Path, folder: Path):
-        self.place, self.store = place, store
-        self.state, self.gate, self.output = folder / "state.json", folder / "gate", folder / "output.txt"
-        self.gate.mkdir()
-        [self.port] = free_ports(1)
-        self.process: subprocess.Popen | None = None
-
-    def start(self, *options: str) -> None:
-        command = [sys.executable, "-m", "bundle", "run", "mnist", "--address", f"127.0.0.1:{self.port}"]
-        command += ["--state", str(self.state), "--gate", str(self.gate), *options]
-        environment = {**self.place.environment, "TS_MODEL_STORE": str(self.store)}
-        with self.output.open("a") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        wait_for(lambda: self.ready() == 200 or self.process.poll() is not None, 120)
-        assert self.process.poll() is None, self.output.read_text()
-
-    def ready(self) -> int | None:
-        try:
-            return requests.get(f"http://127.0.0.1:{self.port}/ready", timeout=5).status_code
-        except requests.RequestException:
-            return None
-
-    def metrics(self) -> str:
-        return requests.get(f"http://127.0.0.1:{self.port}/metrics", timeout=5).text
-
-    def java(self) -> psutil.Process:
-        return psutil.Process(json.loads((Path(self.place.environment["RUN_DIR"]) / "server.json").read_text())["pid"])
-
-    def worker(self) -> int:
-        return self.place.client.describe("mnist")["workers"][0]["pid"]
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-
 @pytest.fixture
-def supervised(place: Place, store: Path, tmp_path: Path) -> Iterator[Supervised]:
-    run = Supervised(place, store, tmp_path)
+def supervised(place: Place, tmp_path: Path) -> Iterator[Supervised]:
+    run = Supervised(place, tmp_path)
     try:
         yield run
     finally:
-        if run.process and run.process.poll() is None:
-            run.end(signal.SIGKILL)
+        run.kill()
+
+
+@pytest.fixture
+def store(place: Place) -> Path:
+    return place.store
 
 
 def test_sigterm_answers_all_accepted_requests(supervised: Supervised):
-    """The workers are suspended until SIGTERM, and get more requests than they hold, so that some are queued."""
+    """Suspend the workers until SIGTERM, and send more requests than they can hold, so that some are queued."""
     supervised.start()
     assert not (supervised.gate / "closed").exists()
     java = supervised.java()
     statuses = []
 
-    def ask() -> None:
+    def predict() -> None:
         url = f"{supervised.place.client.inference}/predictions/mnist"
         statuses.append(requests.post(url, data=DIGIT, headers={"Connection": "close"}, timeout=60).status_code)
 
-    asked = WORKERS * MNIST.config["batchSize"] + 20
-    askers = [threading.Thread(target=ask) for _ in range(asked)]
+    count = WORKERS * MNIST.config["batchSize"] + 20
+    clients = [threading.Thread(target=predict) for _ in range(count)]
     workers = [psutil.Process(worker["pid"]) for worker in supervised.place.client.describe("mnist")["workers"]]
     for worker in workers:
         worker.suspend()
     try:
-        for asker in askers:
-            asker.start()
-        wait_for(lambda: connections({supervised.place.ports["inference_address"]}) >= asked)
+        for client in clients:
+            client.start()
+        wait_for(lambda: connections({supervised.place.ports["inference_address"]}) >= count)
         wait_for(lambda: supervised.place.client.describe("mnist")["jobQueueStatus"]["pendingRequests"] >= 20)
         supervised.process.send_signal(signal.SIGTERM)
         wait_for((supervised.gate / "closed").exists)
@@ -102,15 +63,15 @@ def test_sigterm_answers_all_accepted_requests(supervised: Supervised):
         for worker in workers:
             worker.resume()
     assert supervised.process.wait(60) == 0
-    for asker in askers:
-        asker.join()
-    assert statuses == [200] * asked
+    for client in clients:
+        client.join()
+    assert statuses == [200] * count
     assert not java.is_running()
     assert "drained" in supervised.output.read_text()
 
 
 def test_managed_state_survives_a_restart(supervised: Supervised, store: Path):
-    """Numbers of workers, a second name, another default version; and an unregistered version stays removed."""
+    """Restore the numbers of workers, a second name and the default version. An unregistered version stays removed."""
     supervised.start()
     client = supervised.place.client
     reversioned(store / "mnist.mar", "1.5", store / "mnist-again.mar")
@@ -128,7 +89,7 @@ def test_managed_state_survives_a_restart(supervised: Supervised, store: Path):
     assert client.describe("mnist")["modelVersion"] == "1.5"
     assert client.predict("digits", DIGIT).status_code == 200
     client.unregister("mnist", "1.0")
-    assert supervised.end() == 0  # a change right before the stop is saved, too
+    assert supervised.end() == 0  # saves a change that was made just before
 
     supervised.start()
     assert [v["modelVersion"] for v in client.versions("mnist")] == ["1.5"]
@@ -148,7 +109,7 @@ def test_version_without_an_archive_is_reported_and_forgotten(supervised: Superv
 
 
 def test_version_that_fails_to_restore_is_retried_at_the_next_start(supervised: Supervised, store: Path):
-    """Its worker fails at one start, as one may that is not READY in time on a busy machine."""
+    """Its worker fails at one start. On a busy machine, a worker that is not READY in time fails in the same way."""
     supervised.start()
     client = supervised.place.client
     new = reversioned(store / "mnist.mar", "1.5", store / "new.mar")
@@ -193,8 +154,7 @@ def test_killed_worker_comes_back_and_is_counted(supervised: Supervised):
 def test_missing_workers_end_the_run(supervised: Supervised):
     """The worker is killed and cannot start again, because the unpacked weights are deleted."""
     supervised.start("--patience", "5")
-    temporary = json.loads((Path(supervised.place.environment["RUN_DIR"]) / "server.json").read_text())["temporary"]
-    [weights] = Path(temporary).glob("models/*/model.pt")
+    [weights] = Path(supervised.place.record()["temporary"]).glob("models/*/model.pt")
     weights.unlink()
     os.kill(supervised.worker(), signal.SIGKILL)
     assert supervised.process.wait(60) == 1
@@ -202,16 +162,16 @@ def test_missing_workers_end_the_run(supervised: Supervised):
 
 
 def test_registration_that_never_became_ready_leaves_the_run_ready(supervised: Supervised, store: Path):
-    """Whoever registered the broken archive sees that it has no worker; other models are unaffected."""
+    """The other models are unaffected."""
     supervised.start("--patience", "2")
     config = (MNIST.path / CONFIG_NAME).read_text().replace("minWorkers", "# minWorkers").replace("maxW", "# maxW")
     altered(store / "mnist.mar", store / "bad.mar", {"index_to_name.json": None, CONFIG_NAME: config.encode()})
     client = supervised.place.client
-    asked = {"url": "bad.mar", "model_name": "bad", "initial_workers": 0}
-    assert requests.post(f"{client.management}/models", params=asked, timeout=120).status_code == 200
+    bad = {"url": "bad.mar", "model_name": "bad", "initial_workers": 0}
+    assert requests.post(f"{client.management}/models", params=bad, timeout=120).status_code == 200
     client.scale("bad", "1.0", 1, 1)
     wait_for(lambda: 'bundle_workers_ready{model_name="bad"' in supervised.metrics())
-    for _ in range(12):  # longer than its patience and the time between observations
+    for _ in range(12):  # longer than the patience and the time between two health checks
         assert supervised.ready() == 200
         time.sleep(0.5)
     assert client.workers("bad").ready == 0
@@ -232,13 +192,12 @@ def test_failed_requests_are_counted_by_status(supervised: Supervised):
 
 
 def test_archives_of_an_image_are_installed_once(supervised: Supervised, store: Path, tmp_path: Path):
-    """A restart does not undo a rollout; a new image's archive does replace it."""
+    """A restart keeps the version of a rollout. An image with a new archive replaces it."""
     image = tmp_path / "image"
     image.mkdir()
     (store / "mnist.mar").rename(image / "mnist.mar")
     supervised.start("--archives", str(image))
     new = reversioned(image / "mnist.mar", "1.1", tmp_path / "new.mar")
-    supervised.place.environment["TS_MODEL_STORE"] = str(store)
     url = f"{supervised.place.client.inference}/predictions/mnist"
     with Traffic(url, DIGIT, '"top_3_classes": [3', clients=1):
         rolled = supervised.place.bundle("rollout", "mnist", "--archive", str(new))

@@ -1,8 +1,7 @@
-"""Token authorization, switched on: who is let in where, and that the bundle's commands have the keys."""
+"""Token authorization: which key opens which API, and that the bundle's commands use the keys."""
 
 import json
 import shutil
-import signal
 import stat
 import subprocess
 import time
@@ -16,25 +15,25 @@ import pytest
 import requests
 
 from bundle.catalog import select
-from bundle.paths import MODEL_STORE, ROOT
+from bundle.paths import ROOT
 from bundle.server import grpc_client
-from tests.server.conftest import Place, new_place, serving
-from tests.server.test_supervised import Supervised
+from tests.server.place import Place, new_place, serving
+from tests.server.supervised import Supervised
 from tests.support import reversioned, wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
 ON = {"TS_DISABLE_TOKEN_AUTHORIZATION": "false"}
-MINUTES = "TS_TOKEN_EXPIRATION_TIME_MIN"  # the irregular name of token_expiration_min
-SHORT_LIVED = 0.1
+MINUTES = "TS_TOKEN_EXPIRATION_TIME_MIN"  # overrides token_expiration_min; the name is irregular
+SHORT = 0.1  # minutes
 LIST_MODELS = "/org.pytorch.serve.grpc.management.ManagementAPIsService/ListModels"
 WRONG = {
     "missing": None,
     "wrong": "Bearer AAAAAAAA",
     "empty": "Bearer ",
-    "not a bearer's": "Basic {key}",
+    "another scheme": "Basic {key}",
     "without a scheme": "{key}",
-    "with more behind it": "Bearer {key} {key}",
+    "two keys": "Bearer {key} {key}",
     "of the other API": "Bearer {other}",
     "of the token API": "Bearer {API}",
 }
@@ -42,19 +41,16 @@ OTHER = {"inference": "management", "management": "inference"}
 
 
 @pytest.fixture(scope="module")
-def guarded(served: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A server of MNIST that asks for keys, which outlive the tests."""
+def guarded(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A server of MNIST that requires keys, which do not expire during the tests."""
     folder = tmp_path_factory.mktemp("guarded")
-    place = new_place(folder / "run")
-    (folder / "store").mkdir()
-    for file in MODEL_STORE.glob("mnist.*"):
-        shutil.copy(file, folder / "store")
-    place.environment.update(ON, TS_MODEL_STORE=str(folder / "store"))
+    place = new_place(folder / "run", shutil.copytree(archives, folder / "store"))
+    place.environment.update(ON)
     with serving(place, "mnist"):
         yield place
 
 
-def key(place: Place, api: str) -> str:
+def key_of(place: Place, api: str) -> str:
     found: dict[str, dict] = {}
 
     def read() -> bool:
@@ -69,12 +65,12 @@ def key(place: Place, api: str) -> str:
 def headers(place: Place, api: str, pattern: str | None) -> dict[str, str]:
     if pattern is None:
         return {}
-    values = {"key": key(place, api), "other": key(place, OTHER.get(api, api)), "API": key(place, "API")}
+    values = {"key": key_of(place, api), "other": key_of(place, OTHER[api]), "API": key_of(place, "API")}
     return {"Authorization": pattern.format(**values)}
 
 
 def grpc_code(place: Place, port: str, method: str, metadata: dict[str, str]) -> grpc.StatusCode:
-    """What a call with an empty message comes to."""
+    """Return the status of a call with an empty message."""
     with grpc.insecure_channel(f"127.0.0.1:{place.ports[port]}") as channel:
         call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
         try:
@@ -88,7 +84,7 @@ def assert_refused(answer: requests.Response) -> None:
     assert (answer.status_code, answer.json()["type"]) == (400, "InvalidKeyException"), answer.text
 
 
-def test_the_right_key_opens_each_api(guarded: Place):
+def test_each_api_accepts_its_key(guarded: Place):
     assert guarded.client.predict("mnist", DIGIT).json()["top_3_classes"][0] == 3
     assert guarded.client.models() == ["mnist"]
     guarded.client.scale("mnist", "1.0", 2, 3)
@@ -100,7 +96,7 @@ def test_the_right_key_opens_each_api(guarded: Place):
 
 
 @pytest.mark.parametrize("pattern", WRONG.values(), ids=WRONG)
-def test_predictions_without_the_right_key(guarded: Place, pattern):
+def test_predictions_without_their_key_are_refused(guarded: Place, pattern):
     sent = headers(guarded, "inference", pattern)
     for method, path in (("POST", "/predictions/mnist"), ("GET", "/ping"), ("POST", "/v1/models/mnist:predict")):
         assert_refused(requests.request(method, guarded.client.inference + path, data=DIGIT, headers=sent, timeout=30))
@@ -111,7 +107,7 @@ def test_predictions_without_the_right_key(guarded: Place, pattern):
 
 
 @pytest.mark.parametrize("pattern", WRONG.values(), ids=WRONG)
-def test_management_without_the_right_key(guarded: Place, pattern):
+def test_management_without_its_key_is_refused(guarded: Place, pattern):
     sent = headers(guarded, "management", pattern)
     for method, path in (
         ("GET", "/models"),
@@ -128,7 +124,7 @@ def test_management_without_the_right_key(guarded: Place, pattern):
 
 
 @pytest.mark.parametrize("api", ["management", "inference"])
-def test_only_the_api_key_renews_and_the_old_key_is_dead(guarded: Place, api):
+def test_renewal_requires_the_api_key_and_the_old_key_is_refused(guarded: Place, api):
     url, params = f"{guarded.client.management}/token", {"type": api}
     old = json.loads(guarded.keys.read_text())
     for pattern in (None, "Bearer AAAAAAAA", "Bearer {key}", "Bearer {other}"):
@@ -147,17 +143,17 @@ def test_only_the_api_key_renews_and_the_old_key_is_dead(guarded: Place, api):
     assert guarded.client.predict("mnist", DIGIT).status_code == 200
 
 
-def test_what_torchserve_leaves_open(guarded: Place):
-    """The metrics, and the descriptions of the APIs: SECURITY.md says so."""
+def test_metrics_and_api_descriptions_are_open_without_a_key(guarded: Place):
+    """SECURITY.md says so."""
     assert "ts_inference_requests_total" in requests.get(guarded.url("metrics_address") + "/metrics", timeout=30).text
     for address in (guarded.client.inference, guarded.client.management):
         assert "openapi" in requests.get(f"{address}/api-description", timeout=30).json()
         assert "openapi" in requests.options(f"{address}/", timeout=30).json()
 
 
-def test_the_commands_have_the_keys_and_nobody_sees_them(guarded: Place, tmp_path: Path):
-    new = reversioned(MODEL_STORE / "mnist.mar", "1.1", tmp_path / "new.mar")
-    said = ""
+def test_commands_use_the_keys_and_never_show_them(guarded: Place, tmp_path: Path):
+    new = reversioned(guarded.store / "mnist.mar", "1.1", tmp_path / "new.mar")
+    shown = ""
     for arguments in (
         ["serve", "mnist"],
         ["status"],
@@ -168,35 +164,33 @@ def test_the_commands_have_the_keys_and_nobody_sees_them(guarded: Place, tmp_pat
     ):
         ended = guarded.bundle(*arguments)
         assert ended.returncode == 0, (arguments, ended.stdout, ended.stderr)
-        said += ended.stdout + ended.stderr
-    assert "nothing has changed" in said
+        shown += ended.stdout + ended.stderr
+    assert "nothing has changed" in shown
     assert [version["modelVersion"] for version in guarded.client.versions("mnist")] == ["1.1"]
-    said += "".join(
-        file.read_text(errors="replace") for file in guarded.keys.parent.glob("logs/**/*") if file.is_file()
-    )
-    said += (guarded.keys.parent / "server.json").read_text()
+    written = "".join(file.read_text(errors="replace") for file in guarded.logs.rglob("*") if file.is_file())
+    written += (guarded.run_dir / "server.json").read_text()
     for api in ("inference", "management", "API"):
-        assert key(guarded, api) not in said
+        assert key_of(guarded, api) not in shown + written
 
 
-def test_what_serve_tells_to_try_works(guarded: Place):
+def test_curl_commands_that_serve_prints_work(guarded: Place):
     served = guarded.bundle("serve", "mnist")
-    tries = [line.strip() for line in served.stdout.splitlines() if "curl" in line]
-    assert len(tries) == 2
-    for line, answer in zip(tries, ('"top_3_classes": [3', '"modelName": "mnist"'), strict=True):
-        tried = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert answer in tried.stdout, tried.stderr
+    commands = [line.strip() for line in served.stdout.splitlines() if "curl" in line]
+    assert len(commands) == 2
+    for command, expected in zip(commands, ('"top_3_classes": [3', '"modelName": "mnist"'), strict=True):
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert expected in done.stdout, done.stderr
 
 
-def test_the_keys_are_the_owners_alone(guarded: Place):
+def test_key_file_is_readable_by_its_owner_only_and_ignored_by_git(guarded: Place):
     assert stat.S_IMODE(guarded.keys.stat().st_mode) == 0o600
     assert not (ROOT / "key_file.json").exists()
-    for file in ("key_file.json", "build/run/key_file.json"):  # the first where torchserve is started by hand
+    for file in ("key_file.json", "build/run/key_file.json"):  # TorchServe writes the first if it is started by hand
         assert subprocess.run(["git", "check-ignore", "--quiet", file], cwd=ROOT).returncode == 0
 
 
-def test_expired_keys_are_refused_and_the_commands_renew_them(place: Place, store: Path):
-    place.environment.update(ON, TS_MODEL_STORE=str(store), **{MINUTES: str(SHORT_LIVED)})
+def test_expired_keys_are_refused_and_the_commands_renew_them(place: Place):
+    place.environment.update(ON, **{MINUTES: str(SHORT)})
     started = place.bundle("serve", "mnist")
     assert started.returncode == 0, started.stdout + started.stderr
     for api in ("inference", "management"):
@@ -213,36 +207,35 @@ def test_expired_keys_are_refused_and_the_commands_renew_them(place: Place, stor
     for arguments in (["status"], ["predict", "mnist"], ["predict", "mnist", "--grpc"]):
         ended = place.bundle(*arguments)
         assert ended.returncode == 0, (arguments, ended.stdout, ended.stderr)
-        time.sleep(60 * SHORT_LIVED)
+        time.sleep(60 * SHORT)
     assert json.loads(place.keys.read_text())["API"] == old["API"]
     assert stat.S_IMODE(place.keys.stat().st_mode) == 0o600
     assert place.bundle("stop").returncode == 0
     assert not place.keys.exists()
 
 
-def test_lost_keys_are_named(place: Place, store: Path):
-    place.environment.update(ON, TS_MODEL_STORE=str(store))
+def test_status_with_a_missing_key_file_names_it(place: Place):
+    place.environment.update(ON)
     assert place.bundle("serve", "mnist").returncode == 0
     place.keys.unlink()
-    asked = place.bundle("status")
-    assert asked.returncode == 1
-    assert asked.stderr.strip() == f"error: The key of the management API is missing in {place.keys}."
+    shown = place.bundle("status")
+    assert shown.returncode == 1
+    assert shown.stderr.strip() == f"error: The key of the management API is missing in {place.keys}."
     assert place.bundle("stop").returncode == 0
 
 
-def test_a_supervised_server_outlives_its_keys(place: Place, store: Path, tmp_path: Path):
-    place.environment.update(ON, **{MINUTES: str(SHORT_LIVED)})
-    run = Supervised(place, store, tmp_path)
+def test_supervisor_renews_expired_keys(place: Place, tmp_path: Path):
+    place.environment.update(ON, **{MINUTES: str(SHORT)})
+    run = Supervised(place, tmp_path)
     try:
-        run.start("--patience", "10")  # seconds of an unanswered management API, which end the server
-        first = key(place, "management")
-        wait_for(lambda: key(place, "management") != first, 30)
+        run.start("--patience", "10")  # s; without a valid key, the supervisor would then end the server
+        first = key_of(place, "management")
+        wait_for(lambda: key_of(place, "management") != first, 30)
         assert run.ready() == 200
         assert run.place.bundle("predict", "mnist").returncode == 0
         assert run.end() == 0
     finally:
-        if run.process.poll() is None:
-            run.end(signal.SIGKILL)
-    said = run.output.read_text()
-    assert "bundle: drained" in said
-    assert "does not answer" not in said
+        run.kill()
+    output = run.output.read_text()
+    assert "bundle: drained" in output
+    assert "does not answer" not in output

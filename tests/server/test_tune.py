@@ -1,4 +1,4 @@
-"""`make tune` with a real TorchServe and real load, on a copy of a model's folder."""
+"""`make tune` with a real TorchServe and a real load, on a copy of a model folder."""
 
 import json
 import os
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> ModelFolder:
-    """MNIST with settings that nobody can be happy with: batches of 300, which take 1.5 s to give up filling."""
+    """MNIST with bad settings: batches of 300 requests, for which each request waits up to 1.5 s."""
     shutil.copytree(MODELS / "mnist", tmp_path / "mnist", ignore=shutil.ignore_patterns("tuning.*"))
     file = tmp_path / "mnist" / "model-config.yaml"
     text = re.sub(r"batchSize: \d+ ", "batchSize: 300", file.read_text())
@@ -43,7 +43,7 @@ def files(folder: ModelFolder) -> dict[str, bytes]:
 
 
 def servers(run_dir: Path) -> list[psutil.Process]:
-    """Java processes that log into this run folder."""
+    """Return the Java processes that log into this run folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -54,7 +54,7 @@ def servers(run_dir: Path) -> list[psutil.Process]:
     return found
 
 
-def test_better_settings_are_found_and_written(
+def test_tuning_with_bad_settings_finds_and_writes_better_ones(
     folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr(search, "ENOUGH", 2)
@@ -81,7 +81,7 @@ def test_better_settings_are_found_and_written(
     assert b"<svg" in (folder.path / "tuning.svg").read_bytes()
     assert files(folder).keys() - before.keys() == {"tuning.json", "tuning.svg"}
 
-    # the evidence: the current settings never came within the target, the best did in the final, with real answers
+    # the current settings never met the target; the best ones met it in the final, with answers
     assert found["current"]["batch_size"] == 300
     within = [m for m in found["measurements"] if m["p99_ms"] and m["p99_ms"] <= 1200 and not m["failed"]]
     assert not [m for m in within if m["settings"] == found["current"]]
@@ -93,7 +93,7 @@ def test_better_settings_are_found_and_written(
     assert not (run_dir / "server.json").exists()
 
 
-def test_a_target_that_nothing_reaches_changes_nothing(folder: ModelFolder, tmp_path: Path):
+def test_tuning_with_a_target_that_cannot_be_met_changes_nothing(folder: ModelFolder, tmp_path: Path):
     before = files(folder)
     mar = archive(folder, tmp_path / "store").path
     with pytest.raises(BundleError, match=r"meet the p99 target of 0\.01 ms\. Closest: .* ms at .* answers/s"):
@@ -102,30 +102,30 @@ def test_a_target_that_nothing_reaches_changes_nothing(folder: ModelFolder, tmp_
     assert not servers(tmp_path / "run")
 
 
-def test_ctrl_c_while_tuning_ends_the_server_and_writes_nothing(folder: ModelFolder, tmp_path: Path):
+def test_tuning_with_ctrl_c_ends_the_server_and_writes_nothing(folder: ModelFolder, tmp_path: Path):
     archive(folder, tmp_path / "store")
     before = files(folder)
-    place = {"BUNDLE_MODELS": tmp_path, "TS_MODEL_STORE": tmp_path / "store", "RUN_DIR": tmp_path}
+    variables = {"BUNDLE_MODELS": tmp_path, "TS_MODEL_STORE": tmp_path / "store", "RUN_DIR": tmp_path}
     run_dir = tmp_path / "tune"
     command = [sys.executable, "-m", "bundle", "tune", "mnist", "--p99", "1200ms", "--minutes", "5"]
     run = subprocess.Popen(
-        ["env", "--default-signal=INT", *command],  # a shell's background jobs ignore it
+        ["env", "--default-signal=INT", *command],  # background jobs of a shell ignore SIGINT
         cwd=ROOT,
-        env={**os.environ, **{name: str(path) for name, path in place.items()}},
+        env={**os.environ, **{name: str(path) for name, path in variables.items()}},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
         wait_for(lambda: (run_dir / "server.json").is_file(), 120)
-        time.sleep(8)  # a candidate starts, or is measured
+        time.sleep(8)  # so that a candidate starts, or is measured
         [server] = servers(run_dir)
         family = [server, *server.children(recursive=True)]
         run.send_signal(signal.SIGINT)
-        said, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=300)
     finally:
         run.kill()
-    assert run.returncode == 130, said
-    assert "nothing is written" in said
+    assert run.returncode == 130, output
+    assert "nothing is written" in output
     assert not [member for member in family if member.is_running()]
     assert files(folder) == before

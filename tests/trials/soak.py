@@ -24,7 +24,8 @@ from bundle.errors import BundleError
 from bundle.load.generator import Load, closed_loop, open_loop
 from bundle.server.client import check_sample
 from bundle.server.process import Server
-from tests.server.conftest import SHIPPED, Place, new_place
+from tests.server.place import Place, new_place
+from tests.shipped import SHIPPED
 from tests.trials import reliability
 
 UTILISATION = 0.7

@@ -17,7 +17,7 @@ from bundle.cli.console import console, errors
 from bundle.cli.parameters import choice
 from bundle.errors import BundleError
 from bundle.server.process import Server
-from tests.server.conftest import new_place
+from tests.server.place import new_place
 from tests.trials.fuzz import inprocess, report
 from tests.trials.fuzz.cases import case
 from tests.trials.fuzz.corpus import MODELS
