@@ -1,4 +1,4 @@
-"""One stack for all tests."""
+"""Fixtures: the stack, and the proxy alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.docker.proxy import engine, fresh, proxy, start, supervisor, upstream  # noqa: F401 - fixtures
-from tests.docker.stack import Stack, running
-
-SERVICES = ("torchserve", "proxy", "prometheus")  # Grafana's image has no stand-in where nothing can be pulled
-UNLIMITED = {"PROXY_RATE": "10000r/s", "BURST": "10000"}  # test_proxy_limits.py tries the limits
+from tests.docker.stack import SERVICES, UNLIMITED, Stack, running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +18,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    """The stack, healthy; a test leaves it so."""
+    """A healthy stack. All tests share it; a test must undo its changes."""
     with running(SERVICES, **UNLIMITED) as stack:
         yield stack

@@ -1,8 +1,8 @@
-"""The reverse proxy alone, in a container, before a server of the tests in TorchServe's place.
+"""The reverse proxy alone, in a container, with a server of the tests in place of TorchServe.
 
-It runs in the host's network, on free ports of loopback: so that the server is a thread of the test, and no firewall
-between bridge and host matters. The fixtures are known in this folder through its conftest.py; a file that tests the
-proxy uses `fresh`.
+The container uses the host's network and free ports on loopback. So the server can be a thread of the test, and no
+firewall between Docker's bridge and the host interferes. conftest.py makes the fixtures known to this folder. Each test
+module of the proxy uses `fresh`.
 """
 
 import json
@@ -26,33 +26,33 @@ import requests
 from bundle.server.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE = os.environ.get("NGINX_IMAGE", "nginx:1.28-alpine")  # as docker/compose.yaml
+IMAGE = os.environ.get("NGINX_IMAGE", "nginx:1.28-alpine")  # the default of docker/compose.yaml
 UNLIMITED = {"PROXY_RATE": "100000r/s", "BURST": "100000", "CONNECTIONS": "9999"}
 PREDICT = "/predictions/mnist"
 
 http = requests.Session()
-http.trust_env = False  # a proxy for the internet knows nothing of loopback
+http.trust_env = False  # a proxy in the environment cannot reach loopback
 
 
 @dataclass
 class Received:
-    """A request as it reached the upstream."""
+    """A request, as the upstream received it."""
 
     method: str
     path: str
     headers: HTTPMessage
     body: bytes
-    connection: int  # the client's port
+    connection: int  # port of the client
 
 
 @dataclass
 class Upstream:
-    """A server that records what it is sent, and answers what a test wants.
+    """A server that records requests, and gives the answer that a test sets.
 
     Attributes:
-        status: None to hang up without an answer.
-        first: of the first answer alone, where it is another one.
-        release: what an answer waits for.
+        status: status of the answers; None to close the connection without an answer.
+        first: status of the first answer only, if it differs.
+        release: answers are held back until this event is set.
     """
 
     host: str = "127.0.0.1"
@@ -113,7 +113,7 @@ class Upstream:
             request_queue_size = 128
 
             def handle_error(self, *_):
-                pass  # a client that hung up is part of some tests
+                pass  # in some tests, clients close the connection early
 
         with Server((self.host, self.port), Handler) as server:
             self.port = server.server_port
@@ -141,7 +141,7 @@ class Proxy:
         return http.post(self.url + path, data=data, **{"timeout": 20, **options})
 
     def raw(self, request: str | bytes, seconds: float = 15) -> tuple[int, HTTPMessage, bytes]:
-        """Sends bytes as they stand, which no HTTP client would, and reads one answer."""
+        """Send bytes unchanged, which no HTTP client does, and read one answer."""
         with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
             connection.sendall(request.encode("latin-1") if isinstance(request, str) else request)
             answer = HTTPResponse(connection)
@@ -153,7 +153,7 @@ class Proxy:
         return done.stdout + done.stderr
 
     def access_log(self, request_id: str) -> dict:
-        """The one line of the access log with this id."""
+        """Return the line of the access log with this id."""
         lines = eventually(
             lambda: [line for line in docker("logs", self.container).stdout.splitlines() if request_id in line]
         )
@@ -166,10 +166,10 @@ def docker(*arguments: str, seconds: float = 120) -> subprocess.CompletedProcess
 
 
 def eventually(found: Callable[[], object], seconds: float = 10) -> object:
-    """What `found` returns as soon as that is true."""
+    """Call `found` until its result is true, and return the result."""
     deadline = time.monotonic() + seconds
     while not (result := found()):
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, f"still nothing after {seconds:g} s"
         time.sleep(0.05)
     return result
 
@@ -177,17 +177,17 @@ def eventually(found: Callable[[], object], seconds: float = 10) -> object:
 @pytest.fixture(scope="session")
 def engine() -> None:
     if shutil.which("docker") is None:
-        pytest.skip("there is no docker command here")
+        pytest.skip("the docker command is missing")
     try:
-        asked = docker("info", "--format", "{{.ServerVersion}}", seconds=20)
+        answered = docker("info", "--format", "{{.ServerVersion}}", seconds=20)
     except subprocess.TimeoutExpired:
-        pytest.skip("the docker engine does not answer")
-    if asked.returncode:
-        pytest.skip(f"no docker engine answers: {asked.stderr.strip()}")
+        pytest.skip("the Docker engine does not answer")
+    if answered.returncode:
+        pytest.skip(f"no Docker engine answers: {answered.stderr.strip()}")
 
 
 def run_arguments(gate: Path, settings: dict[str, str], mounts: dict[Path, str]) -> list[str]:
-    """As the compose file runs it, but for the network."""
+    """Return the arguments of `docker run`: as in the compose file, except for the network."""
     arguments = ["--network=host", "--user=101:101", "--read-only", "--tmpfs=/tmp:mode=1777", "--cap-drop=ALL"]
     arguments += ["--security-opt=no-new-privileges", f"--volume={ROOT / 'docker' / 'nginx'}:/etc/bundle:ro"]
     arguments += [f"--volume={gate}:/run/gate:ro"]
@@ -198,13 +198,13 @@ def run_arguments(gate: Path, settings: dict[str, str], mounts: dict[Path, str])
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, supervisor: Upstream) -> Iterator[Callable]:
-    """Starts proxies, which live until the module's tests are done."""
+    """A function that starts a proxy. The proxies run until the module's tests are done."""
     with ExitStack() as stack:
 
         def start_proxy(mounts: dict[Path, str] | None = None, **settings: str) -> Proxy:
             gate = tmp_path_factory.mktemp("gate")
             for folder in (gate, *gate.parents[:2]):
-                folder.chmod(0o755)  # for the user in the container
+                folder.chmod(0o755)  # readable for the user in the container
             proxy = Proxy(f"bundle-test-proxy-{uuid.uuid4().hex[:8]}", *free_ports(2), gate)
             settings = {
                 "TORCHSERVE_HOST": "127.0.0.1",
@@ -229,7 +229,7 @@ def answers(proxy: Proxy) -> bool:
     running = docker("inspect", "--format", "{{.State.Running}}", proxy.container).stdout.strip()
     assert running == "true", proxy.logs()
     try:
-        http.head(proxy.url, timeout=1, allow_redirects=False)  # nginx -t listens too, and answers nothing
+        http.head(proxy.url, timeout=1, allow_redirects=False)  # a connection is not enough: nginx -t listens, too
     except requests.RequestException:
         return False
     return True
@@ -249,7 +249,7 @@ def supervisor() -> Iterator[Upstream]:
 
 @pytest.fixture
 def fresh(engine: None, upstream: Upstream, supervisor: Upstream) -> None:
-    """What every test of the proxy starts from."""
+    """An upstream and a supervisor with their default answers and no recorded requests."""
     upstream.reset()
     supervisor.reset()
 
@@ -260,7 +260,7 @@ def proxy(start) -> Proxy:
 
 
 def check_error(answer: requests.Response, status: int, error: str, retry_after: str | None = None) -> None:
-    """The bundle's JSON error body."""
+    """Check that the answer is one of the bundle's JSON errors."""
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/json"), answer.text
     assert answer.headers.get("Retry-After") == retry_after, answer.headers
     body = answer.json()
@@ -271,18 +271,8 @@ def check_error(answer: requests.Response, status: int, error: str, retry_after:
 
 def make_certificate(folder: Path, name: str = "localhost") -> Path:
     folder.mkdir(exist_ok=True)
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-days", "2"]
     command += ["-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     command += ["-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")]
     subprocess.run(command, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The Docker stack under a project name and on ports of its own: for the tests, and for the trials of faults."""
+"""A Docker stack with its own project name and free ports, for the tests and for the fault trials."""
 
 import json
 import os
@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bundle.errors import BundleError
+from bundle.paths import ROOT
 from bundle.server.client import Client
 from bundle.server.ports import free_ports
 from tests.support import wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("torchserve", "proxy", "prometheus")  # not Grafana: its image cannot be built without a registry
+UNLIMITED = {"PROXY_RATE": "10000r/s", "BURST": "10000"}  # the limits have tests of their own: test_proxy_limits.py
 PORTS = ("PORT", "TLS_PORT", "MANAGEMENT_PORT", "PROMETHEUS_PORT", "LOCUST_PORT")
 
 
@@ -26,8 +28,8 @@ class Stack:
     """A running stack.
 
     Attributes:
-        command: the compose command with project and file.
-        environment: what compose interpolates, ports included.
+        command: the compose command with its project and file.
+        environment: the variables of the compose file, including the ports.
     """
 
     command: list[str]
@@ -66,7 +68,7 @@ class Stack:
 
     @property
     def client(self) -> Client:
-        """Predictions through the proxy, management on loopback."""
+        """A client that predicts through the proxy, and manages on loopback."""
         return Client(self.url("PORT"), self.url("MANAGEMENT_PORT"))
 
     def container(self, service: str = "torchserve") -> str:
@@ -79,7 +81,7 @@ class Stack:
         return docker("exec", self.container(), *command)
 
     def roll_out(self, model: str, archive: Path) -> subprocess.CompletedProcess:
-        """As an operator does it on the host."""
+        """Roll out an archive from the host, as an operator does."""
         with tempfile.TemporaryDirectory(prefix="rollout-") as run_dir:
             return subprocess.run(
                 [sys.executable, "-m", "bundle", "rollout", model, "--archive", str(archive)],
@@ -103,6 +105,23 @@ def docker(*arguments: str) -> str:
     return run.stdout
 
 
+def build_archive(model: str, store: Path, **variables: str) -> None:
+    """Build a model's archive into a store.
+
+    Args:
+        variables: further environment variables of the build.
+    """
+    built = subprocess.run(
+        [sys.executable, "-m", "bundle", "archive", model],
+        cwd=ROOT,
+        env={**os.environ, "TS_MODEL_STORE": str(store), **variables},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert built.returncode == 0, built.stderr
+
+
 def compose_command() -> list[str]:
     if given := os.environ.get("COMPOSE"):
         return shlex.split(given)
@@ -112,7 +131,7 @@ def compose_command() -> list[str]:
 
 @contextmanager
 def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
-    """The stack, built and healthy, taken down with its volumes at the end.
+    """Build and start the stack, yield it when it is healthy, and remove it with its volumes.
 
     Args:
         settings: variables of compose.yaml.
@@ -121,7 +140,7 @@ def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
         BundleError: no Docker engine answers.
     """
     if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
-        raise BundleError("No Docker engine answers: `docker info` says why.")
+        raise BundleError("No Docker engine answers. `docker info` shows the reason.")
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     project = f"torchserve-test-{os.getpid()}-{ports['PORT']}"
     environment = {**os.environ, **ports, **settings}

@@ -1,4 +1,4 @@
-"""What the proxy adds to requests, answers and its log, and what becomes of TorchServe's errors."""
+"""What the proxy adds to requests, answers and its log, and how it translates TorchServe's errors."""
 
 import time
 import uuid
@@ -8,7 +8,7 @@ import pytest
 from bundle.server.ports import free_ports
 from tests.docker.proxy import PREDICT, check_error, http
 
-# what TorchServe 0.12.0 answers, to the byte
+# the exact answers of TorchServe 0.12.0
 QUEUE_FULL = (
     b'{\n  "code": 503,\n  "type": "ServiceUnavailableException",\n  "message": "Model \\"mnist\\" has no worker to '
     b"serve inference request. Please use scale workers API to add workers. If this is a sequence inference, please "
@@ -16,14 +16,14 @@ QUEUE_FULL = (
 )
 PREDICTION_FAILED = b'{\n  "code": 503,\n  "type": "InternalServerException",\n  "message": "Prediction failed"\n}\n'
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- ids, headers, logs -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", ["a", "Trace_1.2-3", "x" * 64])
-def test_a_clients_request_id_is_kept(proxy, upstream, own):
+def test_valid_request_id_is_kept(proxy, upstream, own):
     status, headers, _ = proxy.raw(
         f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nX-Request-Id: {own}\r\nContent-Length: 0\r\n\r\n"
     )
@@ -32,16 +32,16 @@ def test_a_clients_request_id_is_kept(proxy, upstream, own):
 
 
 @pytest.mark.parametrize("own", [None, "", "x" * 65, "a b", "a/b", "a;b", 'a"b', "\xe9"])
-def test_a_request_without_a_usable_id_gets_one(proxy, upstream, own):
+def test_missing_or_invalid_request_id_is_replaced(proxy, upstream, own):
     line = "" if own is None else f"X-Request-Id: {own}\r\n"
     status, headers, _ = proxy.raw(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n{line}Content-Length: 0\r\n\r\n")
-    [given] = headers.get_all("X-Request-Id")
+    [generated] = headers.get_all("X-Request-Id")
     assert status == 200
-    assert len(given) == 32
-    assert upstream.received[0].headers.get_all("X-Request-Id") == [given]
+    assert len(generated) == 32
+    assert upstream.received[0].headers.get_all("X-Request-Id") == [generated]
 
 
-def test_headers_that_torchserve_gets(proxy, upstream):
+def test_forwarding_headers_of_a_client_are_replaced_and_others_passed_on(proxy, upstream):
     before = time.time()
     proxy.post(
         headers={"X-Request-Start": "t=1", "X-Forwarded-For": "1.2.3.4", "X-Forwarded-Proto": "https", "X-Own": "1"}
@@ -55,18 +55,18 @@ def test_headers_that_torchserve_gets(proxy, upstream):
 
 
 @pytest.mark.parametrize("name", ["describe", "Describe", "DESCRIBE", "explain", "Explain", "EXPLAIN"])
-def test_headers_by_which_torchserve_says_what_a_request_is_do_not_pass(proxy, upstream, name):
+def test_describe_and_explain_headers_are_removed(proxy, upstream, name):
     status, _, _ = proxy.raw(
         f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n{name}: True\r\n{name}: True\r\nContent-Length: 0\r\n\r\n"
     )
     assert (status, upstream.received[0].headers.get_all(name)) == (200, None)
 
 
-def test_the_server_does_not_tell_its_version(proxy):
+def test_server_header_has_no_version(proxy):
     assert proxy.post().headers["Server"] == "nginx"
 
 
-def test_access_log(proxy, upstream):
+def test_access_log_has_a_json_line_for_each_request(proxy, upstream):
     mark = uuid.uuid4().hex
     proxy.post(f'{PREDICT}?q="\\', headers={"X-Request-Id": mark, "User-Agent": 'curl"\\\x01'})
     line = proxy.access_log(mark)
@@ -78,7 +78,7 @@ def test_access_log(proxy, upstream):
     assert (line["request_id"], line["remote_address"]) == (mark, "127.0.0.1")
     assert line["uri"].startswith(f"{PREDICT}?q=")
     assert line["user_agent"] == 'curl"\\\x01'
-    assert 0 <= float(line["upstream_time"]) <= line["request_time"] + 0.002  # rounded each by itself
+    assert 0 <= float(line["upstream_time"]) <= line["request_time"] + 0.002  # each is rounded separately
     assert line["bytes"] > 100
 
     upstream.status, upstream.body = 503, QUEUE_FULL
@@ -103,7 +103,7 @@ def test_access_log(proxy, upstream):
     ],
 )
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_file_is_no_form(proxy, upstream, content_type, body, passed, chunked):
+def test_content_type_of_a_file_sent_as_a_form_is_corrected(proxy, upstream, content_type, body, passed, chunked):
     headers = {} if content_type is None else {"Content-Type": content_type}
     assert proxy.post(data=iter([body]) if chunked and body else body, headers=headers).status_code == 200
     [received] = upstream.received
@@ -114,33 +114,33 @@ def test_a_file_is_no_form(proxy, upstream, content_type, body, passed, chunked)
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 429, 507])
-def test_errors_of_handlers_pass_unchanged(proxy, upstream, status):
+def test_handler_error_passes_unchanged(proxy, upstream, status):
     upstream.status, upstream.headers = status, {"Content-Type": "application/json"}
     upstream.body = b'{"code": 413, "type": "ImageTooLarge", "message": "..."}'
     answer = proxy.post()
     assert (answer.status_code, answer.content) == (status, upstream.body)
 
 
-def test_a_dead_workers_request_is_answered_by_another(proxy, upstream):
+def test_first_500_is_retried_and_the_second_answer_is_used(proxy, upstream):
     upstream.first = 500
     assert proxy.post().status_code == 200
     assert len(upstream.received) == 2
 
 
-def test_a_dead_workers_request_meets_a_full_queue(proxy, upstream):
+def test_retry_that_meets_a_full_queue_is_429(proxy, upstream):
     upstream.first, upstream.status, upstream.body = 500, 503, QUEUE_FULL
     check_error(proxy.post(), 429, "QueueFull", "1")
 
 
-def test_what_a_500_says_stays_inside(proxy, upstream):
+def test_message_of_a_500_is_replaced(proxy, upstream):
     upstream.status, upstream.body = 500, b'{"message": "java.lang.NullPointerException: at io.netty.handler ..."}'
     answer = proxy.post()
     check_error(answer, 500, "PredictionFailed")
     assert "java" not in answer.text
 
 
-def test_a_500_is_sent_once_more_and_nothing_else_is(proxy, upstream):
-    """A worker that died may have been one of several."""
+def test_only_a_500_is_retried_and_only_once(proxy, upstream):
+    """After the death of one worker, another can answer."""
     for status, times in {500: 2, 400: 1, 413: 1, 429: 1, 507: 1}.items():
         upstream.received.clear()
         upstream.status = status
@@ -148,33 +148,33 @@ def test_a_500_is_sent_once_more_and_nothing_else_is(proxy, upstream):
         assert [received.body for received in upstream.received] == [b"the same"] * times, status
 
 
-def test_a_full_queue_is_429(proxy, upstream):
+def test_full_queue_is_429(proxy, upstream):
     upstream.status, upstream.body = 503, QUEUE_FULL
     check_error(proxy.post(), 429, "QueueFull", "1")
     assert len(upstream.received) == 1
 
 
-def test_a_failed_batch_is_500(proxy, upstream):
+def test_failed_batch_is_500(proxy, upstream):
     upstream.status, upstream.body = 503, PREDICTION_FAILED
     check_error(proxy.post(), 500, "PredictionFailed")
     assert len(upstream.received) == 1
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
-def test_a_server_that_hangs_up_is_503_and_nothing_is_sent_twice(proxy, upstream, method):
-    proxy.post()  # leaves a kept connection, where a retry is tempting
+def test_closed_connection_is_503_and_not_retried(proxy, upstream, method):
+    proxy.post()  # leaves a kept-alive connection, on which nginx retries by default
     upstream.received.clear()
     upstream.status = None
     check_error(http.request(method, proxy.url + PREDICT, data=b"x", timeout=10), 503, "ServerUnavailable", "5")
     assert len(upstream.received) == 1
 
 
-def test_a_server_that_is_not_there_is_503(start):
+def test_unreachable_server_is_503(start):
     proxy = start(TORCHSERVE_PORT=str(free_ports(1)[0]))
     check_error(proxy.post(), 503, "ServerUnavailable", "5")
 
 
-def test_a_late_answer_is_504(proxy, upstream):
+def test_late_answer_is_504(proxy, upstream):
     upstream.release.clear()
     began = time.monotonic()
     check_error(proxy.post(), 504, "UpstreamTimeout")

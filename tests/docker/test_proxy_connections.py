@@ -1,4 +1,4 @@
-"""The proxy's gate, and its connections to the server: kept, moved, and ended without a loss."""
+"""The proxy's gate, and its connections to the server: kept alive, moved to a new address, and drained."""
 
 import socket
 import threading
@@ -10,13 +10,13 @@ import requests
 
 from tests.docker.proxy import PREDICT, Proxy, Upstream, check_error, docker, eventually, http
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- the gate ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_closed_gate_refuses_new_requests_and_finishes_those_in_flight(proxy, upstream, supervisor):
+def test_closed_gate_rejects_new_requests_and_finishes_those_in_flight(proxy, upstream, supervisor):
     closed = proxy.gate / "closed"
     upstream.release.clear()
     finished = []
@@ -37,7 +37,7 @@ def test_a_closed_gate_refuses_new_requests_and_finishes_those_in_flight(proxy, 
     assert proxy.post().status_code == 200
 
 
-def test_a_body_that_arrives_after_the_gate_was_closed_is_not_passed_on(proxy, upstream):
+def test_body_that_arrives_after_the_gate_was_closed_is_not_passed_on(proxy, upstream):
     closed = proxy.gate / "closed"
     try:
         with socket.create_connection(("127.0.0.1", proxy.port), 20) as slow:
@@ -54,12 +54,12 @@ def test_a_body_that_arrives_after_the_gate_was_closed_is_not_passed_on(proxy, u
 # -- connections to the server ----------------------------------------------------------------------------------------
 
 
-def test_connections_are_kept_and_closed_when_idle(start, upstream):
+def test_connections_are_reused_and_closed_when_idle(start, upstream):
     proxy = start()
-    eventually(lambda: upstream.open_connections == 0)  # other proxies' are closed, too
+    eventually(lambda: upstream.open_connections == 0)  # those of the other proxies, too
     for _ in range(20):
         proxy.post()
-    assert len({received.connection for received in upstream.received}) <= 2  # one of each nginx worker
+    assert len({received.connection for received in upstream.received}) <= 2  # one for each nginx worker
     eventually(lambda: upstream.open_connections == 0)
 
 
@@ -70,21 +70,21 @@ def answer_in_time(proxy: Proxy) -> bytes | None:
         return None
 
 
-def test_a_server_with_a_new_address_is_found(start, upstream, tmp_path):
-    hosts = tmp_path / "hosts"  # the container's own DNS
+def test_new_address_of_the_server_is_used_without_a_restart(start, upstream, tmp_path):
+    hosts = tmp_path / "hosts"  # resolves names in the container
     hosts.write_text("127.0.0.1 localhost\n")
     hosts.chmod(0o644)
     proxy = start({hosts: "/etc/hosts"}, TORCHSERVE_HOST="served")
-    # nginx closes idle connections when it reloads: a client that keeps one may find it gone
-    ask = partial(proxy.post, headers={"Connection": "close"})
-    check_error(ask(), 503, "ServerUnavailable", "5")  # started before it
+    # new connections only, because nginx closes idle ones when it reloads
+    post = partial(proxy.post, headers={"Connection": "close"})
+    check_error(post(), 503, "ServerUnavailable", "5")  # the server has no address yet
 
     hosts.write_text("127.0.0.1 served\n")
-    eventually(lambda: ask().status_code == 200)
+    eventually(lambda: post().status_code == 200)
 
     upstream.release.clear()
     finished = []
-    in_flight = threading.Thread(target=lambda: finished.append(ask()))
+    in_flight = threading.Thread(target=lambda: finished.append(post()))
     upstream.received.clear()
     in_flight.start()
     eventually(lambda: upstream.received)
@@ -95,11 +95,11 @@ def test_a_server_with_a_new_address_is_found(start, upstream, tmp_path):
         eventually(lambda: answer_in_time(proxy) == b"moved")
         upstream.release.set()
         in_flight.join()
-        assert finished[0].content == b'{"ok": true}'  # what was in flight was not cut off
+        assert finished[0].content == b'{"ok": true}'  # the request in flight was not cut off
 
-        hosts.write_text("127.0.0.1 localhost\n")  # gone: the last address stays
+        hosts.write_text("127.0.0.1 localhost\n")  # without an address, the last one stays
         time.sleep(3)
-        assert ask().content == b"moved"
+        assert post().content == b"moved"
 
 
 def is_refused(proxy: Proxy) -> bool:
@@ -112,7 +112,7 @@ def is_refused(proxy: Proxy) -> bool:
     return False
 
 
-def test_a_graceful_end_finishes_what_is_in_flight(start, upstream):
+def test_sigquit_finishes_requests_in_flight(start, upstream):
     proxy = start()
     upstream.release.clear()
     finished = []

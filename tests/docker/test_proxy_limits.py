@@ -1,4 +1,4 @@
-"""The proxy's limits: sizes of bodies, slow clients, rates and connections."""
+"""The proxy's limits: body size, slow clients, request rate and connections."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import requests
 
 from tests.docker.proxy import PREDICT, Proxy, check_error, eventually, http
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- bodies -----------------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ def in_chunks(size: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_the_largest_body_passes(proxy, upstream, chunked):
+def test_body_at_the_limit_passes(proxy, upstream, chunked):
     assert proxy.post(data=in_chunks(1 << 20) if chunked else b"x" * (1 << 20)).status_code == 200
     [received] = upstream.received
     assert len(received.body) == 1 << 20
@@ -32,7 +32,7 @@ def test_the_largest_body_passes(proxy, upstream, chunked):
     assert received.headers["Transfer-Encoding"] is None
 
 
-def test_a_larger_body_is_413_before_it_is_sent(proxy, upstream):
+def test_body_over_the_limit_is_413_before_it_is_sent(proxy, upstream):
     status, headers, body = proxy.raw(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: {(1 << 20) + 1}\r\n\r\n")
     assert (status, json.loads(body)["type"]) == (413, "BodyTooLarge")
     assert "1m" in json.loads(body)["message"]
@@ -40,7 +40,7 @@ def test_a_larger_body_is_413_before_it_is_sent(proxy, upstream):
     assert upstream.received == []
 
 
-def test_a_larger_body_in_chunks_is_413(proxy, upstream):
+def test_chunked_body_over_the_limit_is_413(proxy, upstream):
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     request = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + chunk * 17
     status, headers, body = proxy.raw(request)
@@ -49,12 +49,12 @@ def test_a_larger_body_in_chunks_is_413(proxy, upstream):
     assert upstream.received == []
 
 
-def test_large_answers_pass(proxy, upstream):
+def test_large_answer_passes(proxy, upstream):
     upstream.body = os.urandom(4 << 20)
     assert proxy.post().content == upstream.body
 
 
-def test_a_slow_client_occupies_no_worker_and_is_cut_off(proxy, upstream):
+def test_slow_client_occupies_no_worker_and_is_disconnected(proxy, upstream):
     with socket.create_connection(("127.0.0.1", proxy.port), 20) as slow:
         slow.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\na".encode())
         time.sleep(0.5)
@@ -85,25 +85,25 @@ def strict(start) -> Proxy:
     return start(PROXY_RATE="1r/s", BURST="4", CONNECTIONS="2")
 
 
-def test_rate_limit(strict, upstream):
+def test_requests_over_the_rate_are_429(strict, upstream):
     answers = [strict.post() for _ in range(10)]
     statuses = [answer.status_code for answer in answers]
-    assert statuses[:5] == [200] * 5  # one, and the burst of four
+    assert statuses[:5] == [200] * 5  # one and the burst of four
     assert statuses.count(200) <= 7
     assert len(upstream.received) == statuses.count(200)
     refused = next(answer for answer in answers if answer.status_code != 200)
     check_error(refused, 429, "TooManyRequests", "1")
     assert "1r/s" in refused.json()["message"]
-    assert http.get(f"{strict.url}/ping", timeout=10).status_code == 200  # has a limit of its own
+    assert http.get(f"{strict.url}/ping", timeout=10).status_code == 200  # its limit is separate
 
 
-def test_ping_has_a_limit_too(strict):
+def test_pings_over_their_rate_are_429(strict):
     answers = [http.get(f"{strict.url}/ping", timeout=10) for _ in range(60)]
     refused = [answer for answer in answers if answer.status_code != 200]
     check_error(refused[0], 429, "TooManyRequests", "1")
 
 
-def test_connections_of_one_client(start, upstream):
+def test_connections_of_one_client_over_the_limit_are_429(start, upstream):
     proxy = start(CONNECTIONS="2")
     upstream.release.clear()
     waiting = [threading.Thread(target=proxy.post) for _ in range(2)]
@@ -117,7 +117,7 @@ def test_connections_of_one_client(start, upstream):
     assert proxy.post().status_code == 200
 
 
-MEGABYTE, MEDIUM = 1_000_000, 100_000  # from these sizes on, bodies are large, and medium
+MEGABYTE, MEDIUM = 1_000_000, 100_000  # bytes from which a body is large, and medium
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ MEGABYTE, MEDIUM = 1_000_000, 100_000  # from these sizes on, bodies are large, 
     ids=["a megabyte", "a byte less", "of unknown length"],
 )
 @pytest.mark.parametrize("clients", ["one", "several"])
-def test_large_bodies(start, upstream, size, chunked, limited, clients):
-    """What is held in memory is bounded, for one client and for all; small requests do not notice."""
+def test_large_bodies_over_their_number_are_429(start, upstream, size, chunked, limited, clients):
+    """The limits, for one client and for all, bound the memory. Small requests are unaffected."""
     bounds = {"one": ("9", "2"), "several": ("2", "1")}[clients]
     proxy = start(LARGE_BODIES=bounds[0], LARGE_BODIES_OF_CLIENT=bounds[1], MAX_BODY="2m", TRUSTED_PROXIES="127.0.0.1")
 
@@ -135,12 +135,12 @@ def test_large_bodies(start, upstream, size, chunked, limited, clients):
         body = in_chunks(size) if chunked else b"x" * size
         return proxy.post(data=body, headers={"X-Forwarded-For": f"1.1.1.{client if clients == 'several' else 1}"})
 
-    refused_or_not(upstream, [lambda n=n: post(n) for n in (1, 2)], lambda: post(3), limited)
+    check_one_more(upstream, [lambda n=n: post(n) for n in (1, 2)], lambda: post(3), limited)
 
 
 @pytest.mark.parametrize("clients", [1, 4], ids=["one", "several"])
-def test_medium_bodies(start, upstream, clients):
-    """64 of one client, 256 of all."""
+def test_medium_bodies_over_their_number_are_429(start, upstream, clients):
+    """The limits are 64 for one client and 256 for all."""
     proxy = start(TRUSTED_PROXIES="127.0.0.1")
 
     def post(client: int, size: int) -> requests.Response:
@@ -148,15 +148,15 @@ def test_medium_bodies(start, upstream, clients):
 
     full = [lambda client=client: post(client, MEDIUM) for client in range(clients) for _ in range(64)]
     another = 0 if clients == 1 else clients
-    refused_or_not(upstream, full, lambda: post(another, MEDIUM), limited=True)
+    check_one_more(upstream, full, lambda: post(another, MEDIUM), limited=True)
     upstream.received.clear()
-    refused_or_not(upstream, full, lambda: post(another, MEDIUM - 1), limited=False)
+    check_one_more(upstream, full, lambda: post(another, MEDIUM - 1), limited=False)
     upstream.received.clear()
-    refused_or_not(upstream, full[:64], lambda: post(clients, MEDIUM), limited=False)
+    check_one_more(upstream, full[:64], lambda: post(clients, MEDIUM), limited=False)
 
 
-def refused_or_not(upstream, waiting: list, another, limited: bool) -> None:
-    """Whether one more request is refused while others are on their way."""
+def check_one_more(upstream, waiting: list, another, limited: bool) -> None:
+    """Check whether one more request is rejected while the others wait for their answers."""
     upstream.release.clear()
     threads = [threading.Thread(target=post) for post in waiting]
     for thread in threads:
@@ -174,7 +174,7 @@ def refused_or_not(upstream, waiting: list, another, limited: bool) -> None:
     assert another().status_code == 200
 
 
-def test_clients_behind_a_trusted_load_balancer_have_limits_of_their_own(start, upstream):
+def test_each_client_behind_a_trusted_load_balancer_has_its_own_limits(start, upstream):
     proxy = start(TRUSTED_PROXIES="10.0.0.0/8 127.0.0.1", PROXY_RATE="1r/m", BURST="1")
     statuses = [
         proxy.post(headers={"X-Forwarded-For": f"6.6.6.6, 1.1.1.{n}, 10.1.1.1"}).status_code for n in (1, 1, 1, 2)

@@ -1,4 +1,4 @@
-"""What the proxy passes on, what it refuses, and what /ping says."""
+"""Requests that the proxy passes on, requests that it rejects, and /ping."""
 
 import json
 
@@ -7,10 +7,10 @@ import pytest
 from bundle.server.ports import free_ports
 from tests.docker.proxy import PREDICT, check_error, http
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
-# -- what gets through ------------------------------------------------------------------------------------------------
+# -- routes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
@@ -38,7 +38,7 @@ def test_predictions_and_explanations_reach_torchserve(proxy, upstream, method, 
         "http://elsewhere:8081/predictions/mnist",
     ],
 )
-def test_the_path_that_was_checked_is_the_one_passed_on(proxy, upstream, target):
+def test_path_is_passed_on_in_the_form_that_was_checked(proxy, upstream, target):
     status, _, _ = proxy.raw(f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\na")
     assert status == 200
     assert [received.path for received in upstream.received] == ["/predictions/mnist"]
@@ -107,7 +107,7 @@ TRICKS = [
 
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
 @pytest.mark.parametrize("target", TRICKS)
-def test_nothing_else_is_published(proxy, upstream, supervisor, method, target):
+def test_other_path_is_rejected_and_not_passed_on(proxy, upstream, supervisor, method, target):
     status, headers, body = proxy.raw(f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
     assert status in (400, 404)
     assert json.loads(body)["code"] == status
@@ -128,13 +128,13 @@ def test_nothing_else_is_published(proxy, upstream, supervisor, method, target):
         "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         f"GET /{'a' * 9000} HTTP/1.1\r\nHost: x\r\n\r\n",
         f"GET /ping HTTP/1.1\r\nHost: x\r\nX-Long: {'a' * 9000}\r\n\r\n",
-        # two lengths of one body: what request smuggling lives on
+        # two lengths of one body, as in request smuggling
         "POST /predictions/mnist HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
         "POST /predictions/mnist HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
         "POST /predictions/mnist HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: unheard-of\r\n\r\n",
     ],
 )
-def test_what_is_no_request_is_refused(proxy, upstream, supervisor, request_):
+def test_invalid_request_is_rejected_and_not_passed_on(proxy, upstream, supervisor, request_):
     status, headers, body = proxy.raw(request_)
     assert status in (400, 405, 414, 501, 505)
     assert json.loads(body)["code"] == status
@@ -143,7 +143,7 @@ def test_what_is_no_request_is_refused(proxy, upstream, supervisor, request_):
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "PATCH", "OPTIONS", "PROPFIND"])
-def test_predictions_take_post_and_put(proxy, upstream, method):
+def test_prediction_with_another_method_is_405(proxy, upstream, method):
     answer = http.request(method, proxy.url + PREDICT, timeout=10)
     assert (answer.status_code, answer.headers["Allow"]) == (405, "POST, PUT")
     if method != "HEAD":
@@ -155,7 +155,7 @@ def test_predictions_take_post_and_put(proxy, upstream, method):
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_ping_is_what_the_supervisor_says(proxy, upstream, supervisor, method):
+def test_ping_is_answered_by_the_supervisor(proxy, upstream, supervisor, method):
     supervisor.body = b'{"status": "Ready"}'
     answer = http.request(method, f"{proxy.url}/ping?x=1", data=b"a body", timeout=10)
     assert (answer.status_code, answer.text) == (200, '{"status": "Ready"}' if method == "GET" else "")
@@ -169,13 +169,13 @@ def test_ping_is_what_the_supervisor_says(proxy, upstream, supervisor, method):
     assert answer.text == ('{"status": "Draining"}' if method == "GET" else "")
 
 
-def test_ping_takes_no_other_method(proxy, supervisor):
+def test_ping_with_post_is_405(proxy, supervisor):
     answer = proxy.post("/ping")
     check_error(answer, 405, "MethodNotAllowed")
     assert answer.headers["Allow"] == "GET, HEAD"
     assert supervisor.received == []
 
 
-def test_ping_without_a_supervisor(start):
+def test_ping_without_a_supervisor_is_503(start):
     proxy = start(SUPERVISOR_PORT=str(free_ports(1)[0]))
     check_error(http.get(f"{proxy.url}/ping", timeout=10), 503, "ServerUnavailable", "5")

@@ -1,4 +1,4 @@
-"""The proxy's start: settings it refuses, and how it runs."""
+"""The proxy's start: invalid settings, and the rights of its processes."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import pytest
 
 from tests.docker.proxy import docker, make_certificate, run_arguments
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def refused_start(tmp_path: Path, mounts: dict[Path, str] | None = None, **settings: str) -> str:
-    """What it says when it does not start."""
+    """Start the proxy, check that it fails, and return its message."""
     done = docker("run", "--rm", *run_arguments(tmp_path, settings, mounts or {}))
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("error: ")
@@ -38,24 +38,24 @@ def refused_start(tmp_path: Path, mounts: dict[Path, str] | None = None, **setti
         ("PROXY_RATE", "1r/s\nx"),
     ],
 )
-def test_a_wrong_setting_is_named(tmp_path, name, value):
+def test_invalid_setting_is_named(tmp_path, name, value):
     assert refused_start(tmp_path, **{name: value.replace("\n", " ")}).startswith(f"error: {name} is '")
 
 
 @pytest.mark.parametrize("missing", ["tls.crt", "tls.key"])
-def test_half_a_certificate_is_an_error(tmp_path, missing):
+def test_certificate_without_its_key_or_key_without_its_certificate_is_an_error(tmp_path, missing):
     folder = make_certificate(tmp_path / "tls")
     (folder / missing).unlink()
     assert "only one of them" in refused_start(tmp_path, {folder: "/etc/bundle/tls"})
 
 
-def test_a_key_that_cannot_be_read_is_an_error(tmp_path):
+def test_unreadable_key_is_an_error(tmp_path):
     folder = make_certificate(tmp_path / "tls")
     (folder / "tls.key").chmod(0o600)
     assert "tls.key cannot be read by user 101" in refused_start(tmp_path, {folder: "/etc/bundle/tls"})
 
 
-def test_it_needs_neither_root_nor_a_disk(proxy):
+def test_proxy_runs_without_root_and_with_a_read_only_disk(proxy):
     proxy.post()
     assert docker("exec", proxy.container, "id", "-u").stdout.strip() == "101"
     assert docker("exec", proxy.container, "touch", "/probe").returncode != 0

@@ -10,7 +10,7 @@ import pytest
 
 from tests.docker.proxy import PREDICT, Proxy, check_error, eventually, http, make_certificate
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("fresh")]
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def tls(start, certificate) -> Proxy:
     return start({certificate: "/etc/bundle/tls"})
 
 
-def test_tls(tls, certificate, upstream):
+def test_request_over_tls_is_passed_on(tls, certificate, upstream):
     answer = http.post(
         f"https://localhost:{tls.tls_port}{PREDICT}", data=b"x", verify=str(certificate / "tls.crt"), timeout=10
     )
@@ -54,10 +54,10 @@ def test_plain_http_on_the_tls_port_is_400(tls):
     ],
 )
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_tls_versions(tls, version, spoken):
+def test_only_tls_1_2_and_1_3_are_accepted(tls, version, spoken):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.set_ciphers("ALL:@SECLEVEL=0")  # so that TLS 1.1 is refused by the server, not by this client
+    context.set_ciphers("ALL:@SECLEVEL=0")  # so that the server refuses TLS 1.1, not this client
     context.minimum_version = context.maximum_version = version
     with socket.create_connection(("127.0.0.1", tls.tls_port), 10) as connection:
         if spoken is None:
@@ -69,7 +69,7 @@ def test_tls_versions(tls, version, spoken):
                 assert "GCM" in secured.cipher()[0] or "CHACHA20" in secured.cipher()[0]
 
 
-def test_plain_http_beside_tls(start, certificate):
+def test_plain_http_beside_tls_is_served_if_it_is_allowed(start, certificate):
     proxy = start({certificate: "/etc/bundle/tls"}, ALLOW_PLAIN="true")
     assert proxy.post().status_code == 200
     secured = http.post(
@@ -78,12 +78,12 @@ def test_plain_http_beside_tls(start, certificate):
     assert secured.status_code == 200
 
 
-def test_a_renewed_certificate_is_taken_up(start, tmp_path):
+def test_renewed_certificate_is_used_without_a_restart(start, tmp_path):
     tmp_path.chmod(0o755)
     folder = make_certificate(tmp_path / "tls")
     proxy = start({folder: "/etc/bundle/tls"})
     address = ("127.0.0.1", proxy.tls_port)
     first = ssl.get_server_certificate(address)
-    time.sleep(1.1)  # nginx tells a new file from an old one by the second
+    time.sleep(1.1)  # a new file must differ in its second of modification
     make_certificate(folder)
     eventually(lambda: ssl.get_server_certificate(address) != first)

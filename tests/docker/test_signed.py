@@ -1,9 +1,7 @@
-"""The stack with TRUSTED_KEY: it serves what that key has signed, and nothing else."""
+"""The stack with TRUSTED_KEY serves only archives that are signed with that key."""
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import requests
 from bundle.catalog import select
 from bundle.server.client import check_sample
 from bundle.signing import make_keys
-from tests.docker.stack import ROOT, Stack, running
+from tests.docker.stack import Stack, build_archive, running
 from tests.support import reversioned, wait_for
 from tests.trials.faults.archives import put
 
@@ -22,16 +20,12 @@ from tests.trials.faults.archives import put
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A pair of keys, and a store with a signed archive of mnist."""
+    """Variables that name a pair of keys, and a store with a signed archive of mnist."""
     folder = tmp_path_factory.mktemp("signed")
-    store = folder / "store"
-    store.mkdir()
     private = folder / "signing.key"
-    variables = {"SIGNING_KEY": str(private), "TRUSTED_KEY": str(make_keys(private)), "TS_MODEL_STORE": str(store)}
-    command = [sys.executable, "-m", "bundle", "archive", "mnist"]
-    built = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return variables
+    keys = {"SIGNING_KEY": str(private), "TRUSTED_KEY": str(make_keys(private))}
+    build_archive("mnist", folder / "store", **keys)
+    return {**keys, "TS_MODEL_STORE": str(folder / "store")}
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +34,22 @@ def signed(keys: dict[str, str]) -> Iterator[Stack]:
         yield stack
 
 
-def test_what_is_signed_is_served(signed: Stack):
+def test_signed_archive_is_served(signed: Stack):
     assert signed.client.models() == ["mnist"]
     described = signed.client.describe("mnist")
     assert [worker["status"] for worker in described["workers"]] == ["READY", "READY"]
     assert check_sample(signed.client, MNIST) == MNIST.bundle.expect
 
 
-def test_what_is_not_signed_is_refused(signed: Stack, keys: dict[str, str], tmp_path: Path):
+def test_registration_and_rollout_of_an_unsigned_archive_are_refused(
+    signed: Stack, keys: dict[str, str], tmp_path: Path
+):
     unsigned = reversioned(Path(keys["TS_MODEL_STORE"]) / "mnist.mar", "2.0", tmp_path / "unsigned.mar")
     put(signed, unsigned)
-    asked = {"url": "unsigned.mar", "initial_workers": 1, "synchronous": "true"}
-    registered = requests.post(f"{signed.url('MANAGEMENT_PORT')}/models", params=asked, timeout=150)
+    parameters = {"url": "unsigned.mar", "initial_workers": 1, "synchronous": "true"}
+    registered = requests.post(f"{signed.url('MANAGEMENT_PORT')}/models", params=parameters, timeout=150)
     assert registered.status_code == 500
-    # TorchServe writes its logs in the background
+    # wait, because TorchServe writes its logs in the background
     wait_for(lambda: "is refused: it is not signed" in signed.execute("cat", "/tmp/run/logs/model_log.log"), 20)
     rolled = signed.roll_out("mnist", unsigned)
     assert rolled.returncode == 1
@@ -61,7 +57,7 @@ def test_what_is_not_signed_is_refused(signed: Stack, keys: dict[str, str], tmp_
     assert [version["modelVersion"] for version in signed.client.versions("mnist")] == ["1.0"]
 
 
-def test_an_image_without_signed_archives_does_not_start(signed: Stack, keys: dict[str, str]):
+def test_image_with_unsigned_archives_does_not_start(signed: Stack, keys: dict[str, str]):
     command = ["docker", "run", "--rm", "--network", "none", "--env", "TRUSTED_KEY=/run/trusted.pub"]
     command += ["--volume", f"{keys['TRUSTED_KEY']}:/run/trusted.pub:ro", signed.inspect()["Config"]["Image"]]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
