@@ -22,6 +22,15 @@ from tests.server.place import Place
 from tests.shipped import SHIPPED
 from tests.support import wait_for
 
+FAILING_HANDLER = """
+from ts.torch_handler.base_handler import BaseHandler
+
+
+class Broken(BaseHandler):
+    def initialize(self, context):
+        raise RuntimeError("the licence has expired")
+"""
+
 
 def test_serve_again_changes_nothing(served):
     record = served.record()
@@ -212,7 +221,7 @@ def elsewhere(place, tmp_path: Path) -> Path:
 def test_serve_with_another_models_folder_serves_its_models(place, elsewhere: Path):
     served = place.bundle("serve")
     assert served.returncode == 0, served.stderr
-    assert "digits: sample.png is '3', as expected" in served.stdout
+    assert "digits: sample.png is '3', as expected" in served.stderr
     assert place.client.models() == ["digits"]
     [curl] = [line.strip() for line in served.stdout.splitlines() if "curl -T" in line]
     answer = subprocess.run(curl, shell=True, cwd=MODELS.parent, capture_output=True, text=True, timeout=60)
@@ -225,14 +234,24 @@ def test_serve_with_another_models_folder_serves_its_models(place, elsewhere: Pa
     assert f"There is no model 'mnist' in {elsewhere}/; there are: digits." in unknown.stderr
 
 
-def test_serve_with_a_failing_handler_shows_its_error_and_leaves_nothing(place, elsewhere: Path):
+def test_serve_with_an_invalid_handler_setting_names_it(place, elsewhere: Path):
     config = elsewhere / "digits" / "model-config.yaml"
     config.write_text(config.read_text().replace("  threads: 1", "  threads: many"))
     failed = place.bundle("serve", "digits")
     assert failed.returncode == 1
-    assert "A worker of digits failed" in failed.stderr.strip().splitlines()[-1]
-    assert "threads" in failed.stderr
-    assert "ValidationError" in failed.stderr
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "model-config.yaml, section handler: threads" in last
+    assert not place.processes()
+
+
+def test_serve_with_a_failing_handler_says_so_and_leaves_nothing(place, elsewhere: Path):
+    config = elsewhere / "digits" / "model-config.yaml"
+    config.write_text(config.read_text().replace("handler: mnist", "handler: ./broken.py"))
+    (elsewhere / "digits" / "broken.py").write_text(FAILING_HANDLER)
+    failed = place.bundle("serve", "digits")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: A worker of digits failed: RuntimeError: ")
     assert not place.processes()
 
 
