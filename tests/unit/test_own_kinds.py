@@ -1,32 +1,21 @@
 """Kinds of model that a user adds with a folder and one handler file: a detector, and a regression on JSON."""
 
 import base64
-import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
 
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
+from tests.unit.inputs import white_box
 
 MODELS = Path(__file__).parents[1] / "models"
 HOUSE = {"rooms": 3, "area": 70.5, "age": 12}
 PRICE = 10 * 3 + 2 * 70.5 - 12 + 5
-
-
-def picture(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
-    """A black image with one white box, x1, y1, x2, y2 in shares of the sides."""
-    image = Image.new("L", (width, height))
-    x1, y1, x2, y2 = (share * side / 16 for share, side in zip(box, (width, height) * 2, strict=True))
-    ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), fill=255)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +38,7 @@ def test_a_kind_is_one_folder_with_one_short_handler_file(model: str):
 
 def test_boxes_are_in_the_pixels_of_each_original_image(boxes: DryRun):
     sizes = [(64, 64), (640, 320), (100, 400), (1024, 1024)]
-    answers = boxes.predict([{"body": picture(*size, (2, 4, 6, 12))} for size in sizes])
+    answers = boxes.predict([{"body": white_box(*size, (2, 4, 6, 12))} for size in sizes])
     for (status, body), (width, height) in zip(answers, sizes, strict=True):
         [found] = body["detections"]
         assert (status, found["label"]) == (200, "bright")
@@ -58,7 +47,7 @@ def test_boxes_are_in_the_pixels_of_each_original_image(boxes: DryRun):
 
 
 def test_an_option_reaches_the_answer_of_its_request_alone(boxes: DryRun):
-    content = picture(64, 64, (2, 4, 6, 12))
+    content = white_box(64, 64, (2, 4, 6, 12))
     answers = boxes.predict([{"data": content}, {"data": content, "score_threshold": "0"}])
     assert [len(body["detections"]) for _, body in answers] == [1, 2]
     [(status, body)] = boxes.predict([{"data": content, "score_threshold": 2}])
@@ -66,8 +55,8 @@ def test_an_option_reaches_the_answer_of_its_request_alone(boxes: DryRun):
 
 
 def test_poisoned_neighbours_of_a_detector_fail_alone(boxes: DryRun):
-    good = {"body": picture(64, 64, (2, 4, 6, 12))}
-    instances = [base64.b64encode(picture(64, 64, (2, 4, 6, 12))).decode(), "bm8gaW1hZ2U="]
+    good = {"body": white_box(64, 64, (2, 4, 6, 12))}
+    instances = [base64.b64encode(white_box(64, 64, (2, 4, 6, 12))).decode(), "bm8gaW1hZ2U="]
     rows = [good, {"body": b"no image"}, good, {"body": {"instances": instances}}, {"body": b""}]
     answers = boxes.predict(rows)
     assert [status for status, _ in answers] == [200, 400, 200, 400, 400]
