@@ -72,7 +72,7 @@ def choose(wanted: str = "", folders: Path | None = None) -> list[Target]:
     }
     if unknown := [name for name in weights if name not in usable]:
         known = ", ".join(usable) or "none"
-        raise LoadTestError(f"{place(folders)}/ has no model {unknown[0]!r} with a sample. Models with one: {known}")
+        raise LoadTestError(f"there is no model {unknown[0]!r} with a sample in {place(folders)}/; there are: {known}")
     if not weights:
         raise LoadTestError(
             f"no model in {place(folders)}/ has a sample to send. Name a file as bundle.sample in a model-config.yaml"

@@ -72,7 +72,7 @@ def test_a_run_that_measured_nothing_hinders_no_other(tmp_path: Path):
 def test_without_a_gpu_it_says_so():
     ended = run(app)
     assert ended.status == 2
-    assert "There is no GPU '0' here" in ended.stderr
+    assert "There is no GPU '0'" in ended.stderr
     assert "DEVICES=cpu" in ended.stderr
 
 

@@ -11,7 +11,7 @@ from bundle import machine
 from bundle.errors import BundleError
 from bundle.load.generator import Load
 from loadtest.bench import report
-from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results
+from loadtest.bench.results import ComparedAnswer, Failure, Limit, Measurement, Results
 
 
 def measurement(
@@ -114,9 +114,9 @@ def test_a_peer_that_fails_requests_is_not_the_best():
 
 def test_a_wrong_answer_is_marked_and_is_not_the_best():
     answers = [
-        Answer("text", "litserve", 1, (7, 0.9), (130, 0.99)),
-        Answer("text", "bentoml", 1, (130, 0.975), (130, 0.99)),
-        Answer("text", "bundle", 1, (130, 0.93), (130, 0.99)),
+        ComparedAnswer("text", "litserve", 1, (7, 0.9), (130, 0.99)),
+        ComparedAnswer("text", "bentoml", 1, (130, 0.975), (130, 0.99)),
+        ComparedAnswer("text", "bundle", 1, (130, 0.93), (130, 0.99)),
     ]
     held = results(
         measurement("bundle", 1000), measurement("litserve", 900), measurement("bentoml", 500), answers=answers
@@ -208,7 +208,7 @@ def test_results_are_read_as_they_were_saved(tmp_path: Path):
         measurement("bundle", 1000),
         measurement("litserve", 0, failed=3),
         measurement("bundle", 349, None, rate=350, rate_of="litserve"),
-        answers=[Answer("text", "litserve", 1, (7, 0.9), (130, 0.99))],
+        answers=[ComparedAnswer("text", "litserve", 1, (7, 0.9), (130, 0.99))],
         failures=[Failure("mlserver", None, None, "no", "log")],
     )
     held.save(tmp_path / "results.json")
