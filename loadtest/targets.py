@@ -22,7 +22,7 @@ def models_dir() -> Path:
     """
     named = os.environ.get("BUNDLE_MODELS")
     if named and not Path(named).is_dir():
-        raise LoadTestError(f"BUNDLE_MODELS is {named!r}, which is not a folder. Name a folder of model folders")
+        raise LoadTestError(f"BUNDLE_MODELS is {named!r}, and there is no such folder")
     return Path(named).resolve() if named else MODELS
 
 

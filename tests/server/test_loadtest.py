@@ -110,7 +110,7 @@ def test_wrong_answers_are_failures(served: Place, tmp_path: Path):
     )  # fmt: skip
     assert run.returncode == 1, run.stdout + run.stderr
     assert "x 3 instead of 7" in run.stdout
-    assert "missed: mnist: not one right answer" in run.stdout
+    assert "missed: mnist: no right answer" in run.stdout
     assert "missed: text" not in run.stdout
 
 
