@@ -1,4 +1,4 @@
-"""Imports between the rooms of `bundle/` go one way, as bundle/README.md says."""
+"""Imports between the packages of `bundle/` go one way, as bundle/README.md says."""
 
 import ast
 from pathlib import Path
@@ -29,20 +29,20 @@ def imported(file: Path) -> set[str]:
     return names
 
 
-def rooms_imported(files: list[Path]) -> set[str]:
+def packages_imported(files: list[Path]) -> set[str]:
     names = [name.split(".") for file in files for name in imported(file)]
     return {name[1] for name in names if name[0] == "bundle" and len(name) > 1} & ALLOWED.keys()
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_room_imports_only_allowed_rooms(room: str):
-    files = list((ROOT / "bundle").glob("*.py" if room == "shared" else f"{room}/*.py"))
+@pytest.mark.parametrize("package", ALLOWED)
+def test_package_imports_only_allowed_packages(package: str):
+    files = list((ROOT / "bundle").glob("*.py" if package == "shared" else f"{package}/*.py"))
     files = [file for file in files if file.name != "__main__.py"]  # the command itself
     assert len(files) > 2
-    assert rooms_imported(files) - {room} <= ALLOWED[room]
+    assert packages_imported(files) - {package} <= ALLOWED[package]
 
 
-def test_every_room_has_a_rule():
+def test_every_package_has_a_rule():
     packages = {file.parent.name for file in (ROOT / "bundle").glob("*/__init__.py")}
     assert packages == ALLOWED.keys() - {"shared"}
 
@@ -61,4 +61,4 @@ def test_bundle_imports_no_model_folder():
 
 def test_import_inside_a_function_is_found(tmp_path: Path):
     (tmp_path / "file.py").write_text("def f():\n    from bundle.server import process\n    from bundle import mar\n")
-    assert rooms_imported([tmp_path / "file.py"]) == {"server"}
+    assert packages_imported([tmp_path / "file.py"]) == {"server"}
