@@ -62,7 +62,7 @@ done
 
 if [ -e "$crt" ] && [ -e "$key" ]; then
   for file in "$crt" "$key"; do
-    [ -r "$file" ] || fail "$file is not readable for user $(id -u), which runs nginx. Change its owner or mode."
+    [ -r "$file" ] || fail "$file cannot be read by user $(id -u), which runs nginx. Change its owner or mode."
   done
   drop=plain
   if [ "$ALLOW_PLAIN" = true ]; then drop=redirect; fi
