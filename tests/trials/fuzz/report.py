@@ -122,8 +122,9 @@ def section(seed: int, cases: int, run: Run, broken: list[str]) -> str:
         "",
         f"`make fuzz CASES={cases} SEED={seed}` sends {cases:,} mutated requests to a server. Neighbours: valid "
         "requests that are sent at the same time, and whose answers are checked. Known: errors that TorchServe's "
-        "frontend returns before a handler sees the request ([list](tests/trials/fuzz/README.md)). Other: a 5xx, a "
-        "late answer, no answer, or an invalid error body. "
+        "frontend returns before a handler sees the request "
+        "([list](tests/trials/fuzz/README.md#known-frontend-errors)). Other: a 5xx, a late answer, no answer, or an "
+        "invalid error body. "
         f"{about()}",
         "",
         "| | sent | 2xx | 4xx | known | other | wrong neighbours | restarts | slowest, s | MB, middle | MB, end |",
