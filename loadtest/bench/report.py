@@ -254,9 +254,7 @@ def limit_line(limits: dict[str, Limit]) -> str:
 def disturbance(results: Results) -> str:
     """What else the machine was doing."""
     shares = [one.others for one in results.measurements]
-    told = (
-        f"During the run, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
-    )
+    told = f"During the run, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
     if median(shares) > DISTURBED:
         told += " The machine was not idle, so these numbers are not reliable."
     return told
