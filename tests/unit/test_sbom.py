@@ -26,7 +26,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict:
     assert run.returncode == 0, run.stderr
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(file.read_text()) is None
     found = json.loads(file.read_text())
-    assert run.stdout.startswith(f"{len(found['components'])} components")
+    assert run.stdout.endswith(f": {len(found['components'])} components\n")
     return found
 
 
