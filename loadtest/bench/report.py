@@ -242,22 +242,24 @@ def rounds_done(results: Results) -> str:
 
 
 def limit_line(limits: dict[str, Limit]) -> str:
-    told = [
+    parts = [
         f"{LOOPS[kind]} {number(limit.rate)} requests/s (batch {limit.batch}, "
         f"{limit.processes} {'process' if limit.processes == 1 else 'processes'} × {limit.threads} "
         f"{'thread' if limit.threads == 1 else 'threads'})"
         for kind, limit in limits.items()
     ]
-    return "In-process limit: " + "; ".join(told) + "."
+    return "In-process limit: " + "; ".join(parts) + "."
 
 
 def disturbance(results: Results) -> str:
     """Return a sentence on the CPU that other processes used."""
     shares = [one.others for one in results.measurements]
-    told = f"During the run, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
+    sentence = (
+        f"During the run, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
+    )
     if median(shares) > DISTURBED:
-        told += " The machine was not idle, so these numbers are not reliable."
-    return told
+        sentence += " The machine was not idle, so these numbers are not reliable."
+    return sentence
 
 
 # --- the terminal ------------------------------------------------------------------------------------------------
@@ -333,10 +335,10 @@ def case_section(results: Results, case: str) -> list[str]:
         parts.append(limit_line(limits))
     parts.append(markdown_table(CLOSED, closed_table(results, case)))
     if wrong := wrong_systems(results, case):
-        told = "; ".join(f"{system} {how}" for system, how in wrong.items())
+        descriptions = "; ".join(f"{system} {how}" for system, how in wrong.items())
         parts.append(
             f"{WRONG} The answer differs from the reference's, in its first class or by more than {TOLERANCE:g} in its "
-            f"probability: {told}."
+            f"probability: {descriptions}."
         )
     if rows := open_table(results, case):
         parts.append(

@@ -134,19 +134,20 @@ class Results:
         if not file.is_file():
             raise BundleError(f"{file} is missing: there are no results yet. Measure first: make bench")
         try:
-            held = json.loads(file.read_text())
-            held["limits"] = {
-                case: {kind: Limit(**limit) for kind, limit in kinds.items()} for case, kinds in held["limits"].items()
+            content = json.loads(file.read_text())
+            content["limits"] = {
+                case: {kind: Limit(**limit) for kind, limit in kinds.items()}
+                for case, kinds in content["limits"].items()
             }
-            held["answers"] = [
+            content["answers"] = [
                 ComparedAnswer(**answer | {key: tuple(answer[key]) for key in ("seen", "expected")})
-                for answer in held["answers"]
+                for answer in content["answers"]
             ]
-            held["measurements"] = [
-                Measurement(**one | {"load": read_load(one["load"])}) for one in held["measurements"]
+            content["measurements"] = [
+                Measurement(**one | {"load": read_load(one["load"])}) for one in content["measurements"]
             ]
-            held["failures"] = [Failure(**failure) for failure in held["failures"]]
-            return Results(**held)
+            content["failures"] = [Failure(**failure) for failure in content["failures"]]
+            return Results(**content)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise BundleError(
                 f"{file} is not a results file of this version ({exc}). Measure again: make bench"
@@ -167,5 +168,5 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_load(held: dict) -> Load:
-    return Load(**held | {name: math.inf for name in LATENCIES if held[name] is None})
+def read_load(content: dict) -> Load:
+    return Load(**content | {name: math.inf for name in LATENCIES if content[name] is None})
