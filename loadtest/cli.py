@@ -31,7 +31,7 @@ Models = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="MODEL[=WEIGHT]",
-        help="Model folders with weights: `mnist=4 text`. By default, all models that are not served on request only.",
+        help="Model folders with weights: `mnist=4 text`. By default, all except those served on request.",
     ),
 ]
 Host = Annotated[str | None, typer.Option("--host", "-H", help="The server's URL. By default, that of `make serve`.")]
