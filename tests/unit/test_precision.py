@@ -53,7 +53,7 @@ def scripted(module: nn.Module, file: Path) -> torch.jit.ScriptModule:
 
 
 @pytest.mark.parametrize("model", ["mnist", "image", "audio", "text"])
-def test_frozen_float32_computes_the_same(model: str, tmp_path: Path):
+def test_frozen_float32_module_computes_the_same(model: str, tmp_path: Path):
     [folder] = select([model])
     module = import_model(model, folder.path / "model.py")
     inputs = module.example_inputs(5)
@@ -64,7 +64,7 @@ def test_frozen_float32_computes_the_same(model: str, tmp_path: Path):
 
 
 @torch.inference_mode()
-def test_a_precision_that_is_asked_for_is_taken_and_one_that_is_wrong_is_not(tmp_path: Path):
+def test_wanted_precision_is_chosen_only_if_it_is_accurate(tmp_path: Path):
     inputs = (torch.tensor([[1.0, 0.0], [0.0, 3.0]]),)
     right = scripted(nn.Linear(2, 2), tmp_path / "right.pt")
     assert fastest(right, "bfloat16", CPU, inputs, tmp_path)[0] == "bfloat16"
@@ -75,7 +75,7 @@ def test_a_precision_that_is_asked_for_is_taken_and_one_that_is_wrong_is_not(tmp
 
 
 @torch.inference_mode()
-def test_of_a_list_only_what_is_in_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_precision_outside_the_wanted_list_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("handlers.core.precision.natively", lambda *_: ["bfloat16"])
     seconds = {"float32": 1.0, "bfloat16": 0.1}
     monkeypatch.setattr(
@@ -87,7 +87,7 @@ def test_of_a_list_only_what_is_in_it_is_taken(tmp_path: Path, monkeypatch: pyte
     assert fastest(module, ["float32", "int8"], CPU, inputs, tmp_path)[0] == "float32"
 
 
-def test_int8_takes_an_archive_that_has_it(tmp_path: Path):
+def test_int8_without_an_int8_module_raises(tmp_path: Path):
     module = scripted(nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(FileNotFoundError, match="int8: true"):
         fastest(module, "int8", CPU, (torch.zeros(1, 2),), tmp_path)
@@ -112,7 +112,7 @@ VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs
 
 
 @VNNI
-def test_an_int8_archive_answers_as_the_float32_one(tmp_path: Path):
+def test_int8_archive_answers_like_the_float32_one(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, int8=True, agreement=0.9)
     built = archive(folder, store=tmp_path / "store")
     assert [note.split(":")[0] for note in built.notes] == ["bfloat16", "float16", "int8"]
@@ -129,10 +129,10 @@ def test_an_int8_archive_answers_as_the_float32_one(tmp_path: Path):
 
 
 def with_precision(folder: ModelFolder, wanted: str, tmp_path: Path) -> Path:
-    return archive(asking_for(folder, wanted), store=tmp_path / wanted).path
+    return archive(with_setting(folder, wanted), store=tmp_path / wanted).path
 
 
-def asking_for(folder: ModelFolder, wanted: str | list[str]) -> ModelFolder:
+def with_setting(folder: ModelFolder, wanted: str | list[str]) -> ModelFolder:
     config = yaml.safe_load((folder.path / CONFIG_NAME).read_text())
     config["handler"]["precision"] = wanted
     (folder.path / CONFIG_NAME).write_text(yaml.safe_dump(config))
@@ -140,7 +140,7 @@ def asking_for(folder: ModelFolder, wanted: str | list[str]) -> ModelFolder:
 
 
 @VNNI
-def test_int8_keeps_sensitive_layers_in_float32_and_gives_up_at_half_of_them(tmp_path: Path):
+def test_quantize_keeps_sensitive_layers_in_float32(tmp_path: Path):
     [folder] = select(["mnist"])
     module = import_model("mnist", folder.path / "model.py")
     file, target = tmp_path / "model.pt", tmp_path / INT8_NAME
@@ -161,7 +161,7 @@ def test_int8_keeps_sensitive_layers_in_float32_and_gives_up_at_half_of_them(tmp
 
 
 @VNNI
-def test_at_last_half_of_the_layers_stay_in_float32(tmp_path: Path):
+def test_quantize_fails_with_half_of_the_layers_in_float32(tmp_path: Path):
     module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
     torch.jit.script(module.eval()).save(tmp_path / "model.pt")
     in_float32 = []
@@ -196,7 +196,7 @@ class Answering(nn.Module):
         ("logits", (1.0, 3.0), (1.0, float("nan")), float("nan"), False),
     ],
 )
-def test_a_good_precision_keeps_first_classes_and_their_probabilities(
+def test_verdict_requires_the_same_first_class_and_a_close_probability(
     outputs_are: str, before: tuple, after: tuple, moved: float, good: bool, tmp_path: Path
 ):
     batches = [(torch.zeros(16, 1),), (torch.zeros(4, 1),)]
@@ -267,10 +267,10 @@ LARGE = MODEL.format(
         (LARGE, "bfloat16", {"bfloat16": "keep"}, "bfloat16"),
     ],
 )
-def test_of_what_a_folder_allows_what_is_right_on_its_examples_is_kept(
+def test_archive_keeps_the_allowed_precisions_that_are_accurate(
     source: str, wanted: str | list[str], notes: dict[str, str], kept: str | list[str], tmp_path: Path
 ):
-    folder = asking_for(mnist_with_examples(tmp_path, agreement=0.9), wanted)
+    folder = with_setting(mnist_with_examples(tmp_path, agreement=0.9), wanted)
     (folder.path / "model.py").write_text(source)
     built = archive(folder, store=tmp_path / "store")
     assert [note.split(":")[0] for note in built.notes] == list(notes)
@@ -281,8 +281,8 @@ def test_of_what_a_folder_allows_what_is_right_on_its_examples_is_kept(
 
 
 @pytest.mark.parametrize(("source", "pinned"), [(FRAGILE, "bfloat16"), (ACCUMULATING, "bfloat16"), (LARGE, "float16")])
-def test_a_pinned_precision_that_is_wrong_is_refused(source: str, pinned: str, tmp_path: Path):
-    folder = asking_for(mnist_with_examples(tmp_path, agreement=0.9), pinned)
+def test_archive_with_an_inaccurate_pinned_precision_is_rejected(source: str, pinned: str, tmp_path: Path):
+    folder = with_setting(mnist_with_examples(tmp_path, agreement=0.9), pinned)
     (folder.path / "model.py").write_text(source)
     with pytest.raises(BundleError, match=f"its precision is {pinned}.* to auto or float32"):
         archive(folder, store=tmp_path / "store")
@@ -290,7 +290,7 @@ def test_a_pinned_precision_that_is_wrong_is_refused(source: str, pinned: str, t
 
 
 @VNNI
-def test_a_precision_that_changes_answers_is_refused(tmp_path: Path):
+def test_archive_with_an_inaccurate_int8_module_is_rejected(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, count=440, int8=True)
     (folder.path / "model.py").write_text(FRAGILE)
     with pytest.raises(BundleError, match=r"in int8, .* keep their first class \(99.50% must\)"):
@@ -298,17 +298,17 @@ def test_a_precision_that_changes_answers_is_refused(tmp_path: Path):
     assert not (tmp_path / "store" / "mnist.mar").exists()
 
 
-def test_a_module_that_does_not_run_in_int8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_archive_whose_module_fails_in_int8_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fails(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("bundle.build.precision.quantize", fails)
-    folder = asking_for(mnist_with_examples(tmp_path, int8=True, agreement=0.9), "float32")
+    folder = with_setting(mnist_with_examples(tmp_path, int8=True, agreement=0.9), "float32")
     with pytest.raises(BundleError, match="does not run in int8: drop bundle: int8:"):
         archive(folder, store=tmp_path / "store")
 
 
-def test_too_few_examples_and_bad_ones_are_named(tmp_path: Path):
+def test_archive_with_invalid_or_too_few_examples_is_rejected(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, agreement=0.99)
     (folder.path / "examples" / "0.png").write_bytes(b"no picture")
     with pytest.raises(BundleError, match=r"0.png is rejected.*UndecodableImage"):
@@ -319,7 +319,7 @@ def test_too_few_examples_and_bad_ones_are_named(tmp_path: Path):
         archive(folder, store=tmp_path / "store")
 
 
-def test_int8_without_examples_is_refused(tmp_path: Path):
+def test_folder_with_int8_but_no_examples_is_rejected(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, int8=True)
     config = yaml.safe_load((folder.path / CONFIG_NAME).read_text())
     del config["bundle"]["examples"]
@@ -330,7 +330,7 @@ def test_int8_without_examples_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("model", SETS)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_the_shipped_models_are_right_in(precision: str, model: str, tmp_path: Path):
+def test_shipped_models_are_accurate_in_reduced_precision(precision: str, model: str, tmp_path: Path):
     """On held-out data, whatever processor this runs on: a precision is emulated where there are no instructions."""
     if not (DATA_DIR / SETS[model]).exists():
         pytest.skip(f"there is no {SETS[model]} in DATA_DIR")

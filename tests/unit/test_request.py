@@ -99,13 +99,13 @@ def asked(*values: str, top_k: int | None = None, many: bool = False) -> Request
         pytest.param({"instances": '["a"]'}, {}, asked("a", many=True), id="form-instances-as-text"),
     ],
 )
-def test_reads_every_form_of_a_request(row: dict, headers: dict, request_read: Request):
+def test_request_is_read_in_every_accepted_form(row: dict, headers: dict, request_read: Request):
     assert texts.read(row, headers) == request_read
 
 
 @pytest.mark.parametrize("content", [bytearray(b"\xff\0"), "/wA=", memoryview(b"\xff\0")])
 @pytest.mark.parametrize("wrap", [lambda value: {"body": value}, lambda value: {"data": value}])
-def test_a_binary_input_is_bytes_or_base64(content: object, wrap):
+def test_binary_input_is_read_from_bytes_or_base64(content: object, wrap):
     assert images.read(wrap(content), {}).inputs == [OneImage(data=b"\xff\0")]
 
 
@@ -145,19 +145,19 @@ NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
         pytest.param({"instances": bytearray(b"[1")}, InvalidJSON, NAMES_THE_ACCEPTED, id="form-instances-not-json"),
     ],
 )
-def test_a_malformed_request_is_rejected_with_its_reason(row: dict, error: type, message: str):
+def test_malformed_request_is_rejected_with_its_reason(row: dict, error: type, message: str):
     with pytest.raises(error, match=message):
         texts.read(row, {})
 
 
 @pytest.mark.parametrize("text", [b'{"data":', b"\xff\xfe\xfd", b"", b"[" * 100_000, b"1" * 100_000], ids=len)
-def test_json_that_does_not_parse_is_rejected(text: bytes):
+def test_invalid_json_is_rejected(text: bytes):
     with pytest.raises(InvalidJSON, match=NAMES_THE_ACCEPTED):
         texts.read({"body": bytearray(text)}, JSON)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None, [], "three", "", "2.5", b"\xff", float("nan")])
-def test_top_k_is_a_positive_whole_number(value: object):
+def test_invalid_top_k_is_rejected(value: object):
     with pytest.raises(InvalidOption, match="whole number of at least 1"):
         texts.read({"body": {"data": "a", "top_k": value}}, {})
 
@@ -195,11 +195,11 @@ HOUSE = {"rooms": 3, "area": 70.5}
         ({"body": body(HOUSE)}, {}),  # a file that is sent without a Content-Type
     ],
 )
-def test_a_json_input_is_an_object_of_the_declared_type(row: dict, headers: dict):
+def test_json_input_is_read_as_the_declared_type(row: dict, headers: dict):
     assert houses.read(row, headers) == Request([OneHouse(data=House(**HOUSE))], inputs.Options())
 
 
-def test_instances_of_a_json_input_are_objects_or_wrapped_objects():
+def test_instances_of_a_json_input_may_be_wrapped():
     request = houses.read({"body": {"instances": [HOUSE, {"data": HOUSE}]}}, {})
     assert request == Request([OneHouse(data=House(**HOUSE))] * 2, inputs.Options(), many=True)
 
@@ -213,7 +213,7 @@ def test_instances_of_a_json_input_are_objects_or_wrapped_objects():
         (None, '"data" is invalid'),
     ],
 )
-def test_a_json_input_of_another_type_is_rejected_by_name(value: object, message: str):
+def test_json_input_of_another_type_is_rejected_by_name(value: object, message: str):
     with pytest.raises(UnsupportedInput, match=message):
         houses.read({"body": {"data": value}}, {})
 
@@ -255,7 +255,7 @@ def test_incomplete_inputs_are_rejected(row: dict, error: type, message: str):
         ({"max_detections": bytearray(b"100")}, {"max_detections": 100}),
     ],
 )
-def test_options_come_as_json_or_as_the_text_of_a_form(given: dict, expected: dict):
+def test_options_are_read_from_json_and_from_form_text(given: dict, expected: dict):
     request = several.read({"image": b"x", "caption": "y", **given}, {})
     assert request.options == Detection(**expected)
 
@@ -272,12 +272,12 @@ def test_options_come_as_json_or_as_the_text_of_a_form(given: dict, expected: di
         ("crowd", None, "crowd must be true or false."),
     ],
 )
-def test_an_invalid_option_is_rejected_with_what_it_takes(option: str, value: object, message: str):
+def test_invalid_option_is_rejected_with_its_valid_values(option: str, value: object, message: str):
     with pytest.raises(InvalidOption, match=f"^{re.escape(message)}$"):
         several.read({"image": b"x", "caption": "y", option: value}, {})
 
 
-def test_a_wrong_declaration_is_refused_when_the_worker_starts():
+def test_reader_of_an_invalid_declaration_raises():
     class Nothing(inputs.Inputs):
         pass
 
@@ -299,26 +299,26 @@ def test_a_wrong_declaration_is_refused_when_the_worker_starts():
 
 
 @given(st.binary(min_size=1), st.sampled_from(["{}", "data:image/png;base64,{}", "  {}\n", "data:;base64, {}\r\n"]))
-def test_base64_round_trip(content: bytes, wrapping: str):
+def test_base64_decodes_to_the_encoded_bytes(content: bytes, wrapping: str):
     for encode in (base64.b64encode, base64.encodebytes):  # in one line, and in lines of 76 characters
         assert binary(wrapping.format(encode(content).decode())) == content
 
 
 @given(st.binary())
-def test_bytes_are_taken_as_they_are(content: bytes):
+def test_bytes_are_returned_unchanged(content: bytes):
     assert binary(content) is content
 
 
 @pytest.mark.parametrize(
     "text", ["not base64!", "aGVsbG8", "aGVs*G8=", "aGVsbG8=aGVsbG8=", "é", "\ud800", "data:image/png", "data:,%00"]
 )
-def test_text_that_is_not_base64_is_rejected(text: str):
+def test_invalid_base64_is_rejected(text: str):
     with pytest.raises(InvalidBase64, match="bytes, or base64"):
         binary(text)
 
 
 @pytest.mark.parametrize("text", [" ", "data:image/png;base64,"])
-def test_base64_of_nothing_is_empty(text: str):
+def test_base64_without_content_is_rejected_as_empty(text: str):
     with pytest.raises(EmptyInput):
         binary(text)
 
@@ -334,7 +334,7 @@ def test_any_text_is_decoded_or_rejected(text: str):
 # --- the tree of errors ------------------------------------------------------------------------------------------
 
 
-def test_the_tree_in_the_docstring_is_the_tree():
+def test_tree_in_the_docstring_matches_the_error_classes():
     drawn, path = {}, []
     for line in errors.__doc__.splitlines():
         if match := re.match(r"[ │├└─]*(?=\w+(  |$))", line):
@@ -345,7 +345,7 @@ def test_the_tree_in_the_docstring_is_the_tree():
     assert drawn == {name: cls.__base__.__name__ for name, cls in classes.items()}
 
 
-def test_only_request_errors_are_the_requests_fault():
+def test_only_request_errors_and_overload_have_a_4xx_status():
     for error in (value for value in vars(errors).values() if inspect.isclass(value)):
         asks_again = error is errors.Overloaded
         assert error.code // 100 == (4 if issubclass(error, errors.RequestError) or asks_again else 5)

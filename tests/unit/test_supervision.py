@@ -101,7 +101,7 @@ def test_version_that_never_became_ready_is_not_tracked():
     assert [kept.name for kept in history.state({}, State()).registered] == ["mnist"]
 
 
-def test_added_workers_are_not_missed_while_they_start():
+def test_added_workers_are_not_missing_while_they_start():
     """A worker that is added takes no requests from the others while it starts."""
     history = History()
     for now, (minimum, ready, degraded) in enumerate(
@@ -113,7 +113,7 @@ def test_added_workers_are_not_missed_while_they_start():
     assert not history.degraded_since
 
 
-def test_degraded_version_is_not_taken_for_removed():
+def test_degraded_version_does_not_count_as_removed():
     history = History()
     history.add([version({}, ready=0), version({}, ready=0, name="text", number="2.0")], now=0)
     earlier = State([version({}, 1, name="text", number="2.0").registered])
@@ -200,7 +200,7 @@ def test_version_that_management_removed_is_forgotten(store: Path):
     assert merge(both, both, FALLBACK, store) == FALLBACK
 
 
-def test_version_registered_again_by_hand_is_kept_as_it_is_now(store: Path):
+def test_version_registered_again_by_hand_keeps_its_new_state(store: Path):
     now = State([replace(V1, default=True), replace(V2, minimum=1, default=False)])
     kept = merge(State([V1, V2]), FALLBACK, now, store)
     assert kept.workers() == now.workers()

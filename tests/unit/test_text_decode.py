@@ -42,7 +42,7 @@ def handler(tmp_path_factory: pytest.TempPathFactory) -> TextHandler:
         ("my " * 20, [4] * 8),  # cut at max_tokens
     ],
 )
-def test_decodes(handler: TextHandler, content: bytes | str, ids: list[int]):
+def test_text_is_decoded_to_token_ids(handler: TextHandler, content: bytes | str, ids: list[int]):
     sample = decoded(handler, content)
     assert (sample.tolist(), sample.dtype) == (ids, torch.int64)
 
@@ -64,18 +64,18 @@ def test_decodes(handler: TextHandler, content: bytes | str, ids: list[int]):
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_refuses(handler: TextHandler, content: bytes | str, error: type, message: str):
+def test_invalid_text_is_rejected(handler: TextHandler, content: bytes | str, error: type, message: str):
     with pytest.raises(error, match=message):
         decoded(handler, content)
 
 
 @pytest.mark.parametrize("letter", ["x", "ö", "残", "\N{GRINNING FACE}"])
-def test_the_limit_counts_characters_however_many_bytes_they_take(handler: TextHandler, letter: str):
+def test_length_limit_counts_characters_not_bytes(handler: TextHandler, letter: str):
     assert decoded(handler, (letter * 100).encode()).tolist() == decoded(handler, letter * 100).tolist()
 
 
 @given(st.one_of(st.text(), st.binary()))
-def test_any_content_is_decoded_or_refused(handler: TextHandler, content: bytes | str):
+def test_any_content_is_decoded_or_rejected(handler: TextHandler, content: bytes | str):
     try:
         sample = decoded(handler, content)
     except RequestError:

@@ -111,7 +111,7 @@ def folder(tmp_path) -> ModelFolder:
     return ModelFolder(path)
 
 
-def test_the_weights_are_those_of_the_url(mirror, cached):
+def test_weights_are_downloaded_from_the_mirror(mirror, cached):
     (mirror / FILE_NAME).write_bytes(CHECKPOINT)
     module, preset = torchvision_source.load(SOURCE)
     assert not module.training
@@ -121,7 +121,7 @@ def test_the_weights_are_those_of_the_url(mirror, cached):
     assert cached.read_bytes() == CHECKPOINT
 
 
-def test_without_mirror_the_url_is_torchvisions_own(monkeypatch, tmp_path):
+def test_url_without_a_mirror_is_torchvisions(monkeypatch, tmp_path):
     asked = []
 
     def load_state_dict_from_url(url: str, **_: object) -> dict:
@@ -136,7 +136,7 @@ def test_without_mirror_the_url_is_torchvisions_own(monkeypatch, tmp_path):
     assert asked == [f"http://nowhere.invalid/models/{FILE_NAME}"]
 
 
-def test_a_file_in_the_cache_needs_no_network(mirror, cached, monkeypatch):
+def test_cached_weights_are_loaded_without_network(mirror, cached, monkeypatch):
     monkeypatch.setenv("WEIGHTS_MIRROR", "http://127.0.0.1:1/")
     cached.parent.mkdir(parents=True)
     cached.write_bytes(CHECKPOINT)
@@ -153,26 +153,26 @@ def assert_download_fails(cached: Path, cause: str) -> None:
     assert not cached.exists()
 
 
-def test_a_missing_file_says_what_to_do(mirror, cached):
+def test_missing_file_says_what_to_do(mirror, cached):
     assert_download_fails(cached, "404")
 
 
-def test_a_wrong_hash_says_what_to_do(mirror, cached):
+def test_wrong_hash_says_what_to_do(mirror, cached):
     (mirror / FILE_NAME).write_bytes(checkpoint(seed=3))
     assert_download_fails(cached, "invalid hash value")
 
 
-def test_a_truncated_download_says_what_to_do(mirror, cached):
+def test_truncated_download_says_what_to_do(mirror, cached):
     (mirror / FILE_NAME).write_bytes(CHECKPOINT[:1000])
     assert_download_fails(cached, "invalid hash value")
 
 
-def test_no_server_says_what_to_do(mirror, cached, monkeypatch):
+def test_missing_server_says_what_to_do(mirror, cached, monkeypatch):
     monkeypatch.setenv("WEIGHTS_MIRROR", "http://127.0.0.1:1/models")
     assert_download_fails(cached, "http://127.0.0.1:1/models/")
 
 
-def test_no_url_says_what_to_do(mirror, cached, monkeypatch):
+def test_invalid_mirror_url_says_what_to_do(mirror, cached, monkeypatch):
     monkeypatch.setenv("WEIGHTS_MIRROR", "weights")
     assert_download_fails(cached, "unknown url type")
 
@@ -183,7 +183,7 @@ class Planted:
 
 
 @pytest.mark.parametrize("content", [b"not weights", CHECKPOINT[:5000], "pickle"])
-def test_an_unreadable_file_in_the_cache_is_named_and_not_unpickled(mirror, cached, capsys, content):
+def test_invalid_cached_file_is_named_and_not_unpickled(mirror, cached, capsys, content):
     cached.parent.mkdir(parents=True)
     if content == "pickle":
         torch.save({"weights": Planted()}, cached)
@@ -195,7 +195,7 @@ def test_an_unreadable_file_in_the_cache_is_named_and_not_unpickled(mirror, cach
     assert "unpickled" not in capsys.readouterr().out
 
 
-def test_weights_of_another_architecture_are_refused(mirror, cached):
+def test_weights_of_another_architecture_are_rejected(mirror, cached):
     cached.parent.mkdir(parents=True)
     torch.save(nn.Linear(2, 2).state_dict(), cached)
     with pytest.raises(BundleError, match="does not fit bird_net"):
@@ -214,18 +214,18 @@ def test_weights_of_another_architecture_are_refused(mirror, cached):
         ("vgg16", "IMAGENET1K_FEATURES", "no image classifier"),
     ],
 )
-def test_unknown_names_are_refused_before_any_download(name, weights, message):
+def test_unknown_model_or_weights_are_rejected_without_a_download(name, weights, message):
     with pytest.raises(BundleError, match=message):
         torchvision_source.load(TorchvisionSource(name=name, weights=weights))
 
 
-def test_what_the_registry_knows_needs_no_download(folder):
+def test_labels_and_settings_are_known_without_a_download(folder):
     assert torchvision_source.labels(SOURCE) == LABELS
     assert torchvision_source.handler_settings(SOURCE) == GEOMETRY
     fingerprint(folder)
 
 
-def test_labels_and_geometry_of_every_classifier():
+def test_every_classifier_has_labels_and_geometry():
     for name in models.list_models(module=models):
         for weights in models.get_model_weights(name):
             if weights.name == "IMAGENET1K_FEATURES":
@@ -251,7 +251,7 @@ def expected_probabilities(image: Image.Image) -> torch.Tensor:
     return network(seed=1)(batch).softmax(dim=1)[0]
 
 
-def test_the_archive_answers_what_torchvisions_own_pipeline_does(mirror, folder, tmp_path):
+def test_archive_answers_like_torchvisions_own_pipeline(mirror, folder, tmp_path):
     (mirror / FILE_NAME).write_bytes(CHECKPOINT)
     images = [photograph(*size, seed=i) for i, size in enumerate([(100, 80), (47, 333), (39, 41), (640, 480)])]
     rows = []
@@ -272,7 +272,7 @@ def test_the_archive_answers_what_torchvisions_own_pipeline_does(mirror, folder,
             assert entry["probability"] == pytest.approx(expected[entry["class"]].item(), abs=1e-5)
 
 
-def test_what_the_folder_says_of_the_geometry_wins(mirror, folder, tmp_path):
+def test_geometry_in_the_folder_overrides_the_registrys(mirror, folder, tmp_path):
     (mirror / FILE_NAME).write_bytes(CHECKPOINT)
     config = folder.config | {"handler": {"crop": 48, "threads": 1}}
     (folder.path / "model-config.yaml").write_text(yaml.safe_dump(config))
@@ -292,7 +292,7 @@ sides = st.integers(8, 700)
     crop=st.integers(8, 400),
     interpolation=st.sampled_from(["bilinear", "bicubic"]),
 )
-def test_resize_and_crop_is_torchvisions_pixel_by_pixel(width, height, resize, crop, interpolation):
+def test_resize_and_crop_matches_torchvisions_pixels(width, height, resize, crop, interpolation):
     image = Image.effect_noise((width, height), 80).convert("RGB")
     image.putpixel((0, height - 1), (255, 0, 0))
     preset = ImageClassification(

@@ -71,7 +71,7 @@ NETWORKS = {"mnist": "DigitNet", "image": "ImageNet32", "audio": "KeywordNet", "
 
 
 @pytest.mark.parametrize("model", NETWORKS)
-def test_a_run_leaves_a_model_and_its_figures(model, tmp_path):
+def test_training_writes_a_model_that_loads_and_its_metrics(model, tmp_path):
     globals()[f"make_{model}"](tmp_path)
     out = tmp_path / "out"
     command = [sys.executable, "-m", f"models.{model}.train", "--data-dir", str(tmp_path), "--out", str(out)]

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 @given(st.lists(st.binary(max_size=3000), min_size=1, max_size=8), st.integers(1, 700))
-def test_reads_what_was_sent_however_it_arrives(values: list[bytes], piece: int):
+def test_retrieve_buffer_returns_what_was_sent_in_any_pieces(values: list[bytes], piece: int):
     sender, receiver = socket.socketpair()
     content = b"".join(values)
 
@@ -49,7 +49,7 @@ def test_reads_what_was_sent_however_it_arrives(values: list[bytes], piece: int)
         wire.readers.pop(receiver).close()
 
 
-def test_torchserve_reads_through_it():
+def test_torchserve_reads_through_the_buffer():
     """A prediction without requests, as the frontend sends it: TorchServe's own reader gets it out of the buffer."""
     code = (
         "import socket, struct\n"
@@ -98,7 +98,7 @@ def test_holes_are_given_back():
     assert late > 150, run.stdout + run.stderr
 
 
-def test_a_worker_that_has_started_collects_nothing_twice(worker: DryRun):
+def test_initialized_worker_freezes_its_objects(worker: DryRun):
     gc.unfreeze()
     try:
         worker.handler.initialize(worker.service.context)
@@ -144,7 +144,7 @@ class Accumulating(nn.Module):
 @pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16"])
 @pytest.mark.parametrize("module", [Flattening, Volumes, Accumulating])
 @pytest.mark.parametrize("traced", [False, True])
-def test_any_module_serves(module: type[nn.Module], wanted: str, traced: bool, tmp_path: Path):
+def test_fastest_serves_every_kind_of_module(module: type[nn.Module], wanted: str, traced: bool, tmp_path: Path):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     eager = module().eval()
@@ -155,19 +155,19 @@ def test_any_module_serves(module: type[nn.Module], wanted: str, traced: bool, t
     torch.testing.assert_close(served(images).float(), eager(images), rtol=tolerance, atol=tolerance * 100)
 
 
-def test_outputs_that_cannot_be_served_are_named():
+def test_outputs_of_an_unsupported_type_are_named():
     with pytest.raises(TypeError, match="returns a dict"):
         main_output({"logits": torch.zeros(1)})
 
 
-def test_cepstra_are_those_of_torchaudio():
+def test_cepstra_match_torchaudios():
     model = build()
     waveforms = torch.rand(3, 16_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         torch.testing.assert_close(model.cepstra(waveforms), model.mfcc(waveforms), rtol=1e-4, atol=1e-4)
 
 
-def test_a_precision_that_does_not_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_precision_that_does_not_run_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     torch.jit.script(Accumulating().eval()).save(tmp_path / "model.pt")
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
@@ -177,7 +177,7 @@ def test_a_precision_that_does_not_run_says_so(tmp_path: Path, caplog: pytest.Lo
 
 
 @torch.inference_mode()
-def test_int8_gives_way_where_the_device_has_no_instructions(
+def test_int8_without_instructions_falls_back_to_float32(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(precision, "natively", lambda *_: [])
@@ -189,7 +189,7 @@ def test_int8_gives_way_where_the_device_has_no_instructions(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("wanted", ["bfloat16", "float32"])
-def test_a_fixed_precision_is_all_that_is_frozen(wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_fixed_precision_freezes_one_module_only(wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     frozen, freeze = [], precision.freeze
     monkeypatch.setattr(
         precision, "freeze", lambda model, name, *rest: frozen.append(name) or freeze(model, name, *rest)
