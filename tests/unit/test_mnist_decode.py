@@ -45,7 +45,7 @@ def test_similarity_of_different_digits_is_low():
     assert max(alike) < 0.75
 
 
-# --- the form of an MNIST image -----------------------------------------------------------------------------------------------
+# --- the form of an MNIST image --------------------------------------------------------------------------------------
 
 DRAWINGS = st.builds(
     draw_digit,
@@ -178,7 +178,7 @@ def test_thin_line_is_thickened(digit: int):
     assert (made > 127).sum() > 0.5 * (CLEAN[digit] > 127).sum()
 
 
-# --- images without a digit --------------------------------------------------------------------------------------------
+# --- images without a digit ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

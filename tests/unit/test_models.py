@@ -26,11 +26,11 @@ def test_shipped_models_are_served_by_default():
     assert set(FOLDERS) <= {folder.name for folder in select([])}
 
 
-@pytest.mark.parametrize("model", PROMISED)
-def test_model_builds_without_the_training_libraries(model):
+@pytest.mark.slow
+def test_models_build_without_the_training_libraries():
     """`make setup` does not install them."""
-    hidden = "import sys; sys.modules.update(dict.fromkeys(('lightning', 'torchmetrics', 'kornia')));"
-    code = f"{hidden} import models.{model}.model as m; m.build()"
+    hidden = "import sys; sys.modules.update(dict.fromkeys(('lightning', 'torchmetrics', 'kornia')))\n"
+    code = hidden + "\n".join(f"import models.{model}.model as m; m.build()" for model in PROMISED)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -70,6 +70,7 @@ def test_weights_are_small_and_outputs_match_the_labels(model):
     assert folder.bundle.expect in folder.labels()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", PROMISED)
 def test_exported_module_computes_the_same_as_the_eager_one(model, tmp_path):
     """Compare other inputs and batch sizes than `export` itself does."""

@@ -77,6 +77,7 @@ def test_stopped_server_leaves_nothing(server: Server):
     assert not server.stop()
 
 
+@pytest.mark.slow
 def test_server_that_requires_tokens_has_a_private_key_file(server: Server, tmp_path: Path):
     guarded = Server(server.run_dir, Settings(overrides=overrides(server) | {"disable_token_authorization": "false"}))
     started = guarded.start([])
@@ -90,6 +91,7 @@ def overrides(server: Server) -> dict[str, str]:
     return {name.removeprefix("TS_").lower(): value for name, value in server.settings.overrides.items()}
 
 
+@pytest.mark.slow
 def test_java_that_ends_after_its_launcher_is_not_running(server: Server, tmp_path: Path, monkeypatch):
     java_is(DIES, tmp_path, monkeypatch)
     started = server.start([])
@@ -108,6 +110,7 @@ def test_launcher_that_fails_is_shown_and_leaves_nothing(server: Server, monkeyp
     assert leftovers(server) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OSError])
 def test_interrupted_start_leaves_nothing(server: Server, monkeypatch: pytest.MonkeyPatch, interrupt: type):
     """Ctrl-C or a full disk, when the server runs and has no record yet."""
@@ -124,6 +127,7 @@ def test_interrupted_start_leaves_nothing(server: Server, monkeypatch: pytest.Mo
     assert leftovers(server) == []
 
 
+@pytest.mark.slow
 def test_server_and_workers_that_ignore_sigterm_are_killed(server: Server, tmp_path: Path, monkeypatch):
     java_is(IGNORES_SIGTERM, tmp_path, monkeypatch)
     monkeypatch.setattr(process, "TERMINATE_SECONDS", 0.5)
@@ -135,6 +139,7 @@ def test_server_and_workers_that_ignore_sigterm_are_killed(server: Server, tmp_p
     assert leftovers(server) == []
 
 
+@pytest.mark.slow
 def test_server_that_survives_stop_keeps_its_files(server: Server, monkeypatch: pytest.MonkeyPatch):
     """A process that waits for a disk does not react to signals."""
     started = server.start([])
@@ -169,6 +174,7 @@ def test_process_of_another_user_is_named():
     assert messages.get() == f"PID {mine.pid} belongs to another user. Stop it as that user."
 
 
+@pytest.mark.slow
 def test_stop_spares_a_later_process_with_the_same_id(server: Server):
     """The machine restarted, and another program has the server's process ID now."""
     started = server.start([])
@@ -207,6 +213,7 @@ def test_occupied_grpc_port_has_a_port_as_example(server: Server):
         server.check_ports()
 
 
+@pytest.mark.slow
 def test_port_of_a_running_server_is_free_for_its_own_commands_only(server: Server, tmp_path: Path, monkeypatch):
     _, port = server.settings.listeners()["metrics_address"]
     java_is(LISTENS.format(port=port), tmp_path, monkeypatch)
@@ -267,6 +274,7 @@ def test_restart_that_turns_tokens_off_says_so(server: Server, running: Running)
     assert "requires tokens; this restart turns them OFF" in server.restart_reason(guarded, FOLDERS)
 
 
+@pytest.mark.slow
 def test_adopted_archive_is_current(server: Server):
     started = replace(server.start([]), served=server.archive_digests(FOLDERS))
     server.archive(FOLDERS[1]).write_bytes(b"rolled out")
@@ -275,6 +283,7 @@ def test_adopted_archive_is_current(server: Server):
     assert server.is_current(server.running(), FOLDERS)
 
 
+@pytest.mark.slow
 def test_serve_without_java_leaves_the_running_server(server: Server, tmp_path: Path, monkeypatch):
     """The settings have changed, so `serve` must restart the server, but Java has been removed."""
     started = server.start([])

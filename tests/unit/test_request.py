@@ -1,4 +1,4 @@
-"""How a request may be wrapped, and what is answered if it is wrapped otherwise."""
+"""Reading of requests: every accepted form, and the error for every other one."""
 
 import base64
 import inspect
@@ -30,7 +30,7 @@ from handlers.core.inputs import Image, Sound, Text, binary
 from handlers.core.request import Request, RequestReader
 
 MAX_INSTANCES = 4
-JSON = {"Content-Type": "application/json; charset=utf-8"}  # TorchServe parses none that names a charset
+JSON = {"Content-Type": "application/json; charset=utf-8"}  # TorchServe does not parse JSON with a charset
 BASE64 = "aGVsbG8="  # of b"hello"
 
 
@@ -71,36 +71,38 @@ several = RequestReader(Several, Detection, MAX_INSTANCES)
 
 
 def body(value: object) -> bytearray:
-    """JSON that TorchServe has left as it came."""
+    """Encode JSON that TorchServe has not parsed."""
     return bytearray(json.dumps(value).encode())
 
 
-def asked(*values: str, top_k: int | None = None, many: bool = False) -> Request:
+def request_for(*values: str, top_k: int | None = None, many: bool = False) -> Request:
     return Request([OneText(data=value) for value in values], TopK(top_k=top_k), many)
 
 
 @pytest.mark.parametrize(
-    ("row", "headers", "request_read"),
+    ("row", "headers", "expected"),
     [
-        pytest.param({"body": bytearray(b"hello")}, {}, asked("hello"), id="raw"),
-        pytest.param({"body": memoryview(b"hello")}, {}, asked("hello"), id="raw-view"),
-        pytest.param({"body": "hello"}, {"content-type": "text/plain"}, asked("hello"), id="text"),
-        pytest.param({"body": "hello"}, {"content-type": "application/json"}, asked("hello"), id="json-string"),
-        pytest.param({"body": bytearray(b'{"a":')}, {}, asked('{"a":'), id="raw-is-not-guessed-to-be-json"),
-        pytest.param({"body": {"data": "a"}}, {}, asked("a"), id="json"),
-        pytest.param({"body": {"data": "a", "top_k": 2}}, {}, asked("a", top_k=2), id="json-top-k"),
-        pytest.param({"body": body({"data": "a"})}, JSON, asked("a"), id="json-with-charset"),
-        pytest.param({"body": body("hello")}, {"content-TYPE": " Application/JSON"}, asked("hello"), id="header"),
-        pytest.param({"data": bytearray(b"hello")}, {}, asked("hello"), id="form"),
-        pytest.param({"data": "hello", "top_k": bytearray(b"3")}, {}, asked("hello", top_k=3), id="form-top-k"),
-        pytest.param({"body": {"instances": ["a", "b"]}}, {}, asked("a", "b", many=True), id="instances"),
-        pytest.param({"body": {"instances": [{"data": "a"}, "b"]}}, {}, asked("a", "b", many=True), id="objects"),
-        pytest.param({"instances": body(["a"]), "top_k": "1"}, {}, asked("a", many=True, top_k=1), id="form-instances"),
-        pytest.param({"instances": '["a"]'}, {}, asked("a", many=True), id="form-instances-as-text"),
+        pytest.param({"body": bytearray(b"hello")}, {}, request_for("hello"), id="raw"),
+        pytest.param({"body": memoryview(b"hello")}, {}, request_for("hello"), id="raw-view"),
+        pytest.param({"body": "hello"}, {"content-type": "text/plain"}, request_for("hello"), id="text"),
+        pytest.param({"body": "hello"}, {"content-type": "application/json"}, request_for("hello"), id="json-string"),
+        pytest.param({"body": bytearray(b'{"a":')}, {}, request_for('{"a":'), id="raw-is-not-guessed-to-be-json"),
+        pytest.param({"body": {"data": "a"}}, {}, request_for("a"), id="json"),
+        pytest.param({"body": {"data": "a", "top_k": 2}}, {}, request_for("a", top_k=2), id="json-top-k"),
+        pytest.param({"body": body({"data": "a"})}, JSON, request_for("a"), id="json-with-charset"),
+        pytest.param({"body": body("hello")}, {"content-TYPE": " Application/JSON"}, request_for("hello"), id="header"),
+        pytest.param({"data": bytearray(b"hello")}, {}, request_for("hello"), id="form"),
+        pytest.param({"data": "hello", "top_k": bytearray(b"3")}, {}, request_for("hello", top_k=3), id="form-top-k"),
+        pytest.param({"body": {"instances": ["a", "b"]}}, {}, request_for("a", "b", many=True), id="instances"),
+        pytest.param({"body": {"instances": [{"data": "a"}, "b"]}}, {}, request_for("a", "b", many=True), id="objects"),
+        pytest.param(
+            {"instances": body(["a"]), "top_k": "1"}, {}, request_for("a", many=True, top_k=1), id="form-instances"
+        ),
+        pytest.param({"instances": '["a"]'}, {}, request_for("a", many=True), id="form-instances-as-text"),
     ],
 )
-def test_request_is_read_in_every_accepted_form(row: dict, headers: dict, request_read: Request):
-    assert texts.read(row, headers) == request_read
+def test_request_is_read_in_every_accepted_form(row: dict, headers: dict, expected: Request):
+    assert texts.read(row, headers) == expected
 
 
 @pytest.mark.parametrize("content", [bytearray(b"\xff\0"), "/wA=", memoryview(b"\xff\0")])
@@ -164,7 +166,11 @@ def test_invalid_top_k_is_rejected(value: object):
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["data", "instances", "top_k"]) | st.text(), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["data", "instances", "top_k"]) | st.text(), inner, max_size=3)
+    ),
+    max_leaves=8,
 )
 
 
@@ -277,22 +283,34 @@ def test_invalid_option_is_rejected_with_its_valid_values(option: str, value: ob
         several.read({"image": b"x", "caption": "y", option: value}, {})
 
 
-def test_reader_of_an_invalid_declaration_raises():
-    class Nothing(inputs.Inputs):
-        pass
+class NoInputs(inputs.Inputs):
+    pass
 
-    class Needed(inputs.Options):
-        top_k: int
 
-    class Same(inputs.Options):
-        data: int = 1
+class NoDefault(inputs.Options):
+    top_k: int
 
-    class Instances(inputs.Inputs):
-        instances: Text
 
-    for wrong in ((Nothing, TopK), (OneText, Needed), (OneText, Same), (Instances, TopK)):
-        with pytest.raises(TypeError):
-            RequestReader(*wrong, MAX_INSTANCES)
+class SameName(inputs.Options):
+    data: int = 1
+
+
+class ReservedName(inputs.Inputs):
+    instances: Text
+
+
+@pytest.mark.parametrize(
+    ("declared_inputs", "declared_options", "named"),
+    [
+        (NoInputs, TopK, "NoInputs declares no field"),
+        (OneText, NoDefault, "NoDefault.top_k has no default"),
+        (OneText, SameName, "OneText.data"),
+        (ReservedName, TopK, "ReservedName.instances"),
+    ],
+)
+def test_reader_of_an_invalid_declaration_raises(declared_inputs: type, declared_options: type, named: str):
+    with pytest.raises(TypeError, match=named):
+        RequestReader(declared_inputs, declared_options, MAX_INSTANCES)
 
 
 # --- base64 ------------------------------------------------------------------------------------------------------
@@ -300,7 +318,7 @@ def test_reader_of_an_invalid_declaration_raises():
 
 @given(st.binary(min_size=1), st.sampled_from(["{}", "data:image/png;base64,{}", "  {}\n", "data:;base64, {}\r\n"]))
 def test_base64_decodes_to_the_encoded_bytes(content: bytes, wrapping: str):
-    for encode in (base64.b64encode, base64.encodebytes):  # in one line, and in lines of 76 characters
+    for encode in (base64.b64encode, base64.encodebytes):  # one line; lines of 76 characters
         assert binary(wrapping.format(encode(content).decode())) == content
 
 
@@ -331,7 +349,7 @@ def test_any_text_is_decoded_or_rejected(text: str):
         pass
 
 
-# --- the tree of errors ------------------------------------------------------------------------------------------
+# --- the error classes ------------------------------------------------------------------------------------------
 
 
 def test_tree_in_the_docstring_matches_the_error_classes():
@@ -347,6 +365,6 @@ def test_tree_in_the_docstring_matches_the_error_classes():
 
 def test_only_request_errors_and_overload_have_a_4xx_status():
     for error in (value for value in vars(errors).values() if inspect.isclass(value)):
-        asks_again = error is errors.Overloaded
-        assert error.code // 100 == (4 if issubclass(error, errors.RequestError) or asks_again else 5)
+        has_4xx = issubclass(error, errors.RequestError) or error is errors.Overloaded
+        assert error.code // 100 == (4 if has_4xx else 5)
         assert error("why").body() == {"code": error.code, "type": error.__name__, "message": "why"}

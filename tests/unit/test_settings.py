@@ -52,7 +52,7 @@ def test_relative_path_in_settings_starts_at_the_repository(monkeypatch: pytest.
     environment = Settings().environment()
     assert environment["TS_MODEL_STORE"] == str(ROOT / "model_store")
     assert environment["TS_CERTIFICATE_FILE"] == str(ROOT / "certificates/server.pem")
-    assert "TS_PRIVATE_KEY_FILE" not in environment  # set nowhere
+    assert "TS_PRIVATE_KEY_FILE" not in environment  # not set
     assert Settings(overrides={"model_store": "/srv/store"}).environment()["TS_MODEL_STORE"] == "/srv/store"
 
 

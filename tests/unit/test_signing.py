@@ -145,9 +145,7 @@ def test_damaged_file_is_rejected_or_has_the_same_members(tmp_path_factory, at: 
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_changed_missing_and_added_members_are_named(
-    signed: Path, trusted: Path, tmp_path: Path, packed: bool
-):
+def test_changed_missing_and_added_members_are_named(signed: Path, trusted: Path, tmp_path: Path, packed: bool):
     wrong = contents(signed) | {"handler.py": b"import os", "evil.py": b""}
     del wrong["model.pt"]
     file = written(signed, wrong)

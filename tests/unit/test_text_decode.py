@@ -1,4 +1,4 @@
-"""Text -> token ids, with a tokenizer made here."""
+"""Decoding of texts to token ids, with a tokenizer made here."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import decoded
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from handlers.core.batch import Sample
 from handlers.core.errors import EmptyInput, RequestError, TextTooLong, UndecodableText
 from handlers.text import TextHandler
+from tests.unit.inputs import decoded
 
 WORDS = ["[PAD]", "[UNK]", "what", "is", "my", "balance", "größe", "残高"]
 
@@ -21,7 +21,7 @@ def handler(tmp_path_factory: pytest.TempPathFactory) -> TextHandler:
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=False, handle_chinese_chars=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.enable_padding(length=99)  # a file may ask for what the handler does by itself
+    tokenizer.enable_padding(length=99)  # overridden by the handler, which pads itself
     folder: Path = tmp_path_factory.mktemp("archive")
     tokenizer.save(str(folder / "tokenizer.json"))
     handler = TextHandler()

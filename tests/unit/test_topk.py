@@ -1,4 +1,4 @@
-"""Outputs -> ranked classes, against numpy."""
+"""Ranking of outputs, compared with numpy."""
 
 import json
 import math
@@ -74,6 +74,6 @@ def test_minus_infinity_has_probability_zero():
 
 
 def test_equal_scores_are_ranked_by_class():
-    """Whatever else is in the batch."""
+    """The other rows of the batch make no difference."""
     outputs = torch.tensor([[0.0] * 20, [1.0, 0.0] * 10])
     assert rank(outputs, "logits")[:, 1].tolist() == [[*range(20)], [*range(0, 20, 2), *range(1, 20, 2)]]

@@ -1,4 +1,4 @@
-"""Every train.py, for one epoch on a made-up data set in the real one's format: it must leave a model that loads."""
+"""Every train.py runs one epoch on random data in the real format, and writes a model that loads."""
 
 import importlib
 import io
@@ -70,8 +70,9 @@ def make_text(folder: Path) -> None:
 NETWORKS = {"mnist": "DigitNet", "image": "ImageNet32", "audio": "KeywordNet", "text": "IntentNet"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", NETWORKS)
-def test_training_writes_a_model_that_loads_and_its_metrics(model, tmp_path):
+def test_training_writes_a_model_that_loads_and_its_metrics(model: str, tmp_path: Path):
     globals()[f"make_{model}"](tmp_path)
     out = tmp_path / "out"
     command = [sys.executable, "-m", f"models.{model}.train", "--data-dir", str(tmp_path), "--out", str(out)]
