@@ -1,8 +1,6 @@
 """The bill of materials of this environment and of TorchServe's jar."""
 
 import json
-import subprocess
-import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -12,21 +10,19 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from bundle.build import sbom
+from bundle.cli.app import app
 from bundle.errors import BundleError
-
-ROOT = Path(__file__).parents[2]
+from tests.programs import run
 
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict:
     file = tmp_path_factory.mktemp("sbom") / "new" / "sbom.json"
-    run = subprocess.run(
-        [sys.executable, "-m", "bundle", "sbom", "--output", str(file)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    ended = run(app, "sbom", "--output", str(file))
+    assert ended.status == 0, ended.stderr
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(file.read_text()) is None
     found = json.loads(file.read_text())
-    assert run.stdout == f"{file}: {len(found['components'])} components\n"
+    assert ended.stdout == f"{file}: {len(found['components'])} components\n"
     return found
 
 

@@ -1,4 +1,4 @@
-"""Archives are what was built, and come from whom they should; anything else is refused, by name."""
+"""Signed archives: an unchanged one is accepted, and everything else is rejected by name."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def contents(file: Path) -> dict[str, bytes]:
 
 
 def unpacked(file: Path, folder: Path) -> Path:
-    """As TorchServe unpacks it: without permissions and links."""
+    """Unpack as TorchServe does: without permissions and links."""
     with zipfile.ZipFile(file) as archive:
         archive.extractall(folder)
     return folder
@@ -68,7 +68,7 @@ def signed(tmp_path: Path, key: Path) -> Path:
     return file
 
 
-# --- what is right -------------------------------------------------------------------------------------------------
+# --- unchanged archives ----------------------------------------------------------------------------------------------
 
 
 def test_signed_archive_is_accepted_packed_and_unpacked(signed: Path, trusted: Path, tmp_path: Path):
@@ -93,7 +93,7 @@ def test_manifest_is_sorted_by_name(signed: Path):
 
 
 def test_unsigned_archive_is_rejected_only_with_a_trusted_key(tmp_path: Path, trusted: Path):
-    """Another builder's archive. With a key, it is refused."""
+    """An archive that another builder made has no manifest."""
     file = written(tmp_path / "m.mar", MEMBERS)
     check(file, None)
     with pytest.raises(BundleError, match=r"m\.mar is refused: it is not signed \(it has no MAR-INF/SHA256SUMS\)"):
@@ -103,10 +103,10 @@ def test_unsigned_archive_is_rejected_only_with_a_trusted_key(tmp_path: Path, tr
         check(file, trusted)
 
 
-# --- what was changed ----------------------------------------------------------------------------------------------
+# --- changed archives ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(members=members, data=st.data())
 def test_flipped_bit_in_a_member_is_rejected_by_name(tmp_path_factory, members: dict[str, bytes], data: st.DataObject):
     name = data.draw(st.sampled_from(sorted(members)))
@@ -125,10 +125,10 @@ def test_flipped_bit_in_a_member_is_rejected_by_name(tmp_path_factory, members: 
         assert f"refused: {name!r} was changed. Delete it" in str(refused.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_damaged_file_is_rejected_or_has_the_same_members(tmp_path_factory, at: int, bit: int):
-    """A bit anywhere in the file: some are in nobody's way, a member's date, say."""
+    """Some bits do not matter: those of a member's date, for example."""
     file = written(tmp_path_factory.mktemp("damaged") / "m.mar", MEMBERS)
     seal(file, None)
     before, damaged = contents(file), bytearray(file.read_bytes())
@@ -137,10 +137,10 @@ def test_damaged_file_is_rejected_or_has_the_same_members(tmp_path_factory, at: 
     try:
         check(file, None)
     except BundleError as refused:
-        assert "m.mar is refused" in str(refused)  # noqa: PT017, because it need not be refused
+        assert "m.mar is refused" in str(refused)  # noqa: PT017 - not every damage is rejected
         return
     found = contents(file)
-    # what is checked is all there is, unless the damage took the manifest's own name
+    # without its manifest, an archive counts as unsigned
     assert found == before or MANIFEST not in found
 
 
@@ -160,7 +160,7 @@ def test_long_list_of_wrong_members_is_cut(signed: Path):
 
 
 def test_old_signature_of_a_new_manifest_is_rejected(signed: Path, trusted: Path, tmp_path: Path):
-    """Who changes an archive can write its manifest, and cannot sign it."""
+    """Anybody can write a new manifest for a changed archive, but not sign it."""
     wrong = contents(signed) | {"handler.py": b"import os"}
     old = wrong.pop(SIGNATURE)
     del wrong[MANIFEST]
@@ -185,7 +185,7 @@ def test_invalid_manifest_is_rejected(tmp_path: Path, manifest: bytes):
         check(written(tmp_path / "m.mar", MEMBERS | {MANIFEST: manifest}), None)
 
 
-# --- what has no place in an archive -------------------------------------------------------------------------------
+# --- members that no archive may have -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../evil.py", "/etc/evil.py", "a/../../evil.py", "..", "a/./b", "./a", "a//b", "//a"])
@@ -198,7 +198,7 @@ def test_member_name_outside_the_folder_is_rejected(tmp_path: Path, name: str):
 def test_ambiguous_member_name_is_rejected(tmp_path: Path, name: str):
     with zipfile.ZipFile(tmp_path / "m.mar", "w") as archive:
         entry = zipfile.ZipInfo("other")
-        entry.filename = name  # the constructor would cut it
+        entry.filename = name  # the constructor would change it
         archive.writestr(entry, b"")
     with pytest.raises(BundleError, match="has characters that not every program reads alike"):
         check(tmp_path / "m.mar", None)
@@ -267,7 +267,7 @@ def test_invalid_key_is_rejected_by_name(signed: Path, key: Path, trusted: Path,
 
 @pytest.fixture
 def model(signed: Path, tmp_path: Path) -> Path:
-    """The folder that TorchServe unpacked the archive into, beside a worker that says what it got."""
+    """Return the folder of an unpacked archive. Beside it lies a worker script that prints what it was started with."""
     (tmp_path / "model_service_worker.py").write_text(
         "import os, resource, sys\n"
         "print(os.getpid(), sys.argv[1:], 'core', resource.getrlimit(resource.RLIMIT_CORE), os.environ)"
@@ -276,7 +276,7 @@ def model(signed: Path, tmp_path: Path) -> Path:
 
 
 def start_worker(model: Path, trusted: str, *command: str, name: str = "python", **changed: str | None):
-    """As the frontend starts one: in the model's folder, which is the first place that Python imports from."""
+    """Start a worker as the frontend does: in the model's folder, from which Python imports first."""
     environment = {**os.environ, "BUNDLE_PYTHON": sys.executable, "TEMP": str(model.parents[1]), "TRUSTED_KEY": trusted}
     environment |= {"PYTHONPATH": str(model), "PATH": f"{GUARDS}{os.pathsep}{os.environ['PATH']}"} | changed
     environment = {key: value for key, value in environment.items() if value is not None}
@@ -296,7 +296,7 @@ def test_guard_becomes_the_worker(model: Path, trusted: Path, name: str):
     assert f"'PYTHONPATH': '{model}:" in output
     assert "/elsewhere" not in output
     assert "'PYTHONDONTWRITEBYTECODE': '1'" in output
-    assert "core (0, 0)" in output  # which would be a file that the manifest does not list
+    assert "core (0, 0)" in output  # a core dump would be a file that the manifest does not list
 
 
 @pytest.mark.parametrize("name", ["python", "python3", "torchrun"])
@@ -332,7 +332,7 @@ def test_package_installation_is_rejected(model: Path, command: tuple[str, ...])
 
 @pytest.mark.parametrize("variable", ["TRUSTED_KEY", "TEMP", "BUNDLE_PYTHON"])
 def test_guard_without_its_settings_starts_no_worker(model: Path, variable: str):
-    """As when `blacklist_env_vars` matches them."""
+    """The setting `blacklist_env_vars` can hide them from workers."""
     _, output, errors, status = start_worker(model, "", **{variable: None})
     assert status != 0
     assert output == ""

@@ -1,4 +1,4 @@
-"""What `make tune` tries, and whom it declares the winner."""
+"""The search of `make tune`: which settings it tries, and which ones win."""
 
 import math
 import os
@@ -102,14 +102,14 @@ def test_later_climb_starts_below_the_best():
 
 
 def test_halving_finds_the_best_of_a_noisy_function():
-    """More often than the same time does, spent on all alike. A measurement's noise falls with the root of its time."""
+    """Compare with the same time spent on all candidates equally. Noise falls with the root of a measurement's time."""
     field = spread(space(8, ["auto"], 64, 256, TARGET), NOW, 32)
 
     def truth(candidate: Candidate) -> float:
         return 1000 - 60 * distance(candidate, Candidate(4, 2, 32, 2))
 
     best = max(field, key=truth)
-    kept = alike = 0
+    halved = equally = 0
     for seed in range(100):
         noise = random.Random(seed)
 
@@ -119,11 +119,11 @@ def test_halving_finds_the_best_of_a_noisy_function():
         def judge(some, number, left, measured=measured):
             return measured(some, len(field) / len(some))
 
-        kept += best in search.halve(field, judge)
+        halved += best in search.halve(field, judge)
         scores = measured(field, search.rounds(len(field)))
-        alike += best in sorted(field, key=scores.__getitem__, reverse=True)[: search.FINALISTS]
-    assert kept >= 90
-    assert kept > alike
+        equally += best in sorted(field, key=scores.__getitem__, reverse=True)[: search.FINALISTS]
+    assert halved >= 90
+    assert halved > equally
 
 
 @given(st.integers(1, 100))
@@ -153,7 +153,7 @@ def test_halving_finds_a_best_outside_its_sample_through_neighbours():
     assert search.halve(field, judge, lambda leader: neighbours(everything, leader))[0] == best
     asked = []
     search.halve(field, lambda some, *_: asked.append(len(some)) or judge(some, 0, 0), lambda leader: everything)
-    assert asked == [len(field), 6, 3]  # no more measurements than without them
+    assert asked == [len(field), 6, 3]  # neighbours add no measurements
 
 
 def test_halving_out_of_time_uses_what_was_measured():
@@ -173,7 +173,7 @@ def test_first_round_takes_no_more_than_its_share(budget: float, start: float, s
 
 
 class Machine:
-    """A bench whose services answer at once: the nearer to `best` their settings are, the faster."""
+    """Stands for the trial server: settings are the faster, the nearer they are to `best`."""
 
     server = SimpleNamespace(settings={"max_response_size": "16777216"})
     inputs = [None]

@@ -51,15 +51,15 @@ def test_sample_starts_with_the_current_settings_and_grows():
 
 
 def test_sample_covers_the_space_better_than_chance():
-    """The candidate farthest from the sample is nearer to it than to 95 of 100 random samples."""
+    """The candidate farthest from the sample is nearer to it than to 95 % of random samples."""
     everything = space(8, ["auto"], 64, 256, TARGET)
 
     def radius(sample: list[Candidate]) -> float:
         return max(min(distance(each, taken) for taken in sample) for each in everything)
 
     chance = random.Random(1)
-    others = sorted(radius([NOW, *chance.sample(everything, 11)]) for _ in range(100))
-    assert radius(spread(everything, NOW, 12)) <= others[5]
+    others = sorted(radius([NOW, *chance.sample(everything, 11)]) for _ in range(40))
+    assert radius(spread(everything, NOW, 12)) <= others[2]
 
 
 def test_sample_has_current_settings_from_outside_the_space():
