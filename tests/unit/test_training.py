@@ -77,7 +77,7 @@ def test_training_writes_a_model_that_loads_and_its_metrics(model: str, tmp_path
     out = tmp_path / "out"
     command = [sys.executable, "-m", f"models.{model}.train", "--data-dir", str(tmp_path), "--out", str(out)]
     run = subprocess.run(
-        [*command, "--epochs", "1", "--threads", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, "--epochs", "1", "--threads", "1"], cwd=ROOT, capture_output=True, text=True, timeout=540
     )
     assert run.returncode == 0, run.stderr[-3000:]
 

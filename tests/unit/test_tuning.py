@@ -173,7 +173,7 @@ def test_first_round_takes_no_more_than_its_share(budget: float, start: float, s
 
 
 class Machine:
-    """Stands for the trial server: settings are the faster, the nearer they are to `best`."""
+    """Stands for the trial server: the nearer the settings are to `best`, the faster it answers."""
 
     server = SimpleNamespace(settings={"max_response_size": "16777216"})
     inputs = [None]
