@@ -14,7 +14,6 @@ from werkzeug import Response
 
 from bundle.catalog import select
 from bundle.errors import BundleError
-from bundle.paths import ROOT
 from bundle.server import client as module
 from bundle.server.client import SCALE_TRIES, Client, WorkerCount, check_sample, curl_lines
 from bundle.server.keys import Keys
@@ -168,13 +167,13 @@ def test_requests_ignore_a_proxy(httpserver: HTTPServer, client: Client, monkeyp
 
 def test_expected_answer_to_the_sample_is_returned(httpserver: HTTPServer, client: Client):
     sample = MNIST.sample_file.read_bytes()
-    answer = {"top_3_classes": [3, 5, 8], "probabilities": [0.9, 0.05, 0.01]}
+    answer = {"top_3_classes": [3, 5, 8], "top_3_probabilities": [0.9, 0.05, 0.01]}
     httpserver.expect_request("/predictions/mnist", data=sample).respond_with_json(answer)
     assert check_sample(client, MNIST) == "3"
 
 
 def test_wrong_answer_to_the_sample_is_shown(httpserver: HTTPServer, client: Client):
-    answer = {"top_3_classes": [5, 3, 8], "probabilities": [0.9, 0.05, 0.01]}
+    answer = {"top_3_classes": [5, 3, 8], "top_3_probabilities": [0.9, 0.05, 0.01]}
     httpserver.expect_request("/predictions/mnist/2.0").respond_with_json(answer)
     with pytest.raises(BundleError, match=r"answered its own sample .* with '5'.* expects '3'") as caught:
         check_sample(client, MNIST, "2.0")
@@ -291,7 +290,7 @@ def test_rejected_renewal_is_named(tokens: TokenApi, keys: Keys):
 
 
 def test_curl_lines_keep_keys_off_the_command_line(tokens: TokenApi, keys: Keys):
-    open_lines = curl_lines(Client("http://a", "http://b"), [MNIST], ROOT)
+    open_lines = curl_lines(Client("http://a", "http://b"), [MNIST])
     assert open_lines == ["curl -T models/mnist/sample.png http://a/predictions/mnist", "curl http://b/models"]
-    guarded = curl_lines(Client("http://a", "http://b", keys), [MNIST], ROOT)
+    guarded = curl_lines(Client("http://a", "http://b", keys), [MNIST])
     assert all("-key" not in line and str(keys.file) in line for line in guarded)

@@ -18,6 +18,7 @@ HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 MAKE = re.compile(r"(?:^|\s)make +([^\n;|&)]+)", re.MULTILINE)
 TARGET = re.compile(r"^([a-z-]+):", re.MULTILINE)
 VARIABLE = re.compile(r"\$\(([A-Z][A-Z0-9_]*)")
+OPTIONS = re.compile(r"\$\(call options,([A-Z0-9_ ]+)\)")
 
 
 def pages() -> Iterator[Path]:
@@ -55,7 +56,8 @@ def make_words(page: Path) -> set[str]:
 
 def known_to_make() -> set[str]:
     makefile = (ROOT / "Makefile").read_text()
-    return {*TARGET.findall(makefile), *VARIABLE.findall(makefile)}
+    options = [name for names in OPTIONS.findall(makefile) for name in names.split()]
+    return {*TARGET.findall(makefile), *VARIABLE.findall(makefile), *options}
 
 
 def by_name(page: Path) -> str:

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 
 from handlers.core.topk import rank, ranking
 
-LABELS = {str(index): f"class {index}" for index in range(1000)}
+LABELS = [f"class {index}" for index in range(1000)]
 
 LOGITS = arrays.arrays(
     numpy.float32,
@@ -34,7 +34,7 @@ def test_ranking_matches_numpy(logits: numpy.ndarray, data: st.DataObject):
         classes = [entry["class"] for entry in answer]
         assert len(set(classes)) == k
         numpy.testing.assert_allclose(expected[classes], best, rtol=1e-4, atol=1e-30)
-        assert [entry["label"] for entry in answer] == [LABELS[str(index)] for index in classes]
+        assert [entry["label"] for entry in answer] == [LABELS[index] for index in classes]
         json.dumps(answer, allow_nan=False)
 
 
@@ -55,7 +55,7 @@ def test_outputs_of_another_dtype_are_ranked_in_float32(dtype: torch.dtype):
 
 def test_probabilities_are_ranked_unchanged():
     probabilities = torch.tensor([[0.1, 0.7, 0.2]])
-    assert ranking(rank(probabilities, "probabilities")[0], 2, {"0": "a", "1": "b", "2": "c"}) == [
+    assert ranking(rank(probabilities, "probabilities")[0], 2, ["a", "b", "c"]) == [
         {"label": "b", "class": 1, "probability": pytest.approx(0.7)},
         {"label": "c", "class": 2, "probability": pytest.approx(0.2)},
     ]
