@@ -14,7 +14,7 @@ from tests.trials.fuzz import report
 from tests.trials.fuzz.cases import Case, case
 from tests.trials.fuzz.corpus import MODELS, corpus, good
 from tests.trials.fuzz.mutate import FORMATS, generic, jpeg, mutated, png, riff, streams, text, tree
-from tests.trials.fuzz.serving import Look, Run
+from tests.trials.fuzz.serving import Run, Snapshot
 from tests.trials.fuzz.shapes import shapes, wrap
 from tests.trials.fuzz.verdict import Answer, Tally
 
@@ -168,11 +168,11 @@ def test_what_may_be_answered(case: Case, answer: Answer, problem: str | None):
 
 
 def run_of(memory: list[int], pids: list[int], frontend: int = 100) -> Run:
-    looks = [
-        Look(number, frontend, {"image": size}, {"image": [pid]})
+    snapshots = [
+        Snapshot(number, frontend, {"image": size}, {"image": [pid]})
         for number, (size, pid) in enumerate(zip(memory, pids, strict=True))
     ]
-    return Run({"image": Tally()}, looks)
+    return Run({"image": Tally()}, snapshots)
 
 
 def test_a_run_that_held_has_no_faults():
@@ -181,7 +181,7 @@ def test_a_run_that_held_has_no_faults():
 
 def test_growing_memory_is_a_fault():
     assert report.faults(run_of([50, 90, 95, 98, 100, 100, 106, 106], [7] * 8)) == [
-        "image: its workers' memory grew by 6.0% over the last half"
+        "image: its workers' memory grew by 6.0% over the second half"
     ]
 
 
@@ -192,4 +192,4 @@ def test_another_worker_is_a_fault():
 def test_a_wrong_neighbour_is_a_fault():
     run = run_of([100] * 5, [7] * 5)
     run.tallies["image"].neighbours, run.tallies["image"].wrong_neighbours = 40, 1
-    assert report.faults(run) == ["image: 1 of 40 good neighbours answered wrong"]
+    assert report.faults(run) == ["image: 1 of 40 neighbours got a wrong answer"]
