@@ -51,6 +51,7 @@ def check_answers(workbench: Workbench, model: nn.Module, folder: ModelFolder, t
             assert entry["probability"] == pytest.approx(expected[entry["class"]].item(), abs=tolerance)
 
 
+@pytest.mark.slow
 def test_add_model_scripted_network_of_any_size_is_served_at_224_pixels(workbench):
     model = squeezenet1_1(num_classes=CLASSES)
     folder = workbench.add(model)

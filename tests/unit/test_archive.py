@@ -30,7 +30,7 @@ def contents(archive: Path) -> dict[str, bytes]:
     return dict(mar.contents(archive))
 
 
-@pytest.mark.parametrize("model", SHIPPED)
+@pytest.mark.parametrize("model", ["mnist", *(pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED[1:])])
 def test_archive_of_each_model_is_self_contained(model, tmp_path):
     [source] = select([model])
     found = contents(archive(source, store=tmp_path).path)
@@ -47,6 +47,7 @@ def test_archive_of_each_model_is_self_contained(model, tmp_path):
     assert list(json.loads(found["index_to_name.json"]).values()) == source.labels()
 
 
+@pytest.mark.slow
 def test_archive_built_twice_has_the_same_content(folder, tmp_path):
     first = contents(archive(folder, store=tmp_path / "one").path)
     second = contents(archive(folder, store=tmp_path / "two").path)
@@ -59,6 +60,7 @@ def test_archive_built_twice_has_the_same_content(folder, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 def test_archive_is_rebuilt_only_if_an_input_changed(folder, tmp_path):
     store = tmp_path / "store"
     assert archive(folder, store=store).rebuilt
@@ -74,6 +76,7 @@ def test_archive_is_rebuilt_only_if_an_input_changed(folder, tmp_path):
     assert archive(ModelFolder(folder.path), store=store).rebuilt
 
 
+@pytest.mark.slow
 def test_archive_is_rebuilt_for_another_signing_key(folder, tmp_path, monkeypatch):
     """Without a key, an archive that is already signed is kept."""
     store = tmp_path / "store"
@@ -119,6 +122,7 @@ DATA = [
 UNUSED = ["bundle/cli/app.py", "handlers/text.py", "models/mnist/metrics.json", "models/mnist/train.py"]
 
 
+@pytest.mark.slow
 def test_fingerprint_changes_with_each_input_and_nothing_else(tmp_path):
     """The inputs are the modules that the build imports, the files that it copies, and the model's data."""
     for name in ("bundle", "handlers", "models"):

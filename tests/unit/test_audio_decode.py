@@ -175,8 +175,8 @@ def test_decode_overflow_of_the_average_is_rejected():
 
 
 @pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
-def test_decode_ten_minutes_are_rejected_before_decoding(format: str, monkeypatch: pytest.MonkeyPatch):
-    content = encode_sound(numpy.zeros(600 * 8_000, dtype=numpy.float32), 8_000, format)
+def test_decode_clip_that_is_too_long_is_rejected_before_decoding(format: str, monkeypatch: pytest.MonkeyPatch):
+    content = encode_sound(numpy.zeros(120 * 8_000, dtype=numpy.float32), 8_000, format)
 
     def reached(*_: object, **__: object) -> None:
         raise AssertionError("samples were decoded")

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundle.build.dryrun import DryRun
@@ -63,6 +63,7 @@ def test_any_mixture_of_requests_is_answered_like_each_alone(worker: DryRun, row
 
 
 @given(st.lists(st.integers(1, MAX_INSTANCES), min_size=1, max_size=BATCH_SIZE))
+@settings(max_examples=20)
 def test_instances_beyond_the_batch_size_are_split(worker: DryRun, counts: list[int]):
     """The model asserts that it never sees more than the batch size."""
     answers = worker.predict([{"instances": [row(index)["body"] for index in range(count)]} for count in counts])
@@ -327,6 +328,7 @@ def python(code: str) -> str:
 MODULES = [path.stem for path in HANDLERS if path.stem != "__init__"]
 
 
+@pytest.mark.slow
 def test_handler_file_defines_one_class():
     """With a second class, even a dataclass, TorchServe's worker does not start."""
     found = python(
@@ -338,6 +340,7 @@ def test_handler_file_defines_one_class():
     assert all(names.endswith("Handler") and " " not in names for names in defined.values()), defined
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_handler_imports_no_heavy_library_that_it_does_not_need(module: str):
     """Libraries for training or for other inputs would cost memory and start-up time."""

@@ -12,6 +12,7 @@ from loadtest.bench.devices import Timing, app, measure_case, rows
 from tests.programs import run
 
 
+@pytest.mark.slow
 def test_measure_case_on_the_cpu_times_each_batch_size():
     timings = list(measure_case(CASES["text"], ["cpu"], (1, 8), seconds=0.5))
     assert [(timing.batch, timing.device) for timing in timings] == [(1, "cpu"), (8, "cpu")]
@@ -30,6 +31,7 @@ def test_rows_compare_a_gpu_with_the_cpu_at_the_same_batch_size():
     assert rows(timings[1:])[0][5] == ""
 
 
+@pytest.mark.slow
 def test_run_writes_the_report(tmp_path: Path):
     ended = run(app, "--devices", "cpu", "--cases", "text", "--seconds", "0.5", "--output", str(tmp_path / "gpu.md"))
     assert ended.status == 0, ended.stderr
@@ -48,6 +50,7 @@ def test_failed_run_reports_what_it_measured_before(tmp_path: Path, monkeypatch:
     assert "| text | 1 | cpu | float32 | 500 |" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_measure_case_skips_larger_batches_after_one_that_takes_too_long(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(devices, "LONGEST", 0)
     assert [timing.batch for timing in measure_case(CASES["text"], ["cpu"], (1, 8), seconds=0.5)] == [1]
@@ -62,6 +65,7 @@ def test_run_with_a_file_that_is_not_a_report_does_not_overwrite_it(place: str, 
     assert (tmp_path / "notes.md").read_text() == "# Mine\n"
 
 
+@pytest.mark.slow
 def test_run_after_one_that_measured_nothing_succeeds(tmp_path: Path):
     output = ["--devices", "cpu", "--seconds", "0.1", "--output", str(tmp_path / "gpu.md")]
     assert run(app, *output, "--cases", "nope").status == 2

@@ -11,7 +11,8 @@ from bundle import machine
 from bundle.errors import BundleError
 from bundle.load.generator import Load
 from loadtest.bench import report
-from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results
+from loadtest.bench.results import CONNECTIONS, Answer, Failure, Limit, Measurement, Results
+from loadtest.bench.runner import connections
 
 
 def measurement(
@@ -173,6 +174,11 @@ def test_open_loop_with_too_few_connections_is_marked(rate: int, is_crowded: boo
     """At a median latency of 10 ms, 100 or 300 of the 512 connections are busy."""
     text = report.markdown(results(measurement("bundle", rate, None, rate=rate, rate_of="bundle")), None)
     assert ("| **bundle‡** |" in text) == ("may have waited" in text) == is_crowded
+
+
+@pytest.mark.parametrize(("requests", "expected"), [(0.5, 5), (21, 44), (7200, CONNECTIONS)])
+def test_open_loop_has_a_connection_for_each_request_up_to_the_limit(requests: float, expected: int):
+    assert connections(requests) == expected
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

@@ -21,11 +21,14 @@ from loadtest.bench import runner as bench
 from loadtest.bench import usage
 from loadtest.bench.cases import CASES
 from loadtest.bench.results import Failure, Results
-from loadtest.bench.runner import CONNECTIONS, Plan, Runner, connections
+from loadtest.bench.runner import Plan, Runner
 from loadtest.bench.systems.base import Endpoint
 from tests.support import wait_for
 
-pytestmark = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk"),
+]
 
 CASE = CASES["text"]
 ANSWER = {"top_k": [{"label": "transfer", "class": 130, "probability": 0.99}]}
@@ -241,11 +244,6 @@ def test_failure_without_a_measurement_is_saved(tmp_path: Path):
     run.plan.cases.clear()
     run.run()
     assert Results.read(run.file).failures == [Failure("a", None, None, "uv cannot make it.", "no such package")]
-
-
-@pytest.mark.parametrize(("requests", "expected"), [(0.5, 5), (21, 44), (7200, CONNECTIONS)])
-def test_open_loop_has_a_connection_for_each_request_up_to_the_limit(requests: float, expected: int):
-    assert connections(requests) == expected
 
 
 @pytest.mark.parametrize(

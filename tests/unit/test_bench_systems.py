@@ -40,6 +40,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_repeated_signals_end_the_servers_once(first: signal.Signals):
     with subprocess.Popen([sys.executable, "-c", BENCHMARK], stdout=subprocess.PIPE, text=True) as benchmark:
@@ -66,6 +67,7 @@ os.kill(os.getpid(), signal.SIGHUP)
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_signal_during_the_clean_up_is_raised_after_it():
     code = """
 import os, signal

@@ -166,6 +166,7 @@ def test_invalid_argument_of_another_program_is_status_2(other: typer.Typer, arg
     assert message in ended.stderr.splitlines()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["tests.trials.faults", "loadtest.bench.devices"])
 def test_program_without_subcommands_has_the_same_statuses(module: str):
     asked = {"tests.trials.faults": ["nonesuch"], "loadtest.bench.devices": ["--cases", "nonesuch", "--devices", "cpu"]}
