@@ -12,7 +12,7 @@ import requests
 from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
-from bundle.catalog import select
+from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
 from bundle.server import client as module
 from bundle.server.client import SCALE_TRIES, Client, WorkerCount, check_sample, curl_lines
@@ -185,6 +185,12 @@ def test_failed_answer_to_the_sample_is_shown(httpserver: HTTPServer, client: Cl
     with pytest.raises(BundleError, match="answered its own sample .* with 507") as caught:
         check_sample(client, MNIST)
     assert caught.value.details == "out of memory"
+
+
+def test_model_without_a_sample_is_not_asked(httpserver: HTTPServer, client: Client, tmp_path: Path):
+    (tmp_path / "model-config.yaml").write_text("bundle: {handler: mnist}")
+    assert check_sample(client, ModelFolder(tmp_path)) is None
+    assert asked(httpserver) == []
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
