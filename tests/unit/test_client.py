@@ -1,4 +1,4 @@
-"""The client against a real HTTP server that answers what TorchServe answers, faults included."""
+"""The client, against a real HTTP server that answers as TorchServe does, faults included."""
 
 import json
 import threading
@@ -12,7 +12,7 @@ import requests
 from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
-from bundle.catalog import select
+from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
 from bundle.server import client as module
 from bundle.server.client import SCALE_TRIES, Client, WorkerCount, check_sample, curl_lines
@@ -31,7 +31,7 @@ def client(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Client:
 
 
 def asked(httpserver: HTTPServer) -> list[str]:
-    """The requests so far, as method, path and query."""
+    """Return the requests so far, as method, path and query."""
     return [
         f"{request.method} {request.path}" + (f"?{request.query_string.decode()}" if request.query_string else "")
         for request, _ in httpserver.log
@@ -108,7 +108,7 @@ def test_default_and_removal_name_the_version(httpserver: HTTPServer, client: Cl
     assert asked(httpserver) == ["PUT /models/mnist/2.0/set-default", "DELETE /models/mnist/1.0"]
 
 
-def test_rejection_has_torchserves_reason(httpserver: HTTPServer, client: Client):
+def test_rejection_shows_torchserves_reason(httpserver: HTTPServer, client: Client):
     httpserver.expect_request("/models", method="POST").respond_with_json(REJECTED, status=400)
     with pytest.raises(BundleError, match="refused POST /models with 400") as caught:
         client.register("new.mar", "mnist")
@@ -116,7 +116,7 @@ def test_rejection_has_torchserves_reason(httpserver: HTTPServer, client: Client
 
 
 @pytest.mark.parametrize("body", ["plain text", '["a list"]', '{"code": 502}'])
-def test_rejection_without_a_message_has_the_whole_body(httpserver: HTTPServer, client: Client, body: str):
+def test_rejection_without_a_message_shows_the_whole_body(httpserver: HTTPServer, client: Client, body: str):
     httpserver.expect_request("/models", method="POST").respond_with_data(body, status=502)
     with pytest.raises(BundleError) as caught:
         client.register("new.mar", "mnist")
@@ -187,6 +187,12 @@ def test_failed_answer_to_the_sample_is_shown(httpserver: HTTPServer, client: Cl
     assert caught.value.details == "out of memory"
 
 
+def test_model_without_a_sample_is_not_asked(httpserver: HTTPServer, client: Client, tmp_path: Path):
+    (tmp_path / "model-config.yaml").write_text("bundle: {handler: mnist}")
+    assert check_sample(client, ModelFolder(tmp_path)) is None
+    assert asked(httpserver) == []
+
+
 # --- keys --------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +217,7 @@ class TokenApi:
         if request.headers.get("Authorization") != "Bearer api-key":
             return Response(status=400)
         self.renewals.append(request.args["type"])
-        time.sleep(0.1)  # in which other clients would find the key expired, too
+        time.sleep(0.1)  # meanwhile other clients find the key expired, too
         self.issue(request.args["type"], f"renewed-{len(self.renewals)}", 60)
         return Response("{}")
 
