@@ -46,7 +46,7 @@ def test_invalid_setting_is_named(tmp_path, name, value):
 def test_certificate_without_its_key_or_key_without_its_certificate_is_an_error(tmp_path, missing):
     folder = make_certificate(tmp_path / "tls")
     (folder / missing).unlink()
-    assert "only one of them" in refused_start(tmp_path, {folder: "/etc/bundle/tls"})
+    assert "One of them is missing" in refused_start(tmp_path, {folder: "/etc/bundle/tls"})
 
 
 def test_unreadable_key_is_an_error(tmp_path):

@@ -68,7 +68,7 @@ def test_prediction_through_the_proxy_is_as_expected(stack: Stack, folder):
 
 def test_up_again_changes_nothing(stack: Stack):
     before = stack.container()
-    assert "every model is READY" in stack.make("up", f"SERVICES={' '.join(SERVICES)}")
+    assert "All models are READY" in stack.make("up", f"SERVICES={' '.join(SERVICES)}")
     assert stack.container() == before
 
 
