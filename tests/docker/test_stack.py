@@ -20,7 +20,7 @@ from tests import queries
 from tests.docker.stack import SERVICES, Stack, build_archive, docker
 from tests.shipped import SHIPPED
 from tests.support import Traffic, reversioned, wait_for
-from tests.trials.faults.archives import shipped
+from tests.trials.faults.archives import copy_from_image
 
 FOLDERS = select(list(SHIPPED))
 [MNIST] = select(["mnist"])
@@ -182,7 +182,7 @@ def test_every_metric_that_a_panel_or_a_rule_names_has_samples(stack: Stack):
 
 
 def test_rollouts_forward_and_back_lose_no_request(stack: Stack, tmp_path: Path):
-    old = shipped(stack, "mnist", tmp_path)
+    old = copy_from_image(stack, "mnist", tmp_path)
     new = reversioned(old, "1.1", tmp_path / "new.mar")
     for archive, version in ((new, "1.1"), (old, "1.0")):
         with traffic(stack) as load:
