@@ -144,7 +144,7 @@ class BatchHandler(BaseHandler):
         return {
             "handler": type(self).__name__,
             "precision": self.precision,
-            "settings": self.settings.model_dump(),
+            "settings": self.settings.model_dump(mode="json"),
         }
 
     # --- the stages of BaseHandler, once for all -----------------------------------------------------------------

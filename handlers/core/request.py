@@ -57,14 +57,16 @@ class RequestReader:
     def __init__(self, inputs: type[Inputs], options: type[Options], max_instances: int):
         self.inputs, self.options, self.max_instances = inputs, options, max_instances
         self.kinds = {name: kind_of(field) for name, field in inputs.model_fields.items()}
+        self.optional = {name for name, field in inputs.model_fields.items() if not field.is_required()}
         fields = options.model_fields
         self.option_types = {name: option_type(field) for name, field in fields.items()}
         if not self.kinds:
             raise TypeError(f"{inputs.__qualname__} declares no field: a model needs at least one input")
         if wrong := [name for name, field in fields.items() if field.is_required()]:
             raise TypeError(f"{options.__qualname__}.{wrong[0]} has no default: every option needs one")
-        if twice := ({INSTANCES, "body"} & self.kinds.keys()) | (self.kinds.keys() & fields.keys()):
-            raise TypeError(f"{inputs.__qualname__}.{twice.pop()} is the name of another field")
+        names = [INSTANCES, "body", *self.kinds, *fields]
+        if twice := [name for name in self.kinds.keys() | fields.keys() if names.count(name) > 1]:
+            raise TypeError(f"{inputs.__qualname__} or {options.__qualname__}: the name {twice[0]} is taken. Rename it")
         self.defaults = options()
         [self.only] = self.kinds if len(self.kinds) == 1 else [None]
         self.accepted = self.describe_accepted()
@@ -150,10 +152,9 @@ class RequestReader:
             return self.inputs.model_validate(values)
         except ValidationError as exc:
             error = exc.errors(include_url=False)[0]
-            name = ".".join(map(str, error["loc"]))
             if error["type"] == "missing" and len(error["loc"]) == 1:
-                raise MissingField(f'The field "{name}" is missing. {self.accepted}') from exc
-            raise UnsupportedInput(f'"{shorten(name)[1:-1]}" is invalid: {error["msg"]}.') from exc
+                raise MissingField(f'The field "{error["loc"][0]}" is missing. {self.accepted}') from exc
+            raise UnsupportedInput(describe_invalid(exc, "inputs")) from exc
 
     def read_value(self, name: str, value: object, form: bool) -> object:
         if isinstance(value, (bytearray, memoryview)):
@@ -161,6 +162,8 @@ class RequestReader:
         kind = self.kinds[name]
         if kind is None:
             return self.parse_json(value) if isinstance(value, bytes) or (form and isinstance(value, str)) else value
+        if value is None and name in self.optional:
+            return None
         if not isinstance(value, (bytes, str)):
             raise UnsupportedInput(
                 f"An input must be bytes or a string, not a JSON {json_type(value)}. {self.accepted}"
@@ -188,7 +191,10 @@ class RequestReader:
                 values[name] = None
             if values[name] is None:
                 raise InvalidOption(f"{name} must be {describe(self.options.model_fields[name])}.")
-        return self.options(**values)
+        try:
+            return self.options(**values)
+        except ValidationError as exc:
+            raise InvalidOption(describe_invalid(exc, "options")) from exc
 
     def parse_json(self, text: bytes | bytearray | str) -> object:
         try:
@@ -199,6 +205,14 @@ class RequestReader:
 
 def option_type(field: FieldInfo) -> TypeAdapter:
     return TypeAdapter(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
+
+
+def describe_invalid(error: ValidationError, fields: str) -> str:
+    """Return what pydantic found first, for an error message; a validator of the whole model names no field."""
+    first = error.errors(include_url=False)[0]
+    name = shorten(".".join(map(str, first["loc"])))[1:-1]
+    subject = f'"{name}" is' if name else f"The {fields} are"
+    return f"{subject} invalid: {first['msg'].removeprefix('Value error, ')}."
 
 
 def json_type(value: object) -> str:

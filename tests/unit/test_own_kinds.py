@@ -13,6 +13,7 @@ from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
+from handlers.core import settings
 
 MODELS = Path(__file__).parents[1] / "models"
 HOUSE = {"rooms": 3, "area": 70.5, "age": 12}
@@ -102,6 +103,15 @@ def test_an_invalid_object_is_rejected_alone(price: DryRun, value: object, error
 def test_a_model_without_labels_is_described_without_labels(price: DryRun):
     [(status, described)] = price.predict([{}], [{"describe": "True"}])
     assert (status, described["handler"], "labels" in described) == (200, "PriceHandler", False)
+
+
+def test_settings_that_are_not_json_values_are_described_as_json(price: DryRun, monkeypatch: pytest.MonkeyPatch):
+    class Settings(settings.Settings):
+        vocabulary: Path = Path("words.txt")
+
+    monkeypatch.setattr(price.handler, "settings", Settings())
+    [(status, described)] = price.predict([{}], [{"describe": "True"}])
+    assert (status, described["settings"]["vocabulary"]) == (200, "words.txt")
 
 
 @pytest.mark.parametrize(

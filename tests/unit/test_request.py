@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from handlers.core import errors, inputs
 from handlers.core.classifier import ClassifierHandler
@@ -277,6 +277,48 @@ def test_an_invalid_option_is_rejected_with_what_it_takes(option: str, value: ob
         several.read({"image": b"x", "caption": "y", option: value}, {})
 
 
+class Interval(inputs.Options):
+    low: float = 0
+    high: float = 1
+
+    @model_validator(mode="after")
+    def check_order(self) -> "Interval":
+        if self.low > self.high:
+            raise ValueError("low must not be above high")
+        return self
+
+
+def test_options_that_a_validator_rejects_are_an_invalid_option():
+    reader = RequestReader(OneText, Interval, MAX_INSTANCES)
+    assert reader.read({"data": "a", "low": "0.5"}, {}).options == Interval(low=0.5)
+    with pytest.raises(InvalidOption, match="low must not be above high"):
+        reader.read({"data": "a", "low": "2"}, {})
+
+
+def test_inputs_that_a_validator_rejects_are_unsupported():
+    class Pair(inputs.Inputs):
+        first: int
+        second: int
+
+        @model_validator(mode="after")
+        def check_order(self) -> "Pair":
+            if self.first > self.second:
+                raise ValueError("first must not be above second")
+            return self
+
+    reader = RequestReader(Pair, inputs.Options, MAX_INSTANCES)
+    assert reader.read({"body": {"first": 1, "second": 2}}, {}).inputs == [Pair(first=1, second=2)]
+    with pytest.raises(UnsupportedInput, match="^The inputs are invalid: .*first must not be above second"):
+        reader.read({"body": {"first": 2, "second": 1}}, {})
+
+
+def test_null_for_an_optional_input_is_the_same_as_none():
+    request = several.read({"body": {"image": BASE64, "caption": "a dog", "audio": None}}, {})
+    assert request.inputs == [Several(image=b"hello", caption="a dog")]
+    with pytest.raises(UnsupportedInput, match="JSON null"):
+        several.read({"body": {"image": BASE64, "caption": None}}, {})
+
+
 def test_a_wrong_declaration_is_refused_when_the_worker_starts():
     class Nothing(inputs.Inputs):
         pass
@@ -290,7 +332,10 @@ def test_a_wrong_declaration_is_refused_when_the_worker_starts():
     class Instances(inputs.Inputs):
         instances: Text
 
-    for wrong in ((Nothing, TopK), (OneText, Needed), (OneText, Same), (Instances, TopK)):
+    class Reserved(inputs.Options):
+        instances: int = 1
+
+    for wrong in ((Nothing, TopK), (OneText, Needed), (OneText, Same), (Instances, TopK), (OneText, Reserved)):
         with pytest.raises(TypeError):
             RequestReader(*wrong, MAX_INSTANCES)
 
