@@ -143,7 +143,7 @@ def test_another_number_of_rows_than_samples_fails_the_batch_and_says_what_to_me
     answers = worker.predict([row(0), row(1)])
     assert [(status, body["type"]) for status, body in answers] == [(500, "InternalError")] * 2
     assert f"NumbersHandler.reduce returned {2 + change} rows for 2 samples" in caplog.text
-    assert "exactly one row a sample" in caplog.text
+    assert "exactly one row per sample" in caplog.text
 
 
 def test_an_overridden_predict_must_return_a_row_a_sample(

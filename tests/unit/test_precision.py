@@ -76,7 +76,7 @@ def test_a_precision_that_is_asked_for_is_taken_and_one_that_is_wrong_is_not(tmp
 
 @torch.inference_mode()
 def test_of_a_list_only_what_is_in_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("handlers.core.precision.natively", lambda *_: ["bfloat16"])
+    monkeypatch.setattr("handlers.core.precision.native_precisions", lambda *_: ["bfloat16"])
     seconds = {"float32": 1.0, "bfloat16": 0.1}
     monkeypatch.setattr(
         "handlers.core.precision.measure", lambda modules, *_: {name: seconds[name] for name in modules}

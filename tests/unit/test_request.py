@@ -138,9 +138,9 @@ NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
         pytest.param({"body": {"instances": ["a"] * 5}}, TooManyInstances, "5 instances.*at most 4", id="too-many"),
         pytest.param({"body": {}}, MissingField, NAMES_THE_ACCEPTED, id="empty-json"),
         pytest.param({"body": {"top_k": 3}}, MissingField, NAMES_THE_ACCEPTED, id="options-only"),
-        pytest.param({"body": {"data": "a", "instances": ["a"]}}, MissingField, "Exactly one", id="both"),
-        pytest.param({"body": {"data": "a", "topk": 3}}, UnknownField, "'topk'.*top_k", id="unknown-field"),
-        pytest.param({"file": bytearray(b"a")}, UnknownField, f"'file'. {NAMES_THE_ACCEPTED}", id="unknown-form-field"),
+        pytest.param({"body": {"data": "a", "instances": ["a"]}}, MissingField, "exactly one", id="both"),
+        pytest.param({"body": {"data": "a", "topk": 3}}, UnknownField, '"topk".*top_k', id="unknown-field"),
+        pytest.param({"file": bytearray(b"a")}, UnknownField, f'"file". {NAMES_THE_ACCEPTED}', id="unknown-form-field"),
         pytest.param({'{"data": "' + "x" * 999: ""}, UnknownField, r"^.{0,60}\.\.\.", id="json-without-header"),
         pytest.param({"instances": bytearray(b"[1")}, InvalidJSON, NAMES_THE_ACCEPTED, id="form-instances-not-json"),
     ],
@@ -234,7 +234,7 @@ def test_several_inputs_are_read_by_name():
         ({"image": b"x", "caption": ""}, EmptyInput, "is empty"),
         ({"body": {"instances": [{"image": BASE64}]}}, MissingField, '"caption" is missing'),
         ({"body": {"instances": ["a"]}}, UnsupportedInput, "object with the fields image, caption, audio"),
-        ({"body": {"image": "x", "instances": []}}, MissingField, "exclude each other"),
+        ({"body": {"image": "x", "instances": []}}, MissingField, "not both"),
     ],
 )
 def test_incomplete_inputs_are_rejected(row: dict, error: type, message: str):

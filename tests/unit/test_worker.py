@@ -180,7 +180,7 @@ def test_a_precision_that_does_not_run_says_so(tmp_path: Path, caplog: pytest.Lo
 def test_int8_gives_way_where_the_device_has_no_instructions(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(precision, "natively", lambda *_: [])
+    monkeypatch.setattr(precision, "native_precisions", lambda *_: [])
     torch.jit.script(nn.Linear(2, 2).eval()).save(tmp_path / "model.pt")
     shutil.copy(tmp_path / "model.pt", tmp_path / INT8_NAME)
     assert fastest(load(tmp_path / "model.pt"), "int8", CPU, (torch.ones(1, 2),), tmp_path)[0] == "float32"
@@ -229,7 +229,7 @@ def test_what_is_much_faster_is_taken_and_what_is_little_faster_is_not(
     products: int, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Both in float32: the module of an archive that is called int8 may be any."""
-    monkeypatch.setattr(precision, "natively", lambda *_: ["int8"])
+    monkeypatch.setattr(precision, "native_precisions", lambda *_: ["int8"])
     for name, count in {"model.pt": 201, INT8_NAME: products}.items():
         torch.jit.script(Turning(count).eval()).save(tmp_path / name)
     inputs = (torch.rand(32, 128),)
