@@ -55,7 +55,7 @@ class MNISTHandler(ClassifierHandler):
             raise InvalidOption(f"top_k must be {TOP_K}: this model always returns its {TOP_K} most probable classes.")
 
     def encode(self, row: Tensor, info: object, options: ClassifierHandler.Options) -> dict:
-        best = topk.best_classes(row, TOP_K, self.mapping)
+        best = topk.best_classes(row, TOP_K, self.labels)
         return {
             "top_3_classes": [entry["class"] for entry in best],
             "top_3_probabilities": [entry["probability"] for entry in best],

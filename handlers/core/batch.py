@@ -66,9 +66,8 @@ MISSING_METHOD = """{handler} must define `{method}`. A minimal handler:
 class BatchHandler(BaseHandler):
     """Serve a TorchScript module.
 
-    A subclass declares `Inputs`, defines `decode`, `example` and `encode`, and overrides other methods as needed. Where
-    a parameter is `Any`, its type is what the subclass declares or makes: its `Inputs`, its `Options`, its rows, the
-    `info` of its samples.
+    A subclass declares `Inputs`, defines `decode`, `example` and `encode`, and overrides other methods as needed. The
+    type of a parameter that is `Any` here is defined by the subclass: its `Inputs`, `Options`, rows and `info`.
     """
 
     Settings: type[settings.Settings] = settings.Settings  # a subclass with its own also declares `settings: Settings`
@@ -76,6 +75,10 @@ class BatchHandler(BaseHandler):
     Options: type[inputs.Options] = inputs.Options
 
     model: torch.jit.ScriptModule
+
+    def __init__(self):
+        super().__init__()
+        del self.explain  # BaseHandler sets a flag of this name, which would hide the method
 
     # --- what a subclass defines -------------------------------------------------------------------------------
 
@@ -188,8 +191,7 @@ class BatchHandler(BaseHandler):
         affordable = int(TRIAL_SECONDS / (time.perf_counter() - start))
         batch = self.example_batch(max(1, min(self.batch_size, MAX_TRIAL_SIZE, affordable)))
         folder = Path(self.context.system_properties["model_dir"])
-        requested = self.settings.precision
-        self.precision, self.model = precision.fastest(self.model, requested, self.device, batch, folder)
+        self.precision, self.model = precision.fastest(self.model, self.settings.precision, self.device, batch, folder)
         logger.info("%s computes in %s", self.context.model_name, self.precision)
 
     def example_batch(self, size: int) -> tuple[Tensor, ...]:
@@ -230,12 +232,12 @@ class BatchHandler(BaseHandler):
                 raise SystemExit(1) from exc
             logger.exception("a bug failed a batch of %s", self.context.model_name)
             slots = [Slot(error=internal_error("this batch of requests")) for _ in data]
-        answers = self.postprocess(slots)
+        bodies = self.postprocess(slots)
         if first_arrival is not None:
             self.metrics.observe("request", time.time() - first_arrival)
         self.metrics.emit()
         memory.trim()
-        return answers
+        return bodies
 
     def serve(self, data: list[dict], headers: list[Mapping], arrivals: list[float | None]) -> list[Slot]:
         """Run the stages, each timed: the predictions as one batch, then the explanations one by one."""

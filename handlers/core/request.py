@@ -27,7 +27,7 @@ from handlers.core.inputs import Inputs, Options, describe_option, kind_of
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: that doubles the time that making one takes
 class Request:
     """The content of one request.
 
@@ -56,6 +56,7 @@ class RequestReader:
 
     def __init__(self, inputs: type[Inputs], options: type[Options], max_instances: int):
         self.inputs, self.options, self.max_instances = inputs, options, max_instances
+        self.validate = inputs.__pydantic_validator__.validate_python  # half the time of model_validate
         self.kinds = {name: kind_of(field) for name, field in inputs.model_fields.items()}
         self.optional = {name for name, field in inputs.model_fields.items() if not field.is_required()}
         fields = options.model_fields
@@ -157,7 +158,7 @@ class RequestReader:
         """Read the inputs of one sample; `form` says that the values are the text of form fields."""
         values = {name: self.read_value(name, value, form) for name, value in given.items()}
         try:
-            return self.inputs.model_validate(values)
+            return self.validate(values)
         except ValidationError as exc:
             error = exc.errors(include_url=False)[0]
             if error["type"] == "missing" and len(error["loc"]) == 1:

@@ -22,16 +22,16 @@ def rank(outputs: Tensor, outputs_are: str) -> Tensor:
     return torch.stack((values, classes.float()), dim=1)
 
 
-def best_classes(row: Tensor, k: int, labels: dict[str, str]) -> list[dict]:
+def best_classes(row: Tensor, k: int, labels: list[str]) -> list[dict]:
     """Return [{"label", "class", "probability"}, ...] of the k best classes.
 
     Args:
         row: one row of `rank`, float32 [2, classes], on the host.
         k: the number of classes to return.
-        labels: {class index: label}, as index_to_name.json has them.
+        labels: of the classes, by class index.
     """
-    probabilities, classes = row[:, :k].tolist()
+    probabilities, classes = row.narrow(1, 0, k).tolist()
     return [
-        {"label": labels[str(int(index))], "class": int(index), "probability": probability}
-        for probability, index in zip(probabilities, classes, strict=True)
+        {"label": labels[index], "class": index, "probability": probability}
+        for probability, index in zip(probabilities, map(int, classes), strict=True)
     ]

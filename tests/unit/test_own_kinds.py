@@ -1,4 +1,4 @@
-"""Kinds of model that a user adds with a folder and one handler file: a detector, and a regression on JSON."""
+"""Models of other kinds, each a folder with its own handler file: a detector, and a regression on JSON."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ PRICE = 10 * 3 + 2 * 70.5 - 12 + 5
 
 
 def picture(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
-    """A black image with one white box, x1, y1, x2, y2 in shares of the sides."""
+    """Encode a black image with one white box: x1, y1, x2, y2 in sixteenths of the sides."""
     image = Image.new("L", (width, height))
     x1, y1, x2, y2 = (share * side / 16 for share, side in zip(box, (width, height) * 2, strict=True))
     ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), fill=255)
@@ -43,12 +43,12 @@ def price(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
 
 
 @pytest.mark.parametrize("model", ["boxes", "price"])
-def test_a_kind_is_one_folder_with_one_short_handler_file(model: str):
+def test_handler_file_of_a_custom_model_is_short(model: str):
     assert len((MODELS / model / "handler.py").read_text().splitlines()) <= 60
     assert "bundle" not in (MODELS / model / "handler.py").read_text()
 
 
-def test_boxes_are_in_the_pixels_of_each_original_image(boxes: DryRun):
+def test_boxes_are_in_pixels_of_each_original_image(boxes: DryRun):
     sizes = [(64, 64), (640, 320), (100, 400), (1024, 1024)]
     answers = boxes.predict([{"body": picture(*size, (2, 4, 6, 12))} for size in sizes])
     for (status, body), (width, height) in zip(answers, sizes, strict=True):
@@ -58,7 +58,7 @@ def test_boxes_are_in_the_pixels_of_each_original_image(boxes: DryRun):
         assert found["box"] == pytest.approx(expected, abs=max(width, height) / 32)
 
 
-def test_an_option_reaches_the_answer_of_its_request_alone(boxes: DryRun):
+def test_option_changes_only_its_own_request(boxes: DryRun):
     content = picture(64, 64, (2, 4, 6, 12))
     answers = boxes.predict([{"data": content}, {"data": content, "score_threshold": "0"}])
     assert [len(body["detections"]) for _, body in answers] == [1, 2]
@@ -66,7 +66,7 @@ def test_an_option_reaches_the_answer_of_its_request_alone(boxes: DryRun):
     assert (status, body["message"]) == (400, "score_threshold must be a number from 0 to 1.")
 
 
-def test_poisoned_neighbours_of_a_detector_fail_alone(boxes: DryRun):
+def test_invalid_images_in_a_batch_fail_alone(boxes: DryRun):
     good = {"body": picture(64, 64, (2, 4, 6, 12))}
     instances = [base64.b64encode(picture(64, 64, (2, 4, 6, 12))).decode(), "bm8gaW1hZ2U="]
     rows = [good, {"body": b"no image"}, good, {"body": {"instances": instances}}, {"body": b""}]
@@ -75,7 +75,7 @@ def test_poisoned_neighbours_of_a_detector_fail_alone(boxes: DryRun):
     assert answers[0] == answers[2] == boxes.predict([good])[0]
 
 
-def test_a_json_object_of_numbers_answers_a_number(price: DryRun):
+def test_json_object_of_numbers_is_answered_with_a_number(price: DryRun):
     many = {"instances": [HOUSE, {"data": HOUSE | {"age": 0}}]}
     answers = price.predict([{"body": {"data": HOUSE}}, {"body": many}])
     assert answers == [
@@ -93,14 +93,14 @@ def test_a_json_object_of_numbers_answers_a_number(price: DryRun):
         ("three rooms", "UnsupportedInput", '"data" is invalid'),
     ],
 )
-def test_an_invalid_object_is_rejected_alone(price: DryRun, value: object, error: str, message: str):
+def test_invalid_json_object_in_a_batch_fails_alone(price: DryRun, value: object, error: str, message: str):
     good, bad = price.predict([{"body": {"data": HOUSE}}, {"body": {"data": value}}])
     assert good == (200, {"price": pytest.approx(PRICE, rel=1e-3)})
     assert (bad[0], bad[1]["type"]) == (400, error)
     assert bad[1]["message"].startswith(message)
 
 
-def test_a_model_without_labels_is_described_without_labels(price: DryRun):
+def test_model_without_labels_is_described_without_labels(price: DryRun):
     [(status, described)] = price.predict([{}], [{"describe": "True"}])
     assert (status, described["handler"], "labels" in described) == (200, "PriceHandler", False)
 
@@ -122,14 +122,14 @@ def test_settings_that_are_not_json_values_are_described_as_json(price: DryRun, 
         ("VALUE = 1\n", "it defines: none"),
     ],
 )
-def test_a_handler_file_that_torchserve_cannot_take_is_refused_by_name(handler: str, message: str, tmp_path: Path):
+def test_archive_with_an_invalid_handler_file_is_rejected(handler: str, message: str, tmp_path: Path):
     shutil.copytree(MODELS / "price", tmp_path / "price")
     (tmp_path / "price" / "handler.py").write_text(handler)
     with pytest.raises(BundleError, match=message):
         archive(ModelFolder(tmp_path / "price"), tmp_path / "store")
 
 
-def test_a_missing_method_is_named_with_the_least_that_a_handler_writes(tmp_path: Path):
+def test_handler_without_a_required_method_names_it(tmp_path: Path):
     shutil.copytree(MODELS / "price", tmp_path / "price")
     file = tmp_path / "price" / "handler.py"
     file.write_text(file.read_text().replace("def example", "def other"))
