@@ -351,7 +351,7 @@ class ReservedOption(inputs.Options):
         (NoInputs, TopK, "NoInputs declares no field"),
         (OneText, NoDefault, "NoDefault.top_k has no default"),
         (OneText, SameName, "OneText or SameName: the name data is taken"),
-        (ReservedName, TopK, "ReservedName or Options: the name instances is taken"),
+        (ReservedName, TopK, "ReservedName or ClassifierHandler.Options: the name instances is taken"),
         (OneText, ReservedOption, "OneText or ReservedOption: the name instances is taken"),
     ],
 )
