@@ -17,7 +17,7 @@ from bundle.build.quantize import Batch, load, quantize, run
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import relative
-from handlers.core.precision import INT8_NAME, Wanted, attempt
+from handlers.core.precision import INT8_NAME, RequestedPrecision, freeze_checked
 from handlers.core.topk import rank
 
 BATCH = 16  # examples a batch
@@ -87,7 +87,7 @@ class Judge:
         inputs = self.batches[0]
         expected = self.expected[: len(inputs[0])]
         try:
-            verdict = self.verdict(attempt(self.module, precision, torch.device("cpu"), inputs, expected))
+            verdict = self.verdict(freeze_checked(self.module, precision, torch.device("cpu"), inputs, expected))
         except RuntimeError as exc:
             return False, str(exc).strip().splitlines()[-1]
         return verdict.good, str(verdict)
@@ -132,7 +132,7 @@ def keep_what_is_right(folder: ModelFolder, archive: Path, module: Path, extra: 
     return lines
 
 
-def choices(folder: ModelFolder, config: Path) -> tuple[Wanted, list[str]]:
+def choices(folder: ModelFolder, config: Path) -> tuple[RequestedPrecision, list[str]]:
     """The setting `precision` of a model-config.yaml, and what a worker may take by it: float32 is always among it."""
     wanted = (yaml.safe_load(config.read_text()).get("handler") or {}).get("precision", "auto")
     if wanted == "auto":

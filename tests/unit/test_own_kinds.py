@@ -11,6 +11,7 @@ from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
+from handlers.core import settings
 from tests.unit.inputs import white_box
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -91,6 +92,15 @@ def test_invalid_json_object_in_a_batch_fails_alone(price: DryRun, value: object
 def test_model_without_labels_is_described_without_labels(price: DryRun):
     [(status, described)] = price.predict([{}], [{"describe": "True"}])
     assert (status, described["handler"], "labels" in described) == (200, "PriceHandler", False)
+
+
+def test_settings_that_are_not_json_values_are_described_as_json(price: DryRun, monkeypatch: pytest.MonkeyPatch):
+    class Settings(settings.Settings):
+        vocabulary: Path = Path("words.txt")
+
+    monkeypatch.setattr(price.handler, "settings", Settings())
+    [(status, described)] = price.predict([{}], [{"describe": "True"}])
+    assert (status, described["settings"]["vocabulary"]) == (200, "words.txt")
 
 
 @pytest.mark.parametrize(
