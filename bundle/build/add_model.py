@@ -35,7 +35,7 @@ from bundle.build.inspect_model import (
 )
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, handlers, read_labels
 from bundle.errors import BundleError, UsageError
-from bundle.paths import MODEL_STORE, relative
+from bundle.paths import relative
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")  # the archiver's rule
 CONFIG = """\
@@ -108,15 +108,15 @@ class NewModel:
 
 def add_model(
     new: NewModel,
+    store: Path,
     models_dir: Path | None = None,
-    store: Path = MODEL_STORE,
     report: Callable[[str], object] = print,
 ) -> ModelFolder:
     """Make `models/NAME/` and its archive, once the model has answered a request in this process.
 
     Args:
-        models_dir: where the folder goes; by default, where all model folders are.
-        store: where the archive goes.
+        store: the folder of the archive.
+        models_dir: the folder of the model folder; by default, that of all model folders.
         report: receives, line by line, what was found.
 
     Raises:

@@ -7,10 +7,7 @@ with DryRun(Path("model_store/image.mar")) as dry_run:
 import io
 import json
 import struct
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
@@ -19,6 +16,7 @@ from ts.service import Service
 from ts.torch_handler.base_handler import BaseHandler
 
 from bundle import mar
+from bundle.build.imports import imports_from
 from bundle.paths import ROOT
 from handlers.core.slots import Sample
 
@@ -58,7 +56,7 @@ class DryRun:
         metrics = MetricsCacheYamlImpl(config_file_path=str(METRICS_CONFIG))
         metrics.initialize_cache()
         metrics.model_name = model["modelName"]
-        with imports_from(folder):
+        with imports_from(folder.iterdir()):
             return ModelLoaderFactory.get_model_loader().load(
                 model_name=model["modelName"],
                 model_dir=str(folder),
@@ -99,25 +97,6 @@ class DryRun:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextmanager
-def imports_from(folder: Path) -> Iterator[None]:
-    """Modules that `folder` holds are imported from there, as in a fresh worker, and are forgotten afterwards."""
-    held = {path.stem for path in folder.iterdir()}
-
-    def withdraw() -> dict:
-        names = [name for name in sys.modules if name.split(".")[0] in held]
-        return {name: sys.modules.pop(name) for name in names}
-
-    mine = withdraw()
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        withdraw()
-        sys.modules.update(mine)
 
 
 def request(index: int, row: dict, headers: dict[str, str]) -> dict:

@@ -93,7 +93,9 @@ class Judge:
         return verdict.good, str(verdict)
 
 
-def keep_what_is_right(folder: ModelFolder, archive: Path, module: Path, extra: Path, config: Path) -> list[str]:
+def drop_inaccurate_precisions(
+    folder: ModelFolder, archive: Path, module: Path, extra: Path, config: Path
+) -> list[str]:
     """Compares reduced precisions with float32 on the folder's examples, and changes what the archive is made of.
 
     Args:

@@ -64,7 +64,7 @@ def test_broken_files(bench, damage):
             archived.writestr("readme.txt", "nothing")
     else:
         file.write_text("" if damage == "empty" else "not a model")
-    bench.refuses(file, "is broken, or is not a TorchScript file")
+    bench.refuses(file, "is damaged, or is not a TorchScript file")
 
 
 def test_labels_that_do_not_fit(bench):

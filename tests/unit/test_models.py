@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bundle.build.export import export, load
+from bundle.build.handler import load_handler
 from bundle.catalog import select
 from bundle.paths import ROOT
 
@@ -64,7 +65,7 @@ def test_out_of_scope_text_is_recognised():
 def test_weights_are_small_and_labels_complete(model):
     folder = FOLDERS[model]
     assert (folder.path / "weights.safetensors").stat().st_size < 6_000_000
-    module, [inputs, *_] = load(folder)
+    module, [inputs, *_] = load(folder, load_handler(folder))
     with torch.inference_mode():
         assert module(*inputs).shape == (1, len(folder.labels()))
     assert folder.bundle.expect in folder.labels()
@@ -73,7 +74,7 @@ def test_weights_are_small_and_labels_complete(model):
 @pytest.mark.parametrize("model", PROMISED)
 def test_an_export_computes_what_the_eager_module_does(model, tmp_path):
     """On other inputs and batch sizes than those that `export` compares by itself."""
-    export(FOLDERS[model], tmp_path / "model.pt")
+    export(FOLDERS[model], load_handler(FOLDERS[model]), tmp_path / "model.pt")
     exported = torch.jit.load(tmp_path / "model.pt")
     module = importlib.import_module(f"models.{model}.model")
     eager = module.build()

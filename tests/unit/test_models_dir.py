@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 from bundle import mar
-from bundle.build.add_model import add_model
 from bundle.build.archive import archive, fingerprint
-from bundle.build.export import export
 from bundle.catalog import CONFIG_NAME, ModelFolder, folders, select
 from bundle.errors import BundleError
 from bundle.paths import MODELS, ROOT, models_dir
@@ -82,21 +80,24 @@ def test_the_commands_use_the_folder(elsewhere: Path, tmp_path: Path):
     assert sorted(file.name for file in (tmp_path / "store").iterdir()) == ["digits.fingerprint", "digits.mar"]
 
 
-def test_add_model_writes_into_the_folder(elsewhere: Path, tmp_path: Path):
-    serialized, labels = tmp_path / "model.pt", tmp_path / "labels.json"
+def test_add_model_writes_into_the_models_folder_and_the_servers_store(elsewhere: Path, tmp_path: Path):
+    serialized, labels, store = tmp_path / "model.pt", tmp_path / "labels.json", tmp_path / "store"
     torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)).eval()).save(serialized)
     labels.write_text(json.dumps([str(digit) for digit in range(10)]))
-    reported: list[str] = []
-    added = add_model("mine", serialized, labels, "mnist", store=tmp_path / "store", report=reported.append)
-    assert added.path == elsewhere / "mine"
-    assert f"{elsewhere}/mine and {tmp_path}/store/mine.mar are there" in reported
+    command = [sys.executable, "-m", "bundle", "add-model", "mine", "--handler", "mnist"]
+    command += ["--serialized", str(serialized), "--labels", str(labels)]
+    environment = {**os.environ, "TS_MODEL_STORE": str(store)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"{elsewhere}/mine" in run.stderr
+    assert f"{store}/mine.mar" in run.stderr
     assert [folder.name for folder in folders()] == ["digits", "mine"]
-    assert not archive(added, tmp_path / "store").rebuilt
+    assert not archive(ModelFolder(elsewhere / "mine"), store).rebuilt
 
 
 def test_curl_lines_name_a_sample_outside_of_the_repository(elsewhere: Path):
     client = Client("http://127.0.0.1:8080", "http://127.0.0.1:8081", None)
-    lines = curl_lines(client, [*select([]), ModelFolder(MODELS / "text")], ROOT)
+    lines = curl_lines(client, [*select([]), ModelFolder(MODELS / "text")])
     assert lines == [
         f"curl -T '{elsewhere}/digits/sample.png' http://127.0.0.1:8080/predictions/digits",
         "curl -T models/text/sample.txt http://127.0.0.1:8080/predictions/text",
@@ -107,7 +108,7 @@ def test_curl_lines_name_a_sample_outside_of_the_repository(elsewhere: Path):
 def test_missing_weights_are_explained(elsewhere: Path, tmp_path: Path):
     (elsewhere / "digits" / "weights.safetensors").unlink()
     with pytest.raises(BundleError, match=r"Train the model first: its train\.py writes them"):
-        export(ModelFolder(elsewhere / "digits"), tmp_path / "model.pt")
+        archive(ModelFolder(elsewhere / "digits"), tmp_path / "store")
 
 
 def test_load_tests_ask_the_models_of_the_folder(elsewhere: Path):
