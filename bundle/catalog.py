@@ -111,8 +111,11 @@ class ModelFolder:
 
     def invalid_section(self, section: str, error: ValidationError) -> BundleError:
         """Return the error that names each invalid value in a section of model-config.yaml."""
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        return BundleError(f"{relative(self.path / CONFIG_NAME)}, section {section}: {wrong}")
+        wrong = []
+        for each in error.errors():
+            key, message = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+            wrong.append(f"{key}: {message}" if key else message)
+        return BundleError(f"{relative(self.path / CONFIG_NAME)}, section {section}: {'; '.join(wrong)}")
 
     @property
     def handler_file(self) -> Path:

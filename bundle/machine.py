@@ -1,4 +1,4 @@
-"""What a measurement was made on: this machine, its software, and the commit."""
+"""Describe what a measurement was made on: this machine, its software, and the commit."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ def record(cores: int) -> dict[str, str | int | float | list[str] | dict[str, st
     """Return the machine and the versions, for JSON.
 
     Args:
-        cores: that the measurement could use.
+        cores: number of cores that the measurement could use.
     """
     return {
         "cpu": cpu_model(),
@@ -43,7 +43,7 @@ def about() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """Return the processor's name, as Linux or else Python has it."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-x", "a/b", "../up", "a b", "straße"])
 def test_a_name_that_is_none(bench, name):
-    with pytest.raises(BundleError, match="is not a valid name for a model"):
+    with pytest.raises(BundleError, match="Invalid model name"):
         bench.add(SmallNet(3, 32), name)
     assert not list(bench.models.iterdir())
 
@@ -23,7 +23,7 @@ def test_a_name_that_is_none(bench, name):
 def test_a_name_that_is_taken(bench):
     (bench.models / "theirs").mkdir()
     (bench.models / "theirs" / "model-config.yaml").write_text("mine")
-    bench.refuses(SmallNet(3, 32), "The name theirs is taken")
+    bench.refuses(SmallNet(3, 32), "theirs exists already. Choose another NAME")
     assert (bench.models / "theirs" / "model-config.yaml").read_text() == "mine"
 
 
@@ -68,7 +68,7 @@ def test_broken_files(bench, damage):
 
 
 def test_labels_that_do_not_fit(bench):
-    bench.refuses(SmallNet(3, 32, classes=6), "answers 6 classes, and .*labels.json has 7 labels")
+    bench.refuses(SmallNet(3, 32, classes=6), "has 6 classes, but .*labels.json has 7 labels")
 
 
 def test_labels_that_are_none(bench):
@@ -78,12 +78,12 @@ def test_labels_that_are_none(bench):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Dictionary(3, 32), "out came a dict with the keys logits"),
-        (Segmenting(), r"out came shape \[1, 3, 224, 224\]"),
-        (SmallNet(3, 32, classes=1), r"out came shape \[1, 1\]"),
+        (Dictionary(3, 32), "returns a dict with the keys logits"),
+        (Segmenting(), r"returns the shape \[1, 3, 224, 224\]"),
+        (SmallNet(3, 32, classes=1), r"returns the shape \[1, 1\]"),
         (nn.Sequential(SmallNet(3, 32), nn.Threshold(1e9, float("nan"))), "numbers that are not finite"),
-        (WordNet(), "runs on no float32 image"),
-        (SmallNet(3, 32).half(), "weights are torch.float16: save it after model.float"),
+        (WordNet(), "does not run on float32 images"),
+        (SmallNet(3, 32).half(), r"weights are torch.float16: call model.float\(\) before"),
     ],
 )
 def test_what_is_no_image_classifier(bench, model, message):
@@ -92,7 +92,7 @@ def test_what_is_no_image_classifier(bench, model, message):
 
 def test_a_batch_size_that_is_traced(bench):
     traced = torch.jit.trace(OneAtATime(3, 32).eval(), torch.rand(1, 3, 32, 32))
-    bench.refuses(traced, "one input at a time, and no batches")
+    bench.refuses(traced, "takes one input, but not a batch")
 
 
 def test_a_network_traced_in_training_mode(bench):
@@ -104,7 +104,7 @@ def test_a_network_traced_in_training_mode(bench):
     "options", [{"mean": [0.5] * 3}, {"std": [0.5]}, {"mean": [0.5] * 2, "std": [0.5] * 2}, {"mean": [0.5], "std": [0]}]
 )
 def test_a_normalisation_that_is_none(bench, options):
-    bench.refuses(SmallNet(3, 32), "MEAN and STD belong together", **options)
+    bench.refuses(SmallNet(3, 32), "MEAN and STD are invalid. Set both", **options)
 
 
 def test_digits_of_another_size(bench):
@@ -114,7 +114,7 @@ def test_digits_of_another_size(bench):
 def test_an_image_that_is_none(bench):
     image = bench.files / "image.jpg"
     image.write_text("no image")
-    bench.refuses(SmallNet(3, 32), "answers 400 .*not an image in a supported format", sample=image)
+    bench.refuses(SmallNet(3, 32), "answered 400 .*not an image in a supported format", sample=image)
 
 
 def test_files_that_the_handler_cannot_load(bench):
@@ -125,6 +125,6 @@ def test_files_that_the_handler_cannot_load(bench):
 
 def test_a_network_that_does_not_take_what_the_handler_gives(bench):
     error = bench.refuses(
-        SmallNet(3, 32), r"does not take what the handler gives it: float32 \[1, 16000\]", handler="audio_mfcc"
+        SmallNet(3, 32), r"fails on the inputs that the handler makes: float32 \[1, 16000\]", handler="audio_mfcc"
     )
     assert error.details

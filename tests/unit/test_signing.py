@@ -99,7 +99,7 @@ def test_without_a_key_an_archive_needs_no_manifest(tmp_path: Path, trusted: Pat
     with pytest.raises(BundleError, match=r"m\.mar is refused: it is not signed \(it has no MAR-INF/SHA256SUMS\)"):
         check(file, trusted)
     seal(file, None)
-    with pytest.raises(BundleError, match=r"it has no MAR-INF/SHA256SUMS\.sig\), and TRUSTED_KEY demands it"):
+    with pytest.raises(BundleError, match=r"it has no MAR-INF/SHA256SUMS\.sig\), and TRUSTED_KEY requires a signature"):
         check(file, trusted)
 
 
@@ -202,7 +202,7 @@ def test_names_that_programs_read_differently_are_refused(tmp_path: Path, name: 
         entry = zipfile.ZipInfo("other")
         entry.filename = name  # the constructor would cut it
         archive.writestr(entry, b"")
-    with pytest.raises(BundleError, match="has characters that not every program reads alike"):
+    with pytest.raises(BundleError, match="has characters that programs read differently"):
         check(tmp_path / "m.mar", None)
 
 
@@ -246,7 +246,7 @@ def test_keys_are_secret_and_never_overwritten(tmp_path: Path):
     assert "PRIVATE" not in public.read_text()
     for existing in (tmp_path / "new" / "k", public):
         before = existing.read_bytes()
-        with pytest.raises(BundleError, match="exists, and keys are never overwritten"):
+        with pytest.raises(BundleError, match="exists already, and keys are never overwritten"):
             make_keys(tmp_path / "new" / "k")
         assert existing.read_bytes() == before
         (tmp_path / "new" / "k").unlink(missing_ok=True)
@@ -320,7 +320,7 @@ def test_a_model_that_was_not_unpacked_is_refused(model: Path, tmp_path: Path):
     for folder in (elsewhere, link):
         _, output, errors, status = start_worker(folder, "", TEMP=str(tmp_path))
         assert (status, output) == (1, "")
-        assert f"{elsewhere} is refused: it did not come out of an archive of the model store" in errors
+        assert f"{elsewhere} is refused: it was not unpacked from an archive of the model store" in errors
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_model_that_was_not_unpacked_is_refused(model: Path, tmp_path: Path):
 def test_no_packages_are_installed_for_a_model(model: Path, command: tuple[str, ...]):
     _, output, errors, status = start_worker(model, "", *command)
     assert (status, output) == (1, "")
-    assert "A model is served with the packages that the server has" in errors
+    assert "Packages are not installed for a model" in errors
 
 
 @pytest.mark.parametrize("variable", ["TRUSTED_KEY", "TEMP", "BUNDLE_PYTHON"])
