@@ -6,6 +6,7 @@ import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypedDict
 
 import psutil
 
@@ -14,7 +15,18 @@ from bundle.paths import ROOT
 PACKAGES = ("torch", "torchvision", "torchserve")
 
 
-def record(cores: int) -> dict[str, str | int | float | list[str] | dict[str, str]]:
+class Record(TypedDict):
+    """The machine and the versions, as JSON has them."""
+
+    cpu: str
+    cores: int
+    gpus: list[str]
+    memory_gib: float
+    system: str
+    versions: dict[str, str]
+
+
+def record(cores: int) -> Record:
     """Return the machine and the versions, for JSON.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bundle.errors import BundleError
 from bundle.files import write_atomically
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 
 OURS = "bundle"  # the system that the others are compared with
 LIMIT = "in-process limit"
@@ -37,7 +37,7 @@ class Measurement:
     clients: int | None
     rate: float | None
     rate_of: str | None
-    load: Load
+    load: LoadResult
     cpu_seconds: float
     others: float
     memory: int
@@ -144,7 +144,7 @@ class Results:
             raise BundleError(f"{file} is not what this benchmark writes ({exc}). Measure again: make bench") from exc
 
 
-def few_failed(loads: list[Load]) -> bool:
+def few_failed(loads: list[LoadResult]) -> bool:
     failed = sum(load.failed for load in loads)
     return failed <= TOLERATED * sum(load.answered + load.failed for load in loads)
 
@@ -158,5 +158,5 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_load(held: dict) -> Load:
-    return Load(**held | {name: math.inf for name in LATENCIES if held[name] is None})
+def read_load(held: dict) -> LoadResult:
+    return LoadResult(**held | {name: math.inf for name in LATENCIES if held[name] is None})

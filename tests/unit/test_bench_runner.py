@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from bundle.errors import BundleError
-from bundle.load.generator import Load, closed_loop
+from bundle.load.generator import LoadResult, closed_loop
 from bundle.server.ports import free_ports
 from loadtest.bench import runner as bench
 from loadtest.bench import usage
@@ -170,7 +170,7 @@ def test_at_the_best_peers_rate_the_bundle_is_as_warm_as_the_peer_was(tmp_path: 
     """By the seconds of load before the open loop."""
     begun: list[float] = []
 
-    def closed(*arguments: object) -> Load:
+    def closed(*arguments: object) -> LoadResult:
         begun[-1] += arguments[-1]
         return closed_loop(*arguments)
 

@@ -233,7 +233,7 @@ def test_a_connection_closed_as_idle_is_no_failure():
 def test_a_missing_server_is_said():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        with pytest.raises(BundleError, match="could not load") as caught:
+        with pytest.raises(BundleError, match="could not send requests to") as caught:
             load.closed_loop(f"http://127.0.0.1:{unused.getsockname()[1]}/", b"x", {}, 1, 1)
     assert "refused" in caught.value.details
 
