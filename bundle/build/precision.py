@@ -29,7 +29,7 @@ MOVING_LESS = 0.95  # share of the examples
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Accuracy:
     """How accurate a reduced precision is, compared with float32.
 
     Attributes:
@@ -71,13 +71,13 @@ class Judge:
         self.module, self.batches, self.outputs_are, self.least = module, batches, outputs_are, least
         self.expected = run(module, batches)
 
-    def verdict(self, candidate: torch.jit.ScriptModule) -> Verdict:
+    def accuracy(self, candidate: torch.jit.ScriptModule) -> Accuracy:
         """Return how accurate a module is."""
         before, after = self.ranked(self.expected), self.ranked(run(candidate, self.batches))
         probabilities, first = before[:, :, 0].unbind(1)
         moves = after[:, 0][after[:, 1] == first[:, None]] - probabilities
         agreement = (after[:, 1, 0] == first).double().mean().item()
-        return Verdict(len(first), agreement, self.least, moves.abs().quantile(MOVING_LESS).item())
+        return Accuracy(len(first), agreement, self.least, moves.abs().quantile(MOVING_LESS).item())
 
     def ranked(self, outputs: Tensor) -> Tensor:
         """Return float32 [examples, 2, classes]: probabilities and classes, best first, as a handler ranks them."""
@@ -89,10 +89,10 @@ class Judge:
         inputs = self.batches[0]
         expected = self.expected[: len(inputs[0])]
         try:
-            verdict = self.verdict(attempt(self.module, precision, torch.device("cpu"), inputs, expected))
+            accuracy = self.accuracy(attempt(self.module, precision, torch.device("cpu"), inputs, expected))
         except RuntimeError as exc:
             return False, str(exc).strip().splitlines()[-1]
-        return verdict.good, str(verdict)
+        return accuracy.good, str(accuracy)
 
 
 def drop_inaccurate_precisions(
@@ -152,11 +152,11 @@ def make_int8(folder: ModelFolder, module: Path, target: Path, calibration: list
     Raises:
         BundleError: the module cannot be made on this machine, or is not accurate enough.
     """
-    verdicts: list[Verdict] = []
+    measured: list[Accuracy] = []
 
     def good_enough(candidate: torch.jit.ScriptModule) -> bool:
-        verdicts.append(judge.verdict(candidate))
-        return verdicts[-1].good
+        measured.append(judge.accuracy(candidate))
+        return measured[-1].good
 
     try:
         counts = quantize(module, target, calibration, good_enough)
@@ -164,10 +164,10 @@ def make_int8(folder: ModelFolder, module: Path, target: Path, calibration: list
         raise BundleError(f"{folder.name} cannot be quantized to int8. Remove bundle: int8:.", str(exc)) from exc
     if counts is None:
         raise BundleError(
-            f"{folder.name} is not accurate enough in int8: {verdicts[-1]}. Add or replace examples, lower bundle: "
+            f"{folder.name} is not accurate enough in int8: {measured[-1]}. Add or replace examples, lower bundle: "
             "agreement:, or remove bundle: int8:."
         )
-    return f"{verdicts[-1]} ({counts[0]} of {counts[1]} layers)"
+    return f"{measured[-1]} ({counts[0]} of {counts[1]} layers)"
 
 
 def examples(folder: ModelFolder) -> list[Path]:

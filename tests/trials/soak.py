@@ -85,7 +85,9 @@ def soak(place: Place, folders: list[ModelFolder], minutes: float) -> tuple[dict
     return rates, slices
 
 
-def look(place: Place, java: psutil.Process, folders: list[ModelFolder], loads: dict[str, LoadResult], hours: float) -> Slice:
+def look(
+    place: Place, java: psutil.Process, folders: list[ModelFolder], loads: dict[str, LoadResult], hours: float
+) -> Slice:
     workers = {folder.name: [w["pid"] for w in place.client.describe(folder.name)["workers"]] for folder in folders}
     memory = {name: sum(map(resident, pids)) for name, pids in workers.items()}
     pids = [pid for group in workers.values() for pid in group]

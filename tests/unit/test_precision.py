@@ -201,9 +201,9 @@ def test_a_good_precision_keeps_first_classes_and_their_probabilities(
 ):
     batches = [(torch.zeros(16, 1),), (torch.zeros(4, 1),)]
     judge = Judge(scripted(Answering(*before), tmp_path / "before.pt"), batches, outputs_are, AGREEMENT)
-    verdict = judge.verdict(scripted(Answering(*after), tmp_path / "after.pt"))
-    assert verdict.move == pytest.approx(moved, abs=1e-3, nan_ok=True)
-    assert (verdict.count, verdict.good) == (20, good)
+    accuracy = judge.accuracy(scripted(Answering(*after), tmp_path / "after.pt"))
+    assert accuracy.move == pytest.approx(moved, abs=1e-3, nan_ok=True)
+    assert (accuracy.count, accuracy.good) == (20, good)
 
 
 MODEL = """
