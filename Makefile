@@ -1,13 +1,23 @@
-# Sets up, serves, tests, and has short forms of the commands. `make` alone lists them; `.venv/bin/bundle --help` lists
-# the commands behind them, with all their options.
+# Set-up, tests, and short forms of the commands. `make` alone lists them; `.venv/bin/bundle -h` lists the commands behind
+# them, which have more options.
 #
-# Variables: PYTHON (which Python makes .venv), TORCH_INDEX_URL (an index of CPU-only torch wheels),
-# BUNDLE_MODELS (the folder of the model folders: models), MODELS (which to archive and serve), MODEL (which to train),
-# ARGS (of train.py), DATA_DIR (where data sets are, or are put), TESTS (what pytest runs), RUN_DIR (where the server's
-# record and logs are: build/run), SIGNING_KEY (what signs archives), TRUSTED_KEY (what must have signed them to be
-# served), COMPOSE (`docker compose` or docker-compose); of the Docker stack PROJECT (its name), SERVICES (which), GPU=1,
-# ADMIN=1 (Grafana's administrator).
-# loadtest/README.md has those of the load tests, loadtest/bench/README.md those of the benchmark.
+# Variables (defaults in brackets):
+#   PYTHON           the Python that makes .venv (python3)
+#   TORCH_INDEX_URL  a package index for torch, such as one of CPU builds (PyPI)
+#   BUNDLE_MODELS    the folder of the model folders (models)
+#   MODELS           the models to archive and serve (all that are always served)
+#   MODEL            one model, for train, rollout, tune, profile and loadtest
+#   ARGS             arguments for train.py
+#   DATA_DIR         the folder of the data sets, which are downloaded if missing (data)
+#   TESTS            arguments for pytest (all tests)
+#   RUN_DIR          the folder of the server's record and logs (build/run)
+#   SIGNING_KEY      the private key that signs archives
+#   TRUSTED_KEY      the public key with which served archives must be signed
+#   COMPOSE          the command of Docker Compose (docker compose, or docker-compose)
+#   PROJECT, SERVICES, GPU=1, ADMIN=1
+#                    of the Docker stack: its name, a part of it, GPUs, a Grafana administrator
+# The other variables of a command are in its line of `make help`, and for load tests and the benchmark in
+# loadtest/README.md and loadtest/bench/README.md.
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -20,7 +30,7 @@ PROJECT ?= torchserve-bundle
 SERVICES ?=
 # USERS=64 -> --users "64", for each of these variables that is set
 options = $(foreach name,$(1),$(if $($(name)),--$(shell echo $(name) | tr A-Z_ a-z-) "$($(name))"))
-# compose takes relative paths to be relative to docker/
+# Docker Compose resolves relative paths from docker/
 absolute = $(if $(filter /%,$(1)),,$(CURDIR)/)$(1)
 ifneq ($(TRUSTED_KEY),)
 override export TRUSTED_KEY := $(call absolute,$(TRUSTED_KEY))
@@ -32,7 +42,7 @@ endif
 BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
-# quiet where output goes to a log: pip's progress bars are for people
+# no progress bars in a log
 QUIET := $(if $(CI),--quiet)
 STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml) \
   $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml)
@@ -46,11 +56,11 @@ help:  ## show the commands
 	@echo
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
-setup: .venv/bin/bundle  ## make .venv with everything that serving needs, Java and the command `bundle` included
+setup: .venv/bin/bundle  ## make .venv for serving, with Java and the command `bundle`
 
-dev: .venv/bin/bundle .venv/dev.done  ## the same, and what training and testing need
+dev: .venv/bin/bundle .venv/dev.done  ## make .venv for training and testing, too
 
-serve: setup  ## build what is out of date, start TorchServe, return when every model works (MODELS="mnist text")
+serve: setup  ## build archives, start TorchServe, return when every model works (MODELS="mnist text")
 	@$(BUNDLE) serve $(MODELS)
 
 stop: made  ## stop the server and its workers
@@ -65,7 +75,7 @@ logs: made  ## follow the server's and the workers' logs
 archive: setup  ## build the archives into model_store/ (MODELS="mnist text")
 	@$(BUNDLE) archive $(MODELS)
 
-keygen: setup  ## make a pair of keys, to sign archives and to serve only signed ones (KEY=keys/signing.key)
+keygen: setup  ## make a pair of keys for signing archives (KEY=keys/signing.key)
 	@$(BUNDLE) keygen $(if $(KEY),"$(KEY)")
 
 rollout: setup  ## replace the version of a model that is served, without a failed request (MODEL=mnist)
@@ -75,7 +85,7 @@ rollout: setup  ## replace the version of a model that is served, without a fail
 image:  ## build the Docker images (TORCH_INDEX_URL=... for CPU-only torch)
 	$(STACK) build $(or $(SERVICES),torchserve)
 
-up:  ## start the Docker stack: TorchServe behind a proxy, Prometheus, Grafana (GPU=1)
+up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1)
 	$(STACK) up --detach $(SERVICES)
 	@docker/wait.sh $(STACK)
 
@@ -83,9 +93,9 @@ down:  ## stop the Docker stack; requests in flight are answered, volumes stay
 	$(STACK) --profile loadtest down --remove-orphans
 
 made:
-	@test -e .venv/serve.done || { echo "error: nothing is set up here. Start with: make serve" >&2; exit 1; }
+	@test -e .venv/serve.done || { echo "error: .venv is missing. Set it up and serve: make serve" >&2; exit 1; }
 
-train: dev  ## train a model and write its weights and metrics.json (MODEL=mnist)
+train: dev  ## train a model, and write its weights and metrics.json (MODEL=mnist)
 	@test -n "$(MODEL)" || { echo "error: name the model: make train MODEL=mnist" >&2; exit 2; }
 	@test -f models/$(MODEL)/train.py || { echo "error: models/$(MODEL) has no train.py" >&2; exit 2; }
 	DATA_DIR="$(DATA_DIR)" $(BIN)/python -m models.$(MODEL).train $(ARGS)
@@ -98,16 +108,16 @@ add-model: setup  ## make a model folder from a TorchScript file (NAME=birds SER
 
 LOADTEST_OPTIONS = $(or $(MODEL),$(MODELS)) $(call options,SHAPE USERS DURATION RATE WORKERS LOCUST) $(if $(URL),--host "$(URL)")
 
-loadtest: .venv/loadtest.done  ## load what is served, check answers and thresholds (MODEL=mnist USERS=64 DURATION=60s)
+loadtest: .venv/loadtest.done  ## send load, check answers and thresholds (MODEL=mnist USERS=64 DURATION=60s)
 	@$(BIN)/python -m loadtest run $(LOADTEST_OPTIONS) $(call options,THRESHOLDS RESULTS)
 
-loadtest-ui: .venv/loadtest.done  ## the same by hand, in locust's web interface, http://127.0.0.1:8089 (UI_PORT=8090)
+loadtest-ui: .venv/loadtest.done  ## start locust's web interface on http://127.0.0.1:8089 (UI_PORT=8090)
 	@$(BIN)/python -m loadtest ui $(LOADTEST_OPTIONS) $(if $(UI_PORT),--port "$(UI_PORT)")
 
-bench: dev .venv/loadtest.done  ## measure the bundle beside its peers (CASES=mnist SYSTEMS=bundle,litserve CONCURRENCY=16)
+bench: dev .venv/loadtest.done  ## compare the bundle with other servers (CASES=mnist SYSTEMS=bundle,litserve CONCURRENCY=16)
 	@$(BIN)/python -m loadtest.bench $(call options,ROUNDS SECONDS CASES SYSTEMS CONCURRENCY OUTPUT)
 
-bench-gpu: dev .venv/loadtest.done  ## measure the handlers on a GPU beside the CPU (DEVICES=cpu,0 CASES=mnist SECONDS=4)
+bench-gpu: dev .venv/loadtest.done  ## compare the handlers on a GPU and on the CPU (DEVICES=cpu,0 CASES=mnist SECONDS=4)
 	@$(BIN)/python -m loadtest.bench.devices $(call options,DEVICES CASES SECONDS OUTPUT)
 
 tune: setup .venv/loadtest.done  ## find a model's fastest settings that keep a latency target (MODEL=image P99=100ms MINUTES=5 PATCH=1)
@@ -119,7 +129,7 @@ profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mni
 	@test -n "$(MODEL)" || { echo "error: name the model: make profile MODEL=mnist" >&2; exit 2; }
 	@$(BUNDLE) profile "$(MODEL)" $(call options,CONCURRENCY SECONDS)
 
-test: lint .venv/loadtest.done  ## lint, then test: units, and a real TorchServe (TESTS="tests/unit -k mnist")
+test: lint .venv/loadtest.done  ## lint; test units and a real TorchServe (TESTS="tests/unit -k mnist")
 	$(BIN)/python -m pytest $(TESTS)
 
 fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
@@ -129,7 +139,7 @@ fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guide
 	@test -n "$(MODEL)" || { echo "error: name the model: make fuzz-decoder MODEL=image" >&2; exit 2; }
 	@$(BIN)/python -m tests.trials.fuzz atheris $(call options,MODEL SECONDS)
 
-test-docker: dev  ## build the image and try the stack for real: needs a Docker engine
+test-docker: dev  ## build the image and test the stack; needs a Docker engine
 	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
 
 test-faults: dev  ## inject faults into a Docker stack and count failed requests (FAULTS="kill-one overload" SECONDS=3 REPORT=1)
@@ -143,14 +153,14 @@ lint: dev
 	$(BIN)/ruff format --check .
 
 .PHONY: check
-check: lint  ## lint, and run the unit tests that are fast
+check: lint  ## lint, and run the fast unit tests
 	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
 
-lock: dev  ## choose the newest versions of requirements/*.in again
+lock: dev  ## update requirements/*.txt to the newest versions
 	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
-sbom: dev  ## write the bill of materials of what serves, for scanners: build/sbom.json (CycloneDX)
+sbom: dev  ## write the bill of materials for scanners, build/sbom.json (CycloneDX)
 	@$(BUNDLE) sbom
 
 clean:  ## stop the server; remove archives and build products (not .venv, not data/)
@@ -169,7 +179,7 @@ clean:  ## stop the server; remove archives and build products (not .venv, not d
 	$(BIN)/python -m bundle.server.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
 	@touch $@
 
-# The command `bundle`, linked to this checkout. What it imports is there already: --no-deps.
+# The command `bundle`, linked to this checkout. --no-deps, because its dependencies are installed already.
 .venv/bin/bundle: pyproject.toml .venv/serve.done
 	$(PIP) $(QUIET) --no-deps --no-build-isolation --editable .
 	@touch $@

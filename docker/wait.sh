@@ -1,9 +1,9 @@
 #!/bin/sh
-# Waits until the stack's TorchServe is healthy: every model with its workers READY. Usage: wait.sh COMPOSE-COMMAND...
+# Waits until the stack's TorchServe is healthy: all workers of every model are READY. Usage: wait.sh COMPOSE-COMMAND...
 set -eu
 seconds=${WAIT_SECONDS:-600}
 container=$("$@" ps -q torchserve)
-[ -n "$container" ] || exit 0 # other services were started
+[ -n "$container" ] || exit 0 # TorchServe is not among the started services
 restarts=$(docker inspect --format '{{.RestartCount}}' "$container")
 start=$(date +%s)
 while :; do
@@ -12,18 +12,18 @@ while :; do
   case $state in
     "healthy "*) break ;;
     *" $restarts") ;;
-    *) # its restart policy is at work
+    *) # the restart policy has restarted it
       "$@" logs --tail 60 torchserve >&2
-      echo "error: TorchServe ended while it started: see above" >&2
+      echo "error: TorchServe exited during startup. Its last log lines are above." >&2
       exit 1 ;;
   esac
   if [ "$passed" -gt "$seconds" ]; then
     "$@" logs --tail 60 torchserve >&2
-    echo "error: after $seconds s the models are not READY: see above" >&2
+    echo "error: The models are not READY after $seconds s. TorchServe's last log lines are above." >&2
     exit 1
   fi
   [ ! -t 1 ] || printf '\rwaiting for the models: %s s' "$passed"
   sleep 1
 done
 [ ! -t 1 ] || printf '\r'
-echo "every model is READY after $passed s"
+echo "All models are READY after $passed s."

@@ -53,7 +53,7 @@ class MNISTHandler(ClassifierHandler):
             raise InvalidOption(f"This model always answers its top {TOP_K}.")
 
     def encode(self, row: Tensor, info: object, options: ClassifierHandler.Options) -> dict:
-        best = topk.ranking(row, TOP_K, self.mapping)
+        best = topk.ranking(row, TOP_K, self.labels)
         return {
             "top_3_classes": [entry["class"] for entry in best],
             "top_3_probabilities": [entry["probability"] for entry in best],

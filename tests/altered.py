@@ -1,4 +1,4 @@
-"""Archives that are not what was built, or not signed by whom they should be."""
+"""Archives that were changed after the build, or that are not signed with the trusted key."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def one_bit(archive: Path, target: Path) -> Path:
 
 
 def leaves_a_mark(mark: Path) -> bytes:
-    """A handler that shows that it ran."""
+    """Return a handler that writes the file `mark` when it runs."""
     return f"open({str(mark)!r}, 'w')\ndef handle(data, context):\n    return ['ran'] * len(data or ())\n".encode()
 
 

@@ -1,6 +1,6 @@
-"""Every PromQL expression of the bundle, where it stands, and the metrics that it names.
+"""Every PromQL expression of the bundle, its place, and the metrics that it names.
 
-Grafana shows an empty panel, and Prometheus keeps a silent alert, for a metric that nobody exports.
+If a metric does not exist, Grafana shows an empty panel and an alert of Prometheus never fires.
 """
 
 import json
@@ -15,7 +15,7 @@ PROMETHEUS = ROOT / "docker" / "prometheus"
 GRAFANA = ROOT / "docker" / "grafana"
 DASHBOARDS = GRAFANA / "dashboards"
 
-# What Grafana puts into an expression, when everything is chosen.
+# the values that Grafana puts into an expression when all models and versions are selected
 VARIABLES = {"model": ".*", "version": ".*", "__rate_interval": "1m", "__interval": "1m", "__range": "1h"}
 
 STRING = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|`[^`]*`"""
@@ -29,7 +29,7 @@ LABEL_LISTS = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 
 
 def queries() -> dict[str, str]:
-    """Where an expression stands -> the expression, ready to be executed: of panels, variables, annotations, rules."""
+    """Map the place of each expression (panel, variable, annotation or rule) to the expression, ready to execute."""
     found = {}
     for path in sorted(DASHBOARDS.glob("*.json")):
         dashboard = json.loads(path.read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def queries() -> dict[str, str]:
 
 
 def rules() -> list[tuple[Path, dict]]:
-    """Every recording and alerting rule, with its file."""
+    """List every recording and alerting rule with its file."""
     return [
         (path, rule)
         for path in sorted((PROMETHEUS / "rules").glob("*.yml"))
@@ -51,19 +51,19 @@ def rules() -> list[tuple[Path, dict]]:
 
 
 def recorded() -> set[str]:
-    """The metrics that recording rules make."""
+    """Return the metrics that recording rules define."""
     return {rule["record"] for _, rule in rules() if "record" in rule}
 
 
 def panels(dashboard: dict) -> Iterator[dict]:
-    """Rows too, and what is folded in them."""
+    """Yield all panels: rows, and the panels in collapsed rows, too."""
     for panel in dashboard["panels"]:
         yield panel
         yield from panel.get("panels", [])
 
 
 def expressions(dashboard: dict) -> Iterator[tuple[str, str]]:
-    """Origin and expression, as Grafana has them."""
+    """Yield the place and the expression of each query of a dashboard."""
     row = ""
     for panel in panels(dashboard):
         if panel["type"] == "row":
@@ -79,7 +79,7 @@ def expressions(dashboard: dict) -> Iterator[tuple[str, str]]:
 
 
 def selector(query: str) -> str:
-    """`label_values(up{job="a"}, instance)`, which only Grafana understands -> `up{job="a"}`."""
+    """Extract `up{job="a"}` from `label_values(up{job="a"}, instance)`, which only Grafana understands."""
     match = re.fullmatch(r"label_values\((.+),\s*\w+\)", query)
     if match is None:
         raise ValueError(f"not a label_values() of a metric: {query}")
@@ -87,19 +87,19 @@ def selector(query: str) -> str:
 
 
 def substitute(expression: str) -> str:
-    """`$name`, `${name}` and `${name:format}` -> the variable's value.
+    """Replace `$name`, `${name}` and `${name:format}` by the variable's value.
 
     Raises:
-        KeyError: of a variable that `VARIABLES` does not have.
+        KeyError: `VARIABLES` lacks a variable.
     """
     return re.sub(r"\$(?:\{([A-Za-z_]\w*)(?::\w+)?\}|([A-Za-z_]\w*))", lambda m: VARIABLES[m[1] or m[2]], expression)
 
 
 def metric_names(expression: str) -> set[str]:
-    """The metrics that a PromQL expression reads.
+    """Find the metrics that a PromQL expression reads.
 
     Raises:
-        ValueError: the expression has what is no PromQL, or chooses metrics by a pattern.
+        ValueError: the expression is not valid PromQL, or selects metrics by a pattern.
     """
     found, tokens = set(), tokenize(expression)
     index = 0
@@ -122,13 +122,13 @@ def metric_names(expression: str) -> set[str]:
 
 
 def is_call(tokens: list[tuple[str, str]], index: int) -> bool:
-    """Of a function, `rate(...)`, or of an aggregation, `sum by (...) (...)`."""
+    """Tell whether the name is that of a function, `rate(...)`, or aggregation, `sum by (...) (...)`."""
     following = tokens[index + 1][1].lower() if index + 1 < len(tokens) else ""
     return following in {"(", "by", "without"}
 
 
 def named(matchers: list[tuple[str, str]]) -> set[str]:
-    """`{__name__="up", ...}` names a metric, too."""
+    """Find the metrics that are named as `{__name__="up", ...}`."""
     found = set()
     for (_, label), (_, operator), (_, value) in zip(matchers, matchers[1:], matchers[2:], strict=False):
         if label == "__name__":
@@ -151,8 +151,11 @@ def tokenize(expression: str) -> list[tuple[str, str]]:
 
 
 def promtool_checks(folder: Path | str = PROMETHEUS) -> list[list[str]]:
-    """The arguments of each run of promtool that must succeed, where docker/prometheus lies in `folder`: on this
-    machine, or in a container."""
+    """List the arguments of each promtool run that must succeed.
+
+    Args:
+        folder: where docker/prometheus is, on this machine or in a container.
+    """
     rule_files = [f"{folder}/rules/{path.name}" for path in sorted((PROMETHEUS / "rules").glob("*.yml"))]
     test_files = [f"{folder}/tests/{path.name}" for path in sorted((PROMETHEUS / "tests").glob("*.yml"))]
     return [

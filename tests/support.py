@@ -1,4 +1,4 @@
-"""What the tests of running servers share."""
+"""Helpers of several test suites: changed archives, waiting, and constant load."""
 
 import json
 import threading
@@ -14,14 +14,14 @@ from bundle.signing import UNSEALED, seal
 
 
 def altered(archive: Path, target: Path, members: dict[str, bytes | None]) -> Path:
-    """Write a copy of an archive with these members and with checksums; None leaves a member out."""
+    """Write a copy of an archive with these members and new checksums; None removes a member."""
     mar.rewrite(archive, target, members | UNSEALED)
     seal(target, None)
     return target
 
 
 def reversioned(archive: Path, version: str, target: Path, without: str = "") -> Path:
-    """Write a copy of another version, without the member `without`."""
+    """Write a copy with another version, without the member `without`."""
     manifest = json.loads(mar.read(archive, mar.MANIFEST))
     manifest["model"]["modelVersion"] = version
     return altered(archive, target, {mar.MANIFEST: json.dumps(manifest).encode(), without: None})
@@ -30,15 +30,15 @@ def reversioned(archive: Path, version: str, target: Path, without: str = "") ->
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
+        assert time.monotonic() < deadline, f"the condition was still false after {seconds:g} s"
         time.sleep(0.2)
 
 
 class Traffic:
-    """Constant load, counted request by request: clients that send one input again and again until the block ends.
+    """Clients that send one input repeatedly until the block ends, and count the outcomes.
 
     Attributes:
-        counts: how many requests had each outcome: a status, "wrong answer", or an exception's name.
+        counts: the number of requests with each outcome: a status, "wrong answer", or an exception's name.
     """
 
     def __init__(self, url: str, content: bytes, expected: str, clients: int = 4, pause: float = 0.01):
@@ -62,7 +62,7 @@ class Traffic:
         return answer.status_code if right else "wrong answer"
 
     def wait_for(self, requests: int) -> None:
-        """Until so many more are answered."""
+        """Wait until this number of further requests has an outcome."""
         goal = self.counts.total() + requests
         deadline = time.monotonic() + 60
         while self.counts.total() < goal:

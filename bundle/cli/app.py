@@ -1,6 +1,7 @@
 """Serve PyTorch models on TorchServe: build, serve, replace, measure."""
 
 import os
+import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bundle.cli import build, console, measure, serve
+from bundle.paths import ROOT
 
 app = console.program(__doc__, completion=True)
 for commands in (serve.app, build.app, measure.app):
@@ -17,7 +19,7 @@ for commands in (serve.app, build.app, measure.app):
 def print_version(asked: bool) -> None:
     """Print the version that pyproject.toml has."""
     if asked:
-        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        project = ROOT / "pyproject.toml"
         console.console.print(f"bundle {tomllib.loads(project.read_text())['project']['version']}")
         raise typer.Exit
 
@@ -54,4 +56,5 @@ def options(
 
 def main() -> None:
     """Run the `bundle` command."""
+    sys.path.append(str(ROOT))  # of handlers/ and models/: the installed command has `bundle` alone on its path
     console.run(app, "bundle")

@@ -1,22 +1,22 @@
 #!/bin/sh
-# Renders nginx.conf out of the environment into /tmp, checks it, and becomes nginx. It is here instead of the image's
-# own entrypoint, so that any image with nginx will do, as any user, on a read-only file system.
+# Renders nginx.conf from the environment into /tmp, checks it, and starts nginx. It replaces the image's entrypoint, so
+# that any image with nginx works, as any user, on a read-only file system.
 #
 #   TORCHSERVE_HOST   torchserve  host name or IPv4 address of the server
-#   TORCHSERVE_PORT   8080        its inference API
-#   SUPERVISOR_PORT   8083        its supervisor, which knows whether it is ready
-#   UPSTREAM_TIMEOUT  25          seconds for an answer, its wait in a queue included: after them it is 504
-#   MAX_BODY          16m         the largest body; TorchServe has a limit of its own, max_request_size
-#   PROXY_RATE        200r/s      predictions of one client
-#   BURST             400         how far a client may be ahead of that rate
-#   CONNECTIONS       256         predictions of one client at the same time
-#   LARGE_BODIES      16          predictions of all clients at the same time whose body is more than a megabyte,
-#   LARGE_BODIES_OF_CLIENT  4     and of one client
-#   TRUSTED_PROXIES               networks of load balancers in front, whose X-Forwarded-For is believed
+#   TORCHSERVE_PORT   8080        port of the inference API
+#   SUPERVISOR_PORT   8083        port of the supervisor, which reports readiness
+#   UPSTREAM_TIMEOUT  25          seconds until an unanswered request gets 504; time in the queue counts
+#   MAX_BODY          16m         size limit of a body; TorchServe has its own limit, max_request_size
+#   PROXY_RATE        200r/s      rate limit of one client's predictions
+#   BURST             400         requests that one client may send above that rate
+#   CONNECTIONS       256         concurrent predictions of one client
+#   LARGE_BODIES      16          concurrent predictions of all clients with a body over 1 MB
+#   LARGE_BODIES_OF_CLIENT  4     the same for one client
+#   TRUSTED_PROXIES               networks of load balancers in front, whose X-Forwarded-For is trusted
 #   LISTEN            8080        port, or address:port
-#   LISTEN_TLS        8443        the same for TLS, which is on when there are a certificate and its key
-#   TLS_PORT          8443        where clients reach it: plain HTTP is redirected there,
-#   ALLOW_PLAIN       false       unless this is true
+#   LISTEN_TLS        8443        the same for TLS, which is on if a certificate and its key are mounted
+#   TLS_PORT          8443        the TLS port that clients use; plain HTTP is redirected to it
+#   ALLOW_PLAIN       false       true: serve plain HTTP as well, instead of redirecting it
 set -eu
 
 crt=/etc/bundle/tls/tls.crt
@@ -29,10 +29,10 @@ fail() {
   exit 1
 }
 
-# setting NAME VALUE PATTERN MEANING: VALUE is what @NAME@ in nginx.conf stands for
+# setting NAME VALUE PATTERN EXPECTED: replaces @NAME@ in nginx.conf by VALUE, which must match PATTERN
 setting() {
   if printf '%s\n' "$2" | grep -Evqx -e "$3"; then
-    fail "$1 is '$2', and must be $4."
+    fail "$1 is '$2'. It must be $4."
   fi
   replacements="${replacements}s|@$1@|$2|g;"
 }
@@ -44,9 +44,9 @@ setting TORCHSERVE_HOST "${TORCHSERVE_HOST:=torchserve}" '[A-Za-z0-9_.-]+' "a ho
 setting TORCHSERVE_PORT "${TORCHSERVE_PORT:=8080}" "$port" "a port"
 setting SUPERVISOR_PORT "${SUPERVISOR_PORT:=8083}" "$port" "a port"
 setting UPSTREAM_TIMEOUT "${UPSTREAM_TIMEOUT:-25}" "$number" "a whole number of seconds"
-setting MAX_BODY "${MAX_BODY:-16m}" "${number}[kKmM]?" "a size like 16m, and not 0"
+setting MAX_BODY "${MAX_BODY:-16m}" "${number}[kKmM]?" "a size like 16m, greater than 0"
 setting PROXY_RATE "${PROXY_RATE:-200r/s}" "${number}r/[sm]" "a rate like 200r/s or 30r/m"
-setting BURST "${BURST:-400}" "$number" "a whole number of at least 1"
+setting BURST "${BURST:-400}" "$number" "a whole number greater than 0"
 setting CONNECTIONS "${CONNECTIONS:-256}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
 setting LARGE_BODIES "${LARGE_BODIES:-16}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
 setting LARGE_BODIES_OF_CLIENT "${LARGE_BODIES_OF_CLIENT:-4}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
@@ -56,18 +56,18 @@ setting TLS_PORT "${TLS_PORT:-8443}" "$port" "a port"
 setting ALLOW_PLAIN "${ALLOW_PLAIN:=false}" 'true|false' "true or false"
 trusted=
 for proxy in ${TRUSTED_PROXIES:-}; do
-  setting TRUSTED_PROXIES "$proxy" "$network" "networks like 10.0.0.0/8, with blanks between them"
+  setting TRUSTED_PROXIES "$proxy" "$network" "a list of networks like 10.0.0.0/8, separated by spaces"
   trusted="${trusted}set_real_ip_from $proxy; "
 done
 
 if [ -e "$crt" ] && [ -e "$key" ]; then
   for file in "$crt" "$key"; do
-    [ -r "$file" ] || fail "$file cannot be read by user $(id -u), who runs this: chown or chmod it."
+    [ -r "$file" ] || fail "$file cannot be read by user $(id -u), which runs nginx. Change its owner or mode."
   done
   drop=plain
   if [ "$ALLOW_PLAIN" = true ]; then drop=redirect; fi
 elif [ -e "$crt" ] || [ -e "$key" ]; then
-  fail "TLS takes both $crt and $key, and there is only one of them."
+  fail "TLS needs both $crt and $key. One of them is missing."
 else
   drop='tls|redirect'
 fi
@@ -76,7 +76,7 @@ mkdir -p "$run"
 sed -E -e "s|@TRUSTED_PROXIES@|$trusted|" -e "$replacements" -e "/# if ($drop)\$/,/# end\$/d" \
   /etc/bundle/nginx.conf >"$run/nginx.conf"
 
-# The server's addresses, a line each: none while it does not run, several when it is scaled
+# The server's addresses, one per line: none while it is down, several when it is scaled
 addresses() {
   case $TORCHSERVE_HOST in
     *[!0-9.]*) getent hosts "$TORCHSERVE_HOST" | sed -e 's/[[:space:]].*//' -e '/:/s/.*/[&]/' | sort -u ;;
@@ -84,8 +84,8 @@ addresses() {
   esac
 }
 
-# upstream FILE PORT: writes the upstream's servers. One slow model must not take a server out of rotation: max_fails.
-# Each twice, because nginx sends a request to another server again, never to the same one.
+# upstream FILE PORT: writes the upstream's servers. max_fails=0, because one slow model must not take a server out of
+# rotation. Each address is listed twice, because nginx retries a request only on another server.
 upstream() {
   if [ -n "$known" ]; then
     echo "$known" | sed "s|.*|server &:$2 max_fails=0; server &:$2 max_fails=0;|" >"$run/$1.servers"
@@ -103,8 +103,8 @@ certificate() {
   cat "$crt" "$key" 2>/dev/null | cksum
 }
 
-# A server that was made anew has another address, and a certificate is renewed every few weeks: nginx reads both again
-# and finishes what is in flight; idle connections it closes. Without an address the last one is kept.
+# Reload nginx when the server's address changes (a new container) or the certificate is renewed. A reload finishes
+# requests in flight and closes idle connections. While the name does not resolve, the last addresses are kept.
 follow() {
   while sleep 2 && kill -0 "$$" 2>/dev/null; do
     found=$(addresses)

@@ -71,6 +71,10 @@ class BatchHandler(BaseHandler):
     Inputs: type[inputs.Inputs] = inputs.Inputs
     Options: type[inputs.Options] = inputs.Options
 
+    def __init__(self):
+        super().__init__()
+        del self.explain  # a flag of BaseHandler, which would hide the method
+
     # --- what a subclass fills in ------------------------------------------------------------------------------
 
     def load_assets(self, folder: Path) -> None:

@@ -40,6 +40,7 @@ class ClassifierHandler(BatchHandler):
         if not (Path(context.system_properties["model_dir"]) / LABELS).is_file():
             raise FileNotFoundError(f"the archive has no {LABELS}: a classifier needs its labels")
         super().initialize(context)
+        self.labels = [self.mapping[str(index)] for index in range(len(self.mapping))]
 
     def read(self, row: dict, headers: Mapping) -> Request:
         request = super().read(row, headers)
@@ -52,16 +53,16 @@ class ClassifierHandler(BatchHandler):
         Raises:
             InvalidOption: the model has fewer.
         """
-        if asked is not None and asked > len(self.mapping):
-            raise InvalidOption(f"top_k must be between 1 and {len(self.mapping)}, the number of classes.")
+        if asked is not None and asked > len(self.labels):
+            raise InvalidOption(f"top_k must be between 1 and {len(self.labels)}, the number of classes.")
 
     def reduce(self, outputs: Outputs) -> Tensor:
         """Rank the classes: [N, classes] -> float32 [N, 2, classes], probabilities and classes, best first."""
         return topk.rank(main_output(outputs), self.settings.outputs)
 
     def encode(self, row: Tensor, info: object, options: Options) -> dict:
-        top_k = options.top_k or min(self.settings.top_k, len(self.mapping))
-        return {"top_k": topk.ranking(row, top_k, self.mapping)}
+        top_k = options.top_k or min(self.settings.top_k, len(self.labels))
+        return {"top_k": topk.ranking(row, top_k, self.labels)}
 
     def describe(self) -> dict:
         return {**super().describe(), "labels": self.mapping}

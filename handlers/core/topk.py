@@ -22,10 +22,10 @@ def rank(outputs: Tensor, outputs_are: str) -> Tensor:
     return torch.stack((values, classes.float()), dim=1)
 
 
-def ranking(row: Tensor, k: int, labels: dict[str, str]) -> list[dict]:
+def ranking(row: Tensor, k: int, labels: list[str]) -> list[dict]:
     """Make [{"label", "class", "probability"}, ...] of the k best classes in one row of `rank` on the host."""
-    probabilities, classes = row[:, :k].tolist()
+    probabilities, classes = row.narrow(1, 0, k).tolist()
     return [
-        {"label": labels[str(int(index))], "class": int(index), "probability": probability}
-        for probability, index in zip(probabilities, classes, strict=True)
+        {"label": labels[index], "class": index, "probability": probability}
+        for probability, index in zip(probabilities, map(int, classes), strict=True)
     ]

@@ -30,13 +30,14 @@ WRONG = "†"  # marks a system whose answer is not the reference's
 CROWDED = "‡"  # marks an open loop that kept many of the load generator's connections busy
 CROWD = 0.5  # of the connections, by the median latency: in a bad moment all of them are
 
-METHOD = """{rounds}, {seconds:g} s for each number of clients, after {warm_up:g} s of warm-up at the largest.{medians}
-The load generator runs on the same machine. MB is memory: the proportional set size of all processes of a server, right
-after load. The best peer is the one with the highest throughput at that number of clients, among those that answer
-correctly and fail at most {tolerated:.0%} of the requests. A system's own limit is what its code does in a loop without
-a server: for the bundle its handler, for all others the reference pipeline, which they run."""
-MEDIANS = """ Numbers are medians over the rounds, with the range of throughput beside it; failures are added up,
-and MB and the longest latency are maxima."""
+METHOD = """\
+{rounds}, {seconds:g} s for each number of clients, after {warm_up:g} s of warm-up with the most clients.{medians}
+The load generator runs on the same machine. MB: the memory of all processes of a server right after the load
+(proportional set size). Best peer: the peer with the highest throughput at this number of clients, among those with
+correct answers and at most {tolerated:.0%} failed requests. Own limit: the throughput of a system's code in a loop
+without a server. This code is the handler for the bundle, and the reference pipeline for all others."""
+MEDIANS = """ Numbers are medians over the rounds, and throughput is shown with its range. Failures are sums. MB and the
+longest latency are maxima."""
 
 LOOPS = {"pipeline": "the reference pipeline", "handler": "the bundle's handler"}
 CLOSED = (
@@ -53,7 +54,7 @@ CLOSED = (
 )
 OPEN = (
     "system",
-    "req/s asked",
+    "req/s sent",
     f"{UTILISATION:.0%} of",
     "req/s answered",
     "p50 ms",
@@ -253,11 +254,9 @@ def limit_line(limits: dict[str, Limit]) -> str:
 def disturbance(results: Results) -> str:
     """What else the machine was doing."""
     shares = [one.others for one in results.measurements]
-    told = (
-        f"While it measured, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
-    )
+    told = f"During the run, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
     if median(shares) > DISTURBED:
-        told += " The machine was not idle: take these numbers for a trial."
+        told += " The machine was not idle, so these numbers are not reliable."
     return told
 
 
@@ -305,13 +304,14 @@ def markdown(results: Results, chart: str | None) -> str:
     parts.append(method(results))
     parts.append(disturbance(results))
     header, rows = best_table(results)
-    parts += ["Requests a second, at the number of clients where each system is fastest:", markdown_table(header, rows)]
+    parts += ["Requests per second, at the number of clients where each system is fastest:"]
+    parts += [markdown_table(header, rows)]
     if chart:
-        parts.append(f"![Requests a second by number of clients, a panel a case]({chart})")
+        parts.append(f"![Requests per second by number of clients, one panel per case]({chart})")
     for case in measured_cases(results):
         parts += case_section(results, case)
     if results.failures:
-        parts += ["### What failed", "\n".join(map(failure_text, results.failures))]
+        parts += ["### Failures", "\n".join(map(failure_text, results.failures))]
     return "\n\n".join(parts)
 
 
@@ -334,18 +334,19 @@ def case_section(results: Results, case: str) -> list[str]:
     if wrong := wrong_systems(results, case):
         told = "; ".join(f"{system} {how}" for system, how in wrong.items())
         parts.append(
-            f"{WRONG} Another answer than the reference's (first class, or by more than {TOLERANCE:g}): {told}."
+            f"{WRONG} The answer differs from the reference's, in its first class or by more than {TOLERANCE:g} in its "
+            f"probability: {told}."
         )
     if rows := open_table(results, case):
         parts.append(
-            f"Open loop: requests at random times, at {UTILISATION:.0%} of what the system did best, and the bundle at "
-            "the best peer's rate as well. Latency counts from when a request was due."
+            f"Open loop: requests come at random times, at {UTILISATION:.0%} of the system's best throughput. The "
+            "bundle is also measured at the best peer's rate. Latency counts from a request's scheduled time."
         )
         parts.append(markdown_table(OPEN, rows))
         if any(CROWDED in row[0] for row in rows):
             parts.append(
-                f"{CROWDED} So many requests were on their way that some may have waited for one of the load "
-                f"generator's {CONNECTIONS} connections: these latencies are not the server's alone."
+                f"{CROWDED} Some requests may have waited for one of the load generator's {CONNECTIONS} connections, "
+                "so these latencies may include time outside the server."
             )
     return parts
 

@@ -46,7 +46,7 @@ def test_a_wrong_setting_is_named(tmp_path, name, value):
 def test_half_a_certificate_is_an_error(tmp_path, missing):
     folder = make_certificate(tmp_path / "tls")
     (folder / missing).unlink()
-    assert "only one of them" in refused_start(tmp_path, {folder: "/etc/bundle/tls"})
+    assert "One of them is missing" in refused_start(tmp_path, {folder: "/etc/bundle/tls"})
 
 
 def test_a_key_that_cannot_be_read_is_an_error(tmp_path):

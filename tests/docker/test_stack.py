@@ -39,7 +39,7 @@ def test_predictions_through_the_proxy(stack: Stack, folder):
 
 def test_up_again_changes_nothing(stack: Stack):
     before = stack.container()
-    assert "every model is READY" in stack.make("up", f"SERVICES={' '.join(SERVICES)}")
+    assert "All models are READY" in stack.make("up", f"SERVICES={' '.join(SERVICES)}")
     assert stack.container() == before
 
 

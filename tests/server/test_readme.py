@@ -1,5 +1,7 @@
-"""The README's commands, run as they stand there, answer as they do there. `unit/test_documents.py` checks its links
-and the names of its make commands."""
+"""Run the commands in the console blocks of the documents, and compare the answers with the printed ones.
+
+`unit/test_documents.py` checks the links and the names of the make commands on every page.
+"""
 
 import json
 import math
@@ -9,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_documents import pages
+
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+README = "README.md"
+PAGES = {README: 10, "docs/operations.md": 9}  # the least number of commands that each page has
 DEFAULT_PORTS = {
     "inference_address": 8080,
     "management_address": 8081,
@@ -19,10 +24,14 @@ DEFAULT_PORTS = {
 }
 
 
-def examples() -> list[tuple[str, str]]:
-    """(command, output) of every `$ ` line in the README's console blocks, in their order."""
+def read(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def examples(page: str) -> list[tuple[str, str]]:
+    """Return (command, output) of every `$ ` line in a page's console blocks, in their order."""
     found = []
-    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+    for block in re.findall(r"```console\n(.*?)```", read(page), re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, output = part.replace("\\\n", "").partition("\n")
             found.append((command.strip(), output.strip()))
@@ -32,13 +41,19 @@ def examples() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("model", ["mnist", "image", "audio", "text"])
 def test_accuracy_is_that_of_the_run(model):
     accuracy = json.loads((ROOT / "models" / model / "metrics.json").read_text())["accuracy"]
-    assert re.search(rf"^\| `{model}` .* {100 * accuracy:.2f} % ", README, re.MULTILINE)
+    assert re.search(rf"^\| `{model}` .* {100 * accuracy:.2f} % ", read(README), re.MULTILINE)
 
 
-def test_examples_answer_as_printed(served):
-    """One test, because they build on one another: what is registered is scaled, then removed."""
-    commands = [(command, output) for command, output in examples() if not command.startswith("make ")]
-    assert len(commands) > 10
+def test_every_page_with_console_examples_is_run():
+    names = [page.relative_to(ROOT).as_posix() for page in pages()]
+    assert {name for name in names if examples(name)} == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_answer_as_printed(served, page):
+    """One test a page, because its commands build on one another: what is registered is scaled, then removed."""
+    commands = [(command, output) for command, output in examples(page) if not command.startswith("make ")]
+    assert len(commands) >= PAGES[page]
     for command, output in commands:
         run = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", on_ports_of(served, command)],

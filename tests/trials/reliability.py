@@ -1,4 +1,4 @@
-"""The commands that measure reliability, and RELIABILITY.md: each run in its own section, with its machine."""
+"""Run the commands that measure reliability, and write their sections of RELIABILITY.md."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +8,16 @@ from bundle.cli import console
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "RELIABILITY.md"
-TITLE = "# Reliability\n\nWhat was tried, and what was seen. Each section is written by its command.\n"
+TITLE = "# Reliability\n\nResults of fault injection, fuzzing and long runs. Each section is written by its command.\n"
 
 
 def run(main: Callable, module: str, *examples: str) -> None:
     """Run a command whose options are the arguments of `main`.
 
     Args:
-        module: what `python -m` runs.
-        examples: of its arguments.
+        main: the command.
+        module: its module, for `python -m`.
+        examples: arguments for the examples in `--help`, each with a leading space.
     """
     app = console.program()
     app.command(epilog="Examples: " + " · ".join(f"`python -m {module}{example}`" for example in ("", *examples)))(main)
@@ -24,10 +25,10 @@ def run(main: Callable, module: str, *examples: str) -> None:
 
 
 def about() -> str:
-    """The machine, the date and the commit of a run, in words."""
+    """Return the machine, the date and the commit of a run as one sentence."""
     return "; ".join(f"{name}: {value}" for name, value in machine.about().items()) + "."
 
 
 def write_section(name: str, text: str, document: Path = DOCUMENT) -> None:
-    """Put the text into the document in the place of the section of this name, or at the end."""
+    """Replace the section of this name in the document, or append it."""
     files.write_section(document, name, text, TITLE)

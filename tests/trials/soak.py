@@ -1,4 +1,4 @@
-"""A long run: the four models under mixed load at 70 % of what the machine carries, and whether anything grows.
+"""Load the four models for a long time at 70 % of the machine's capacity, and check that nothing grows.
 
 make soak MINUTES=10
 """
@@ -28,23 +28,23 @@ from tests.server.conftest import SHIPPED, Place, new_place
 from tests.trials import reliability
 
 UTILISATION = 0.7
-SLICE_SECONDS = 20.0  # of load between two looks at the processes
-CONNECTIONS = 24  # of each model's clients: wrk has a thread for each
-GROWTH = 0.05  # of memory, in the last half of the run
-LEAK = 100  # open files an hour
-DRIFT = 1.5  # of p99, from the first half of the slices to the last
+SLICE_SECONDS = 20.0  # of load between two measurements of the processes
+CONNECTIONS = 24  # per model: wrk has one thread for each
+GROWTH = 0.05  # limit: growth of memory over the second half of the run
+LEAK = 100  # limit: growth of open files, per hour
+DRIFT = 1.5  # limit: p99 of the second half of the run, as a multiple of the first half's
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Some seconds of load, and the processes at their end.
+    """One slice of the run: its load, and the processes at its end.
 
     Attributes:
-        hours: since the first slice began.
-        loads: by model.
-        memory: resident, in MB: "frontend" and each model's workers.
-        descriptors: open files and sockets of all processes.
-        workers: the pids of all workers.
+        hours: from the start of the run to the end of the slice.
+        loads: the measured load, by model.
+        memory: resident memory in MB of the "frontend" and of each model's workers.
+        descriptors: number of open files and sockets of all processes.
+        workers: PIDs of all workers.
     """
 
     hours: float
@@ -55,7 +55,11 @@ class Slice:
 
 
 def soak(place: Place, folders: list[ModelFolder], minutes: float) -> tuple[dict[str, float], list[Slice]]:
-    """The rates (requests/s) of the models, and what was seen."""
+    """Measure each model's capacity, then load all models for the given time.
+
+    Returns:
+        each model's rate in requests/s, and the slices of the run.
+    """
     java = psutil.Process(Server(Path(place.environment["RUN_DIR"])).running().pid)
     inputs = {folder.name: folder.sample_file.read_bytes() for folder in folders}
 
@@ -64,9 +68,9 @@ def soak(place: Place, folders: list[ModelFolder], minutes: float) -> tuple[dict
 
     rates = {}
     with progress() as bars:
-        task = bars.add_task("soak", total=minutes * 60, state="how much the machine carries")
+        task = bars.add_task("soak", total=minutes * 60, state="measuring the capacity")
         for name, body in inputs.items():
-            closed_loop(url(name), body, {}, 32, 5)  # Java compiles what it runs often
+            closed_loop(url(name), body, {}, 32, 5)  # warm-up: the JVM compiles frequently used code
             alone = closed_loop(url(name), body, {}, 32, 5).throughput
             rates[name] = UTILISATION * alone / len(inputs)
         slices: list[Slice] = []
@@ -78,16 +82,17 @@ def soak(place: Place, folders: list[ModelFolder], minutes: float) -> tuple[dict
                     for name, body in inputs.items()
                 }
                 loads = {name: run.result() for name, run in runs.items()}
-                slices.append(look(place, java, folders, loads, (time.monotonic() - began) / 3600))
+                slices.append(measured(place, java, folders, loads, (time.monotonic() - began) / 3600))
                 failed = sum(load.failed for kept in slices for load in kept.loads.values())
                 memory = sum(slices[-1].memory.values())
                 bars.update(task, completed=time.monotonic() - began, state=f"{failed} failed, {memory:.0f} MB")
     return rates, slices
 
 
-def look(
+def measured(
     place: Place, java: psutil.Process, folders: list[ModelFolder], loads: dict[str, LoadResult], hours: float
 ) -> Slice:
+    """Measure the processes, and return them with the load as a slice."""
     workers = {folder.name: [w["pid"] for w in place.client.describe(folder.name)["workers"]] for folder in folders}
     memory = {name: sum(map(resident, pids)) for name, pids in workers.items()}
     pids = [pid for group in workers.values() for pid in group]
@@ -96,7 +101,7 @@ def look(
 
 
 def resident(pid: int) -> float:
-    """MB; none of a process that has ended, which the list of workers shows."""
+    """Return resident memory in MB; 0 for a process that has exited (the list of workers shows that)."""
     try:
         return psutil.Process(pid).memory_info().rss / 1e6
     except psutil.NoSuchProcess:
@@ -115,24 +120,24 @@ def later_half(slices: list[Slice]) -> list[Slice]:
 
 
 def slope(slices: list[Slice], value: Callable[[Slice], float]) -> float:
-    """How much it grows in an hour, by least squares."""
+    """Return the growth per hour, by least squares."""
     if len(slices) < 2:
         return 0.0
     return float(numpy.polyfit([kept.hours for kept in slices], [value(kept) for kept in slices], 1)[0])
 
 
 def memory_slope(slices: list[Slice], part: str) -> float:
-    """MB an hour."""
+    """Return the growth of memory in MB per hour."""
     return slope(slices, lambda kept: kept.memory[part])
 
 
 def p99(slices: list[Slice], model: str) -> float:
-    """The median of the slices' p99, in seconds."""
+    """Return the median of the slices' p99, in seconds."""
     return statistics.median(kept.loads[model].p99 for kept in slices)
 
 
 def faults(slices: list[Slice], models: list[str]) -> list[str]:
-    """What does not hold."""
+    """Return the limits that are not met, as text."""
     found = []
     if failed := sum(load.failed for kept in slices for load in kept.loads.values()):
         found.append(f"{failed} requests failed")
@@ -143,25 +148,27 @@ def faults(slices: list[Slice], models: list[str]) -> list[str]:
     for part in slices[0].memory:
         grown = memory_slope(late, part) * hours / late[0].memory[part]
         if grown > GROWTH:
-            found.append(f"the memory of {part} grew by {grown:.1%} in the last half")
+            found.append(f"the memory of {part} grew by {grown:.1%} in the second half")
     if (leak := slope(late, lambda kept: kept.descriptors)) > LEAK:
-        found.append(f"open files grew by {leak:.0f} an hour")
+        found.append(f"open files grew by {leak:.0f} per hour")
     for model in models:
         before, after = p99(slices[: len(slices) // 2], model), p99(late, model)
         if after > DRIFT * before:
-            found.append(f"p99 of {model} went from {1000 * before:.0f} to {1000 * after:.0f} ms")
+            found.append(f"p99 of {model} rose from {1000 * before:.0f} to {1000 * after:.0f} ms")
     return found
 
 
 def section(minutes: float, rates: dict[str, float], slices: list[Slice], broken: list[str]) -> str:
+    """Return the section of RELIABILITY.md."""
     late = later_half(slices)
     lines = [
         "## Long run",
         "",
-        f"`make soak MINUTES={minutes:g}`: each model gets {UTILISATION:.0%} of a quarter of what it answers alone, at "
-        f"random times, for {minutes:g} minutes in slices of {SLICE_SECONDS:g} s. {reliability.about()}",
+        f"`make soak MINUTES={minutes:g}` loads all {len(rates)} models together for {minutes:g} minutes, in slices of "
+        f"{SLICE_SECONDS:g} s. Requests come at random times. Each model gets {UTILISATION:.0%} of its share of the "
+        f"machine: its throughput alone, divided by {len(rates)}. {reliability.about()}",
         "",
-        "| model | requests/s | answered | failed | p99 ms, first half | last half |",
+        "| model | requests/s | answered | failed | p99 ms, first half | p99 ms, second half |",
         "|---|---|---|---|---|---|",
     ]
     for model, rate in rates.items():
@@ -169,21 +176,24 @@ def section(minutes: float, rates: dict[str, float], slices: list[Slice], broken
         failed = sum(kept.loads[model].failed for kept in slices)
         halves = [f"{1000 * p99(half, model):.0f}" for half in (slices[: len(slices) // 2], late)]
         lines.append(f"| {model} | {rate:.0f} | {answered} | {failed} | {' | '.join(halves)} |")
-    lines += ["", "| resident memory | MB at the start | in the middle | at the end | MB/h in the last half |"]
+    lines += ["", "| resident memory | MB at the start | in the middle | at the end | MB/h in the second half |"]
     lines.append("|---|---|---|---|---|")
     for part in slices[0].memory:
         figures = [f"{kept.memory[part]:.0f}" for kept in (slices[0], late[0], late[-1])]
         lines.append(f"| {part} | {' | '.join(figures)} | {memory_slope(late, part):+.1f} |")
     lines += ["", f"Open files: {slices[0].descriptors} at the start, {late[-1].descriptors} at the end."]
-    lines.append(f"**It does not hold: {'; '.join(broken)}.**" if broken else "All of it holds.")
+    lines += ["", f"**Failed: {'; '.join(broken)}.**" if broken else "All limits were met."]
     return "\n".join(lines)
 
 
 def main(
-    minutes: Annotated[float, typer.Option(min=2, help="How long.")] = 10,
-    write: Annotated[bool, typer.Option("--write", help="Write the figures into RELIABILITY.md.")] = False,
+    minutes: Annotated[float, typer.Option(min=2, help="Length of the run.")] = 10,
+    write: Annotated[bool, typer.Option("--write", help="Write the results into RELIABILITY.md.")] = False,
 ) -> None:
-    """Load a server of its own for a long time. Exits 1 where a request fails, or memory, open files or p99 grow."""
+    """Start a server, load it for a long time, and measure what grows.
+
+    The exit status is 1 if a request fails, or if memory, open files or p99 grow.
+    """
     folders = select(list(SHIPPED))
     temporary = Path(tempfile.mkdtemp(prefix="soak-"))
     place = new_place(temporary / "run")
@@ -204,7 +214,7 @@ def main(
         table.add_row(model, f"{rate:.0f}", str(failed), f"{1000 * p99(later_half(slices), model):.0f}")
     console.print(table)
     for fault in broken:
-        console.print(f"[red]It does not hold: {fault}.[/red]")
+        console.print(f"[red]Failed: {fault}.[/red]")
     if write:
         reliability.write_section("soak", section(minutes, rates, slices, broken))
     raise typer.Exit(1 if broken else 0)

@@ -1,4 +1,4 @@
-"""Inputs that the unit tests share: images, digits, sounds, and ways to damage a file. Nothing here is a data set's."""
+"""Generated inputs of the unit tests: images, digits, sounds, and damaged files."""
 
 import io
 import math
@@ -24,7 +24,7 @@ def encode_image(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def four_colours(width: int = 48, height: int = 32) -> Image.Image:
-    """Red, green, blue and white quarters, clockwise from the upper left: every turn and mirror of it is another."""
+    """Return red, green, blue and white quarters, clockwise from the upper left: no rotation or reflection is equal."""
     image = Image.new("RGB", (width, height), "red")
     image.paste("lime", (width // 2, 0, width, height // 2))
     image.paste("white", (width // 2, height // 2, width, height))
@@ -39,8 +39,7 @@ def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
 def bare_png(
     width: int, height: int, depth: int = 8, colour_type: int = 0, pixels: bytes = b"\0", chunks: bytes = b""
 ) -> bytes:
-    """A PNG file made by hand, with `chunks` before its pixels; unless `pixels` are given, their data stops after one
-    byte."""
+    """Return a PNG file with `chunks` before its pixels. By default, its pixels end after one byte."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
     data = png_chunk(b"IDAT", zlib.compress(pixels))
     return b"\x89PNG\r\n\x1a\n" + header + chunks + data + png_chunk(b"IEND")
@@ -51,13 +50,13 @@ def jpeg_segment(marker: int, data: bytes = b"") -> bytes:
 
 
 def bare_tiff(tags: dict[int, tuple[int, int, int]], data: bytes = b"") -> bytes:
-    """A little-endian TIFF file of one directory.
+    """Return a little-endian TIFF file with one directory.
 
     Args:
-        tags: {tag: (type, count, value)}; the value of a long one is an offset into `data`.
+        tags: {tag: (type, count, value)}; if the values do not fit into the entry, `value` is an offset into `data`.
     """
     start = 14 + 12 * len(tags)
-    fits = {3: 2, 4: 1}  # SHORT, LONG: how many values stand in the entry itself
+    fits = {3: 2, 4: 1}  # SHORT, LONG: the number of values that fit into the entry
     entries = [
         struct.pack("<HHII", tag, kind, count, value if count <= fits[kind] else start + value)
         for tag, (kind, count, value) in sorted(tags.items())
@@ -66,14 +65,14 @@ def bare_tiff(tags: dict[int, tuple[int, int, int]], data: bytes = b"") -> bytes
 
 
 def icon(format: str, image: bytes) -> bytes:
-    """An icon file that says 32 x 32 and contains `image`, a PNG or JPEG 2000 file."""
+    """Return an icon file that declares 32 x 32 pixels and contains `image`, a PNG or JPEG 2000 file."""
     if format == "ICO":
         return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(image), 22) + image
     return b"icns" + struct.pack(">I4sI", len(image) + 16, b"ic11", len(image) + 8) + image
 
 
 def blp_around(jpeg: bytes, width: int = 8, height: int = 8) -> bytes:
-    """A BLP1 texture that says `width` x `height` and contains `jpeg`."""
+    """Return a BLP1 texture that declares `width` x `height` pixels and contains `jpeg`."""
     head = b"BLP1" + struct.pack("<IIIIII", 0, 0, width, height, 5, 0)
     offsets = struct.pack("<16I16I", 160, *[0] * 15, len(jpeg), *[0] * 15)
     return head + offsets + struct.pack("<I", 0) + jpeg
@@ -100,13 +99,13 @@ DIGITS = {
 def draw_digit(
     digit: int = 3, size: int = 112, height: float = 0.7, stroke: float = 0.12, x: float = 0.5, y: float = 0.5
 ) -> Image.Image:
-    """Bright ink on black, mode "L".
+    """Draw a digit in white on black, mode "L".
 
     Args:
         size: pixels of the square image.
-        height: of the digit, as part of `size`.
-        stroke: the pen's width, as part of the digit's height.
-        x, y: where the digit's middle is, as part of `size`.
+        height: height of the digit, as a fraction of `size`.
+        stroke: width of the pen, as a fraction of the digit's height.
+        x, y: centre of the digit, as fractions of `size`.
     """
     scale = 4 if size < 400 else 1  # drawn large and reduced, for smooth edges
     canvas = Image.new("L", (size * scale, size * scale))
@@ -131,10 +130,10 @@ BLOCK = 16_384  # samples written at a time: libsndfile's Vorbis encoder overflo
 
 
 def tone_burst(sample_rate: int, seconds: float = 1.0, at: float = 0.5, hertz: float = 440.0) -> numpy.ndarray:
-    """float32 [samples]: half a second of a tone under a Hann curve, its middle at `at` seconds, in silence."""
+    """Return float32 [samples]: silence, and a tone of half a second with a Hann envelope, centred at `at` seconds."""
     time = numpy.arange(round(seconds * sample_rate)) / sample_rate - at
-    curve = numpy.where(abs(time) < 0.25, numpy.cos(2 * math.pi * time) ** 2, 0)
-    return (0.5 * curve * numpy.sin(2 * math.pi * hertz * time)).astype(numpy.float32)
+    envelope = numpy.where(abs(time) < 0.25, numpy.cos(2 * math.pi * time) ** 2, 0)
+    return (0.5 * envelope * numpy.sin(2 * math.pi * hertz * time)).astype(numpy.float32)
 
 
 def encode_sound(
@@ -153,7 +152,7 @@ def encode_sound(
 
 @st.composite
 def damaged(draw: st.DrawFn, originals: dict[str, bytes]) -> bytes:
-    """A file with bytes overwritten, inserted, or cut out, up to eight times; at its head more often than not."""
+    """Overwrite, insert or remove bytes of a file up to eight times, mostly near its beginning."""
     content = bytearray(originals[draw(st.sampled_from(sorted(originals)))])
     for _ in range(draw(st.integers(1, 8))):
         reach = draw(st.sampled_from([64, 1024, len(content)]))
@@ -164,7 +163,7 @@ def damaged(draw: st.DrawFn, originals: dict[str, bytes]) -> bytes:
 
 
 def decoded(handler: BatchHandler, content: bytes | str) -> Tensor:
-    """What a handler with these settings decodes of a raw body."""
+    """Decode a raw body with this handler."""
     reader = RequestReader(handler.Inputs, handler.Options, max_instances=1)
     [inputs] = reader.read({"body": content}, {}).inputs
     return handler.decode(inputs).tensors

@@ -1,4 +1,4 @@
-"""A small handler and a scripted model in an archive made here, in TorchServe's own worker code: fixture `worker`."""
+"""A small handler and model in an archive, run by TorchServe's own worker code: fixture `worker`."""
 
 import json
 import textwrap
@@ -13,9 +13,10 @@ from bundle.build.dryrun import DryRun
 from bundle.mar import MANIFEST
 
 CLASSES, WIDTH, BATCH_SIZE, MAX_INSTANCES = 7, 4, 8, 20
+SLOW_SECONDS = 0.4  # the handler takes this long to decode "slow"
 
 HANDLER = textwrap.dedent(
-    """
+    f"""
     import time
     import torch
     from handlers.core import inputs
@@ -33,7 +34,7 @@ HANDLER = textwrap.dedent(
             if inputs.data == "bug":
                 raise ZeroDivisionError("a bug")
             if inputs.data == "slow":
-                time.sleep(2.1)
+                time.sleep({SLOW_SECONDS})
                 return Sample(torch.zeros(4))
             try:
                 return Sample(torch.tensor([float(number) for number in inputs.data.split(",")]).reshape(4))
@@ -47,7 +48,7 @@ HANDLER = textwrap.dedent(
 
 
 class Numbers(nn.Module):
-    """[N, 4] -> [N, 7] logits. It fails on batches that are larger than the worker was told, and on 1e9."""
+    """Map [N, 4] to logits [N, 7]. Fail on more than `BATCH_SIZE` inputs, and on the number 1e9."""
 
     def __init__(self):
         super().__init__()
@@ -79,21 +80,19 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
         archive.writestr(MANIFEST, json.dumps(manifest))
         archive.writestr("numbers_handler.py", HANDLER)
         archive.writestr("index_to_name.json", json.dumps({str(index): f"n{index}" for index in range(CLASSES)}))
-        archive.writestr(
-            "model-config.yaml", f"handler: {{top_k: 3, max_instances: {MAX_INSTANCES}, max_decode_seconds: 2}}\n"
-        )
+        archive.writestr("model-config.yaml", f"handler: {{top_k: 3, max_instances: {MAX_INSTANCES}}}\n")
         archive.write(folder / "model.pt", "model.pt")
     with DryRun(mar, BATCH_SIZE) as worker:
         yield worker
 
 
 def row(index: int) -> dict:
-    """A good request, another for each index."""
+    """Return a valid request, a different one for each index."""
     return {"body": f"{index},{index % 3},1,-{index}".encode()}
 
 
-def alike(answer: dict) -> dict:
-    """What an answer is compared with: the same to what float batching allows."""
+def approximately(answer: dict) -> dict:
+    """Return an answer to compare with: probabilities may differ as float arithmetic does between batches."""
     return {
         "top_k": [{**entry, "probability": pytest.approx(entry["probability"], abs=1e-5)} for entry in answer["top_k"]]
     }

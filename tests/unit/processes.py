@@ -1,7 +1,7 @@
 """Real processes for tests: children that always end, and a program in place of Java.
 
-TorchServe's own launcher starts the program as it starts Java. So `Server.start`, `stop` and the record are tried on
-real processes, within a second, and with faults that Java does not show on demand.
+TorchServe's own launcher starts the program instead of Java. So `Server.start`, `stop` and the record are tested with
+real processes within a second, and with faults that Java does not show on request.
 """
 
 import subprocess

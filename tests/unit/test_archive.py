@@ -1,4 +1,4 @@
-"""Archives: complete, the same whenever they are built, and built only when they must be."""
+"""Archives: they are complete and reproducible, and they are rebuilt only if an input changed."""
 
 import json
 import re
@@ -15,11 +15,12 @@ from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
 from bundle.paths import HANDLERS, MODELS, ROOT
 from bundle.signing import check, make_keys
+from tests.shipped import SHIPPED
 
 
 @pytest.fixture
 def folder(tmp_path) -> ModelFolder:
-    """A copy of the MNIST folder, to be changed."""
+    """Return a copy of the MNIST folder, which a test may change."""
     copy = tmp_path / "models" / "mnist"
     shutil.copytree(MODELS / "mnist", copy)
     return ModelFolder(copy)
@@ -29,8 +30,8 @@ def contents(archive: Path) -> dict[str, bytes]:
     return dict(mar.contents(archive))
 
 
-@pytest.mark.parametrize("model", ["mnist", "image", "audio", "text"])
-def test_an_archive_is_self_contained(model, tmp_path):
+@pytest.mark.parametrize("model", ["mnist", *(pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED[1:])])
+def test_archive_of_each_model_is_self_contained(model, tmp_path):
     [source] = select([model])
     found = contents(archive(source, store=tmp_path).path)
     core = {f"handlers/core/{file.name}" for file in (HANDLERS / "core").glob("*.py")}
@@ -46,11 +47,12 @@ def test_an_archive_is_self_contained(model, tmp_path):
     assert list(json.loads(found["index_to_name.json"]).values()) == source.labels()
 
 
-def test_the_same_input_gives_the_same_content(folder, tmp_path):
+@pytest.mark.slow
+def test_archive_built_twice_has_the_same_content(folder, tmp_path):
     first = contents(archive(folder, store=tmp_path / "one").path)
     second = contents(archive(folder, store=tmp_path / "two").path)
     for found in (first, second):
-        del found["MAR-INF/SHA256SUMS"]  # of the MANIFEST.json, too, which has its time of birth
+        del found["MAR-INF/SHA256SUMS"]  # it covers the manifest, which contains the build time
     manifests = [json.loads(found.pop(mar.MANIFEST)) for found in (first, second)]
     for manifest in manifests:
         del manifest["createdOn"]
@@ -58,13 +60,14 @@ def test_the_same_input_gives_the_same_content(folder, tmp_path):
     assert first == second
 
 
-def test_it_is_built_again_only_when_an_input_changes(folder, tmp_path):
+@pytest.mark.slow
+def test_archive_is_rebuilt_only_if_an_input_changed(folder, tmp_path):
     store = tmp_path / "store"
     assert archive(folder, store=store).rebuilt
     assert not archive(folder, store=store).rebuilt
     (folder.path / "metrics.json").write_text("{}")
     (folder.path / "train.py").touch()
-    assert not archive(folder, store=store).rebuilt, "training is no input of an archive"
+    assert not archive(folder, store=store).rebuilt, "an archive does not depend on the training"
     assert archive(folder, store=store, force=True).rebuilt
     config = folder.path / "model-config.yaml"
     config.write_text(re.sub(r"maxBatchDelay: \d+", "maxBatchDelay: 77", config.read_text()))
@@ -73,8 +76,9 @@ def test_it_is_built_again_only_when_an_input_changes(folder, tmp_path):
     assert archive(ModelFolder(folder.path), store=store).rebuilt
 
 
-def test_it_is_built_again_for_another_signer(folder, tmp_path, monkeypatch):
-    """And who has no key keeps what others have signed."""
+@pytest.mark.slow
+def test_archive_is_rebuilt_for_another_signing_key(folder, tmp_path, monkeypatch):
+    """Without a key, an archive that is already signed is kept."""
     store = tmp_path / "store"
     trusted = {name: make_keys(tmp_path / name) for name in ("one", "other")}
     archive(folder, store=store)
@@ -115,25 +119,26 @@ DATA = [
     "models/mnist/model-config.yaml",
     "models/mnist/weights.safetensors",
 ]
-NO_INPUTS = ["bundle/cli/app.py", "handlers/text.py", "models/mnist/metrics.json", "models/mnist/train.py"]
+UNUSED = ["bundle/cli/app.py", "handlers/text.py", "models/mnist/metrics.json", "models/mnist/train.py"]
 
 
-def test_every_input_decides_and_nothing_else(tmp_path):
-    """Inputs are all modules that building an archive imports, all that it copies, and the model's data."""
+@pytest.mark.slow
+def test_fingerprint_changes_with_each_input_and_nothing_else(tmp_path):
+    """The inputs are the modules that the build imports, the files that it copies, and the model's data."""
     for name in ("bundle", "handlers", "models"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     core = [f"handlers/core/{file.name}" for file in (HANDLERS / "core").glob("*.py")]
-    command = [sys.executable, "-c", IN_A_CHANGED_CHECKOUT, json.dumps(DATA + core + NO_INPUTS)]
+    command = [sys.executable, "-c", IN_A_CHANGED_CHECKOUT, json.dumps(DATA + core + UNUSED)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     decides = json.loads(run.stdout)
     assert {"bundle/build/archive.py", "bundle/build/export.py", "bundle/catalog.py", "models/weights.py"} <= set(
         decides
     )
-    assert [file for file, does in decides.items() if does == (file in NO_INPUTS)] == []
+    assert [file for file, does in decides.items() if does == (file in UNUSED)] == []
 
 
-def test_a_failure_leaves_the_old_archive(folder, tmp_path):
+def test_failed_build_keeps_the_old_archive(folder, tmp_path):
     store = tmp_path / "store"
     old = archive(folder, store=store).path.read_bytes()
     for labels, message in (('{"0": "zero", "2": "two"}', 'must have the keys "0" to "1"'), ('["a", "b"]', "2 labels")):
@@ -153,7 +158,7 @@ def test_a_failure_leaves_the_old_archive(folder, tmp_path):
         ({"bundle: ": "bundle: ["}, "not valid YAML"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path, change, message):
+def test_archive_of_an_invalid_folder_is_rejected_with_the_reason(folder, tmp_path, change, message):
     config = folder.path / "model-config.yaml"
     text = config.read_text()
     for old, new in change.items():
@@ -164,7 +169,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path, change, message)
         archive(ModelFolder(folder.path), store=tmp_path / "store")
 
 
-def test_the_archives_requirements_are_those_that_are_locked():
+def test_requirements_of_archives_are_the_locked_versions():
     pins = re.findall(r"^([a-z-]+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE)
     locked = dict(
         re.findall(

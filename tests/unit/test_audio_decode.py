@@ -1,4 +1,4 @@
-"""Sound files -> the model's window. The sounds are tone bursts made here."""
+"""Decoding of sound files to the window that the model takes. The sounds are generated tone bursts."""
 
 import struct
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import damaged, decoded, encode_sound, tone_burst
 
 from handlers.audio_mfcc import AudioMFCCHandler
 from handlers.core.errors import AudioTooLong, EmptyInput, RequestError, UndecodableAudio
 from handlers.core.sounds import loudest_window
+from tests.unit.inputs import damaged, decoded, encode_sound, tone_burst
 
 RATE = 16_000
 BURST = tone_burst(RATE)
@@ -36,7 +36,7 @@ def error(waveform: numpy.ndarray, other: numpy.ndarray, delay: int = 0) -> floa
     return float(min(numpy.linalg.norm(one - other) for one in shifted) / numpy.linalg.norm(other))
 
 
-# --- what is accepted --------------------------------------------------------------------------------------------
+# --- accepted sounds ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -57,38 +57,38 @@ def error(waveform: numpy.ndarray, other: numpy.ndarray, delay: int = 0) -> floa
         ("AIFF", None, 1e-3),
     ],
 )
-def test_formats(format: str, subtype: str | None, tolerance: float):
+def test_decode_each_format_returns_the_sound(format: str, subtype: str | None, tolerance: float):
     assert error(decode(encode_sound(BURST, RATE, format, subtype)), BURST) < tolerance
 
 
 @pytest.mark.parametrize("channels", [1, 2, 6])
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
-def test_sample_rates_and_channels(rate: int, channels: int):
+def test_decode_any_rate_and_channels_returns_the_sound(rate: int, channels: int):
     samples = numpy.repeat(tone_burst(rate)[:, None], channels, axis=1)
     assert error(decode(encode_sound(samples, rate)), BURST) < 0.01
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
-def test_mp3_of_other_rates(rate: int):
+def test_decode_mp3_of_any_rate_returns_the_sound(rate: int):
     assert error(decode(encode_sound(tone_burst(rate), rate, "MP3")), BURST, delay=20) < 0.1
 
 
-def test_a_sound_of_less_than_a_sample_at_the_models_rate_is_refused():
+def test_decode_sound_shorter_than_one_sample_is_rejected():
     with pytest.raises(EmptyInput, match="shorter than one sample"):
         decode(encode_sound(numpy.ones(5, dtype=numpy.float32), 384_000))
 
 
-def test_channels_are_averaged():
+def test_decode_channels_are_averaged():
     stereo = numpy.stack([BURST, numpy.zeros_like(BURST)], axis=1)
     assert error(decode(encode_sound(stereo, RATE, subtype="FLOAT")), BURST / 2) < 1e-6
 
 
-def test_what_is_too_high_for_the_model_is_filtered_out():
-    """10 kHz cannot be in 16,000 samples a second; without a filter it would be heard as 6 kHz."""
+def test_decode_frequency_above_the_models_range_is_filtered_out():
+    """10 kHz cannot be in 16,000 samples a second; without a filter it would appear as 6 kHz."""
     assert abs(decode(encode_sound(tone_burst(48_000, hertz=10_000), 48_000))).max() < 0.005
 
 
-def test_overloaded_floats_are_clipped():
+def test_decode_floats_above_full_scale_are_clipped():
     assert abs(decode(encode_sound(BURST * 100, subtype="FLOAT"))).max() == 1
 
 
@@ -96,7 +96,7 @@ def test_overloaded_floats_are_clipped():
 
 
 @given(st.integers(1, RATE))
-def test_short_clips_stand_in_the_middle_of_silence(length: int):
+def test_window_of_a_short_clip_is_padded_on_both_sides(length: int):
     padded = loudest_window(numpy.ones(length, dtype=numpy.float32), RATE)
     sounding = numpy.flatnonzero(padded)
     assert (len(padded), len(sounding)) == (RATE, length)
@@ -105,7 +105,7 @@ def test_short_clips_stand_in_the_middle_of_silence(length: int):
 
 @given(seconds=st.floats(1, 20), part=st.floats(0, 1))
 @settings(max_examples=40)
-def test_a_burst_anywhere_is_heard_whole(seconds: float, part: float):
+def test_window_contains_the_whole_burst_at_any_position(seconds: float, part: float):
     at = 0.25 + part * (seconds - 0.5)
     window = loudest_window(tone_burst(RATE, seconds, at), RATE)
     assert numpy.linalg.norm(window) == pytest.approx(numpy.linalg.norm(BURST), rel=1e-3)
@@ -114,32 +114,32 @@ def test_a_burst_anywhere_is_heard_whole(seconds: float, part: float):
         assert abs(middle - RATE / 2) < 0.05 * RATE
 
 
-def test_the_loudest_of_several_is_heard():
+def test_window_of_several_bursts_contains_the_loudest():
     clip = 0.3 * tone_burst(RATE, 10, at=2) + tone_burst(RATE, 10, at=5) + 0.5 * tone_burst(RATE, 10, at=8)
     assert error(loudest_window(clip, RATE), BURST, delay=160) < 0.01
 
 
-def test_a_constant_offset_is_not_loudness():
+def test_window_ignores_a_constant_offset():
     clip = 0.1 * tone_burst(RATE, 10, at=7) + 0.4
     assert numpy.ptp(loudest_window(clip.astype(numpy.float32), RATE)) > 0.09
 
 
 @given(length=st.integers(0, 3_000), window=st.integers(1, 1_000))
-def test_the_window_has_its_length(length: int, window: int):
+def test_window_has_the_requested_length(length: int, window: int):
     assert loudest_window(numpy.ones(length, dtype=numpy.float32), window).shape == (window,)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- rejected sounds ----------------------------------------------------------------------------------------------
 
 
 def wav_claiming(frames: int, channels: int = 1, rate: int = RATE) -> bytes:
-    """A WAV header of 16-bit samples, with none behind it."""
+    """Return a WAV header that declares 16-bit samples, without the samples."""
     size = 2 * frames * channels
     layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, 2 * rate * channels, 2 * channels, 16)
     return struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + layout + struct.pack("<4sI", b"data", size)
 
 
-def spoilt(value: float) -> bytes:
+def with_sample(value: float) -> bytes:
     samples = BURST.copy()
     samples[100] = value
     return encode_sound(samples, subtype="FLOAT")
@@ -149,52 +149,52 @@ def spoilt(value: float) -> bytes:
     ("content", "error", "message"),
     [
         pytest.param(b"hello, world\n" * 1000, UndecodableAudio, "Accepted: WAV", id="text"),
-        pytest.param(encode_sound(BURST)[:20], UndecodableAudio, "Accepted: WAV", id="half-a-header"),
-        pytest.param(encode_sound(BURST, format="FLAC")[:60], UndecodableAudio, "Accepted: WAV", id="half-a-flac"),
+        pytest.param(encode_sound(BURST)[:20], UndecodableAudio, "Accepted: WAV", id="truncated-header"),
+        pytest.param(encode_sound(BURST, format="FLAC")[:60], UndecodableAudio, "Accepted: WAV", id="truncated-flac"),
         pytest.param(wav_claiming(0), EmptyInput, "no samples", id="header-without-samples"),
-        pytest.param(wav_claiming(RATE), EmptyInput, "no samples", id="header-that-promises-samples"),
+        pytest.param(wav_claiming(RATE), EmptyInput, "no samples", id="declared-samples-missing"),
         pytest.param(encode_sound(BURST[:0]), EmptyInput, "no samples", id="no-samples"),
-        pytest.param(spoilt(numpy.nan), UndecodableAudio, "not finite", id="nan"),
-        pytest.param(spoilt(numpy.inf), UndecodableAudio, "not finite", id="infinite"),
-        pytest.param(spoilt(-numpy.inf), UndecodableAudio, "not finite", id="minus-infinite"),
+        pytest.param(with_sample(numpy.nan), UndecodableAudio, "not finite", id="nan"),
+        pytest.param(with_sample(numpy.inf), UndecodableAudio, "not finite", id="infinite"),
+        pytest.param(with_sample(-numpy.inf), UndecodableAudio, "not finite", id="minus-infinite"),
         pytest.param(encode_sound(BURST, 999), UndecodableAudio, "999 Hz; 1000 to 384000 Hz", id="rate-low"),
         pytest.param(encode_sound(BURST, 384_001), UndecodableAudio, "384001 Hz; 1000 to", id="rate-high"),
         pytest.param("hello!", RequestError, "base64", id="string"),
     ],
 )
-def test_refuses(content: bytes, error: type, message: str):
+def test_decode_invalid_sound_is_rejected(content: bytes, error: type, message: str):
     with pytest.raises(error, match=message):
         decoded(handler(), content)
 
 
-def test_loud_opposites_over_many_channels_are_refused():
-    """Finite samples whose sum is not."""
+def test_decode_overflow_of_the_average_is_rejected():
+    """Each sample is finite, and their sum is not."""
     samples = numpy.tile(numpy.float32([3e38, -3e38] + [0] * 6), (100, 4)).astype(numpy.float32)
     with pytest.raises(UndecodableAudio, match="not finite"):
         decoded(handler(), encode_sound(samples, subtype="FLOAT"))
 
 
 @pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
-def test_ten_minutes_are_refused_before_they_are_decoded(format: str, monkeypatch: pytest.MonkeyPatch):
-    content = encode_sound(numpy.zeros(600 * 8_000, dtype=numpy.float32), 8_000, format)
+def test_decode_clip_that_is_too_long_is_rejected_before_decoding(format: str, monkeypatch: pytest.MonkeyPatch):
+    content = encode_sound(numpy.zeros(120 * 8_000, dtype=numpy.float32), 8_000, format)
 
     def reached(*_: object, **__: object) -> None:
-        raise AssertionError("samples were asked for")
+        raise AssertionError("samples were decoded")
 
     monkeypatch.setattr("soundfile.SoundFile.read", reached)
     with pytest.raises(AudioTooLong, match="at most 60 seconds"):
         decoded(handler(), content)
 
 
-def test_many_channels_count_together():
-    """Sixty silent seconds in FLAC are a small file, and eight channels of them at 96 kHz 180 MB of memory."""
+def test_decode_limit_counts_the_samples_of_all_channels():
+    """Sixty seconds of silence are a small FLAC file, but eight channels at 96 kHz take 180 MB of memory."""
     content = encode_sound(numpy.zeros((2_000, 8), dtype=numpy.float32), format="FLAC")
     assert not decode(content, max_values=16_000).any()
     with pytest.raises(AudioTooLong, match="15999 samples over all channels"):
         decoded(handler(max_values=15_999), content)
 
 
-def test_the_longest_clip_is_accepted():
+def test_decode_clip_of_the_maximum_length_is_accepted():
     clip = numpy.zeros(2 * RATE, dtype=numpy.float32)
     assert not decode(encode_sound(clip), max_seconds=2).any()
     with pytest.raises(AudioTooLong, match="at most 2 seconds"):
@@ -217,13 +217,13 @@ ORIGINALS = {
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_file_that_was_cut_off_prints_no_traceback():
+def test_decode_truncated_file_prints_no_traceback():
     with pytest.raises(UndecodableAudio):
-        decode(encode_sound(BURST, RATE, "AIFF", "PCM_16")[:40])  # libsndfile seeks to before its start
+        decode(encode_sound(BURST, RATE, "AIFF", "PCM_16")[:40])  # libsndfile seeks to a negative offset
 
 
 @given(st.one_of(st.binary(), damaged(ORIGINALS)))
-def test_any_bytes_are_a_sound_or_a_request_error(content: bytes):
+def test_decode_any_bytes_return_a_sound_or_a_request_error(content: bytes):
     try:
         sample = decoded(handler(), content)
     except RequestError:

@@ -1,4 +1,4 @@
-"""Overload, and a device that has too little memory or breaks: what a batch makes of them."""
+"""Batches under overload, without enough memory, and on a broken device."""
 
 import time
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from bundle.build.dryrun import DryRun
 from handlers.core import device
-from tests.unit.numbered import BATCH_SIZE, alike, row
+from tests.unit.numbered import BATCH_SIZE, approximately, row
 
 
 @pytest.fixture
 def limited(worker: DryRun, monkeypatch: pytest.MonkeyPatch) -> DryRun:
-    """Requests come through a proxy, and may wait a second."""
+    """Return a worker behind a proxy, whose requests may wait for one second."""
     monkeypatch.setattr(worker.handler, "behind_proxy", True)
     impatient = worker.handler.settings.model_copy(update={"max_wait_seconds": 1.0})
     monkeypatch.setattr(worker.handler, "settings", impatient)
     return worker
 
 
-def test_a_request_that_waited_too_long_is_not_begun_while_others_wait(limited: DryRun):
+def test_request_past_its_wait_limit_is_rejected_only_in_a_full_batch(limited: DryRun):
     now = time.time()
     waited = [0.0, 1.5, 0.5, 30.0]
     headers = [{"X-Request-Start": f"t={now - seconds:.3f}"} for seconds in waited] + [{}] * (BATCH_SIZE - len(waited))
@@ -29,8 +29,8 @@ def test_a_request_that_waited_too_long_is_not_begun_while_others_wait(limited: 
     assert [status for status, _ in answers] == [200, 429, 200, 429, *[200] * (BATCH_SIZE - len(waited))]
     assert answers[1][1] == answers[3][1]
     assert (answers[1][1]["type"], "Retry-After" in answers[1][1]["message"]) == ("Overloaded", True)
-    assert answers[4][1] == alike(limited.predict([row(4)])[0][1])
-    # a batch that is not full leaves nobody behind
+    assert answers[4][1] == approximately(limited.predict([row(4)])[0][1])
+    # no request waits behind a batch that is not full
     assert [status for status, _ in limited.predict(rows[:-1], headers[:-1])] == [200] * (BATCH_SIZE - 1)
 
 
@@ -41,8 +41,8 @@ OUT_OF_MEMORY = [torch.OutOfMemoryError(NO_ROOM), RuntimeError(IN_TORCHSCRIPT + 
 BROKEN = [torch.AcceleratorError(ILLEGAL), RuntimeError(IN_TORCHSCRIPT + ILLEGAL)]
 
 
-def test_out_of_a_module_comes_a_plain_error():
-    """What the errors above are modelled on: an allocator's, out of a real module."""
+def test_torchscript_error_is_a_plain_runtime_error():
+    """The errors above imitate this one, of a real TorchScript module."""
 
     @torch.jit.script
     def allocate(numbers: Tensor) -> Tensor:
@@ -55,7 +55,10 @@ def test_out_of_a_module_comes_a_plain_error():
 
 @pytest.fixture(params=OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def small_device(worker: DryRun, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
-    """A device that has room for two inputs, and for none whose first number is above 40; the sizes that it ran."""
+    """Imitate a device with too little memory, and return the sizes of the batches that it ran.
+
+    It has memory for two inputs, and not for an input whose first number is above 40.
+    """
     model, ran = worker.handler.model, []
 
     def run(numbers: Tensor) -> Tensor:
@@ -68,7 +71,9 @@ def small_device(worker: DryRun, monkeypatch: pytest.MonkeyPatch, request: pytes
     return ran
 
 
-def test_a_batch_that_does_not_fit_is_halved(worker: DryRun, small_device: list[int], caplog: pytest.LogCaptureFixture):
+def test_batch_that_exceeds_the_memory_is_halved(
+    worker: DryRun, small_device: list[int], caplog: pytest.LogCaptureFixture
+):
     rows = [row(index) for index in (1, 2, 3, 50, 4, 5, 6)]
     answers = worker.predict(rows)
     assert [status for status, _ in answers] == [200, 200, 200, 507, 200, 200, 200]
@@ -77,17 +82,25 @@ def test_a_batch_that_does_not_fit_is_halved(worker: DryRun, small_device: list[
     assert "7 inputs of numbers do not fit" in caplog.text
     for index, one in enumerate(rows):
         if index != 3:
-            assert answers[index][1] == alike(worker.predict([one])[0][1])
+            assert answers[index][1] == approximately(worker.predict([one])[0][1])
 
 
-def test_of_many_instances_one_that_does_not_fit_fails_its_request(worker: DryRun, small_device: list[int]):
+def test_instance_that_exceeds_the_memory_fails_its_request(worker: DryRun, small_device: list[int]):
     answers = worker.predict([{"instances": [row(1)["body"], row(50)["body"]]}, row(2)])
     assert [status for status, _ in answers] == [507, 200]
 
 
+def test_memory_error_of_python_fails_the_batch_with_507(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(worker.handler, "decode", fail)
+    assert [status for status, _ in worker.predict([row(0), row(1)])] == [507, 507]
+
+
 @pytest.mark.parametrize("error", BROKEN, ids=lambda error: type(error).__name__)
-def test_a_broken_device_ends_the_worker(worker: DryRun, monkeypatch: pytest.MonkeyPatch, error: Exception):
-    """What TorchServe's worker does not catch: its process ends, and the frontend starts another one."""
+def test_broken_device_ends_the_worker(worker: DryRun, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    """TorchServe's worker does not catch `SystemExit`: its process ends, and the frontend starts another."""
 
     def fail(numbers: Tensor) -> Tensor:
         raise error
@@ -97,7 +110,7 @@ def test_a_broken_device_ends_the_worker(worker: DryRun, monkeypatch: pytest.Mon
         worker.predict([row(0)])
 
 
-def test_which_errors_are_the_devices():
+def test_device_errors_are_told_from_bugs():
     assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not device.is_broken(torch.AcceleratorError("CUDA error: out of memory"))
     assert device.is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))

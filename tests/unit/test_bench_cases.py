@@ -1,4 +1,4 @@
-"""The benchmark's inputs and the pipeline that all peers run."""
+"""The benchmark's inputs, and the pipeline that all peers run."""
 
 import io
 import json
@@ -14,15 +14,15 @@ from loadtest.bench.systems.peers import bento_first, v2_first
 
 torch = pytest.importorskip("torch")
 
-SMALL = [name for name in CASES if not name.startswith("photo")]  # the photographs' model takes half a minute to make
+SMALL = [name for name in CASES if not name.startswith("photo")]  # making the model for photographs takes half a minute
 
 
 @pytest.mark.parametrize("name", [name for name in inputs.DRAW if name != "photo-12mp.jpg"])
-def test_inputs_are_drawn_the_same_each_time(name: str):
+def test_generated_input_is_the_same_each_time(name: str):
     assert inputs.DRAW[name]() == inputs.DRAW[name]()
 
 
-def test_the_digit_is_laid_out_as_mnist_is():
+def test_digit_is_laid_out_as_in_mnist():
     image = Image.open(io.BytesIO(CASES["mnist"].body))
     assert (image.format, image.mode, image.size) == ("PNG", "L", (28, 28))
     left, top, right, bottom = image.getbbox()
@@ -30,19 +30,19 @@ def test_the_digit_is_laid_out_as_mnist_is():
     assert image.getextrema() == (0, 255)
 
 
-def test_the_photo_is_as_large_as_a_photo_is():
+def test_photo_has_the_size_of_a_real_one():
     image = Image.open(io.BytesIO(CASES["photo"].body))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (720, 720))
     assert 90_000 < len(CASES["photo"].body) < 130_000
 
 
-def test_the_word_is_what_the_model_takes():
+def test_spoken_word_has_the_format_of_the_model():
     info = soundfile.info(io.BytesIO(CASES["audio"].body))
     assert (info.samplerate, info.channels, info.frames, info.subtype) == (16_000, 1, 16_000, "PCM_16")
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_answers_are_decided_by_a_visible_margin(case: str):
+def test_pipeline_answers_clearly_and_alike_alone_and_in_a_batch(case: str):
     from loadtest.bench.pipeline import Pipeline
 
     pipeline = Pipeline(case, threads=torch.get_num_threads())
@@ -54,16 +54,16 @@ def test_answers_are_decided_by_a_visible_margin(case: str):
         assert first(json.dumps(answer).encode()) == (best[0], pytest.approx(best[1], abs=1e-4))
 
 
-def test_another_input_gets_another_answer():
+def test_pipeline_answers_another_input_with_another_label():
     from loadtest.bench.pipeline import Pipeline
 
     pipeline = Pipeline("text", threads=torch.get_num_threads())
-    told = pipeline.predict([pipeline.decode(b"where is my luggage"), pipeline.decode(CASES["text"].body)])
-    assert [answer["top_k"][0]["label"] for answer in told] == ["lost_luggage", "transfer"]
+    answers = pipeline.predict([pipeline.decode(b"where is my luggage"), pipeline.decode(CASES["text"].body)])
+    assert [answer["top_k"][0]["label"] for answer in answers] == ["lost_luggage", "transfer"]
 
 
 @pytest.mark.parametrize("read", [first, v2_first, bento_first])
 @pytest.mark.parametrize("answer", [b"", b"null", b"{}", b"[]", b'{"top_k": []}', b'{"outputs": []}', b"<html>"])
-def test_what_is_no_ranking_is_an_error(read, answer: bytes):
+def test_answer_without_a_ranking_is_rejected(read, answer: bytes):
     with pytest.raises(ValueError, match="is not"):
         read(answer)

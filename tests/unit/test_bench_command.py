@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves behind."""
+"""The files that a run of the benchmark writes."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ LOAD = LoadResult(1, 900, 0, 900, 0.01, 0.015, 0.02, 0.05)
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the results of a full run, in which runs measure nothing but one made-up load."""
+    """Return a folder with the results of a full run, and replace the measurement by one invented load."""
     places = {"OUTPUT": "BENCHMARKS.md", "CHART": "throughput.png", "RESULTS": "results.json", "PARTIAL": "partial.md"}
     for name, file in places.items():
         monkeypatch.setattr(command, name, tmp_path / file)
@@ -44,7 +44,7 @@ def is_untouched(project: Path) -> bool:
     return [*texts] == [BEFORE, "{}"] and not (project / "throughput.png").exists()
 
 
-def test_a_full_run_is_what_benchmarks_md_reports(project: Path):
+def test_full_run_updates_benchmarks_md(project: Path):
     assert run() == 0
     text = (project / "BENCHMARKS.md").read_text()
     assert "the last full run" not in text
@@ -55,20 +55,20 @@ def test_a_full_run_is_what_benchmarks_md_reports(project: Path):
 
 
 @pytest.mark.parametrize("part", [("--cases", "text"), ("--systems", "bundle"), ("--concurrency", "16")])
-def test_a_part_of_it_leaves_the_full_run_as_it_is(project: Path, part: tuple[str, str]):
+def test_partial_run_writes_partial_report(project: Path, part: tuple[str, str]):
     assert run(*part) == 0
     assert is_untouched(project)
     assert "**900**" in (project / "partial.md").read_text()
 
 
-def test_so_does_a_run_that_is_interrupted(project: Path, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_run_writes_partial_report(project: Path, monkeypatch: pytest.MonkeyPatch):
     measuring(monkeypatch, interrupted=True)
     assert run() == 130
     assert is_untouched(project)
     assert "**900**" in (project / "partial.md").read_text()
 
 
-def test_an_output_of_ones_own_is_written_whatever_was_measured(project: Path):
+def test_run_with_an_output_file_writes_only_that_file(project: Path):
     assert run("--cases", "text", "--output", str(project / "mine.md")) == 0
     assert is_untouched(project)
     assert "**900**" in (project / "mine.md").read_text()

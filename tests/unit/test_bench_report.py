@@ -1,4 +1,4 @@
-"""The benchmark's report, of results made up here."""
+"""The benchmark's report of invented results."""
 
 import io
 import math
@@ -11,7 +11,8 @@ from bundle import machine
 from bundle.errors import BundleError
 from bundle.load.generator import LoadResult
 from loadtest.bench import report
-from loadtest.bench.results import Answer, Failure, Limit, Measurement, Results
+from loadtest.bench.results import CONNECTIONS, Answer, Failure, Limit, Measurement, Results
+from loadtest.bench.runner import connections
 
 
 def measurement(
@@ -46,12 +47,12 @@ def row(held: Results, system: str, clients: int = 16) -> report.Row:
 
 
 def cells(markdown: str, system: str) -> list[list[str]]:
-    """The rows of all tables that start with a system."""
+    """Return the table rows of one system."""
     lines = [line.replace("*", "").strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line] for line in lines if line[0].strip() == system]
 
 
-def test_rounds_become_a_median():
+def test_several_rounds_are_reported_as_median_and_range():
     seen = [measurement("bundle", rate, round_=index, failed=index) for index, rate in enumerate((900, 100, 1000))]
     found = row(results(*seen), "bundle")
     assert found.throughput == 900
@@ -59,25 +60,23 @@ def test_rounds_become_a_median():
     assert found.cpu_per_request == 1 / 1800
     text = report.markdown(results(*seen), None)
     assert cells(text, "bundle")[1][2] == "900 (100-1,000)"
-    assert (
-        "\n3 rounds, 2 s for each number of clients, after 5 s of warm-up at the largest. Numbers are medians" in text
-    )
+    assert "\n3 rounds, 2 s for each number of clients, after 5 s of warm-up with the most clients. Numbers are" in text
 
 
-def test_one_round_has_no_median_and_no_range():
+def test_one_round_is_reported_without_median_and_range():
     text = report.markdown(results(measurement("bundle", 900)), None)
     assert "\n1 round, 2 s" in text
     assert "median" not in report.method(results(measurement("bundle", 900)))
     assert cells(text, "bundle")[1][2] == "900"
 
 
-def test_the_rounds_that_were_done_are_told():
-    """The second of three was interrupted."""
+def test_unequal_numbers_of_rounds_are_reported_as_a_range():
+    """The second round was interrupted."""
     seen = [measurement(name, 900, round_=round_) for name, round_ in (("bundle", 1), ("litserve", 1), ("litserve", 2))]
     assert report.rounds_done(results(*seen)) == "1 to 2 rounds"
 
 
-def test_ratios_are_to_the_best_peer_at_the_same_number_of_clients():
+def test_ratio_is_to_the_best_peer_at_the_same_number_of_clients():
     held = results(
         measurement("bundle", 1000),
         measurement("litserve", 400),
@@ -91,13 +90,13 @@ def test_ratios_are_to_the_best_peer_at_the_same_number_of_clients():
     assert row(held, "bundle", clients=1).to_best_peer == 0.5
 
 
-def test_the_limit_is_that_of_what_a_system_runs():
+def test_limit_of_the_bundle_is_the_handler_and_of_a_peer_the_pipeline():
     held = results(measurement("bundle", 1000), measurement("litserve", 1000))
     assert row(held, "bundle").to_limit == 1 / 3  # of the handler's 3000
     assert row(held, "litserve").to_limit == 1 / 2  # of the pipeline's 2000
 
 
-def test_the_fastest_comes_first():
+def test_rows_are_sorted_by_clients_and_throughput():
     held = results(measurement("litserve", 400), measurement("bundle", 100), measurement("bundle", 900, clients=64))
     assert [(row.clients, row.system) for row in report.closed_rows(held, "text")] == [
         (16, "litserve"),
@@ -106,13 +105,13 @@ def test_the_fastest_comes_first():
     ]
 
 
-def test_a_peer_that_fails_requests_is_not_the_best():
+def test_peer_that_fails_requests_is_not_the_best():
     held = results(measurement("bundle", 1000), measurement("litserve", 900, failed=100), measurement("bentoml", 500))
     assert row(held, "bundle").to_best_peer == 2
     assert cells(report.markdown(held, None), "bundle × best peer") == [["bundle × best peer", "2.00"]]
 
 
-def test_a_wrong_answer_is_marked_and_is_not_the_best():
+def test_system_with_wrong_answers_is_marked_and_not_the_best():
     answers = [
         Answer("text", "litserve", 1, (7, 0.9), (130, 0.99)),
         Answer("text", "bentoml", 1, (130, 0.975), (130, 0.99)),
@@ -129,18 +128,18 @@ def test_a_wrong_answer_is_marked_and_is_not_the_best():
     assert "bentoml answers" not in text
 
 
-def test_without_a_peer_or_a_limit_there_is_no_ratio():
+def test_ratio_without_a_peer_or_a_limit_is_missing():
     held = results(measurement("bundle", 1000), limits={})
     assert row(held, "bundle").to_best_peer is row(held, "bundle").to_limit is None
     assert cells(report.markdown(held, None), "bundle × best peer") == []
 
 
-def test_a_run_without_a_good_answer_has_no_latencies():
+def test_latencies_without_a_good_answer_are_missing():
     [_, found] = cells(report.markdown(results(measurement("litserve", 0, failed=50)), None), "litserve")
     assert found[2:6] == ["0", "-", "-", "50"]
 
 
-def test_what_failed_stands_in_the_table_and_with_its_log():
+def test_failure_is_reported_in_the_table_and_with_its_log():
     failures = [
         Failure("mlserver", None, None, "uv cannot make build/bench/env/mlserver.", "no such package\nhint: check it"),
         Failure("bentoml", "text", 1, "The server ended with status 3 before it answered.", "Traceback\n```\nboom"),
@@ -152,10 +151,10 @@ def test_what_failed_stands_in_the_table_and_with_its_log():
     assert [line[2] for line in cells(text, "bundle")[1:]] == ["1,000"]
     assert "- bentoml (text, round 1): The server ended with status 3 before it answered.\n\n  ```\n  Traceback" in text
     assert "hint: check it" in text
-    assert text.count("```") == 4  # what a log says does not end the block it is in
+    assert text.count("```") == 4  # a log cannot end the code block that it is in
 
 
-def test_the_open_loop_at_a_peers_rate_is_a_row_of_its_own():
+def test_open_loop_at_a_peers_rate_has_its_own_row():
     held = results(
         measurement("bundle", 699, None, rate=700, rate_of="bundle"),
         measurement("bundle", 349, None, rate=350, rate_of="litserve", p99=0.012),
@@ -169,14 +168,19 @@ def test_the_open_loop_at_a_peers_rate_is_a_row_of_its_own():
 
 
 @pytest.mark.parametrize(("rate", "is_crowded"), [(10_000, False), (30_000, True)])
-def test_an_open_loop_that_may_have_waited_for_a_connection_is_marked(rate: int, is_crowded: bool):
+def test_open_loop_with_too_few_connections_is_marked(rate: int, is_crowded: bool):
     """At a median latency of 10 ms, 100 or 300 of the 512 connections are busy."""
     text = report.markdown(results(measurement("bundle", rate, None, rate=rate, rate_of="bundle")), None)
     assert ("| **bundle‡** |" in text) == ("may have waited" in text) == is_crowded
 
 
+@pytest.mark.parametrize(("requests", "expected"), [(0.5, 5), (21, 44), (7200, CONNECTIONS)])
+def test_open_loop_has_a_connection_for_each_request_up_to_the_limit(requests: float, expected: int):
+    assert connections(requests) == expected
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_tables_fit_a_terminal_of_80_columns(rounds: int):
+def test_terminal_tables_fit_80_columns(rounds: int):
     held = results(
         *[
             measurement(system, rate, 256, round_)
@@ -198,12 +202,12 @@ def test_tables_fit_a_terminal_of_80_columns(rounds: int):
 
 
 @pytest.mark.parametrize(("others", "is_idle"), [(0.01, True), (0.3, False)])
-def test_a_machine_that_was_not_idle_is_said(others: float, is_idle: bool):
+def test_busy_machine_is_reported(others: float, is_idle: bool):
     held = results(measurement("bundle", 1000, others=others), measurement("litserve", 500, others=others))
     assert ("not idle" not in report.markdown(held, None)) == is_idle
 
 
-def test_results_are_read_as_they_were_saved(tmp_path: Path):
+def test_results_read_back_are_equal(tmp_path: Path):
     held = results(
         measurement("bundle", 1000),
         measurement("litserve", 0, failed=3),
@@ -217,7 +221,7 @@ def test_results_are_read_as_they_were_saved(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"limits": {}}'])
-def test_other_files_are_no_results(tmp_path: Path, content: str | None):
+def test_invalid_results_file_is_rejected(tmp_path: Path, content: str | None):
     file = tmp_path / "results.json"
     if content is not None:
         file.write_text(content)
@@ -226,7 +230,7 @@ def test_other_files_are_no_results(tmp_path: Path, content: str | None):
 
 
 @pytest.mark.parametrize("systems", [1, 4])
-def test_the_chart_is_a_small_picture_of_what_was_measured(tmp_path: Path, systems: int):
+def test_chart_is_small_and_shows_each_system(tmp_path: Path, systems: int):
     chart = pytest.importorskip("loadtest.bench.chart", reason="the chart needs requirements/loadtest.txt")
     names = ("bundle", "litserve", "bentoml", "mlserver")[:systems]
     held = results(*[measurement(name, 100 * count, count) for name in names for count in (1, 16, 64)])

@@ -1,4 +1,4 @@
-"""How the benchmark ends servers, and what it tells them."""
+"""How the benchmark starts, configures and ends the servers that it measures."""
 
 import signal
 import subprocess
@@ -40,8 +40,9 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_the_servers_even_when_more_come_meanwhile(first: signal.Signals):
+def test_repeated_signals_end_the_servers_once(first: signal.Signals):
     with subprocess.Popen([sys.executable, "-c", BENCHMARK], stdout=subprocess.PIPE, text=True) as benchmark:
         server = psutil.Process(int(benchmark.stdout.readline()))
         benchmark.send_signal(first)
@@ -54,8 +55,8 @@ def test_signals_end_the_servers_even_when_more_come_meanwhile(first: signal.Sig
     assert not server.is_running()
 
 
-def test_a_signal_that_was_ignored_stays_so():
-    """As nohup wants it."""
+def test_ignored_signal_stays_ignored():
+    """`nohup` relies on this."""
     code = """
 import os, signal
 from bundle.cli.console import interrupt_on_signals
@@ -66,7 +67,8 @@ os.kill(os.getpid(), signal.SIGHUP)
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_signal_during_the_clean_up_counts_after_it():
+@pytest.mark.slow
+def test_signal_during_the_clean_up_is_raised_after_it():
     code = """
 import os, signal
 from bundle.cli.console import interrupt_on_signals
@@ -83,7 +85,7 @@ except KeyboardInterrupt:
     assert ended.stdout.splitlines() == ["cleaned up", "interrupted"]
 
 
-def test_a_model_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_model_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def add_model(new: NewModel, *, models_dir: Path, **_: object) -> None:
         (models_dir / new.name).mkdir()
         (models_dir / new.name / "model-config.yaml").write_text("minWorkers: 1\nbundle: {}")
@@ -109,8 +111,8 @@ def test_a_model_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytes
     assert [*tmp_path.iterdir()] == [tmp_path / "models"]
 
 
-def test_another_recipe_is_made_in_another_folder(tmp_path: Path):
-    """A copy of the benchmark with other settings for the model of the photographs."""
+def test_changed_recipe_is_built_in_another_folder(tmp_path: Path):
+    """The settings of the model for photographs are changed in a copy of the benchmark."""
     for file in ("loadtest/bench/paths.py", *INGREDIENTS):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes((ROOT / file).read_bytes())
@@ -127,19 +129,21 @@ def test_another_recipe_is_made_in_another_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "audio", "text"])
-def test_all_systems_batch_as_the_bundles_folder_says(name: str):
+def test_batching_of_all_systems_is_that_of_the_model_folder(name: str):
     config = yaml.safe_load((CASES[name].folder / "model-config.yaml").read_text())
     assert batching(CASES[name]) == Batching(config["batchSize"], config["maxBatchDelay"])
 
 
 @pytest.mark.parametrize(("size", "delay", "expected"), [("32", "5", (32, 0.005)), ("1", "0", (2, 0.001))])
-def test_a_peer_reads_what_it_is_to_serve(size: str, delay: str, expected: tuple, monkeypatch: pytest.MonkeyPatch):
+def test_peer_reads_its_task_from_the_command_line(
+    size: str, delay: str, expected: tuple, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sys, "argv", ["lit", "8080", "text", size, delay])
     assert task() == Task(8080, "text", *expected)
 
 
 @pytest.mark.parametrize("is_batched", [False, True])
-def test_stock_torchserve_batches_as_the_bundle_or_not_at_all(
+def test_stock_torchserve_batches_like_the_bundle_or_not_at_all(
     is_batched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     done = subprocess.CompletedProcess([], 0)

@@ -1,4 +1,4 @@
-"""The cache of answers: bounded, the latest stay, and no two requests share an entry that differ in anything."""
+"""The cache of answers: it keeps the latest, and different requests never share an entry."""
 
 from typing import Any
 
@@ -29,12 +29,12 @@ def key(cache: AnswerCache, request: tuple) -> bytes | None:
 
 
 @given(requests, requests)
-def test_requests_share_a_key_only_if_they_are_the_same(one: tuple, other: tuple):
+def test_key_is_shared_only_by_equal_requests(one: tuple, other: tuple):
     cache = AnswerCache(1)
     assert (key(cache, one) == key(cache, other)) == (one == other)
 
 
-def test_bytes_and_the_text_of_them_differ():
+def test_key_of_bytes_differs_from_the_key_of_the_same_text():
     cache = AnswerCache(1)
     assert cache.key([One(data=b"abc")], 1) != cache.key([One(data="abc")], 1)
     assert cache.key([One(data="ab"), One(data="c")], 1) != cache.key([One(data="a"), One(data="bc")], 1)
@@ -42,7 +42,7 @@ def test_bytes_and_the_text_of_them_differ():
 
 
 @given(st.integers(1, 5), st.lists(st.integers(0, 9), max_size=40))
-def test_it_holds_the_latest(entries: int, asked: list[int]):
+def test_cache_keeps_the_latest_entries(entries: int, asked: list[int]):
     cache = AnswerCache(entries)
     latest: list[int] = []
     for number in asked:
@@ -55,7 +55,7 @@ def test_it_holds_the_latest(entries: int, asked: list[int]):
         assert len(cache.answers) == len(latest)
 
 
-def test_without_entries_it_keeps_nothing():
+def test_cache_without_entries_keeps_nothing():
     cache = AnswerCache(0)
     key = cache.key([One(data=b"input")])
     cache.put(key, "answer")

@@ -1,4 +1,4 @@
-"""A checkout by any git settings is the same, byte for byte, and its scripts run."""
+"""A checkout is the same, byte for byte, with any setting of git, and its scripts run."""
 
 import shutil
 import subprocess
@@ -21,14 +21,14 @@ def run(*command: str, folder: Path = ROOT) -> str:
 
 
 def check_out(target: Path, autocrlf: str) -> Path:
-    """Write every tracked file as a clone with this setting of core.autocrlf does."""
+    """Write every tracked file as a clone with this value of core.autocrlf does."""
     run("git", "-c", f"core.autocrlf={autocrlf}", "checkout-index", "--all", f"--prefix={target}/")
     return target
 
 
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout with core.autocrlf=true, the default of Git for Windows."""
+    """Check out with core.autocrlf=true, the default of Git for Windows."""
     return check_out(tmp_path_factory.mktemp("windows"), "true")
 
 

@@ -1,4 +1,4 @@
-"""The client against a real HTTP server that answers what TorchServe answers, faults included."""
+"""The client, against a real HTTP server that answers as TorchServe does, faults included."""
 
 import json
 import threading
@@ -12,9 +12,8 @@ import requests
 from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
-from bundle.catalog import select
+from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
-from bundle.paths import ROOT
 from bundle.server import client as module
 from bundle.server.client import SCALE_TRIES, Client, WorkerCount, check_sample, curl_lines
 from bundle.server.keys import Keys
@@ -32,7 +31,7 @@ def client(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Client:
 
 
 def asked(httpserver: HTTPServer) -> list[str]:
-    """The requests so far, as method, path and query."""
+    """Return the requests so far, as method, path and query."""
     return [
         f"{request.method} {request.path}" + (f"?{request.query_string.decode()}" if request.query_string else "")
         for request, _ in httpserver.log
@@ -109,7 +108,7 @@ def test_default_and_removal_name_the_version(httpserver: HTTPServer, client: Cl
     assert asked(httpserver) == ["PUT /models/mnist/2.0/set-default", "DELETE /models/mnist/1.0"]
 
 
-def test_rejection_has_torchserves_reason(httpserver: HTTPServer, client: Client):
+def test_rejection_shows_torchserves_reason(httpserver: HTTPServer, client: Client):
     httpserver.expect_request("/models", method="POST").respond_with_json(REJECTED, status=400)
     with pytest.raises(BundleError, match="refused POST /models with 400") as caught:
         client.register("new.mar", "mnist")
@@ -117,7 +116,7 @@ def test_rejection_has_torchserves_reason(httpserver: HTTPServer, client: Client
 
 
 @pytest.mark.parametrize("body", ["plain text", '["a list"]', '{"code": 502}'])
-def test_rejection_without_a_message_has_the_whole_body(httpserver: HTTPServer, client: Client, body: str):
+def test_rejection_without_a_message_shows_the_whole_body(httpserver: HTTPServer, client: Client, body: str):
     httpserver.expect_request("/models", method="POST").respond_with_data(body, status=502)
     with pytest.raises(BundleError) as caught:
         client.register("new.mar", "mnist")
@@ -168,13 +167,13 @@ def test_requests_ignore_a_proxy(httpserver: HTTPServer, client: Client, monkeyp
 
 def test_expected_answer_to_the_sample_is_returned(httpserver: HTTPServer, client: Client):
     sample = MNIST.sample_file.read_bytes()
-    answer = {"top_3_classes": [3, 5, 8], "probabilities": [0.9, 0.05, 0.01]}
+    answer = {"top_3_classes": [3, 5, 8], "top_3_probabilities": [0.9, 0.05, 0.01]}
     httpserver.expect_request("/predictions/mnist", data=sample).respond_with_json(answer)
     assert check_sample(client, MNIST) == "3"
 
 
 def test_wrong_answer_to_the_sample_is_shown(httpserver: HTTPServer, client: Client):
-    answer = {"top_3_classes": [5, 3, 8], "probabilities": [0.9, 0.05, 0.01]}
+    answer = {"top_3_classes": [5, 3, 8], "top_3_probabilities": [0.9, 0.05, 0.01]}
     httpserver.expect_request("/predictions/mnist/2.0").respond_with_json(answer)
     with pytest.raises(BundleError, match=r"answered its own sample .* with '5'.* expects '3'") as caught:
         check_sample(client, MNIST, "2.0")
@@ -186,6 +185,12 @@ def test_failed_answer_to_the_sample_is_shown(httpserver: HTTPServer, client: Cl
     with pytest.raises(BundleError, match="answered its own sample .* with 507") as caught:
         check_sample(client, MNIST)
     assert caught.value.details == "out of memory"
+
+
+def test_model_without_a_sample_is_not_asked(httpserver: HTTPServer, client: Client, tmp_path: Path):
+    (tmp_path / "model-config.yaml").write_text("bundle: {handler: mnist}")
+    assert check_sample(client, ModelFolder(tmp_path)) is None
+    assert asked(httpserver) == []
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
@@ -212,7 +217,7 @@ class TokenApi:
         if request.headers.get("Authorization") != "Bearer api-key":
             return Response(status=400)
         self.renewals.append(request.args["type"])
-        time.sleep(0.1)  # in which other clients would find the key expired, too
+        time.sleep(0.1)  # meanwhile other clients find the key expired, too
         self.issue(request.args["type"], f"renewed-{len(self.renewals)}", 60)
         return Response("{}")
 
@@ -291,7 +296,7 @@ def test_rejected_renewal_is_named(tokens: TokenApi, keys: Keys):
 
 
 def test_curl_lines_keep_keys_off_the_command_line(tokens: TokenApi, keys: Keys):
-    open_lines = curl_lines(Client("http://a", "http://b"), [MNIST], ROOT)
+    open_lines = curl_lines(Client("http://a", "http://b"), [MNIST])
     assert open_lines == ["curl -T models/mnist/sample.png http://a/predictions/mnist", "curl http://b/models"]
-    guarded = curl_lines(Client("http://a", "http://b", keys), [MNIST], ROOT)
+    guarded = curl_lines(Client("http://a", "http://b", keys), [MNIST])
     assert all("-key" not in line and str(keys.file) in line for line in guarded)

@@ -1,4 +1,4 @@
-"""What every program promises: exit statuses, -h, --version, --debug, and what goes to which stream."""
+"""The conventions of every program: exit statuses, -h, --version, --debug, and the streams."""
 
 import json
 import os
@@ -33,7 +33,7 @@ COMMANDS = sorted(typer.main.get_command(app).commands)
 
 @pytest.fixture(autouse=True)
 def empty_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No server was started from it."""
+    """Use a run folder from which no server was started."""
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
     for variable in ("BUNDLE_DEBUG", "BUNDLE_MODELS", "COMPOSE"):
         monkeypatch.delenv(variable, raising=False)
@@ -81,7 +81,7 @@ def test_help_of_a_command_has_an_example_that_parses(name: str):
         assert {option for option in options if option.startswith("-") and option != "-"} <= known | {"--no-follow"}
 
 
-def test_without_a_command_the_help_is_shown_and_the_status_is_2():
+def test_no_command_shows_the_help_with_status_2():
     ended = programs.run(app)
     assert (ended.status, ended.stderr) == (2, "")
     assert all(name in ended.stdout for name in COMMANDS)
@@ -92,7 +92,7 @@ def test_version_is_that_of_the_project():
     assert programs.run(app, "--version") == programs.Ended(0, f"bundle {version}\n", "")
 
 
-def test_bundle_is_a_command_of_the_environment(tmp_path: Path):
+def test_bundle_is_an_installed_command(tmp_path: Path):
     """`make setup` installs it; it works in any folder."""
     script = Path(sys.executable).parent / "bundle"
     done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True)
@@ -100,7 +100,7 @@ def test_bundle_is_a_command_of_the_environment(tmp_path: Path):
     assert done.stdout.startswith("bundle ")
 
 
-def test_a_shell_can_complete_commands_and_models():
+def test_shell_completion_offers_commands_and_models():
     asked = {"_BUNDLE_COMPLETE": "complete_bash", "COMP_WORDS": "bundle serve mn", "COMP_CWORD": "2"}
     assert command(**asked).stdout.split() == ["mnist"]
     asked |= {"COMP_WORDS": "bundle rol", "COMP_CWORD": "1"}
@@ -134,7 +134,7 @@ def test_a_shell_can_complete_commands_and_models():
         (["--models-dir", "nonesuch", "status"], "'nonesuch' does not exist"),
     ],
 )
-def test_an_invalid_argument_is_one_line_and_status_2(arguments: list[str], message: str):
+def test_invalid_argument_is_one_line_with_status_2(arguments: list[str], message: str):
     ended = programs.run(app, *arguments)
     assert (ended.status, ended.stdout) == (2, ""), ended.stderr
     first, *more = ended.stderr.splitlines()
@@ -160,14 +160,15 @@ def test_an_invalid_argument_is_one_line_and_status_2(arguments: list[str], mess
         (fuzz, ["--model", "nonesuch"], "'nonesuch' is not one of: "),
     ],
 )
-def test_an_invalid_argument_of_another_program_is_status_2(other: typer.Typer, arguments: list[str], message: str):
+def test_invalid_argument_of_another_program_is_status_2(other: typer.Typer, arguments: list[str], message: str):
     ended = programs.run(other, *arguments)
     assert (ended.status, ended.stdout) == (2, ""), ended.stderr
     assert message in ended.stderr.splitlines()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["tests.trials.faults", "loadtest.bench.devices"])
-def test_programs_of_one_command_have_the_same_statuses(module: str):
+def test_program_without_subcommands_has_the_same_statuses(module: str):
     asked = {"tests.trials.faults": ["nonesuch"], "loadtest.bench.devices": ["--cases", "nonesuch", "--devices", "cpu"]}
     done = subprocess.run([sys.executable, "-m", module, *asked[module]], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -178,14 +179,14 @@ def test_programs_of_one_command_have_the_same_statuses(module: str):
 
 
 @pytest.mark.parametrize("arguments", ["status", "predict mnist", "profile mnist", "rollout mnist", "logs"])
-def test_without_a_server_the_status_is_3(arguments: str):
+def test_command_without_a_server_is_status_3(arguments: str):
     ended = programs.run(app, *arguments.split())
     assert (ended.status, ended.stdout) == (3, "")
     assert "make serve" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_status_as_json_without_a_server():
+def test_status_as_json_without_a_server_is_status_3():
     ended = programs.run(app, "status", "--json")
     assert (ended.status, json.loads(ended.stdout), ended.stderr) == (3, {"running": False}, "")
 
@@ -194,7 +195,7 @@ def test_stop_without_a_server_succeeds():
     assert programs.run(app, "stop") == programs.Ended(0, "TorchServe was not running.\n", "")
 
 
-def test_a_failure_is_status_1(tmp_path: Path):
+def test_failed_command_is_status_1(tmp_path: Path):
     ended = programs.run(app, "keygen", str(tmp_path / "key"))
     assert ended.status == 0
     ended = programs.run(app, "keygen", str(tmp_path / "key"))
@@ -202,14 +203,14 @@ def test_a_failure_is_status_1(tmp_path: Path):
     assert ended.stderr.startswith(f"error: {tmp_path}/key exists")
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path):
+def test_file_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     ended = programs.run(app, "keygen", str(tmp_path / "file" / "key"))
     assert (ended.status, ended.stdout) == (1, "")
     assert ended.stderr.startswith(f"error: Cannot open {tmp_path}/file")
 
 
-def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "file" / "run"))
     ended = programs.run(app, "stop")
@@ -218,7 +219,7 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: 
 
 
 def failing(error: Exception) -> typer.Typer:
-    """A program that raises."""
+    """Return a program that raises `error`."""
     made = console.program()
 
     @made.command()
@@ -235,7 +236,7 @@ def test_each_error_has_its_status_and_shows_its_details(kind: type[BundleError]
 
 
 @pytest.mark.parametrize("bug", [OSError(2, "No such file", "x"), FileNotFoundError("x"), KeyError("x")])
-def test_a_bug_keeps_its_traceback(bug: Exception):
+def test_unexpected_exception_is_raised_unchanged(bug: Exception):
     with pytest.raises(type(bug)):
         programs.run(failing(bug))
 
@@ -252,7 +253,7 @@ def test_debug_shows_a_traceback_before_the_same_error(arguments: list[str], mon
     assert "Traceback" not in plain.stderr
 
 
-def test_models_dir_is_where_a_command_looks_for_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_models_dir_is_the_folder_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BUNDLE_MODELS", "")  # so that it is restored
     ended = programs.run(app, "--models-dir", str(tmp_path), "archive", "mnist")
     assert ended == programs.Ended(2, "", f"error: There is no model 'mnist' in {tmp_path}/; there are: none.\n")
@@ -277,8 +278,8 @@ console.run(app, "wait")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_cleans_up_and_ends_with_128_and_its_number(number: signal.Signals):
-    started = ["env", "--default-signal=INT", sys.executable, "-c", WAITS]  # a shell's background jobs ignore it
+def test_signal_cleans_up_and_ends_with_128_plus_its_number(number: signal.Signals):
+    started = ["env", "--default-signal=INT", sys.executable, "-c", WAITS]  # background jobs of a shell ignore SIGINT
     with subprocess.Popen(started, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(number)
@@ -287,10 +288,10 @@ def test_a_signal_cleans_up_and_ends_with_128_and_its_number(number: signal.Sign
 
 
 def test_ctrl_c_ends_logs_with_130(tmp_path: Path):
-    """A real command, which waits for another program."""
+    """A real command that waits for another program."""
     (tmp_path / "run" / "logs").mkdir(parents=True)
     log = tmp_path / "run" / "logs" / "model_log.log"
-    os.mkfifo(log)  # tail waits for somebody to write
+    os.mkfifo(log)  # tail waits for a writer
     started = ["env", "--default-signal=INT", sys.executable, "-m", "bundle", "logs"]
     with subprocess.Popen(started, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         wait_for(lambda: subprocess.run(["pgrep", "--parent", str(process.pid)], capture_output=True).returncode == 0)
@@ -327,31 +328,31 @@ def test_progress_and_notes_go_to_standard_error():
     ("text", "seconds"),
     [("100ms", 0.1), ("0.1s", 0.1), ("2s", 2), (" 1.5 ms ", 0.0015), (".5s", 0.5), ("5m", 300), ("1h30m5s", 5405)],
 )
-def test_a_duration_is_read_in_seconds(text: str, seconds: float):
+def test_duration_is_read_in_seconds(text: str, seconds: float):
     assert durations.seconds(text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
     "text", ["100", "", "ms", "-1s", "0ms", "1e3ms", "100 msec", "1,5s", "nan s", "5x", "1s1m", "1s2s", "1m 30"]
 )
-def test_an_invalid_duration_is_rejected(text: str):
+def test_invalid_duration_is_rejected(text: str):
     with pytest.raises(ValueError, match="is not a duration"):
         durations.seconds(text)
 
 
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59), st.integers(1, 999))
-def test_the_parts_of_a_duration_add_up(hours: int, minutes: int, seconds: int, milliseconds: int):
+def test_parts_of_a_duration_are_added(hours: int, minutes: int, seconds: int, milliseconds: int):
     text = f"{hours}h{minutes}m{seconds}s{milliseconds}ms"
     assert durations.seconds(text) == pytest.approx(3600 * hours + 60 * minutes + seconds + milliseconds / 1000)
 
 
-def test_a_list_is_read_between_commas_or_spaces():
+def test_list_is_split_at_commas_and_spaces():
     assert comma_list(int, "numbers")("1,2, 3 4,") == (1, 2, 3, 4)
     for text in ("", ",", "1,x"):
         with pytest.raises(typer.BadParameter, match="numbers"):
             comma_list(int, "numbers")(text)
 
 
-def test_an_address_is_a_host_and_a_port():
+def test_address_is_a_host_and_a_port():
     assert address("127.0.0.1:8083") == ("127.0.0.1", 8083)
     assert address("[::1]:80") == ("[::1]", 80)

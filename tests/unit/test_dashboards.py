@@ -1,4 +1,4 @@
-"""Dashboards, rules and alerts: what they ask for exists, and promtool agrees with them."""
+"""Dashboards, rules and alerts: the metrics that they query exist, and promtool accepts them."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from tests.queries import (
     substitute,
 )
 
-# Prometheus' own, and those of NVIDIA's exporter that the dashboard shows.
+# metrics of Prometheus itself, and of NVIDIA's exporter
 FOREIGN = {"up", "ALERTS", "DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED", "DCGM_FI_DEV_FB_FREE"}
 ALERTS = [rule for _, rule in rules() if "alert" in rule]
 DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
@@ -31,7 +31,7 @@ PROMTOOL = shutil.which("promtool")
 
 
 def declared() -> set[str]:
-    """What TorchServe and the handlers export: the series of each metric in metrics.yaml."""
+    """Return the series that TorchServe and the handlers export, by metrics.yaml."""
     config = yaml.safe_load((ROOT / "bundle/config/metrics.yaml").read_text(encoding="utf-8"))
     names = set()
     for section, kinds in config.items():
@@ -76,24 +76,24 @@ def dashboard(path) -> dict:
         ("histogram_quantile(0.99, sum(a) by (le)) >= 0", {"a"}),
     ],
 )
-def test_metric_names(expression, names):
+def test_metric_names_of_an_expression_are_found(expression, names):
     assert metric_names(expression) == names
 
 
 @pytest.mark.parametrize("expression", ['{__name__=~"a|b"}', "a ? b", 'a{b="c]'])
-def test_what_cannot_be_read_is_refused(expression):
+def test_metric_names_of_an_unreadable_expression_raise(expression):
     with pytest.raises(ValueError, match="metrics chosen by a pattern|no PromQL"):
         metric_names(expression)
 
 
-def test_variables_are_substituted():
+def test_variables_of_grafana_are_substituted():
     assert substitute('a{b=~"$model", c=~"${version:regex}"}[$__rate_interval]') == 'a{b=~".*", c=~".*"}[1m]'
     assert substitute('label_replace(a, "b", "$1", "c", "(.*)$")') == 'label_replace(a, "b", "$1", "c", "(.*)$")'
     with pytest.raises(KeyError, match="unknown"):
         substitute("a[$unknown]")
 
 
-# --- what is asked for -----------------------------------------------------------------------------------------------
+# --- queried metrics -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("origin", "expression"), queries().items(), ids=queries().keys())
@@ -106,20 +106,20 @@ def test_every_query_names_metrics_that_exist(origin, expression):
 
 
 def test_every_recording_rule_is_read():
-    """By a panel, an alert or another rule."""
+    """A panel, an alert or another rule reads it."""
     assert recorded() - set().union(*map(metric_names, queries().values())) == set()
 
 
 # --- dashboards ------------------------------------------------------------------------------------------------------
 
 
-def test_panels_have_ids_and_titles_of_their_own(dashboard):
+def test_panels_have_unique_ids_and_titles(dashboard):
     every = list(panels(dashboard))
     assert len({panel["id"] for panel in every}) == len(every)
     assert len({(panel["type"] == "row", panel["title"]) for panel in every}) == len(every)
 
 
-def test_every_panel_is_described_and_reads_the_provisioned_source(dashboard):
+def test_panels_have_a_description_and_the_provisioned_data_source(dashboard):
     provisioned = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
     assert [{key: source[key] for key in DATASOURCE} for source in provisioned] == [DATASOURCE]
     for panel in panels(dashboard):
@@ -143,7 +143,7 @@ def test_panels_do_not_overlap(dashboard):
         taken |= cells
 
 
-def test_the_interval_is_the_scrape_interval():
+def test_interval_of_the_data_source_is_the_scrape_interval():
     (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
@@ -153,7 +153,7 @@ def test_the_interval_is_the_scrape_interval():
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_alerts_say_what_and_what_to_do(alert):
+def test_alert_has_a_severity_a_summary_and_a_runbook(alert):
     assert alert["labels"]["severity"] in {"warning", "critical"}
     assert alert["annotations"].keys() == {"summary", "description", "runbook"}
     assert "{{ $" in alert["annotations"]["summary"]
@@ -161,7 +161,7 @@ def test_alerts_say_what_and_what_to_do(alert):
 
 
 def test_every_rule_is_tested():
-    """Alerts both fire and stay silent in some test; a recording rule is tested itself, or by one that reads it."""
+    """Each alert fires in one test and stays silent in another. A recording rule is tested, or a rule that reads it."""
     suites = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (PROMETHEUS / "tests").glob("*.yml")]
     tests = [test for suite in suites for test in suite["tests"]]
     asked = {
@@ -173,12 +173,12 @@ def test_every_rule_is_tested():
     assert recorded() - set().union(*evaluated, *read) == set()
 
 
-# --- Prometheus' own opinion -----------------------------------------------------------------------------------------
+# --- promtool --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def prometheus(tmp_path) -> Path:
-    """docker/prometheus as the GPU's override has it: with a target of the job gpu."""
+    """Return a copy of docker/prometheus with the GPU target, as the GPU override mounts it."""
     folder = shutil.copytree(PROMETHEUS, tmp_path / "prometheus")
     shutil.copy(folder / "gpu" / "gpu.yml", folder / "targets")
     return folder
@@ -186,7 +186,7 @@ def prometheus(tmp_path) -> Path:
 
 @pytest.mark.skipif(PROMTOOL is None, reason="no promtool on the PATH (it comes with Prometheus)")
 @pytest.mark.parametrize("index", range(len(promtool_checks())), ids=[" ".join(c[:2]) for c in promtool_checks()])
-def test_promtool(prometheus, index):
+def test_promtool_accepts_the_configuration_and_rules(prometheus, index):
     done = subprocess.run([PROMTOOL, *promtool_checks(prometheus)[index]], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stdout + done.stderr

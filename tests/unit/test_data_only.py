@@ -1,4 +1,4 @@
-"""What SECURITY.md says of files that are loaded: weights and settings are data. Nothing here unpickles."""
+"""Files that are loaded are data and never run code, as SECURITY.md says: no pickle, no `eval`, no unsafe YAML."""
 
 import ast
 import subprocess
@@ -17,14 +17,14 @@ ONLY_WEIGHTS = {"torch.load", "torch.hub.load_state_dict_from_url"}
 
 
 def faults(source: str) -> list[str]:
-    """The calls that run what a file says, as line numbers and names."""
+    """Find the calls that could run code from a file, as line numbers and names."""
     tree = ast.parse(source)
     names = imported(tree) | {"eval": "builtins.eval", "exec": "builtins.exec"}
     return [f"{call.lineno}: {name}" for call, name in calls(tree, names) if is_fault(call, name)]
 
 
 def imported(tree: ast.AST) -> dict[str, str]:
-    """What a name of the module stands for."""
+    """Map the names that a module imports to their full names."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -48,7 +48,7 @@ def is_fault(call: ast.Call, name: str) -> bool:
     return name in NEVER or options.get("allow_pickle", "False") != "False"
 
 
-def test_no_file_of_the_repository_is_loaded_as_a_program():
+def test_repository_has_no_unsafe_call():
     listed = subprocess.run(["git", "ls-files", "-z", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = listed.stdout.split("\0")[:-1]
     assert len(files) > 100
@@ -71,7 +71,7 @@ def test_no_file_of_the_repository_is_loaded_as_a_program():
         "eval(text)",
     ],
 )
-def test_what_would_run_a_file_is_found(source):
+def test_unsafe_call_is_found(source):
     assert len(faults(source)) == 1
 
 
@@ -82,8 +82,8 @@ def test_what_would_run_a_file_is_found(source):
         "import yaml\nyaml.safe_load(text)",
         "import numpy\nnumpy.load(file)",
         "model.eval()",
-        "import torch\ntorch.jit.load(file)",  # a program, and trusted as one
+        "import torch\ntorch.jit.load(file)",  # TorchScript is a program, and it is trusted
     ],
 )
-def test_what_loads_data_passes(source):
+def test_safe_call_is_accepted(source):
     assert faults(source) == []

@@ -1,4 +1,4 @@
-"""Every Markdown page: its links lead somewhere, and the make commands that it names exist."""
+"""Every Markdown page: the targets of its links exist, and so do the make commands that it names."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import pytest
 
 from bundle.paths import ROOT
 
-NOT_OURS = {"build", "data", "keys"}  # beside hidden folders: what commands write, and what users bring
+NOT_OURS = {"build", "data", "keys"}  # folders that commands write, or that belong to users
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -18,6 +18,7 @@ HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 MAKE = re.compile(r"(?:^|\s)make +([^\n;|&)]+)", re.MULTILINE)
 TARGET = re.compile(r"^([a-z-]+):", re.MULTILINE)
 VARIABLE = re.compile(r"\$\(([A-Z][A-Z0-9_]*)")
+OPTIONS = re.compile(r"\$\(call options,([A-Z0-9_ ]+)\)")
 
 
 def pages() -> Iterator[Path]:
@@ -28,24 +29,24 @@ def pages() -> Iterator[Path]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What `#` can name in a page, by GitHub's rule."""
+    """Return the anchors of a page, by GitHub's rule."""
     titles = HEADING.findall(FENCE.sub("", page.read_text()))
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def broken_links(page: Path) -> list[str]:
     text = SPAN.sub("", FENCE.sub("", page.read_text()))
-    return [link for link in LINK.findall(text) if "://" not in link and not leads_somewhere(page, link)]
+    return [link for link in LINK.findall(text) if "://" not in link and not target_exists(page, link)]
 
 
-def leads_somewhere(page: Path, link: str) -> bool:
+def target_exists(page: Path, link: str) -> bool:
     path, _, anchor = link.partition("#")
     target = page.parent / path if path else page
     return target.exists() and (not anchor or anchor in anchors(target))
 
 
 def make_words(page: Path) -> set[str]:
-    """The targets, and the names of the variables, of every make command in code blocks and code spans."""
+    """Return the targets and variables of every make command in code blocks and code spans."""
     text = page.read_text()
     code = [re.sub(r"\s#.*$", "", block, flags=re.MULTILINE) for block in FENCE.findall(text)]
     code += SPAN.findall(FENCE.sub("", text))
@@ -55,7 +56,7 @@ def make_words(page: Path) -> set[str]:
 
 def known_to_make() -> set[str]:
     makefile = (ROOT / "Makefile").read_text()
-    return {*TARGET.findall(makefile), *VARIABLE.findall(makefile)}
+    return {*TARGET.findall(makefile), *VARIABLE.findall(makefile), *" ".join(OPTIONS.findall(makefile)).split()}
 
 
 def by_name(page: Path) -> str:
@@ -63,7 +64,7 @@ def by_name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", sorted(pages()), ids=by_name)
-def test_links_lead_somewhere(page: Path):
+def test_targets_of_links_exist(page: Path):
     assert broken_links(page) == []
 
 
@@ -72,7 +73,7 @@ def test_make_commands_exist(page: Path):
     assert make_words(page) - known_to_make() == set()
 
 
-def test_a_page_with_faults_is_found_out(tmp_path: Path):
+def test_broken_links_and_unknown_make_commands_are_found(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(
         "# Up and `down`\n[here](#up-and-down) [no](#up) [gone](gone.md) [web](https://example.com/#x) `[code](gone)`\n"
@@ -83,12 +84,12 @@ def test_a_page_with_faults_is_found_out(tmp_path: Path):
     assert make_words(page) - known_to_make() == {"nonesuch", "NOBODY", "stpo"}
 
 
-def test_every_page_is_read():
+def test_pages_of_every_folder_are_checked():
     names = {by_name(page) for page in pages()}
     assert {"README.md", "handlers/README.md", "loadtest/bench/README.md", "tests/trials/fuzz/README.md"} <= names
     assert {"serve", "add-model", "test-faults"} <= make_words(ROOT / "README.md")
 
 
-def test_the_changelog_begins_with_the_version_of_the_project():
+def test_changelog_begins_with_the_current_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, and sections of documents that commands write."""
+"""Files that are replaced atomically, and sections of documents that commands write."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_write_atomically_makes_a_file_with_the_users_default_permissions(tmp_pa
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_replacing_sets_the_permissions_of_what_was_moved_there(tmp_path: Path):
+def test_replacing_sets_the_default_permissions_of_a_moved_file(tmp_path: Path):
     (tmp_path / "usual").touch()
     (tmp_path / "private").touch(mode=0o600)
     with replacing(tmp_path / "file") as partial:
@@ -44,7 +44,7 @@ def test_replacing_sets_the_permissions_of_what_was_moved_there(tmp_path: Path):
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_write_atomically_replaces_the_file_and_never_writes_into_it(tmp_path: Path):
+def test_write_atomically_leaves_an_open_file_unchanged(tmp_path: Path):
     file = tmp_path / "file"
     file.write_text("old")
     with file.open() as reader:

@@ -1,4 +1,4 @@
-"""The handlers on a GPU; all but one of these tests are skipped where there is none."""
+"""The handlers on a GPU. Without one, all tests here but one are skipped."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from bundle.samples import first
 from handlers.core.batch import BatchHandler
 from loadtest.bench.cases import CASES
 from loadtest.bench.devices import measure_case
+from tests.shipped import SHIPPED
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-MODELS = ("mnist", "image", "audio", "text")
 
 
 def answers(folder: ModelFolder, mar: Path, size: int, gpu: int | None) -> list[dict]:
@@ -28,8 +28,8 @@ def answers(folder: ModelFolder, mar: Path, size: int, gpu: int | None) -> list[
 
 @on_gpu
 @pytest.mark.parametrize("size", [1, 5, 32])
-@pytest.mark.parametrize("model", MODELS)
-def test_a_gpu_answers_as_the_cpu_does(model: str, size: int, tmp_path: Path):
+@pytest.mark.parametrize("model", SHIPPED)
+def test_gpu_answers_like_the_cpu(model: str, size: int, tmp_path: Path):
     [folder] = select([model])
     mar = archive(folder, store=tmp_path).path
     [expected] = answers(folder, mar, 1, None)
@@ -39,7 +39,7 @@ def test_a_gpu_answers_as_the_cpu_does(model: str, size: int, tmp_path: Path):
 
 
 @on_gpu
-def test_inputs_reach_the_gpu_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_to_device_on_a_gpu_copies_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     [folder] = select(["mnist"])
     copied, copy = [], torch.Tensor.to
 
@@ -55,8 +55,8 @@ def test_inputs_reach_the_gpu_from_pinned_memory(tmp_path: Path, monkeypatch: py
         assert moved.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_inputs_are_pinned_before_they_are_copied_to_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    """Without a GPU no memory can be pinned: the two calls are recorded instead of made."""
+def test_to_device_pins_inputs_only_for_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Memory cannot be pinned without a GPU, so the two calls are recorded instead of made."""
     given, pinned, calls = torch.zeros(2), torch.ones(2), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned if tensor is given else tensor)
     monkeypatch.setattr(
@@ -72,6 +72,6 @@ def test_inputs_are_pinned_before_they_are_copied_to_a_gpu(monkeypatch: pytest.M
 
 
 @on_gpu
-def test_the_benchmark_of_devices_measures_a_gpu():
+def test_measure_case_with_a_gpu_times_both_devices():
     timings = list(measure_case(CASES["mnist"], ["cpu", "0"], (1, 64), seconds=1))
     assert [(timing.device, timing.batch) for timing in timings] == [("cpu", 1), ("0", 1), ("cpu", 64), ("0", 64)]

@@ -1,4 +1,4 @@
-"""A process keeps its identity when the clock is set, and a later process with the same id has another one."""
+"""The identity of a process: a changed clock does not change it, and a later process with the same PID has another."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def child() -> Iterator[subprocess.Popen]:
 
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
-    """A copy of /proc by links, whose files a test may replace."""
+    """Return a folder of links to /proc, which a test may replace."""
     folder = tmp_path / "proc"
     folder.mkdir()
     for entry in Path("/proc").iterdir():
@@ -65,7 +65,7 @@ def test_process_that_ended_is_not_found(child: subprocess.Popen):
 
 
 def test_later_process_with_the_same_id_is_another(child: subprocess.Popen, proc: Path, monkeypatch):
-    """The same id at another tick, and the same tick of another boot."""
+    """The start time differs, or the boot does."""
     running = recorded(child)
     monkeypatch.setattr(identity, "PROC", proc)
     assert running.process()
@@ -95,7 +95,7 @@ def test_process_name_with_parentheses_is_read(tmp_path: Path):
 
 
 def test_process_without_proc_is_found_by_its_start_time(child: subprocess.Popen, tmp_path: Path, monkeypatch):
-    """As on macOS."""
+    """macOS has no /proc."""
     monkeypatch.setattr(identity, "PROC", tmp_path / "missing")
     running = recorded(child)
     assert running.started == f"created {psutil.Process(child.pid).create_time()}"

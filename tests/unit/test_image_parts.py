@@ -1,4 +1,4 @@
-"""Parts of an image file (segments, chunks, blocks, tags): broken ones are request errors, millions are refused."""
+"""Parts of an image file (segments, chunks, blocks, tags): broken ones are request errors, too many are rejected."""
 
 import contextlib
 import io
@@ -8,12 +8,20 @@ import zlib
 
 import numpy
 import pytest
-from inputs import bare_png, bare_tiff, encode_image, four_colours, jpeg_segment, png_chunk
 from PIL import Image, PngImagePlugin
 
 from handlers.core.errors import ImageTooLarge, UndecodableImage
 from handlers.core.images import FORMATS, ImageLimits, open_image
 from handlers.image_topk import ImageTopKHandler
+from tests.unit.inputs import (
+    bare_png,
+    bare_tiff,
+    decoded,
+    encode_image,
+    four_colours,
+    jpeg_segment,
+    png_chunk,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SETTINGS = ImageLimits()
@@ -32,7 +40,7 @@ def handler() -> ImageTopKHandler:
 
 PALETTE = png_chunk(b"PLTE", bytes(range(48)))
 PIXELS = (b"\0" + bytes(16)) * 16
-ORIENTED = b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x112, 3, 1, 6)  # EXIF of an image that lies on its side
+ORIENTED = b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x112, 3, 1, 6)  # EXIF orientation 6: rotated by 90 degrees
 
 
 def palette_png(*chunks: bytes, pixels: bytes = PIXELS) -> bytes:
@@ -46,21 +54,23 @@ def palette_png(*chunks: bytes, pixels: bytes = PIXELS) -> bytes:
         pytest.param(palette_png(PALETTE, png_chunk(b"tRNS", b"\x80" * 257)), id="transparency-of-257"),
         pytest.param(palette_png(PALETTE, png_chunk(b"tRNS", bytes(1 << 20))), id="transparency-of-a-mebibyte"),
         pytest.param(palette_png(png_chunk(b"PLTE", bytes(3000))), id="palette-of-1000"),
-        pytest.param(palette_png(png_chunk(b"PLTE", bytes(47))), id="palette-that-ends-within-a-colour"),
-        pytest.param(palette_png(png_chunk(b"PLTE")), id="palette-of-none"),
+        pytest.param(palette_png(png_chunk(b"PLTE", bytes(47))), id="palette-truncated-in-a-colour"),
+        pytest.param(palette_png(png_chunk(b"PLTE")), id="palette-empty"),
         pytest.param(palette_png(), id="palette-missing"),
         pytest.param(palette_png(PALETTE, pixels=(b"\0" + b"\xff" * 16) * 16), id="palette-too-short"),
         pytest.param(palette_png(PALETTE, PALETTE, png_chunk(b"tRNS"), png_chunk(b"tRNS", b"\0")), id="repeated"),
         pytest.param(palette_png(png_chunk(b"tRNS", b"\0"), PALETTE), id="transparency-before-palette"),
         pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"tRNS", b"\0")), id="grey-transparency-short"),
         pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"tRNS", bytes(6))), id="grey-transparency-long"),
-        pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"iCCP", b"x")), id="profile-without-a-name-end"),
+        pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"iCCP", b"x")), id="profile-name-unterminated"),
         pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"iCCP", b"x\0\1")), id="profile-unknown-method"),
         pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"cHRM", b"x")), id="chromaticity-short"),
         pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"acTL", bytes(8))), id="no-frames"),
-        pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"fcTL", bytes(26))), id="frame-of-nothing"),
-        pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"eXIf", b"MM\0*")), id="exif-cut"),
-        pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"eXIf", ORIENTED[:-4])), id="exif-cut-in-a-tag"),
+        pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"fcTL", bytes(26))), id="frame-empty"),
+        pytest.param(bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"eXIf", b"MM\0*")), id="exif-truncated"),
+        pytest.param(
+            bare_png(16, 16, pixels=PIXELS, chunks=png_chunk(b"eXIf", ORIENTED[:-4])), id="exif-truncated-in-a-tag"
+        ),
         pytest.param(JPEG[:2] + jpeg_segment(0xE1, b"Exif\0\0" + b"\xff" * 40) + JPEG[2:], id="jpeg-exif"),
         pytest.param(JPEG[:2] + jpeg_segment(0xE2, b"MPF\0II*\0\xff\0\0\0") + JPEG[2:], id="jpeg-mpo-index"),
         pytest.param(JPEG[:2] + jpeg_segment(0xE2, b"ICC_PROFILE\0") + JPEG[2:], id="jpeg-profile-without-a-number"),
@@ -69,16 +79,16 @@ def palette_png(*chunks: bytes, pixels: bytes = PIXELS) -> bytes:
             bare_tiff({256: (3, 1, 16), 257: (3, 1, 16), 258: (3, 1, 8), 259: (3, 1, 1)}), id="tiff-no-strips"
         ),
         pytest.param(b"\0\0\0\x0cjP  \r\n\x87\n" + struct.pack(">I4s", 8, b"jp2h"), id="jp2-empty-header"),
-        pytest.param(b"GIF89a" + struct.pack("<HHxxx", 16, 16) + b"!", id="gif-cut-in-an-extension"),
+        pytest.param(b"GIF89a" + struct.pack("<HHxxx", 16, 16) + b"!", id="gif-truncated-in-an-extension"),
         pytest.param(b"P6 16 16 0 " + bytes(768), id="ppm-white-is-zero"),
     ],
 )
-def test_broken_part_is_served_or_a_request_error(content: bytes):
+def test_broken_part_is_decoded_or_a_request_error(content: bytes):
     with contextlib.suppress(UndecodableImage):
-        assert handler().decode(content).shape == handler().example().shape
+        assert decoded(handler(), content).shape == handler().example().tensors.shape
 
 
-def test_more_transparency_than_a_palette_has_is_refused():
+def test_more_transparency_than_palette_is_rejected():
     with pytest.raises(UndecodableImage, match="truncated or corrupt"):
         open_image(palette_png(PALETTE, png_chunk(b"tRNS", bytes(300))), SETTINGS)
 
@@ -87,7 +97,9 @@ def test_more_transparency_than_a_palette_has_is_refused():
     "error", [AssertionError, ZeroDivisionError, LookupError, SystemError, zlib.error, struct.error]
 )
 @pytest.mark.parametrize("stage", ["load", "getexif", "convert"])
-def test_error_of_any_stage_is_a_request_error(stage: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch):
+def test_pillows_error_in_any_stage_is_a_request_error(
+    stage: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: object, **__: object) -> None:
         raise error("broken")
 
@@ -100,8 +112,8 @@ def test_error_of_any_stage_is_a_request_error(stage: str, error: type[Exception
 # --- many parts --------------------------------------------------------------------------------------------------
 
 
-def reads(content: bytes) -> int:
-    """How many reads Pillow takes to decode a file."""
+def read_count(content: bytes) -> int:
+    """Count the reads in which Pillow decodes a file."""
 
     class Counted(io.BytesIO):
         count = 0
@@ -116,15 +128,15 @@ def reads(content: bytes) -> int:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "PPM"])
-def test_file_has_no_more_parts_than_it_may(format: str):
+def test_file_with_more_parts_than_the_limit_is_rejected(format: str):
     content = encode_image(COLOURS, format)
-    most = reads(content)
+    most = read_count(content)
     assert open_image(content, ImageLimits(max_parts=most)).size == COLOURS.size
     with pytest.raises(ImageTooLarge, match=f"too many parts .* at most {most - 1} are read"):
         open_image(content, ImageLimits(max_parts=most - 1))
 
 
-# what is past a limit takes from one second to a minute without it
+# without the limit, each takes from one second to a minute to decode
 FLOODS = {
     "jpeg-segments": JPEG[:2] + jpeg_segment(0xE1) * 500_000 + JPEG[2:],
     "jpeg-segments-behind-the-scan": JPEG[:-2] + jpeg_segment(0xE1) * 2_000_000 + JPEG[-2:],
@@ -162,7 +174,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("flood", FLOODS)
-def test_millions_of_parts_are_refused_at_once(flood: str):
+def test_millions_of_parts_are_rejected_within_half_a_second(flood: str):
     start = time.thread_time()
     with pytest.raises(ImageTooLarge, match="too many parts"):
         open_image(FLOODS[flood], SETTINGS)
@@ -173,7 +185,7 @@ NOISE = numpy.random.default_rng(0).bytes(2_000_000)
 
 
 def in_chunks(size: int) -> bytes:
-    """A PNG of 15 MB whose pixels are in chunks of `size` bytes."""
+    """Return a PNG of 15 MB whose pixels are in chunks of `size` bytes."""
     data = zlib.compress(b"".join(b"\0" + NOISE[row : row + 5000] for row in range(3000)), 0)
     chunks = b"".join(png_chunk(b"IDAT", data[at : at + size]) for at in range(0, len(data), size))
     return bare_png(5000, 3000)[:33] + chunks + png_chunk(b"IEND")
@@ -184,7 +196,7 @@ def in_chunks(size: int) -> bytes:
     [
         pytest.param(in_chunks(8192), id="png-of-8-kib-chunks"),
         pytest.param(in_chunks(4096), id="png-of-4-kib-chunks"),
-        pytest.param(PNG + bytes(1_000_000), id="png-with-padding-behind-it"),
+        pytest.param(PNG + bytes(1_000_000), id="png-with-trailing-bytes"),
         pytest.param(encode_image(COLOURS, "JPEG", icc_profile=NOISE), id="jpeg-profile-in-31-segments"),
         pytest.param(encode_image(COLOURS, "PNG", icc_profile=NOISE[:500_000]), id="png-profile"),
         pytest.param(
@@ -196,5 +208,5 @@ def in_chunks(size: int) -> bytes:
         pytest.param(encode_image(Image.new("L", (64, 8000)), "TIFF", tiffinfo={278: 1}), id="tiff-strip-per-row"),
     ],
 )
-def test_photo_of_many_parts_is_opened(content: bytes):
+def test_photo_with_many_parts_is_opened(content: bytes):
     assert open_image(content, SETTINGS).width > 0

@@ -1,4 +1,4 @@
-"""Images of the formats that people send, upright and 8-bit; others are refused, and large ones before decoding."""
+"""Images of all accepted formats are opened upright with 8 bits. Others are rejected, large ones before decoding."""
 
 import io
 import struct
@@ -10,12 +10,12 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import bare_png, blp_around, damaged, decoded, encode_image, four_colours, icon
 from PIL import Image, ImageOps
 
 from handlers.core.errors import ImageTooLarge, RequestError, UndecodableImage
 from handlers.core.images import ImageLimits, flatten, open_image
 from handlers.image_topk import ImageTopKHandler
+from tests.unit.inputs import bare_png, blp_around, damaged, decoded, encode_image, four_colours, icon
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 SETTINGS = ImageLimits()
@@ -25,12 +25,12 @@ GREY = Image.fromarray((RAMP * 255).round().astype(numpy.uint8))
 
 
 def difference(image: Image.Image, other: Image.Image) -> float:
-    """Mean absolute difference of two RGB images, of 255."""
+    """Return the mean absolute difference of two RGB images, in 0 to 255."""
     assert image.size == other.size
     return float(abs(numpy.asarray(image, dtype=float) - numpy.asarray(other, dtype=float)).mean())
 
 
-# --- what is accepted --------------------------------------------------------------------------------------------
+# --- accepted images ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,15 @@ def difference(image: Image.Image, other: Image.Image) -> float:
         pytest.param(encode_image(COLOURS.convert("RGBA"), "PNG"), 0, id="opaque-rgba"),
         pytest.param(encode_image(COLOURS, "JPEG2000"), 3, id="jpeg-2000"),
         pytest.param(encode_image(COLOURS, "AVIF", quality=95), 10, id="avif"),
-        pytest.param(encode_image(COLOURS, "TGA"), 0, id="tga-has-no-magic"),
+        pytest.param(encode_image(COLOURS, "TGA"), 0, id="tga-without-magic-bytes"),
     ],
 )
-def test_opens_colour(content: bytes, tolerance: float):
+def test_open_image_of_each_format_returns_its_colours(content: bytes, tolerance: float):
     assert difference(flatten(open_image(content, SETTINGS)), COLOURS) <= tolerance
 
 
 def rgb_16_bit() -> bytes:
-    """16 bits a channel, which Pillow reads and does not write."""
+    """Return a PNG with 16 bits per channel, which Pillow can read and not write."""
     rows = numpy.repeat((RAMP * 65535).astype(">u2")[..., None], 3, axis=2)
     return bare_png(48, 32, depth=16, colour_type=2, pixels=b"".join(b"\0" + row.tobytes() for row in rows))
 
@@ -78,18 +78,18 @@ def rgb_16_bit() -> bytes:
         pytest.param(rgb_16_bit(), 1, id="png-48-bit"),
     ],
 )
-def test_opens_grey_and_deep(content: bytes, tolerance: float):
+def test_open_image_with_any_grey_or_depth_returns_its_shades(content: bytes, tolerance: float):
     assert difference(flatten(open_image(content, SETTINGS)), GREY.convert("RGB")) <= tolerance
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
-def test_dark_16_bit_stays_dark(order: str):
-    """All values below 256 of 65535: its type says what white is, not its brightest pixel."""
+def test_open_image_with_dark_16_bit_stays_dark(order: str):
+    """Its type decides what white is, not its brightest pixel: here all values are below 256 of 65,535."""
     content = encode_image(Image.fromarray((RAMP * 200).astype(order)), "TIFF")
     assert open_image(content, SETTINGS).getextrema() == (0, 1)
 
 
-def test_float_that_is_not_finite_is_black_or_white():
+def test_open_image_with_non_finite_floats_returns_black_or_white():
     pixels = numpy.full((8, 8), 0.5, dtype=numpy.float32)
     pixels[0, :3] = [numpy.nan, numpy.inf, -numpy.inf]
     opened = open_image(encode_image(Image.fromarray(pixels), "TIFF"), SETTINGS)
@@ -97,8 +97,8 @@ def test_float_that_is_not_finite_is_black_or_white():
 
 
 @pytest.mark.parametrize(("size", "enough"), [((1600, 1200), 256), ((720, 721), 256), ((640, 480), 32)])
-def test_a_large_jpeg_is_decoded_no_larger_than_needed(size: tuple[int, int], enough: int):
-    """Resized to what is used, it differs from the whole one by less than 2 of 255 on average."""
+def test_open_image_of_a_large_jpeg_decodes_only_the_needed_size(size: tuple[int, int], enough: int):
+    """After resizing, it differs from the fully decoded image by less than 2 of 255 on average."""
     coarse = numpy.random.default_rng(0).integers(0, 256, (size[1] // 40, size[0] // 40, 3), dtype=numpy.uint8)
     content = encode_image(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
     whole, scaled = open_image(content, SETTINGS), open_image(content, SETTINGS, enough)
@@ -110,12 +110,12 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed(size: tuple[int, int], en
     assert numpy.abs(used[0] - used[1]).mean() < 2
 
 
-def test_a_jpeg_that_is_not_twice_as_large_is_decoded_whole():
+def test_open_image_of_a_jpeg_below_twice_the_needed_size_decodes_it_whole():
     content = encode_image(Image.new("RGB", (500, 400)), "JPEG")
     assert open_image(content, SETTINGS, 256).size == (500, 400)
 
 
-def test_opens_1_bit():
+def test_open_image_with_1_bit_returns_black_and_white():
     image = Image.new("1", (16, 16), 1)
     image.paste(0, (0, 0, 8, 16))
     opened = open_image(encode_image(image, "PNG"), SETTINGS)
@@ -123,7 +123,7 @@ def test_opens_1_bit():
 
 
 def transparent(mode: str) -> bytes:
-    """Left half transparent, right half red (or white where there is no colour)."""
+    """Return an image whose left half is transparent; its right half is red, or grey without colours."""
     image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     image.paste((255, 0, 0, 255), (8, 0, 16, 16))
     if mode == "P":
@@ -136,7 +136,7 @@ def transparent(mode: str) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "GIF", "tRNS"])
-def test_transparency_shows_the_background(mode: str):
+def test_flatten_transparency_shows_the_background(mode: str):
     image = open_image(transparent(mode), SETTINGS)
     assert image.mode == "RGBA"
     assert [flatten(image, ink).getpixel((2, 8)) for ink in [(255, 255, 255), (0, 0, 0)]] == [(255,) * 3, (0,) * 3]
@@ -157,15 +157,15 @@ def test_transparency_shows_the_background(mode: str):
         (8, lambda image: image.transpose(Image.Transpose.ROTATE_270)),
     ],
 )
-def test_turns_upright(orientation: int, stored, format: str):
-    """`stored`: how a camera that notes this orientation has the picture lie in the file."""
+def test_open_image_with_an_orientation_is_upright(orientation: int, stored, format: str):
+    """`stored` transforms an upright image to the way in which a camera stores it with this orientation."""
     exif = Image.Exif()
     exif[0x112] = orientation
     content = encode_image(stored(COLOURS), format, exif=exif)
     assert difference(flatten(open_image(content, SETTINGS)), COLOURS) < 10
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- rejected images ---------------------------------------------------------------------------------------------
 
 JPEG = encode_image(four_colours(640, 480), "JPEG")
 
@@ -176,17 +176,17 @@ JPEG = encode_image(four_colours(640, 480), "JPEG")
         pytest.param(b"", "not an image", id="empty"),
         pytest.param(b"hello, world\n" * 100, "not an image", id="text"),
         pytest.param(b"%PDF-1.7\n", "not an image", id="pdf"),
-        pytest.param(encode_image(COLOURS, "EPS"), "not an image", id="eps-would-start-ghostscript"),
-        pytest.param(JPEG[:20], "not an image", id="jpeg-cut-in-the-head"),
-        pytest.param(JPEG[: len(JPEG) // 2], "truncated", id="jpeg-cut-in-the-middle"),
-        pytest.param(JPEG[:-8], "truncated", id="jpeg-cut-at-the-end"),
+        pytest.param(encode_image(COLOURS, "EPS"), "not an image", id="eps-which-starts-ghostscript"),
+        pytest.param(JPEG[:20], "not an image", id="jpeg-truncated-in-the-header"),
+        pytest.param(JPEG[: len(JPEG) // 2], "truncated", id="jpeg-truncated-in-the-middle"),
+        pytest.param(JPEG[:-8], "truncated", id="jpeg-truncated-at-the-end"),
         pytest.param(bare_png(64, 64), "truncated", id="png-without-pixels"),
         pytest.param(encode_image(COLOURS.resize((1, 1)), "PNG"), "1 x 1 pixels; at least 8 x 8", id="1x1"),
-        pytest.param(encode_image(COLOURS.resize((500, 7)), "PNG"), "500 x 7 pixels; at least", id="a-line"),
+        pytest.param(encode_image(COLOURS.resize((500, 7)), "PNG"), "500 x 7 pixels; at least", id="500x7"),
         pytest.param(bare_png(0, 0), "not an image", id="0x0"),
     ],
 )
-def test_refuses(content: bytes, message: str):
+def test_open_image_of_invalid_bytes_is_rejected(content: bytes, message: str):
     with pytest.raises(UndecodableImage, match=message):
         open_image(content, SETTINGS)
 
@@ -195,16 +195,16 @@ def test_refuses(content: bytes, message: str):
     "content",
     [
         pytest.param(bare_png(50_000, 50_000), id="png"),
-        pytest.param(bare_png(8_000, 8_000), id="png-less-than-twice-too-large"),
+        pytest.param(bare_png(8_000, 8_000), id="png-of-64-million-pixels"),
         pytest.param(bare_png(2**31 - 1, 2**31 - 1), id="png-of-the-largest-size"),
         pytest.param(bare_png(50_000_001, 1), id="png-of-one-line"),
         pytest.param(b"GIF89a" + struct.pack("<HHxxxcHHHHxx", 8, 8, b",", 0, 0, 65535, 65535), id="gif-frame"),
         pytest.param(b"P6 50000 50000 255\n", id="ppm"),
     ],
 )
-def test_large_images_are_refused_before_they_are_decoded(content: bytes, monkeypatch: pytest.MonkeyPatch):
+def test_open_image_above_the_pixel_limit_is_rejected_before_decoding(content: bytes, monkeypatch: pytest.MonkeyPatch):
     def reached(*_: object) -> None:
-        raise AssertionError("pixels were asked for")
+        raise AssertionError("pixels were decoded")
 
     monkeypatch.setattr(Image.core, "new", reached)  # where Pillow allocates
     monkeypatch.setattr(Image.core, "fill", reached)
@@ -212,14 +212,14 @@ def test_large_images_are_refused_before_they_are_decoded(content: bytes, monkey
         open_image(content, SETTINGS)
 
 
-def test_the_largest_image_is_accepted():
+def test_open_image_at_the_pixel_limit_is_accepted():
     limits = ImageLimits(max_pixels=48 * 32, min_side=32)
     assert open_image(encode_image(COLOURS, "PNG"), limits).size == (48, 32)
 
 
 @pytest.mark.parametrize(("pixels", "refused"), [(b"\1" * 1600, False), (b"\1" * 1640, True)])
-def test_what_pillow_decodes_in_python_has_a_limit_of_its_own(pixels: bytes, refused: bool):
-    """A PPM of 16 million pixels whose white is 254 takes 9 s: two dozen of them, and the worker is killed."""
+def test_open_image_of_a_slow_format_has_a_lower_limit(pixels: bytes, refused: bool):
+    """A PPM of 16 million pixels whose white is 254 takes 9 s: a batch of them would exceed the response timeout."""
     limits = ImageLimits(max_slow_pixels=1600)
     content = b"P5 40 %d 254\n" % (len(pixels) // 40) + pixels
     assert open_image(content.replace(b" 254\n", b" 255\n"), limits)
@@ -230,8 +230,8 @@ def test_what_pillow_decodes_in_python_has_a_limit_of_its_own(pixels: bytes, ref
         assert open_image(content, limits).size == (40, 40)
 
 
-def test_what_follows_a_jpeg_is_not_counted():
-    """A phone's photograph has its video behind it; a thumbnail inside has scans of its own."""
+def test_scan_limit_ignores_bytes_outside_the_image():
+    """A phone may append a video to a photo, and a thumbnail inside a file has its own scans."""
     trailer = b"\xff\xda" * 200
     photo = JPEG
     assert open_image(photo + trailer, SETTINGS).size == open_image(photo, SETTINGS).size
@@ -242,8 +242,8 @@ def test_what_follows_a_jpeg_is_not_counted():
 @pytest.mark.parametrize(
     ("format", "scans", "refused"), [("JPEG", 100, False), ("JPEG", 101, True), ("MPO", 101, True)]
 )
-def test_a_jpeg_has_no_more_scans_than_it_may(format: str, scans: int, refused: bool):
-    """Each takes 95 bytes, and 30 ms over 48 million pixels: a file of 16 MiB would take an hour."""
+def test_jpeg_with_more_scans_than_the_limit_is_rejected(format: str, scans: int, refused: bool):
+    """A scan has 95 bytes and takes 30 ms with 48 million pixels: a file of 16 MiB would take more than an hour."""
     more = {"save_all": True, "append_images": [COLOURS]} if format == "MPO" else {}
     content = encode_image(COLOURS, format, progressive=True, **more)
     end = content.index(b"\xff\xd9")
@@ -276,27 +276,27 @@ INSIDE = encode_image(COLOURS, "PNG")
         pytest.param(icon("ICNS", encode_image(COLOURS.resize((32, 32)), "JPEG2000")), id="icns-jpeg-2000"),
         pytest.param(blp_around(encode_image(COLOURS, "JPEG"), *COLOURS.size), id="blp"),
         pytest.param(iptc_around(INSIDE), id="iptc"),
-        pytest.param(iptc_around(encode_image(COLOURS, "EPS")), id="iptc-eps-would-start-ghostscript"),
+        pytest.param(iptc_around(encode_image(COLOURS, "EPS")), id="iptc-eps-which-starts-ghostscript"),
     ],
 )
-def test_file_inside_another_file_is_refused(content: bytes, request: pytest.FixtureRequest):
-    """The limits are those of the outer file. Pillow by itself opens each of these."""
-    if "eps" not in request.node.callspec.id:
+def test_file_inside_another_file_is_rejected(content: bytes, request: pytest.FixtureRequest):
+    """Pillow opens each of these files, but the limits are checked for the outer file only."""
+    if "eps" not in request.node.callspec.id:  # opening EPS needs Ghostscript
         Image.open(io.BytesIO(content)).load()
     with pytest.raises(UndecodableImage, match="supported format"):
         open_image(content, SETTINGS)
 
 
-def test_size_that_shows_only_when_decoded_is_refused(monkeypatch: pytest.MonkeyPatch):
-    """As an icon does, whose directory says another size than the image inside of it."""
+def test_size_that_is_known_only_after_decoding_is_checked(monkeypatch: pytest.MonkeyPatch):
+    """The directory of an icon file may declare another size than the image in it has."""
     content = icon("ICO", encode_image(four_colours(100, 100), "PNG"))
     monkeypatch.setattr("handlers.core.images.FORMATS", ("ICO",))
     with pytest.raises(ImageTooLarge, match="at most 1024 pixels"):
         open_image(content, ImageLimits(max_pixels=32 * 32))
 
 
-def test_broken_metadata_leaves_no_warnings_behind():
-    """Each has words of its own: a worker would keep all of them, and log them."""
+def test_broken_metadata_prints_no_warnings():
+    """Each warning has another text, and a worker would store and log every one."""
     exif = b"Exif\0\0II*\0\x08\0\0\0" + bytes(range(1, 40))
     content = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + JPEG[2:]
     code = "import sys; from handlers.core.images import *; open_image(sys.stdin.buffer.read(), ImageLimits())"
@@ -305,7 +305,7 @@ def test_broken_metadata_leaves_no_warnings_behind():
     assert (run.returncode, run.stderr) == (0, b"")
 
 
-# --- anything at all ---------------------------------------------------------------------------------------------
+# --- arbitrary bytes ---------------------------------------------------------------------------------------------
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "TGA", "PPM", "JPEG2000", "AVIF")
 ORIGINALS = {
@@ -317,7 +317,7 @@ ORIGINALS = {
 
 
 @given(st.one_of(st.binary(), damaged(ORIGINALS)))
-def test_any_bytes_are_an_image_or_a_request_error(content: bytes):
+def test_open_image_of_any_bytes_returns_an_image_or_a_request_error(content: bytes):
     try:
         image = open_image(content, SETTINGS)
     except RequestError:
@@ -331,7 +331,7 @@ def test_any_bytes_are_an_image_or_a_request_error(content: bytes):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("content", [JPEG, transparent("LA"), transparent("RGBA"), rgb_16_bit()], ids=len)
-def test_sample(content: bytes, channels: int):
+def test_sample_has_the_shape_and_type_of_the_example(content: bytes, channels: int):
     handler = ImageTopKHandler()
     handler.settings = handler.Settings(resize=24, crop=20, channels=channels)
     sample, example = decoded(handler, content), handler.example().tensors

@@ -1,4 +1,7 @@
-"""bundle/load/generator.py with a real wrk, on small servers whose behaviour is known."""
+"""bundle/load/generator.py with a real wrk, on small servers whose behaviour is known.
+
+The assertions hold on a busy machine, too: benchmarks measure speed, tests do not.
+"""
 
 import itertools
 import math
@@ -16,14 +19,18 @@ import pytest
 from bundle.errors import BundleError
 from bundle.load import generator as load
 
-needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
+HANG, BREAK = "hang", "break"  # what a server may do instead of answering with a status
 
-HANG, BREAK = "hang", "break"  # what a server may do instead of answering a status
+
+def needs_wrk(test: Callable) -> Callable:
+    """Mark a test that runs wrk on a server."""
+    missing = shutil.which("wrk") is None
+    return pytest.mark.slow(pytest.mark.skipif(missing, reason="wrk is not installed: apt-get install wrk")(test))
 
 
 @dataclass
 class Known:
-    """A server that does as `behave` says.
+    """A running server.
 
     Attributes:
         url: where it listens.
@@ -36,10 +43,11 @@ class Known:
 
 @contextmanager
 def known_server(behave: Callable[[int], int | str], idle_timeout: float | None = None) -> Iterator[Known]:
-    """
+    """Run a server that does what `behave` returns.
+
     Args:
-        behave: number of the request -> status, or HANG or BREAK; it may sleep.
-        idle_timeout: seconds after which the server closes a connection that nobody uses.
+        behave: takes the number of the request; returns a status, HANG or BREAK; it may sleep.
+        idle_timeout: seconds after which the server closes an unused connection.
     """
     numbers = itertools.count()
     closing = threading.Event()
@@ -64,7 +72,7 @@ def known_server(behave: Callable[[int], int | str], idle_timeout: float | None 
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
-            """wrk leaves without saying goodbye."""
+            """Print nothing: wrk ends by breaking its connections."""
 
     server = Server(("127.0.0.1", 0), Handler)
     known = Known(f"http://127.0.0.1:{server.server_port}/predictions/known")
@@ -83,38 +91,40 @@ def slow(seconds: float, status: int = 200) -> int:
 
 
 @needs_wrk
-def test_a_closed_loop_waits_for_its_answers():
+def test_closed_loop_counts_every_answer():
     with known_server(lambda _: slow(0.02)) as server:
         seen = load.closed_loop(server.url, b"x", {}, concurrency=4, seconds=1)
         assert seen.failed == 0
-        assert seen.answered == len(server.seen)  # none is cut off at the end
-        assert 100 < seen.throughput <= 4 / 0.02
-        assert 0.02 <= seen.p50 <= seen.p95 <= seen.p99 <= seen.longest < 0.5
+        assert seen.answered == len(server.seen) > 0  # none is cut off at the end
+        assert 0 < seen.throughput <= 4 / 0.02
+        assert 0.02 <= seen.p50 <= seen.p95 <= seen.p99 <= seen.longest
 
 
 @needs_wrk
 @pytest.mark.parametrize("concurrency", [1, 3, 16])
-def test_as_many_requests_are_on_their_way_as_there_are_clients(concurrency: int):
+def test_closed_loop_keeps_one_request_in_flight_per_client(concurrency: int):
     inside, most, lock = 0, 0, threading.Lock()
+    all_inside = threading.Barrier(concurrency)
 
-    def behave(_: int) -> int:
+    def behave(number: int) -> int:
         nonlocal inside, most
         with lock:
             inside += 1
             most = max(most, inside)
-        time.sleep(0.03)
+        if number < concurrency:
+            all_inside.wait(5)  # breaks if there are fewer clients
         with lock:
             inside -= 1
         return 200
 
     with known_server(behave) as server:
-        load.closed_loop(server.url, b"x", {}, concurrency, seconds=0.5)
-    assert most == concurrency
+        seen = load.closed_loop(server.url, b"x", {}, concurrency, seconds=0.5)
+    assert (most, seen.failed) == (concurrency, 0)
 
 
 @needs_wrk
 @pytest.mark.parametrize("loop", [load.closed_loop, load.open_loop])
-def test_body_and_headers_arrive_as_they_are(loop: Callable):
+def test_body_and_headers_are_sent_unchanged(loop: Callable):
     body = bytes(range(256)) * 1000
     with known_server(lambda _: slow(0.01)) as server:
         loop(server.url, body, {"Content-Type": "image/png"}, 20, seconds=0.2)
@@ -124,7 +134,7 @@ def test_body_and_headers_arrive_as_they_are(loop: Callable):
 @needs_wrk
 @pytest.mark.parametrize("status", [302, 404, 503])
 @pytest.mark.parametrize("loop", [load.closed_loop, load.open_loop])
-def test_another_status_is_a_failure(loop: Callable, status: int):
+def test_status_other_than_2xx_counts_as_failed(loop: Callable, status: int):
     with known_server(lambda number: slow(0.005, status if number % 4 == 0 else 200)) as server:
         seen = loop(server.url, b"x", {}, 40, seconds=0.5)
         assert seen.failed == math.ceil(len(server.seen) / 4)
@@ -132,7 +142,7 @@ def test_another_status_is_a_failure(loop: Callable, status: int):
 
 
 @needs_wrk
-def test_no_good_answer_has_no_latency():
+def test_load_without_good_answers_has_infinite_latency():
     with known_server(lambda _: slow(0.01, 500)) as server:
         seen = load.closed_loop(server.url, b"x", {}, 2, seconds=0.2)
     assert seen.answered == seen.throughput == 0
@@ -141,17 +151,16 @@ def test_no_good_answer_has_no_latency():
 
 
 @needs_wrk
-def test_latencies_are_those_that_clients_saw():
-    """Of 25 answers, 24 are fast. wrk's own p95 would be slow: it adds requests that nobody sent."""
+def test_latencies_are_of_sent_requests_only():
+    """One of 25 answers is slow. wrk's own p95 would be slow, too: it adds requests that nobody sent."""
     with known_server(lambda number: slow(0.3 if number % 25 == 24 else 0.005)) as server:
         seen = load.closed_loop(server.url, b"x", {}, concurrency=1, seconds=2.2)
-    assert 0.005 <= seen.p50 <= seen.p95 < 0.1
-    assert 0.3 <= seen.p99 <= seen.longest < 0.6
+    assert 0.005 <= seen.p50 <= seen.p95 < 0.3 <= seen.p99 <= seen.longest
 
 
 @needs_wrk
 @pytest.mark.parametrize("loop", [load.closed_loop, load.open_loop])
-def test_a_request_that_is_never_answered_is_a_failure(loop: Callable):
+def test_unanswered_request_counts_as_failed(loop: Callable):
     with known_server(lambda number: HANG if number == 5 else slow(0.01)) as server:
         seen = loop(server.url, b"x", {}, 16, seconds=0.5, timeout=1)
         assert (seen.answered, seen.failed) == (len(server.seen) - 1, 1)
@@ -159,7 +168,7 @@ def test_a_request_that_is_never_answered_is_a_failure(loop: Callable):
 
 @needs_wrk
 @pytest.mark.parametrize("loop", [load.closed_loop, load.open_loop])
-def test_an_answer_that_comes_too_late_is_a_failure(loop: Callable):
+def test_answer_after_the_timeout_counts_as_failed(loop: Callable):
     with known_server(lambda number: slow(1.5 if number == 5 else 0.01)) as server:
         seen = loop(server.url, b"x", {}, 16, seconds=0.5, timeout=1)
         assert (seen.answered, seen.failed) == (len(server.seen) - 1, 1)
@@ -167,62 +176,61 @@ def test_an_answer_that_comes_too_late_is_a_failure(loop: Callable):
 
 @needs_wrk
 @pytest.mark.parametrize("loop", [load.closed_loop, load.open_loop])
-def test_a_broken_connection_is_a_failure_and_the_others_go_on(loop: Callable):
+def test_broken_connection_fails_one_request_only(loop: Callable):
     with known_server(lambda number: BREAK if number == 5 else slow(0.01)) as server:
         seen = loop(server.url, b"x", {}, 16, seconds=0.5)
         assert (seen.answered, seen.failed) == (len(server.seen) - 1, 1)
 
 
 @needs_wrk
-def test_a_slow_server_is_waited_for():
-    """A second is too short for an answer: two clients still see two answers every 1.5 s."""
+def test_run_shorter_than_one_answer_waits_for_it():
+    """An answer takes 1.5 s, the run 1 s. Throughput is of the time until the last answer."""
     with known_server(lambda _: slow(1.5)) as server:
         seen = load.closed_loop(server.url, b"x", {}, concurrency=2, seconds=1)
     assert (seen.answered, seen.failed) == (2, 0)
-    assert seen.throughput == pytest.approx(2 / 1.5, rel=0.2)
+    assert 0 < seen.throughput <= 2 / 1.5
 
 
 @needs_wrk
-def test_an_open_loop_keeps_its_rate():
+def test_open_loop_sends_the_same_arrivals_in_every_run():
     with known_server(lambda _: slow(0.005)) as server:
         first = load.open_loop(server.url, b"x", {}, rate=200, seconds=1)
         second = load.open_loop(server.url, b"x", {}, rate=200, seconds=1)
     assert first.failed == second.failed == 0
-    assert 150 < first.answered < 250
-    assert first.answered == second.answered  # the same arrivals for everything that is compared
-    assert 0.005 <= first.p50 < 0.1
+    assert first.answered == second.answered
+    assert 150 < first.answered < 250  # of a fixed seed
 
 
 @needs_wrk
-def test_an_open_loop_sees_a_stall_that_a_closed_loop_hides():
-    begin = time.monotonic()
+def test_open_loop_latency_includes_a_stall_that_a_closed_loop_hides():
+    begin = None
 
-    def behave(_: int) -> int:  # nothing is answered in the second that starts a second after `begin`
+    def behave(_: int) -> int:  # nothing is answered in the second second after the first request
+        nonlocal begin
+        begin = begin or time.monotonic()
         passed = time.monotonic() - begin
         return slow(max(0.005, 2 - passed) if passed >= 1 else 0.005)
 
     with known_server(behave) as server:
         closed = load.closed_loop(server.url, b"x", {}, concurrency=1, seconds=3)
-        begin = time.monotonic()
+        begin = None
         opened = load.open_loop(server.url, b"x", {}, rate=100, seconds=3)
     assert closed.longest > 0.8
-    assert closed.p95 < 0.1
-    assert opened.p99 > 0.8
-    assert opened.p95 > 0.5
+    assert opened.p95 > 0.5 > closed.p95
     assert opened.failed == 0
 
 
 @needs_wrk
-def test_an_open_loop_counts_the_wait_for_a_connection():
-    with known_server(lambda _: slow(0.02)) as server:  # 50 a second on one connection
+def test_open_loop_latency_includes_the_wait_for_a_connection():
+    with known_server(lambda _: slow(0.02)) as server:  # at most 50 a second on one connection
         seen = load.open_loop(server.url, b"x", {}, rate=100, seconds=1, connections=1)
         assert seen.answered == len(server.seen) > 70
-    assert seen.throughput < 50
+    assert seen.throughput <= 50
     assert seen.longest > 0.4
 
 
 @needs_wrk
-def test_a_connection_closed_as_idle_is_no_failure():
+def test_connection_closed_while_idle_is_not_a_failure():
     with known_server(lambda _: 200, idle_timeout=1.2) as server:
         seen = load.open_loop(server.url, b"x", {}, rate=2, seconds=5, connections=8)
     assert seen.failed == 0
@@ -230,7 +238,7 @@ def test_a_connection_closed_as_idle_is_no_failure():
 
 
 @needs_wrk
-def test_a_missing_server_is_said():
+def test_load_without_a_server_raises_the_reason():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(BundleError, match="could not send requests to") as caught:
@@ -238,13 +246,21 @@ def test_a_missing_server_is_said():
     assert "refused" in caught.value.details
 
 
-def test_a_missing_wrk_is_said(monkeypatch: pytest.MonkeyPatch):
+def test_load_without_wrk_raises_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BundleError, match="apt-get install wrk"):
         load.closed_loop("http://127.0.0.1:1/", b"x", {}, 1, 1)
 
 
-@pytest.mark.parametrize(("rate", "seconds", "connections"), [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
-def test_load_that_makes_no_sense_is_refused(rate: float, seconds: float, connections: int):
-    with pytest.raises(BundleError):
+@pytest.mark.parametrize(
+    ("rate", "seconds", "connections", "message"),
+    [(0, 1, 1, "rate above 0"), (1, 0, 1, "more than 0 seconds"), (1, 1, 0, "at least one connection")],
+)
+def test_open_loop_with_an_invalid_number_is_rejected(rate: float, seconds: float, connections: int, message: str):
+    with pytest.raises(BundleError, match=message):
         load.open_loop("http://127.0.0.1:1/", b"x", {}, rate, seconds, connections)
+
+
+def test_closed_loop_without_clients_is_rejected():
+    with pytest.raises(BundleError, match="at least one client"):
+        load.closed_loop("http://127.0.0.1:1/", b"x", {}, concurrency=0, seconds=1)

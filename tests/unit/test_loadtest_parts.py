@@ -1,4 +1,4 @@
-"""The load test's parts that need no locust. Importing locust would patch the sockets of this very process."""
+"""The load test's parts that need no locust: importing locust would patch the sockets of this process."""
 
 import csv
 import json
@@ -18,12 +18,12 @@ from loadtest.errors import LoadTestError
 from loadtest.record import Record, Tally
 from loadtest.shapes import SHAPES, Load, levels
 from loadtest.thresholds import Limits, Outcome
+from tests.shipped import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = {"mnist", "image", "audio", "text"}
 
 
-def a_model(folders: Path, name: str, **section: object) -> None:
+def write_model(folders: Path, name: str, **section: object) -> None:
     folder = folders / name
     folder.mkdir(parents=True)
     (folder / "sample.bin").write_bytes(name.encode())
@@ -31,37 +31,37 @@ def a_model(folders: Path, name: str, **section: object) -> None:
 
 
 class TestTargets:
-    def test_the_shipped_models_are_found(self):
+    def test_shipped_models_are_targets(self):
         found = {target.name: target for target in targets.choose()}
-        assert found.keys() >= MODELS
+        assert found.keys() >= set(SHIPPED)
         assert found["mnist"].expect == "3"
-        assert found["audio"].expect == "yes", "the YAML string, not a boolean"
+        assert found["audio"].expect == "yes"  # the string, not a YAML boolean
         assert found["image"].sample.startswith(b"\xff\xd8")
 
-    def test_a_new_folder_is_found(self, tmp_path: Path):
-        a_model(tmp_path, "birds", sample="sample.bin", expect=4)
-        a_model(tmp_path, "bare")
-        a_model(tmp_path, "large", sample="sample.bin", served="on request")
+    def test_new_folder_is_a_target_unless_served_on_request(self, tmp_path: Path):
+        write_model(tmp_path, "birds", sample="sample.bin", expect=4)
+        write_model(tmp_path, "bare")
+        write_model(tmp_path, "large", sample="sample.bin", served="on request")
         assert [(t.name, t.sample, t.expect, t.user) for t in targets.choose("", tmp_path)] == [
             ("birds", b"birds", "4", "BirdsUser")
         ]
         assert [t.name for t in targets.choose("large", tmp_path)] == ["large"]
 
-    def test_weights(self):
+    def test_weight_of_a_model_is_read_and_defaults_to_one(self):
         assert [(t.name, t.weight) for t in targets.choose("mnist=4 text")] == [("mnist", 4), ("text", 1)]
 
     @pytest.mark.parametrize(
-        ("wish", "message"),
+        ("choice", "message"),
         [("mnits", "no model 'mnits'"), ("mnist=0", "weight of mnist"), ("mnist=x", "'x'"), ("mnist=", "''")],
     )
-    def test_a_wrong_wish(self, wish: str, message: str):
+    def test_invalid_choice_is_rejected(self, choice: str, message: str):
         with pytest.raises(LoadTestError, match=message):
-            targets.choose(wish)
+            targets.choose(choice)
 
-    def test_what_a_folder_lacks(self, tmp_path: Path):
+    def test_folder_without_a_readable_sample_is_rejected(self, tmp_path: Path):
         with pytest.raises(LoadTestError, match="has a sample"):
             targets.choose("", tmp_path)
-        a_model(tmp_path, "birds", sample="gone.bin")
+        write_model(tmp_path, "birds", sample="gone.bin")
         with pytest.raises(LoadTestError, match="gone.bin"):
             targets.choose("", tmp_path)
         (tmp_path / "birds" / "model-config.yaml").write_text("a: [")
@@ -82,7 +82,7 @@ class TestAnswers:
             ("[]", None),
         ],
     )
-    def test_right(self, text: str, expect: str | None):
+    def test_correct_answer_has_no_fault(self, text: str, expect: str | None):
         assert answers.fault(200, text, expect) is None
 
     @pytest.mark.parametrize(
@@ -97,38 +97,38 @@ class TestAnswers:
             (0, None, Failure, "no answer: TimeoutError"),
         ],
     )
-    def test_wrong(self, status: int, text: str | None, kind: type, message: str):
+    def test_incorrect_answer_is_named(self, status: int, text: str | None, kind: type, message: str):
         fault = answers.fault(status, text, "no", TimeoutError())
         assert (type(fault), str(fault)) == (kind, message)
 
 
 def users(load: Load) -> list[int]:
-    """At each second of the run."""
+    """Return the number of users at each second of the run."""
     assert load.tick(load.seconds) is None
     return [load.tick(second)[0] for second in range(load.seconds)]
 
 
 class TestShapes:
-    def test_levels(self):
+    def test_levels_double_up_to_the_number_of_users(self):
         assert levels(64, 4) == [4, 8, 16, 32, 64]
         assert levels(10, 1) == [1, 2, 5, 10]
         assert levels(3, 4) == [3]
 
-    def test_steps(self):
+    def test_steps_double_the_users(self):
         assert users(Load("steps", 8, 8, models=1)) == [1, 1, 2, 2, 4, 4, 8, 8]
 
-    def test_spike(self):
+    def test_spike_rises_tenfold_in_the_middle(self):
         assert users(Load("spike", 50, 10, models=4)) == [5] * 4 + [50] * 2 + [5] * 4
         assert min(users(Load("spike", 8, 10, models=4))) == 4
 
-    def test_soak(self):
+    def test_soak_ramps_up_for_at_most_a_minute(self):
         assert users(Load("soak", 20, 20))[:4] == [1, 10, 20, 20]
-        assert users(Load("soak", 60, 3600))[58:62] == [58, 59, 60, 60], "no more than a minute's ramp"
+        assert users(Load("soak", 60, 3600))[58:62] == [58, 59, 60, 60]
 
-    def test_rate(self):
+    def test_rate_spreads_its_requests_over_the_users(self):
         load = Load.parse({"SHAPE": "rate", "RATE": "120", "USERS": "60", "DURATION": "5s"})
         assert (users(load), load.period) == ([60] * 5, 0.5)
-        assert Load.parse({"SHAPE": "rate", "RATE": "120.5"}).users == 121, "one second of answers on their way"
+        assert Load.parse({"SHAPE": "rate", "RATE": "120.5"}).users == 121  # as many as requests in a second
         assert Load.parse({"SHAPE": "rate", "RATE": "1"}, models=4).users == 4
 
     @given(
@@ -138,11 +138,11 @@ class TestShapes:
         models=st.integers(1, 9),
         share=st.floats(0, 1, exclude_max=True),
     )
-    def test_never_without_users_nor_with_too_many(self, shape, most, seconds, models, share):
+    def test_users_stay_between_one_and_the_maximum(self, shape, most, seconds, models, share):
         load = Load(shape, most, seconds, rate=1, models=models)
         assert 1 <= load.tick(share * seconds)[0] <= most
 
-    def test_the_environment(self):
+    def test_load_is_read_from_the_environment(self):
         assert Load.parse({}) is None
         assert Load.parse({"SHAPE": "steps"}, 4) == Load("steps", 64, 60, None, 4)
         assert Load.parse({"SHAPE": "soak", "DURATION": "1h30m5s"}).seconds == 5405
@@ -159,27 +159,27 @@ class TestShapes:
         ]
         + [{"SHAPE": "rate", "RATE": rate} for rate in ("", "fast", "-1", "0", "nan", "inf", "200r/s")],
     )
-    def test_what_it_must_not_say(self, setting: dict[str, str]):
+    def test_invalid_environment_variable_is_rejected_by_name(self, setting: dict[str, str]):
         with pytest.raises(LoadTestError, match=f"^{list(setting)[-1]} is"):
             Load.parse({"SHAPE": "steps"} | setting)
 
 
 class TestSchedule:
-    def test_due_times_keep_their_distance(self):
+    def test_requests_are_due_at_equal_distances(self):
         schedule = arrivals.Schedule(2.0, now=100.0)
         first = schedule.wait(100.0)
         assert 0 <= first <= 2
         assert schedule.arrive(100 + first) == 0
         assert schedule.wait(100 + first) == pytest.approx(2)
 
-    def test_who_is_late_catches_up_and_says_by_how_much(self):
+    def test_late_user_catches_up_and_reports_its_delay(self):
         schedule = arrivals.Schedule(1.0, now=0.0)
         schedule.due = 10.0
         assert schedule.arrive(13.5) == 3.5
         assert schedule.wait(13.5) == 0
         assert schedule.arrive(13.5) == 2.5
 
-    def test_phases_differ(self):
+    def test_schedules_start_at_different_times(self):
         assert len({arrivals.Schedule(1.0, 0.0).due for _ in range(20)}) == 20
 
 
@@ -197,24 +197,24 @@ def tally(times: dict[float, int], faults: int = 0, wrong: int = 0) -> Tally:
 
 class TestRecord:
     @given(st.lists(st.floats(0.02, 60_000), min_size=1, max_size=200), st.sampled_from([0.5, 0.95, 0.99]))
-    def test_percentiles(self, times: list[float], share: float):
+    def test_percentile_is_within_one_percent_of_the_exact_value(self, times: list[float], share: float):
         made = tally({time: times.count(time) for time in times})
         exact = sorted(times)[max(0, -int(-share * len(times) // 1) - 1)]
         assert 0.989 * exact <= made.percentile(share) <= exact * (1 + 1e-9)
 
     @pytest.mark.parametrize("p99", [1987, 1999.9, 2000])
-    def test_no_threshold_is_missed_by_a_rounding(self, p99: float):
+    def test_rounding_misses_no_threshold(self, p99: float):
         outcome = Outcome("mnist", tally({p99: 100}), 10)
         assert thresholds.misses(outcome, Limits(p99_ms=2000)) == []
         [missed] = thresholds.misses(outcome, Limits(p99_ms=1900))
         assert missed.startswith("p99 was 19")
 
-    def test_failures_have_no_part_in_percentiles(self):
+    def test_failures_are_left_out_of_percentiles(self):
         made = tally({100: 10}, faults=90)
         assert made.percentile(0.5) == pytest.approx(100, rel=0.01)
         assert (made.requests, made.right, made.failed, made.wrong) == (100, 10, 90, 0)
 
-    def test_workers_reports_add_up(self):
+    def test_reports_of_workers_are_added_up(self):
         one, other, together = Record(), Record(), Record()
         for second in range(4):
             one.add(second, "mnist", 10)
@@ -225,8 +225,8 @@ class TestRecord:
         assert not one.tallies
         assert (together.of("mnist").right, together.of("mnist").failed, together.of("text").wrong) == (4, 4, 1)
 
-    def test_points_are_the_steps_without_their_beginnings(self, tmp_path: Path):
-        record = a_run(steps=(1, 2, 4), seconds=5, rate=10)
+    def test_points_leave_out_the_first_second_of_each_step(self, tmp_path: Path):
+        record = record_of_a_run(steps=(1, 2, 4), seconds=5, rate=10)
         points = record.points("mnist")
         assert [(point.users, point.seconds, point.throughput) for point in points] == [
             (1, 4, 10),
@@ -236,12 +236,17 @@ class TestRecord:
         record.save(tmp_path / "record.json")
         assert Record.load(tmp_path / "record.json").points("mnist") == points
 
-    def test_a_constant_load_is_cut_into_points(self):
-        assert len(a_run(steps=(4,), seconds=25, rate=1).points("mnist")) == 12
+    def test_constant_load_is_split_into_points(self):
+        assert len(record_of_a_run(steps=(4,), seconds=25, rate=1).points("mnist")) == 12
 
 
-def a_run(steps: tuple[int, ...], seconds: int, rate: int) -> Record:
-    """`rate` right answers a second and user of mnist, and one failure a second of text."""
+def record_of_a_run(steps: tuple[int, ...], seconds: int, rate: int) -> Record:
+    """Return a record of `rate` correct answers per second and user of mnist, and one failure per second of text.
+
+    Args:
+        steps: number of users in each step.
+        seconds: of each step.
+    """
     record = Record()
     record.start(1000.0)
     for step, users in enumerate(steps):
@@ -255,8 +260,8 @@ def a_run(steps: tuple[int, ...], seconds: int, rate: int) -> Record:
 
 
 class TestPlot:
-    def test_points_and_pictures(self, tmp_path: Path):
-        table, png, svg = plot.write(a_run(steps=(1, 2, 4), seconds=5, rate=10), tmp_path / "run")
+    def test_plot_writes_points_and_charts(self, tmp_path: Path):
+        table, png, svg = plot.write(record_of_a_run(steps=(1, 2, 4), seconds=5, rate=10), tmp_path / "run")
         rows = list(csv.DictReader(table.open()))
         assert [(row["model"], row["users"], row["throughput"], row["failed"]) for row in rows] == [
             *(("mnist", str(users), f"{10 * users}.00", "0") for users in (1, 2, 4)),
@@ -266,14 +271,14 @@ class TestPlot:
         assert png.read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in svg.read_text()
 
-    def test_nothing_to_draw(self, tmp_path: Path):
+    def test_plot_of_an_empty_record_writes_points_only(self, tmp_path: Path):
         assert plot.write(Record(), tmp_path / "run") == [tmp_path / "run_points.csv"]
 
 
 class TestThresholds:
-    def test_the_shipped_file(self):
-        shipped = thresholds.read(thresholds.FILE, MODELS)
-        assert shipped.of("mnist").wrong == 0, "out of the defaults"
+    def test_shipped_thresholds_are_valid_and_inherit_defaults(self):
+        shipped = thresholds.read(thresholds.FILE, set(SHIPPED))
+        assert shipped.of("mnist").wrong == 0  # a default
         assert shipped.of("mnist") != shipped.of("something else") == shipped.defaults
 
     @pytest.mark.parametrize(
@@ -291,15 +296,15 @@ class TestThresholds:
             ("text", "no mapping"),
         ],
     )
-    def test_a_wrong_file(self, tmp_path: Path, text: str, message: str):
+    def test_invalid_thresholds_file_is_rejected(self, tmp_path: Path, text: str, message: str):
         file = tmp_path / "limits.yaml"
         file.write_text(text)
         with pytest.raises(LoadTestError, match=message):
-            thresholds.read(file, MODELS)
+            thresholds.read(file, set(SHIPPED))
 
-    def test_an_absent_file(self, tmp_path: Path):
+    def test_missing_thresholds_file_is_rejected(self, tmp_path: Path):
         with pytest.raises(LoadTestError, match="cannot be read"):
-            thresholds.read(tmp_path / "none.yaml", MODELS)
+            thresholds.read(tmp_path / "none.yaml", set(SHIPPED))
 
     @pytest.mark.parametrize(
         ("limits", "met", "missed"),
@@ -311,17 +316,17 @@ class TestThresholds:
             (Limits(throughput=5), tally({1: 50}), tally({1: 49}, faults=50)),
         ],
     )
-    def test_each(self, limits: Limits, met: Tally, missed: Tally):
+    def test_each_limit_is_met_and_missed(self, limits: Limits, met: Tally, missed: Tally):
         assert thresholds.misses(Outcome("m", met, 10), limits) == []
         assert len(thresholds.misses(Outcome("m", missed, 10), limits)) == 1
 
-    def test_an_arrival_rate(self):
+    def test_arrival_rate_has_its_own_limit(self):
         limits = Limits(throughput=100, arrivals=0.95)
         assert thresholds.misses(Outcome("m", tally({1: 100}), 10, asked=100), limits) == []
         assert len(thresholds.misses(Outcome("m", tally({1: 90}), 10, asked=100), limits)) == 2
 
 
-def test_no_server():
+def test_run_without_a_server_ends_with_status_3():
     run = subprocess.run(
         [sys.executable, "-m", "loadtest", "run", "mnist", "--host", "http://127.0.0.1:9"],
         cwd=ROOT, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True, timeout=60,

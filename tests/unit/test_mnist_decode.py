@@ -1,4 +1,4 @@
-"""However a digit is drawn, it reaches the model as MNIST's digits did. The digits here are drawn by the tests."""
+"""Decoding of digits: drawings of many kinds become images like those of MNIST. The tests draw the digits."""
 
 import base64
 import io
@@ -7,11 +7,11 @@ import numpy
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from inputs import DIGITS, blurred, decoded, draw_digit, encode_image
 from PIL import Image, ImageChops
 
 from handlers.core.errors import BlankImage, RequestError, UndecodableImage
 from handlers.mnist import BOX, SIDE, MNISTHandler, as_mnist
+from tests.unit.inputs import DIGITS, blurred, decoded, draw_digit, encode_image
 
 
 def handler() -> MNISTHandler:
@@ -21,14 +21,17 @@ def handler() -> MNISTHandler:
 
 
 def decode(image: Image.Image) -> numpy.ndarray:
-    """-> uint8 [28, 28], by the way that a request takes."""
+    """Decode an image as a request is decoded; return uint8 [28, 28]."""
     sample, example = decoded(handler(), encode_image(image, "PNG")), handler().example().tensors
     assert (sample.shape, sample.dtype) == (example.shape, example.dtype)
     return sample[0].numpy()
 
 
-def likeness(one: numpy.ndarray, other: numpy.ndarray) -> float:
-    """Correlation, at the best of the nine shifts by at most a pixel: a centre of mass between two is a toss-up."""
+def similarity(one: numpy.ndarray, other: numpy.ndarray) -> float:
+    """Return the correlation of two digits, the largest of the nine shifts by up to one pixel.
+
+    A centre of mass between two pixels may be rounded to either.
+    """
     shifted = [numpy.roll(other, (y, x), axis=(0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
     return max(numpy.corrcoef(one.ravel(), other.ravel())[0, 1] for other in shifted)
 
@@ -36,13 +39,13 @@ def likeness(one: numpy.ndarray, other: numpy.ndarray) -> float:
 CLEAN = {digit: decode(draw_digit(digit)) for digit in DIGITS}
 
 
-def test_likeness_tells_digits_apart():
-    """The measure of the tests below: two digits are less alike than any two drawings of one may be."""
-    alike = [likeness(CLEAN[one], CLEAN[other]) for one in DIGITS for other in DIGITS if one < other]
+def test_similarity_of_different_digits_is_low():
+    """The tests below require more of two drawings of one digit."""
+    alike = [similarity(CLEAN[one], CLEAN[other]) for one in DIGITS for other in DIGITS if one < other]
     assert max(alike) < 0.75
 
 
-# --- what MNIST is -----------------------------------------------------------------------------------------------
+# --- the form of an MNIST image --------------------------------------------------------------------------------------
 
 DRAWINGS = st.builds(
     draw_digit,
@@ -56,7 +59,7 @@ DRAWINGS = st.builds(
 
 
 @given(DRAWINGS)
-def test_fits_the_box_centred_by_mass(drawing: Image.Image):
+def test_digit_fits_the_box_and_is_centred_by_mass(drawing: Image.Image):
     made = decode(drawing)
     rows, columns = (numpy.flatnonzero(made.any(axis=axis)) for axis in (1, 0))
     extent = (rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1)
@@ -69,24 +72,24 @@ def test_fits_the_box_centred_by_mass(drawing: Image.Image):
 
 
 @given(DRAWINGS)
-def test_what_is_mnist_already_is_left_as_it_is(drawing: Image.Image):
+def test_decoded_digit_decodes_to_almost_the_same_image(drawing: Image.Image):
     once = decode(drawing)
-    assert likeness(decode(Image.fromarray(once)), once) > 0.99
+    assert similarity(decode(Image.fromarray(once)), once) > 0.99
 
 
 @pytest.mark.parametrize("digit", DIGITS)
-def test_mnist_itself_is_left_to_the_pixel(digit: int):
+def test_clean_decoded_digit_decodes_to_the_same_pixels(digit: int):
     assert (decode(Image.fromarray(CLEAN[digit])) == CLEAN[digit]).all()
 
 
-# --- what people send --------------------------------------------------------------------------------------------
+# --- other drawings --------------------------------------------------------------------------------------------
 
 
 def invert(image: Image.Image) -> Image.Image:
     return ImageChops.invert(image.convert("L"))
 
 
-def on_transparent(colour: tuple[int, int, int]):
+def on_transparency(colour: tuple[int, int, int]):
     def draw(image: Image.Image) -> Image.Image:
         drawn = Image.new("RGBA", image.size, (*colour, 0))
         drawn.putalpha(image)
@@ -96,7 +99,7 @@ def on_transparent(colour: tuple[int, int, int]):
 
 
 def under_a_lamp(image: Image.Image) -> Image.Image:
-    """Paper, from bright to half as bright."""
+    """Draw on paper that gets darker from left to right, to half as bright."""
     light = numpy.linspace(255, 128, image.width) * (1 - 0.7 * numpy.asarray(image) / 255)
     return Image.fromarray(light.round().astype(numpy.uint8))
 
@@ -121,13 +124,13 @@ def jpeg_artefacts(image: Image.Image) -> Image.Image:
     ("change", "least"),
     [
         (invert, 0.99),
-        (on_transparent((0, 0, 0)), 0.99),
-        (on_transparent((255, 255, 255)), 0.99),
-        (on_transparent((200, 30, 30)), 0.99),
+        (on_transparency((0, 0, 0)), 0.99),
+        (on_transparency((255, 255, 255)), 0.99),
+        (on_transparency((200, 30, 30)), 0.99),
         (lambda image: invert(image).convert("RGB"), 0.99),
         (lambda image: invert(image).quantize(16), 0.98),
         (lambda image: image.point(lambda v: 255 * (v > 127)).convert("1"), 0.96),
-        (lambda image: image.point(lambda v: 100 + v // 4), 0.98),  # weak contrast
+        (lambda image: image.point(lambda v: 100 + v // 4), 0.98),
         (lambda image: blurred(image, 1), 0.97),
         (with_margin, 0.98),
         (under_a_lamp, 0.95),
@@ -136,46 +139,46 @@ def jpeg_artefacts(image: Image.Image) -> Image.Image:
     ],
     ids=[
         "inverted",
-        "black",
-        "white",
-        "red",
+        "black-on-transparent",
+        "white-on-transparent",
+        "red-on-transparent",
         "rgb",
         "palette",
         "1-bit",
-        "pale",
-        "blur",
-        "margin",
-        "lamp",
-        "noise",
+        "low-contrast",
+        "blurred",
+        "wide-margin",
+        "uneven-light",
+        "noisy",
         "jpeg",
     ],
 )
-def test_drawn_otherwise(change, least: float, digit: int):
-    assert likeness(decode(change(draw_digit(digit))), CLEAN[digit]) >= least
+def test_digit_drawn_in_another_way_decodes_similarly(change, least: float, digit: int):
+    assert similarity(decode(change(draw_digit(digit))), CLEAN[digit]) >= least
 
 
 @pytest.mark.parametrize("digit", DIGITS)
 @pytest.mark.parametrize("height", [0.3, 0.5, 0.9])
 @pytest.mark.parametrize("size", [50, 100, 300, 800, 1500])
-def test_of_any_size(size: int, height: float, digit: int):
-    least = 0.88 if size * height >= 2 * BOX else 0.8  # a digit of 15 pixels has no more to show
-    assert likeness(decode(invert(draw_digit(digit, size, height))), CLEAN[digit]) >= least
+def test_digit_of_any_size_decodes_similarly(size: int, height: float, digit: int):
+    least = 0.88 if size * height >= 2 * BOX else 0.8  # 15 pixels show fewer details
+    assert similarity(decode(invert(draw_digit(digit, size, height))), CLEAN[digit]) >= least
 
 
 @given(x=st.floats(0.25, 0.75), y=st.floats(0.25, 0.75), digit=st.sampled_from(sorted(DIGITS)))
-def test_anywhere_on_the_sheet(x: float, y: float, digit: int):
-    assert likeness(decode(draw_digit(digit, size=160, height=0.45, x=x, y=y)), CLEAN[digit]) > 0.88
+def test_digit_anywhere_on_the_sheet_decodes_similarly(x: float, y: float, digit: int):
+    assert similarity(decode(draw_digit(digit, size=160, height=0.45, x=x, y=y)), CLEAN[digit]) > 0.88
 
 
 @pytest.mark.parametrize("digit", DIGITS)
-def test_a_fine_pen_is_thickened(digit: int):
-    """A line of 3 pixels on a sheet of 600 would be a seventh of a pixel in the box."""
+def test_thin_line_is_thickened(digit: int):
+    """Without thickening, a line of 3 pixels on a sheet of 600 would be a seventh of a pixel wide."""
     made = decode(invert(draw_digit(digit, size=600, height=0.7, stroke=0.007)))
     assert made.max() == 255
     assert (made > 127).sum() > 0.5 * (CLEAN[digit] > 127).sum()
 
 
-# --- what is no digit --------------------------------------------------------------------------------------------
+# --- images without a digit ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -190,7 +193,7 @@ def test_a_fine_pen_is_thickened(digit: int):
         ),
     ],
 )
-def test_blank(image: Image.Image):
+def test_image_without_a_digit_is_rejected(image: Image.Image):
     with pytest.raises(BlankImage, match="no digit stands out"):
         decode(image)
 
@@ -203,7 +206,7 @@ def test_blank(image: Image.Image):
     )
 )
 @example(Image.effect_noise((512, 8), 255))
-def test_any_picture_is_28_by_28_or_blank(image: Image.Image):
+def test_any_image_decodes_to_28_by_28_or_is_rejected_as_blank(image: Image.Image):
     try:
         made = as_mnist(numpy.asarray(image, dtype=numpy.float32))
     except BlankImage:
@@ -212,21 +215,21 @@ def test_any_picture_is_28_by_28_or_blank(image: Image.Image):
     assert made.any()
 
 
-# --- how it arrives ----------------------------------------------------------------------------------------------
+# --- base64, options ----------------------------------------------------------------------------------------------
 
 
-def test_base64_is_the_same_as_bytes():
+def test_base64_image_decodes_like_its_bytes():
     content = encode_image(draw_digit(), "PNG")
     assert (decoded(handler(), base64.b64encode(content).decode()) == decoded(handler(), content)).all()
 
 
 @pytest.mark.parametrize("content", [b"\0" * 784, b"3"])
-def test_pixels_without_a_file_are_refused(content: bytes):
+def test_pixels_without_an_image_format_are_rejected(content: bytes):
     with pytest.raises(UndecodableImage):
         decoded(handler(), content)
 
 
-def test_top_k_is_fixed():
+def test_top_k_other_than_three_is_rejected():
     for asked in (None, 3):
         handler().check_top_k(asked)
     with pytest.raises(RequestError, match="always answers its top 3"):

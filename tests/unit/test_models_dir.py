@@ -1,4 +1,4 @@
-"""A models folder outside of the repository, which BUNDLE_MODELS names."""
+"""A models folder outside the repository, named by BUNDLE_MODELS."""
 
 import json
 import os
@@ -23,14 +23,14 @@ from loadtest.errors import LoadTestError
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A models folder that holds a copy of MNIST under another name; BUNDLE_MODELS names it."""
+    """Set BUNDLE_MODELS to a folder with one model: a copy of MNIST named `digits`."""
     models = tmp_path / "my models"
     shutil.copytree(MODELS / "mnist", models / "digits", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setenv("BUNDLE_MODELS", str(models))
     return models
 
 
-def test_models_are_found_in_the_folder_that_the_environment_names(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+def test_models_are_found_in_the_folder_that_bundle_models_names(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
     assert [folder.path for folder in folders()] == [elsewhere / "digits"]
     with pytest.raises(BundleError, match=f"There is no model 'mnist' in {elsewhere}/; there are: digits"):
         select(["mnist"])
@@ -40,14 +40,14 @@ def test_models_are_found_in_the_folder_that_the_environment_names(elsewhere: Pa
 
 
 @pytest.mark.parametrize("value", ["", None])
-def test_models_are_the_repositorys_without_the_variable(monkeypatch: pytest.MonkeyPatch, value: str | None):
+def test_models_dir_without_the_variable_is_the_repositorys(monkeypatch: pytest.MonkeyPatch, value: str | None):
     monkeypatch.delenv("BUNDLE_MODELS", raising=False)
     if value is not None:
         monkeypatch.setenv("BUNDLE_MODELS", value)
     assert models_dir() == targets.models_dir() == MODELS
 
 
-def test_a_missing_folder_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_missing_models_folder_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BUNDLE_MODELS", "none/such")
     with pytest.raises(BundleError, match="BUNDLE_MODELS is 'none/such', and there is no such folder"):
         folders()
@@ -55,14 +55,15 @@ def test_a_missing_folder_is_named(monkeypatch: pytest.MonkeyPatch):
         targets.choose()
 
 
-def test_an_empty_folder_has_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_empty_models_folder_has_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BUNDLE_MODELS", str(tmp_path))
     assert folders() == []
     with pytest.raises(BundleError, match="there are: none"):
         select(["mnist"])
 
 
-def test_an_archive_is_the_same_wherever_the_folder_lies(elsewhere: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_archive_does_not_depend_on_the_folders_location(elsewhere: Path, tmp_path: Path):
     [folder] = select([])
     shutil.copytree(folder.path, tmp_path / "moved" / "digits")
     assert fingerprint(folder) == fingerprint(ModelFolder(tmp_path / "moved" / "digits"))
@@ -71,7 +72,8 @@ def test_an_archive_is_the_same_wherever_the_folder_lies(elsewhere: Path, tmp_pa
     assert not archive(folder, tmp_path / "store").rebuilt
 
 
-def test_the_commands_use_the_folder(elsewhere: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_archive_command_uses_the_models_folder(elsewhere: Path, tmp_path: Path):
     environment = {**os.environ, "TS_MODEL_STORE": str(tmp_path / "store")}
     run = subprocess.run(
         [sys.executable, "-m", "bundle", "archive"], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -80,6 +82,7 @@ def test_the_commands_use_the_folder(elsewhere: Path, tmp_path: Path):
     assert sorted(file.name for file in (tmp_path / "store").iterdir()) == ["digits.fingerprint", "digits.mar"]
 
 
+@pytest.mark.slow
 def test_add_model_writes_into_the_models_folder_and_the_servers_store(elsewhere: Path, tmp_path: Path):
     serialized, labels, store = tmp_path / "model.pt", tmp_path / "labels.json", tmp_path / "store"
     torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)).eval()).save(serialized)
@@ -105,13 +108,13 @@ def test_curl_lines_name_a_sample_outside_of_the_repository(elsewhere: Path):
     ]
 
 
-def test_missing_weights_are_explained(elsewhere: Path, tmp_path: Path):
+def test_export_without_weights_says_to_train(elsewhere: Path, tmp_path: Path):
     (elsewhere / "digits" / "weights.safetensors").unlink()
     with pytest.raises(BundleError, match=r"Train the model first: its train\.py writes them"):
         archive(ModelFolder(elsewhere / "digits"), tmp_path / "store")
 
 
-def test_load_tests_ask_the_models_of_the_folder(elsewhere: Path):
+def test_load_test_targets_are_the_models_of_the_folder(elsewhere: Path):
     assert [(target.name, target.expect) for target in targets.choose()] == [("digits", "3")]
     assert set(targets.sections()) == {"digits"}
     with pytest.raises(LoadTestError, match=f"no model 'mnist' with a sample in {elsewhere}/; there are: digits"):

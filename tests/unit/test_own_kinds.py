@@ -1,4 +1,4 @@
-"""Kinds of model that a user adds with a folder and one handler file: a detector, and a regression on JSON."""
+"""Models of other kinds, each a folder with its own handler file: a detector, and a regression on JSON."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ PRICE = 10 * 3 + 2 * 70.5 - 12 + 5
 
 
 def picture(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
-    """A black image with one white box, x1, y1, x2, y2 in shares of the sides."""
+    """Encode a black image with one white box: x1, y1, x2, y2 in sixteenths of the sides."""
     image = Image.new("L", (width, height))
     x1, y1, x2, y2 = (share * side / 16 for share, side in zip(box, (width, height) * 2, strict=True))
     ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), fill=255)
@@ -43,12 +43,12 @@ def price(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
 
 
 @pytest.mark.parametrize("model", ["boxes", "price"])
-def test_a_kind_is_one_folder_with_one_short_handler_file(model: str):
+def test_handler_file_of_a_custom_model_is_short(model: str):
     assert len((MODELS / model / "handler.py").read_text().splitlines()) <= 60
     assert "bundle" not in (MODELS / model / "handler.py").read_text()
 
 
-def test_boxes_are_in_the_pixels_of_each_original_image(boxes: DryRun):
+def test_boxes_are_in_pixels_of_each_original_image(boxes: DryRun):
     sizes = [(64, 64), (640, 320), (100, 400), (1024, 1024)]
     answers = boxes.predict([{"body": picture(*size, (2, 4, 6, 12))} for size in sizes])
     for (status, body), (width, height) in zip(answers, sizes, strict=True):
@@ -58,7 +58,7 @@ def test_boxes_are_in_the_pixels_of_each_original_image(boxes: DryRun):
         assert found["box"] == pytest.approx(expected, abs=max(width, height) / 32)
 
 
-def test_an_option_reaches_the_answer_of_its_request_alone(boxes: DryRun):
+def test_option_changes_only_its_own_request(boxes: DryRun):
     content = picture(64, 64, (2, 4, 6, 12))
     answers = boxes.predict([{"data": content}, {"data": content, "score_threshold": "0"}])
     assert [len(body["detections"]) for _, body in answers] == [1, 2]
@@ -66,7 +66,7 @@ def test_an_option_reaches_the_answer_of_its_request_alone(boxes: DryRun):
     assert (status, body["message"]) == (400, "score_threshold must be a number from 0 to 1.")
 
 
-def test_poisoned_neighbours_of_a_detector_fail_alone(boxes: DryRun):
+def test_invalid_images_in_a_batch_fail_alone(boxes: DryRun):
     good = {"body": picture(64, 64, (2, 4, 6, 12))}
     instances = [base64.b64encode(picture(64, 64, (2, 4, 6, 12))).decode(), "bm8gaW1hZ2U="]
     rows = [good, {"body": b"no image"}, good, {"body": {"instances": instances}}, {"body": b""}]
@@ -75,7 +75,7 @@ def test_poisoned_neighbours_of_a_detector_fail_alone(boxes: DryRun):
     assert answers[0] == answers[2] == boxes.predict([good])[0]
 
 
-def test_a_json_object_of_numbers_answers_a_number(price: DryRun):
+def test_json_object_of_numbers_is_answered_with_a_number(price: DryRun):
     many = {"instances": [HOUSE, {"data": HOUSE | {"age": 0}}]}
     answers = price.predict([{"body": {"data": HOUSE}}, {"body": many}])
     assert answers == [
@@ -93,14 +93,14 @@ def test_a_json_object_of_numbers_answers_a_number(price: DryRun):
         ("three rooms", "UnsupportedInput", '"data" is invalid'),
     ],
 )
-def test_an_invalid_object_is_rejected_alone(price: DryRun, value: object, error: str, message: str):
+def test_invalid_json_object_in_a_batch_fails_alone(price: DryRun, value: object, error: str, message: str):
     good, bad = price.predict([{"body": {"data": HOUSE}}, {"body": {"data": value}}])
     assert good == (200, {"price": pytest.approx(PRICE, rel=1e-3)})
     assert (bad[0], bad[1]["type"]) == (400, error)
     assert bad[1]["message"].startswith(message)
 
 
-def test_a_model_without_labels_is_described_without_labels(price: DryRun):
+def test_model_without_labels_is_described_without_labels(price: DryRun):
     [(status, described)] = price.predict([{}], [{"describe": "True"}])
     assert (status, described["handler"], "labels" in described) == (200, "PriceHandler", False)
 
@@ -113,7 +113,7 @@ def test_a_model_without_labels_is_described_without_labels(price: DryRun):
         ("VALUE = 1\n", "it defines: none"),
     ],
 )
-def test_a_handler_file_that_torchserve_cannot_take_is_refused_by_name(handler: str, message: str, tmp_path: Path):
+def test_archive_with_an_invalid_handler_file_is_rejected(handler: str, message: str, tmp_path: Path):
     shutil.copytree(MODELS / "price", tmp_path / "price")
     (tmp_path / "price" / "handler.py").write_text(handler)
     with pytest.raises(BundleError, match=message):
@@ -135,7 +135,7 @@ def with_helper(root: Path, name: str) -> tuple[ModelFolder, Path]:
 
 
 @pytest.mark.parametrize("name", ["rates.py", "lib/rates.py", "../rates.py"])
-def test_a_handlers_helper_module_is_archived_and_decides_when_to_build_again(name: str, tmp_path: Path):
+def test_archive_with_a_helper_module_carries_it_and_is_rebuilt_when_it_changes(name: str, tmp_path: Path):
     folder, helper = with_helper(tmp_path, name)
     built = archive(folder, tmp_path / "store")
     assert "rates.py" in mar.names(built.path)
@@ -149,7 +149,7 @@ def test_a_handlers_helper_module_is_archived_and_decides_when_to_build_again(na
 
 
 @pytest.mark.parametrize("name", ["README.md", "sample.json"])
-def test_a_listed_file_decides_when_to_build_again_whatever_its_name(name: str, tmp_path: Path):
+def test_fingerprint_with_a_changed_listed_file_changes_whatever_its_name(name: str, tmp_path: Path):
     folder, _ = with_helper(tmp_path, "rates.py")
     config = folder.path / "model-config.yaml"
     config.write_text(config.read_text().replace("[rates.py]", f"[rates.py, {name}]"))
@@ -160,7 +160,7 @@ def test_a_listed_file_decides_when_to_build_again_whatever_its_name(name: str, 
     assert fingerprint(folder) != before
 
 
-def test_two_listed_files_of_one_name_are_rejected(tmp_path: Path):
+def test_archive_with_two_listed_files_of_one_name_is_rejected(tmp_path: Path):
     folder, _ = with_helper(tmp_path, "../rates.py")
     (folder.path / "rates.py").write_text("FACTOR = 3\n")
     config = folder.path / "model-config.yaml"
@@ -169,13 +169,13 @@ def test_two_listed_files_of_one_name_are_rejected(tmp_path: Path):
         archive(folder, tmp_path / "store")
 
 
-def test_a_missing_method_is_named_with_the_least_that_a_handler_writes(tmp_path: Path):
+def test_handler_without_a_required_method_names_it(tmp_path: Path):
     shutil.copytree(MODELS / "price", tmp_path / "price")
     file = tmp_path / "price" / "handler.py"
     file.write_text(file.read_text().replace("def example", "def other"))
-    built = archive(ModelFolder(tmp_path / "price"), tmp_path / "store").path
+    mar = archive(ModelFolder(tmp_path / "price"), tmp_path / "store").path
     with pytest.raises(NotImplementedError, match=r"PriceHandler must define `example`"):
-        DryRun(built)
+        DryRun(mar)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_missing_method_is_named_with_the_least_that_a_handler_writes(tmp_path
         ("handler: 5\n", r"the section `handler:` must be a mapping"),
     ],
 )
-def test_an_invalid_setting_is_named_when_the_archive_is_built(section: str, message: str, tmp_path: Path):
+def test_archive_with_an_invalid_setting_names_it(section: str, message: str, tmp_path: Path):
     shutil.copytree(MODELS / "price", tmp_path / "price")
     config = tmp_path / "price" / "model-config.yaml"
     config.write_text(config.read_text().replace("handler:\n  threads: 1\n", section))

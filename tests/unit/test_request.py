@@ -1,4 +1,4 @@
-"""How a request may be wrapped, and what is answered if it is wrapped otherwise."""
+"""Reading of requests: every accepted form, and the error for every other one."""
 
 import base64
 import inspect
@@ -30,7 +30,7 @@ from handlers.core.inputs import Image, Sound, Text, binary
 from handlers.core.request import Request, RequestReader
 
 MAX_INSTANCES = 4
-JSON = {"Content-Type": "application/json; charset=utf-8"}  # TorchServe parses none that names a charset
+JSON = {"Content-Type": "application/json; charset=utf-8"}  # TorchServe does not parse JSON with a charset
 BASE64 = "aGVsbG8="  # of b"hello"
 
 
@@ -71,41 +71,43 @@ several = RequestReader(Several, Detection, MAX_INSTANCES)
 
 
 def body(value: object) -> bytearray:
-    """JSON that TorchServe has left as it came."""
+    """Encode JSON that TorchServe has not parsed."""
     return bytearray(json.dumps(value).encode())
 
 
-def asked(*values: str, top_k: int | None = None, many: bool = False) -> Request:
+def request_for(*values: str, top_k: int | None = None, many: bool = False) -> Request:
     return Request([OneText(data=value) for value in values], TopK(top_k=top_k), many)
 
 
 @pytest.mark.parametrize(
-    ("row", "headers", "request_read"),
+    ("row", "headers", "expected"),
     [
-        pytest.param({"body": bytearray(b"hello")}, {}, asked("hello"), id="raw"),
-        pytest.param({"body": memoryview(b"hello")}, {}, asked("hello"), id="raw-view"),
-        pytest.param({"body": "hello"}, {"content-type": "text/plain"}, asked("hello"), id="text"),
-        pytest.param({"body": "hello"}, {"content-type": "application/json"}, asked("hello"), id="json-string"),
-        pytest.param({"body": bytearray(b'{"a":')}, {}, asked('{"a":'), id="raw-is-not-guessed-to-be-json"),
-        pytest.param({"body": {"data": "a"}}, {}, asked("a"), id="json"),
-        pytest.param({"body": {"data": "a", "top_k": 2}}, {}, asked("a", top_k=2), id="json-top-k"),
-        pytest.param({"body": body({"data": "a"})}, JSON, asked("a"), id="json-with-charset"),
-        pytest.param({"body": body("hello")}, {"content-TYPE": " Application/JSON"}, asked("hello"), id="header"),
-        pytest.param({"data": bytearray(b"hello")}, {}, asked("hello"), id="form"),
-        pytest.param({"data": "hello", "top_k": bytearray(b"3")}, {}, asked("hello", top_k=3), id="form-top-k"),
-        pytest.param({"body": {"instances": ["a", "b"]}}, {}, asked("a", "b", many=True), id="instances"),
-        pytest.param({"body": {"instances": [{"data": "a"}, "b"]}}, {}, asked("a", "b", many=True), id="objects"),
-        pytest.param({"instances": body(["a"]), "top_k": "1"}, {}, asked("a", many=True, top_k=1), id="form-instances"),
-        pytest.param({"instances": '["a"]'}, {}, asked("a", many=True), id="form-instances-as-text"),
+        pytest.param({"body": bytearray(b"hello")}, {}, request_for("hello"), id="raw"),
+        pytest.param({"body": memoryview(b"hello")}, {}, request_for("hello"), id="raw-view"),
+        pytest.param({"body": "hello"}, {"content-type": "text/plain"}, request_for("hello"), id="text"),
+        pytest.param({"body": "hello"}, {"content-type": "application/json"}, request_for("hello"), id="json-string"),
+        pytest.param({"body": bytearray(b'{"a":')}, {}, request_for('{"a":'), id="raw-is-not-guessed-to-be-json"),
+        pytest.param({"body": {"data": "a"}}, {}, request_for("a"), id="json"),
+        pytest.param({"body": {"data": "a", "top_k": 2}}, {}, request_for("a", top_k=2), id="json-top-k"),
+        pytest.param({"body": body({"data": "a"})}, JSON, request_for("a"), id="json-with-charset"),
+        pytest.param({"body": body("hello")}, {"content-TYPE": " Application/JSON"}, request_for("hello"), id="header"),
+        pytest.param({"data": bytearray(b"hello")}, {}, request_for("hello"), id="form"),
+        pytest.param({"data": "hello", "top_k": bytearray(b"3")}, {}, request_for("hello", top_k=3), id="form-top-k"),
+        pytest.param({"body": {"instances": ["a", "b"]}}, {}, request_for("a", "b", many=True), id="instances"),
+        pytest.param({"body": {"instances": [{"data": "a"}, "b"]}}, {}, request_for("a", "b", many=True), id="objects"),
+        pytest.param(
+            {"instances": body(["a"]), "top_k": "1"}, {}, request_for("a", many=True, top_k=1), id="form-instances"
+        ),
+        pytest.param({"instances": '["a"]'}, {}, request_for("a", many=True), id="form-instances-as-text"),
     ],
 )
-def test_reads_every_form_of_a_request(row: dict, headers: dict, request_read: Request):
-    assert texts.read(row, headers) == request_read
+def test_request_is_read_in_every_accepted_form(row: dict, headers: dict, expected: Request):
+    assert texts.read(row, headers) == expected
 
 
 @pytest.mark.parametrize("content", [bytearray(b"\xff\0"), "/wA=", memoryview(b"\xff\0")])
 @pytest.mark.parametrize("wrap", [lambda value: {"body": value}, lambda value: {"data": value}])
-def test_a_binary_input_is_bytes_or_base64(content: object, wrap):
+def test_binary_input_is_read_from_bytes_or_base64(content: object, wrap):
     assert images.read(wrap(content), {}).inputs == [OneImage(data=b"\xff\0")]
 
 
@@ -145,26 +147,30 @@ NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
         pytest.param({"instances": bytearray(b"[1")}, InvalidJSON, NAMES_THE_ACCEPTED, id="form-instances-not-json"),
     ],
 )
-def test_a_malformed_request_is_rejected_with_its_reason(row: dict, error: type, message: str):
+def test_malformed_request_is_rejected_with_its_reason(row: dict, error: type, message: str):
     with pytest.raises(error, match=message):
         texts.read(row, {})
 
 
 @pytest.mark.parametrize("text", [b'{"data":', b"\xff\xfe\xfd", b"", b"[" * 100_000, b"1" * 100_000], ids=len)
-def test_json_that_does_not_parse_is_rejected(text: bytes):
+def test_invalid_json_is_rejected(text: bytes):
     with pytest.raises(InvalidJSON, match=NAMES_THE_ACCEPTED):
         texts.read({"body": bytearray(text)}, JSON)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None, [], "three", "", "2.5", b"\xff", float("nan")])
-def test_top_k_is_a_positive_whole_number(value: object):
+def test_invalid_top_k_is_rejected(value: object):
     with pytest.raises(InvalidOption, match="whole number of at least 1"):
         texts.read({"body": {"data": "a", "top_k": value}}, {})
 
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["data", "instances", "top_k"]) | st.text(), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["data", "instances", "top_k"]) | st.text(), inner, max_size=3)
+    ),
+    max_leaves=8,
 )
 
 
@@ -195,11 +201,11 @@ HOUSE = {"rooms": 3, "area": 70.5}
         ({"body": body(HOUSE)}, {}),  # a file that is sent without a Content-Type
     ],
 )
-def test_a_json_input_is_an_object_of_the_declared_type(row: dict, headers: dict):
+def test_json_input_is_read_as_the_declared_type(row: dict, headers: dict):
     assert houses.read(row, headers) == Request([OneHouse(data=House(**HOUSE))], inputs.Options())
 
 
-def test_instances_of_a_json_input_are_objects_or_wrapped_objects():
+def test_instances_of_a_json_input_may_be_wrapped():
     request = houses.read({"body": {"instances": [HOUSE, {"data": HOUSE}]}}, {})
     assert request == Request([OneHouse(data=House(**HOUSE))] * 2, inputs.Options(), many=True)
 
@@ -213,7 +219,7 @@ def test_instances_of_a_json_input_are_objects_or_wrapped_objects():
         (None, '"data" is invalid'),
     ],
 )
-def test_a_json_input_of_another_type_is_rejected_by_name(value: object, message: str):
+def test_json_input_of_another_type_is_rejected_by_name(value: object, message: str):
     with pytest.raises(UnsupportedInput, match=message):
         houses.read({"body": {"data": value}}, {})
 
@@ -255,7 +261,7 @@ def test_incomplete_inputs_are_rejected(row: dict, error: type, message: str):
         ({"max_detections": bytearray(b"100")}, {"max_detections": 100}),
     ],
 )
-def test_options_come_as_json_or_as_the_text_of_a_form(given: dict, expected: dict):
+def test_options_are_read_from_json_and_from_form_text(given: dict, expected: dict):
     request = several.read({"image": b"x", "caption": "y", **given}, {})
     assert request.options == Detection(**expected)
 
@@ -272,53 +278,65 @@ def test_options_come_as_json_or_as_the_text_of_a_form(given: dict, expected: di
         ("crowd", None, "crowd must be true or false."),
     ],
 )
-def test_an_invalid_option_is_rejected_with_what_it_takes(option: str, value: object, message: str):
+def test_invalid_option_is_rejected_with_its_valid_values(option: str, value: object, message: str):
     with pytest.raises(InvalidOption, match=f"^{re.escape(message)}$"):
         several.read({"image": b"x", "caption": "y", option: value}, {})
 
 
-def test_a_wrong_declaration_is_refused_when_the_worker_starts():
-    class Nothing(inputs.Inputs):
-        pass
+class NoInputs(inputs.Inputs):
+    pass
 
-    class Needed(inputs.Options):
-        top_k: int
 
-    class Same(inputs.Options):
-        data: int = 1
+class NoDefault(inputs.Options):
+    top_k: int
 
-    class Instances(inputs.Inputs):
-        instances: Text
 
-    for wrong in ((Nothing, TopK), (OneText, Needed), (OneText, Same), (Instances, TopK)):
-        with pytest.raises(TypeError):
-            RequestReader(*wrong, MAX_INSTANCES)
+class SameName(inputs.Options):
+    data: int = 1
+
+
+class ReservedName(inputs.Inputs):
+    instances: Text
+
+
+@pytest.mark.parametrize(
+    ("declared_inputs", "declared_options", "named"),
+    [
+        (NoInputs, TopK, "NoInputs declares no field"),
+        (OneText, NoDefault, "NoDefault.top_k has no default"),
+        (OneText, SameName, "OneText.data"),
+        (ReservedName, TopK, "ReservedName.instances"),
+    ],
+)
+def test_reader_of_an_invalid_declaration_raises(declared_inputs: type, declared_options: type, named: str):
+    with pytest.raises(TypeError, match=named):
+        RequestReader(declared_inputs, declared_options, MAX_INSTANCES)
 
 
 # --- base64 ------------------------------------------------------------------------------------------------------
 
 
 @given(st.binary(min_size=1), st.sampled_from(["{}", "data:image/png;base64,{}", "  {}\n", "data:;base64, {}\r\n"]))
-def test_base64_round_trip(content: bytes, wrapping: str):
-    for encode in (base64.b64encode, base64.encodebytes):  # in one line, and in lines of 76 characters
+def test_base64_decodes_to_the_encoded_bytes(content: bytes, wrapping: str):
+    for encode in (base64.b64encode, base64.encodebytes):  # one line; lines of 76 characters
         assert binary(wrapping.format(encode(content).decode())) == content
 
 
 @given(st.binary())
-def test_bytes_are_taken_as_they_are(content: bytes):
+def test_bytes_are_returned_unchanged(content: bytes):
     assert binary(content) is content
 
 
 @pytest.mark.parametrize(
     "text", ["not base64!", "aGVsbG8", "aGVs*G8=", "aGVsbG8=aGVsbG8=", "é", "\ud800", "data:image/png", "data:,%00"]
 )
-def test_text_that_is_not_base64_is_rejected(text: str):
+def test_invalid_base64_is_rejected(text: str):
     with pytest.raises(InvalidBase64, match="bytes, or base64"):
         binary(text)
 
 
 @pytest.mark.parametrize("text", [" ", "data:image/png;base64,"])
-def test_base64_of_nothing_is_empty(text: str):
+def test_base64_without_content_is_rejected_as_empty(text: str):
     with pytest.raises(EmptyInput):
         binary(text)
 
@@ -331,10 +349,10 @@ def test_any_text_is_decoded_or_rejected(text: str):
         pass
 
 
-# --- the tree of errors ------------------------------------------------------------------------------------------
+# --- the error classes ------------------------------------------------------------------------------------------
 
 
-def test_the_tree_in_the_docstring_is_the_tree():
+def test_tree_in_the_docstring_matches_the_error_classes():
     drawn, path = {}, []
     for line in errors.__doc__.splitlines():
         if match := re.match(r"[ │├└─]*(?=\w+(  |$))", line):
@@ -345,8 +363,8 @@ def test_the_tree_in_the_docstring_is_the_tree():
     assert drawn == {name: cls.__base__.__name__ for name, cls in classes.items()}
 
 
-def test_only_request_errors_are_the_requests_fault():
+def test_only_request_errors_and_overload_have_a_4xx_status():
     for error in (value for value in vars(errors).values() if inspect.isclass(value)):
-        asks_again = error is errors.Overloaded
-        assert error.code // 100 == (4 if issubclass(error, errors.RequestError) or asks_again else 5)
+        has_4xx = issubclass(error, errors.RequestError) or error is errors.Overloaded
+        assert error.code // 100 == (4 if has_4xx else 5)
         assert error("why").body() == {"code": error.code, "type": error.__name__, "message": "why"}

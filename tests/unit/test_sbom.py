@@ -1,8 +1,6 @@
-"""The bill of materials: of this environment, and of TorchServe's real jar."""
+"""The bill of materials of this environment and of TorchServe's jar."""
 
 import json
-import subprocess
-import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -12,26 +10,24 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from bundle.build import sbom
+from bundle.cli.app import app
 from bundle.errors import BundleError
-
-ROOT = Path(__file__).parents[2]
+from tests.programs import run
 
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict:
     file = tmp_path_factory.mktemp("sbom") / "new" / "sbom.json"
-    run = subprocess.run(
-        [sys.executable, "-m", "bundle", "sbom", "--output", str(file)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    ended = run(app, "sbom", "--output", str(file))
+    assert ended.status == 0, ended.stderr
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(file.read_text()) is None
     found = json.loads(file.read_text())
-    assert f": {len(found['components'])} components" in run.stdout
+    assert ended.stdout == f"{file}: {len(found['components'])} components\n"
     return found
 
 
 def versions(document: dict, kind: str) -> dict[str, set[str | None]]:
-    """By the name without the version, of the components whose package URL is of that kind."""
+    """Return the versions of the components whose package URL is of this kind, by name."""
     found: dict[str, set[str | None]] = {}
     for component in document["components"]:
         name, _, version = component.get("purl", "").partition("@")
@@ -40,7 +36,7 @@ def versions(document: dict, kind: str) -> dict[str, set[str | None]]:
     return found
 
 
-def test_every_pinned_package_is_there(document):
+def test_every_pinned_package_is_listed(document):
     packages = versions(document, "pypi")
     assert sbom.pinned().keys() <= packages.keys()
     assert len(sbom.pinned()) > 40
@@ -50,7 +46,7 @@ def test_every_pinned_package_is_there(document):
     assert not {"pytest", "locust", "cyclonedx-python-lib"} & packages.keys()
 
 
-def test_what_a_package_brings_is_there_though_nothing_pins_it(document):
+def test_unpinned_dependencies_of_packages_are_listed(document):
     brought = versions(document, "pypi").keys() - sbom.pinned().keys()
     torch = sbom.python_packages()["torch"]
     assert torch - sbom.pinned().keys() <= brought
@@ -59,7 +55,7 @@ def test_what_a_package_brings_is_there_though_nothing_pins_it(document):
     assert edges["pypi:torchserve"] >= {"model-server.jar"}
 
 
-def test_the_libraries_of_the_jar(document):
+def test_libraries_in_the_jar_are_listed_with_their_versions(document):
     libraries = versions(document, "maven")
     assert libraries["io.netty/netty-codec-http"] == {"4.1.53.Final", "4.1.79.Final"}  # TorchServe's, and gRPC's own
     assert libraries["io.grpc/grpc-netty-shaded"] == {"1.50.0"}
@@ -71,7 +67,7 @@ def test_the_libraries_of_the_jar(document):
     assert [runtime["version"] for runtime in runtimes] == ["21.0.8"]
 
 
-def test_every_version_says_what_it_is_based_on(document):
+def test_every_component_names_the_source_of_its_version(document):
     listed = [component for component in document["components"] if component["bom-ref"] != "model-server.jar"]
     assert all(component["properties"][0]["name"] == "bundle:version-from" for component in listed)
     sources = {component["name"]: component["properties"][0]["value"] for component in listed}
@@ -88,21 +84,21 @@ def jar(folder: Path, *members: tuple[str, tuple[int, ...], bytes]) -> Path:
     return file
 
 
-def test_packages_of_an_unknown_library_are_refused(tmp_path):
+def test_jar_with_an_unknown_library_is_rejected(tmp_path):
     made = jar(tmp_path, ("com/example/New.class", (2025, 1, 1), b""), ("org/pytorch/serve/A.class", (2025, 1, 1), b""))
     with pytest.raises(BundleError, match="packages that are not in libraries.yaml") as refused:
         sbom.jar_libraries(made)
     assert refused.value.details == "com/example"
 
 
-def test_classes_of_another_date_are_another_release(tmp_path):
+def test_library_with_classes_of_another_date_has_no_version(tmp_path):
     made = jar(tmp_path, ("org/yaml/snakeyaml/Yaml.class", (2026, 1, 1), b""))
     [library] = sbom.jar_libraries(made)
     assert (library.name, library.version) == ("snakeyaml", None)
     assert library.source == "unknown; its classes are of 2026-01-01"
 
 
-def test_the_version_is_read_and_not_assumed(tmp_path):
+def test_library_version_is_read_from_its_properties_file(tmp_path):
     member = "META-INF/groovy-release-info.properties"
     date = (2026, 1, 1)
     made = jar(tmp_path, ("groovy/lang/A.class", date, b""), (member, date, b"ImplementationVersion=4.0.1\n"))

@@ -1,12 +1,11 @@
-"""The accuracy in metrics.json once more, through the archives: files as people send them, decoded by the handlers.
+"""The accuracy in metrics.json, measured again through the archives: the handlers decode files as clients send them.
 
-Needs the data sets in DATA_DIR, and is skipped where they are not.
+A test is skipped if its data set is not in DATA_DIR.
 """
 
 import importlib
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy
@@ -19,34 +18,28 @@ from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import select
 from bundle.samples import first
+from tests.shipped import DATA_DIR, SHIPPED, skip_without_data_set
 
-DATA_DIR = Path(os.environ.get("DATA_DIR", "data"))
 INPUTS = 1000
-TOLERANCE = 0.025  # of an accuracy that is measured on so many inputs, and of files instead of tensors
-SETS = {
-    "mnist": "MNIST/raw/t10k-images-idx3-ubyte",
-    "image": "cifar10-images.zip",
-    "audio": "speech-commands-12.zip",
-    "text": "clinc150/data_full.json",
-}
+TOLERANCE = 0.025  # of an accuracy on INPUTS inputs, which are files instead of tensors
 
 
 def picture(pixels: torch.Tensor) -> bytes:
-    """uint8 [C, H, W] -> a PNG file."""
+    """Encode uint8 [C, H, W] as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(file, "PNG")
     return file.getvalue()
 
 
 def sound(waveform: torch.Tensor) -> bytes:
-    """float32 [samples] at 16 kHz -> a FLAC file."""
+    """Encode float32 [samples] at 16 kHz as a FLAC file."""
     file = io.BytesIO()
     soundfile.write(file, waveform.numpy(), 16000, format="FLAC")
     return file.getvalue()
 
 
 def held_out(model: str) -> tuple[list[bytes], list[str]]:
-    """Files and labels, a random part of the test split."""
+    """Return files and their labels: a random part of the test split."""
     train = importlib.import_module(f"models.{model}.train")
     if model == "text":
         texts, labels = zip(*train.load(DATA_DIR)["test"], strict=True)
@@ -61,7 +54,7 @@ def held_out(model: str) -> tuple[list[bytes], list[str]]:
 
 
 class Files:
-    """Tensors, encoded when they are asked for."""
+    """A list of files, each encoded when it is read."""
 
     def __init__(self, inputs: torch.Tensor, encode):
         self.inputs, self.encode = inputs, encode
@@ -70,10 +63,10 @@ class Files:
         return self.encode(self.inputs[int(index)])
 
 
-@pytest.mark.parametrize("model", SETS)
-def test_what_is_served_is_as_accurate_as_what_was_trained(model, tmp_path):
-    if not (DATA_DIR / SETS[model]).exists():
-        pytest.skip(f"there is no {SETS[model]} in DATA_DIR")
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SHIPPED)
+def test_served_accuracy_is_close_to_the_recorded_one(model: str, tmp_path: Path):
+    skip_without_data_set(model)
     contents, labels = held_out(model)
     [folder] = select([model])
     correct = 0

@@ -46,17 +46,17 @@ def test_environment_overrides_file_and_argument_overrides_both(monkeypatch: pyt
     assert Settings(overrides={"job_queue_size": "8"})["job_queue_size"] == "8"
 
 
-def test_relative_paths_are_the_repositorys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_relative_path_in_settings_starts_at_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TS_CERTIFICATE_FILE", "certificates/server.pem")
     environment = Settings().environment()
     assert environment["TS_MODEL_STORE"] == str(ROOT / "model_store")
     assert environment["TS_CERTIFICATE_FILE"] == str(ROOT / "certificates/server.pem")
-    assert "TS_PRIVATE_KEY_FILE" not in environment  # set nowhere
+    assert "TS_PRIVATE_KEY_FILE" not in environment  # not set
     assert Settings(overrides={"model_store": "/srv/store"}).environment()["TS_MODEL_STORE"] == "/srv/store"
 
 
-def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch):
+def test_secrets_are_not_passed_to_the_server(monkeypatch: pytest.MonkeyPatch):
     for name in ("AWS_SECRET_ACCESS_KEY", "DATABASE_URL", "TS_KEYSTORE_PASS", "HARMLESS"):
         monkeypatch.setenv(name, "value")
     passed = Settings().passed_on()
@@ -66,17 +66,17 @@ def test_secrets_are_not_passed_on(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("value", "asks"), [("true", False), ("TRUE", False), ("false", True)])
-def test_tokens_are_required_unless_they_are_disabled(value: str, asks: bool):
+def test_tokens_are_required_unless_disabled(value: str, asks: bool):
     assert Settings(overrides={"disable_token_authorization": value}).asks_for_keys == asks
 
 
-def test_url_of_every_interface_is_loopback():
+def test_url_of_a_server_on_every_interface_is_loopback():
     settings = Settings(overrides={"inference_address": "http://0.0.0.0:9080/", "metrics_address": "https://h:1"})
     assert settings.url("inference_address") == "http://127.0.0.1:9080"
     assert settings.url("metrics_address") == "https://h:1"
 
 
-def test_listeners_are_found_by_the_key_of_their_port():
+def test_listeners_are_named_by_the_setting_of_their_port():
     settings = Settings(
         overrides={
             "inference_address": "http://0.0.0.0:1",
@@ -98,7 +98,7 @@ def test_listeners_are_found_by_the_key_of_their_port():
     assert settings.inference_ports() == {1, 4}
 
 
-def test_log_config_is_the_file_that_vmargs_name(tmp_path: Path):
+def test_log_config_is_the_file_in_vmargs(tmp_path: Path):
     assert Settings().log_config == ROOT / "bundle" / "config" / "log4j2.xml"
     file = tmp_path / "config.properties"
     file.write_text("vmargs=-Xmx1g\nmodel_store=model_store\n")

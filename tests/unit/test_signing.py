@@ -1,4 +1,4 @@
-"""Archives are what was built, and come from whom they should; anything else is refused, by name."""
+"""Signed archives: an unchanged one is accepted, and everything else is rejected by name."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def contents(file: Path) -> dict[str, bytes]:
 
 
 def unpacked(file: Path, folder: Path) -> Path:
-    """As TorchServe unpacks it: without permissions and links."""
+    """Unpack as TorchServe does: without permissions and links."""
     with zipfile.ZipFile(file) as archive:
         archive.extractall(folder)
     return folder
@@ -68,16 +68,16 @@ def signed(tmp_path: Path, key: Path) -> Path:
     return file
 
 
-# --- what is right -------------------------------------------------------------------------------------------------
+# --- unchanged archives ----------------------------------------------------------------------------------------------
 
 
-def test_what_was_signed_passes_packed_and_unpacked(signed: Path, trusted: Path, tmp_path: Path):
+def test_signed_archive_is_accepted_packed_and_unpacked(signed: Path, trusted: Path, tmp_path: Path):
     for found in (signed, unpacked(signed, tmp_path / "folder")):
         check(found, trusted)
         check(found, None)
 
 
-def test_other_programs_can_check_it(signed: Path, trusted: Path, tmp_path: Path):
+def test_signed_archive_is_accepted_by_sha256sum_and_openssl(signed: Path, trusted: Path, tmp_path: Path):
     folder = unpacked(signed, tmp_path / "folder")
     summed = subprocess.run(["sha256sum", "--check", "--strict", MANIFEST], cwd=folder, capture_output=True, text=True)
     assert summed.returncode == 0, summed.stderr
@@ -87,13 +87,13 @@ def test_other_programs_can_check_it(signed: Path, trusted: Path, tmp_path: Path
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-def test_the_manifest_is_sorted(signed: Path):
+def test_manifest_is_sorted_by_name(signed: Path):
     names = [line[66:] for line in contents(signed)[MANIFEST].decode().splitlines()]
     assert names == sorted(MEMBERS)
 
 
-def test_without_a_key_an_archive_needs_no_manifest(tmp_path: Path, trusted: Path):
-    """Another builder's archive. With a key, it is refused."""
+def test_unsigned_archive_is_rejected_only_with_a_trusted_key(tmp_path: Path, trusted: Path):
+    """An archive that another builder made has no manifest."""
     file = written(tmp_path / "m.mar", MEMBERS)
     check(file, None)
     with pytest.raises(BundleError, match=r"m\.mar is refused: it is not signed \(it has no MAR-INF/SHA256SUMS\)"):
@@ -103,12 +103,12 @@ def test_without_a_key_an_archive_needs_no_manifest(tmp_path: Path, trusted: Pat
         check(file, trusted)
 
 
-# --- what was changed ----------------------------------------------------------------------------------------------
+# --- changed archives ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(members=members, data=st.data())
-def test_any_flipped_bit_of_any_member_is_named(tmp_path_factory, members: dict[str, bytes], data: st.DataObject):
+def test_flipped_bit_in_a_member_is_rejected_by_name(tmp_path_factory, members: dict[str, bytes], data: st.DataObject):
     name = data.draw(st.sampled_from(sorted(members)))
     assume(members[name])
     at, bit = data.draw(st.integers(0, len(members[name]) - 1)), data.draw(st.integers(0, 7))
@@ -125,10 +125,10 @@ def test_any_flipped_bit_of_any_member_is_named(tmp_path_factory, members: dict[
         assert f"refused: {name!r} was changed. Delete it" in str(refused.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
-def test_a_damaged_file_is_refused_or_holds_the_same(tmp_path_factory, at: int, bit: int):
-    """A bit anywhere in the file: some are in nobody's way, a member's date, say."""
+def test_damaged_file_is_rejected_or_has_the_same_members(tmp_path_factory, at: int, bit: int):
+    """Some bits do not matter: those of a member's date, for example."""
     file = written(tmp_path_factory.mktemp("damaged") / "m.mar", MEMBERS)
     seal(file, None)
     before, damaged = contents(file), bytearray(file.read_bytes())
@@ -137,17 +137,15 @@ def test_a_damaged_file_is_refused_or_holds_the_same(tmp_path_factory, at: int, 
     try:
         check(file, None)
     except BundleError as refused:
-        assert "m.mar is refused" in str(refused)  # noqa: PT017, because it need not be refused
+        assert "m.mar is refused" in str(refused)  # noqa: PT017 - not every damage is rejected
         return
     found = contents(file)
-    # what is checked is all there is, unless the damage took the manifest's own name
+    # without its manifest, an archive counts as unsigned
     assert found == before or MANIFEST not in found
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_members_that_are_missing_changed_and_added_are_named(
-    signed: Path, trusted: Path, tmp_path: Path, packed: bool
-):
+def test_changed_missing_and_added_members_are_named(signed: Path, trusted: Path, tmp_path: Path, packed: bool):
     wrong = contents(signed) | {"handler.py": b"import os", "evil.py": b""}
     del wrong["model.pt"]
     file = written(signed, wrong)
@@ -155,14 +153,14 @@ def test_members_that_are_missing_changed_and_added_are_named(
         check(file if packed else unpacked(file, tmp_path / "folder"), trusted)
 
 
-def test_long_lists_are_cut_short(signed: Path):
+def test_long_list_of_wrong_members_is_cut(signed: Path):
     file = written(signed, contents(signed) | {f"{number}.py": b"" for number in range(9)})
     with pytest.raises(BundleError, match="'4.py' was added, and 4 more"):
         check(file, None)
 
 
-def test_a_new_manifest_needs_a_new_signature(signed: Path, trusted: Path, tmp_path: Path):
-    """Who changes an archive can write its manifest, and cannot sign it."""
+def test_old_signature_of_a_new_manifest_is_rejected(signed: Path, trusted: Path, tmp_path: Path):
+    """Anybody can write a new manifest for a changed archive, but not sign it."""
     wrong = contents(signed) | {"handler.py": b"import os"}
     old = wrong.pop(SIGNATURE)
     del wrong[MANIFEST]
@@ -175,38 +173,38 @@ def test_a_new_manifest_needs_a_new_signature(signed: Path, trusted: Path, tmp_p
         check(file, trusted)
 
 
-def test_another_key_is_refused(signed: Path, tmp_path: Path):
+def test_signature_of_another_key_is_rejected(signed: Path, tmp_path: Path):
     other = make_keys(tmp_path / "other.key")
     with pytest.raises(BundleError, match="not made with the key of .*other.key.pub"):
         check(signed, other)
 
 
 @pytest.mark.parametrize("manifest", [b"no digest  model.pt\n", b"\xff\n", b"0" * 64 + b"  model.pt", b"\n"])
-def test_a_manifest_that_is_none(tmp_path: Path, manifest: bytes):
+def test_invalid_manifest_is_rejected(tmp_path: Path, manifest: bytes):
     with pytest.raises(BundleError, match="is not in the format of sha256sum"):
         check(written(tmp_path / "m.mar", MEMBERS | {MANIFEST: manifest}), None)
 
 
-# --- what has no place in an archive -------------------------------------------------------------------------------
+# --- members that no archive may have -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../evil.py", "/etc/evil.py", "a/../../evil.py", "..", "a/./b", "./a", "a//b", "//a"])
-def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str):
+def test_member_name_outside_the_folder_is_rejected(tmp_path: Path, name: str):
     with pytest.raises(BundleError, match=r"m\.mar is refused: the name .* leads out of its folder"):
         check(written(tmp_path / "m.mar", {name: b""}), None)
 
 
 @pytest.mark.parametrize("name", ["..\\evil.py", "two\nlines", "nul\0.py"])
-def test_names_that_programs_read_differently_are_refused(tmp_path: Path, name: str):
+def test_ambiguous_member_name_is_rejected(tmp_path: Path, name: str):
     with zipfile.ZipFile(tmp_path / "m.mar", "w") as archive:
         entry = zipfile.ZipInfo("other")
-        entry.filename = name  # the constructor would cut it
+        entry.filename = name  # the constructor would change it
         archive.writestr(entry, b"")
     with pytest.raises(BundleError, match="has characters that programs read differently"):
         check(tmp_path / "m.mar", None)
 
 
-def test_links_are_refused(tmp_path: Path):
+def test_link_is_rejected(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "m.mar", "w") as archive:
         link = zipfile.ZipInfo("weights.pt")
         link.external_attr = LINK
@@ -222,7 +220,7 @@ def test_links_are_refused(tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_names_that_come_twice_are_refused(tmp_path: Path):
+def test_duplicate_member_name_is_rejected(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "m.mar", "w") as archive:
         archive.writestr("handler.py", b"good")
         archive.writestr("handler.py", b"evil")
@@ -230,7 +228,7 @@ def test_names_that_come_twice_are_refused(tmp_path: Path):
         check(tmp_path / "m.mar", None)
 
 
-def test_what_is_no_archive_is_refused(tmp_path: Path):
+def test_unreadable_archive_is_rejected(tmp_path: Path):
     (tmp_path / "m.mar").write_bytes(b"PK")
     for name in ("m.mar", "nowhere.mar"):
         with pytest.raises(BundleError, match=f"{name} is refused: it cannot be read"):
@@ -240,7 +238,7 @@ def test_what_is_no_archive_is_refused(tmp_path: Path):
 # --- keys ----------------------------------------------------------------------------------------------------------
 
 
-def test_keys_are_secret_and_never_overwritten(tmp_path: Path):
+def test_keys_are_private_and_never_overwritten(tmp_path: Path):
     public = make_keys(tmp_path / "new" / "k")
     assert stat.S_IMODE((tmp_path / "new" / "k").stat().st_mode) == 0o600
     assert "PRIVATE" not in public.read_text()
@@ -252,7 +250,7 @@ def test_keys_are_secret_and_never_overwritten(tmp_path: Path):
         (tmp_path / "new" / "k").unlink(missing_ok=True)
 
 
-def test_keys_that_are_none_are_named(signed: Path, key: Path, trusted: Path, tmp_path: Path, monkeypatch):
+def test_invalid_key_is_rejected_by_name(signed: Path, key: Path, trusted: Path, tmp_path: Path, monkeypatch):
     with pytest.raises(BundleError, match="signing.key is not an Ed25519 public key"):
         check(signed, key)
     with pytest.raises(BundleError, match="signing.key.pub is not an Ed25519 private key"):
@@ -269,7 +267,7 @@ def test_keys_that_are_none_are_named(signed: Path, key: Path, trusted: Path, tm
 
 @pytest.fixture
 def model(signed: Path, tmp_path: Path) -> Path:
-    """The folder that TorchServe unpacked the archive into, beside a worker that says what it got."""
+    """Return the folder of an unpacked archive. Beside it lies a worker script that prints what it was started with."""
     (tmp_path / "model_service_worker.py").write_text(
         "import os, resource, sys\n"
         "print(os.getpid(), sys.argv[1:], 'core', resource.getrlimit(resource.RLIMIT_CORE), os.environ)"
@@ -278,7 +276,7 @@ def model(signed: Path, tmp_path: Path) -> Path:
 
 
 def start_worker(model: Path, trusted: str, *command: str, name: str = "python", **changed: str | None):
-    """As the frontend starts one: in the model's folder, which is the first place that Python imports from."""
+    """Start a worker as the frontend does: in the model's folder, from which Python imports first."""
     environment = {**os.environ, "BUNDLE_PYTHON": sys.executable, "TEMP": str(model.parents[1]), "TRUSTED_KEY": trusted}
     environment |= {"PYTHONPATH": str(model), "PATH": f"{GUARDS}{os.pathsep}{os.environ['PATH']}"} | changed
     environment = {key: value for key, value in environment.items() if value is not None}
@@ -290,7 +288,7 @@ def start_worker(model: Path, trusted: str, *command: str, name: str = "python",
 
 
 @pytest.mark.parametrize("name", ["python", "python3"])
-def test_the_guard_becomes_the_worker(model: Path, trusted: Path, name: str):
+def test_guard_becomes_the_worker(model: Path, trusted: Path, name: str):
     pid, output, errors, status = start_worker(model, str(trusted), name=name, PYTHONPATH=f"/elsewhere:{model}")
     assert status == 0, errors
     assert output.startswith(f"{pid} ['--port', '9000']")
@@ -298,12 +296,12 @@ def test_the_guard_becomes_the_worker(model: Path, trusted: Path, name: str):
     assert f"'PYTHONPATH': '{model}:" in output
     assert "/elsewhere" not in output
     assert "'PYTHONDONTWRITEBYTECODE': '1'" in output
-    assert "core (0, 0)" in output  # which would be a file that the manifest does not list
+    assert "core (0, 0)" in output  # a core dump would be a file that the manifest does not list
 
 
 @pytest.mark.parametrize("name", ["python", "python3", "torchrun"])
 @pytest.mark.parametrize("module", ["sitecustomize", "hashlib", "zipfile", "torch", "bundle"])
-def test_nothing_of_a_model_runs_before_it_is_checked(model: Path, tmp_path: Path, name: str, module: str):
+def test_added_module_is_rejected_before_it_runs(model: Path, tmp_path: Path, name: str, module: str):
     (model / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     _, output, errors, status = start_worker(model, "", name=name)
     assert status == 1
@@ -313,7 +311,7 @@ def test_nothing_of_a_model_runs_before_it_is_checked(model: Path, tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_that_was_not_unpacked_is_refused(model: Path, tmp_path: Path):
+def test_model_outside_the_unpacked_archives_is_rejected(model: Path, tmp_path: Path):
     elsewhere = shutil.copytree(model, tmp_path / "elsewhere" / "models" / "0123")
     link = model.parent / "link"
     link.symlink_to(elsewhere)
@@ -326,15 +324,15 @@ def test_a_model_that_was_not_unpacked_is_refused(model: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "command", [("-m", "pip", "install", "-r", "requirements.txt"), ("setup_model_venv.py", "venv")]
 )
-def test_no_packages_are_installed_for_a_model(model: Path, command: tuple[str, ...]):
+def test_package_installation_is_rejected(model: Path, command: tuple[str, ...]):
     _, output, errors, status = start_worker(model, "", *command)
     assert (status, output) == (1, "")
     assert "Packages are not installed for a model" in errors
 
 
 @pytest.mark.parametrize("variable", ["TRUSTED_KEY", "TEMP", "BUNDLE_PYTHON"])
-def test_without_its_settings_the_guard_starts_no_worker(model: Path, variable: str):
-    """As when `blacklist_env_vars` matches them."""
+def test_guard_without_its_settings_starts_no_worker(model: Path, variable: str):
+    """The setting `blacklist_env_vars` can hide them from workers."""
     _, output, errors, status = start_worker(model, "", **{variable: None})
     assert status != 0
     assert output == ""

@@ -37,7 +37,7 @@ def manifest_only(file: Path, number: str) -> None:
 
 @given(writes=st.lists(st.sampled_from(["line\n", "be", "gun\n", "two\nlines\n", "ROTATE", "READ"]), max_size=25))
 def test_follower_returns_every_line_once(tmp_path_factory: pytest.TempPathFactory, writes: list[str]):
-    """Rotate as log4j does: rename the file and begin a new one, at most once between two reads."""
+    """log4j rotates a log: it renames the file and begins a new one, at most once between two reads."""
     folder = tmp_path_factory.mktemp("logs")
     file = folder / "access.log"
     follower = Follower(file)
@@ -101,8 +101,8 @@ def test_version_that_never_became_ready_is_not_tracked():
     assert [kept.name for kept in history.state({}, State()).registered] == ["mnist"]
 
 
-def test_added_workers_are_not_missed_while_they_start():
-    """A worker that is added takes no requests from the others while it starts."""
+def test_added_workers_are_not_missing_while_they_start():
+    """The other workers serve all requests while a new one starts."""
     history = History()
     for now, (minimum, ready, degraded) in enumerate(
         [(1, 1, False), (2, 1, False), (2, 0, True), (2, 2, False), (2, 1, True)]
@@ -113,7 +113,7 @@ def test_added_workers_are_not_missed_while_they_start():
     assert not history.degraded_since
 
 
-def test_degraded_version_is_not_taken_for_removed():
+def test_degraded_version_does_not_count_as_removed():
     history = History()
     history.add([version({}, ready=0), version({}, ready=0, name="text", number="2.0")], now=0)
     earlier = State([version({}, 1, name="text", number="2.0").registered])
@@ -163,7 +163,7 @@ def test_archive_is_found_by_its_version(tmp_path: Path):
     assert archive_of(tmp_path, wanted).name == "mnist-1.1.mar"
 
 
-# --- what could not be restored ----------------------------------------------------------------------------------
+# --- restoring ----------------------------------------------------------------------------------
 
 V1, V2 = Registered("mnist", "1.0", "mnist.mar", 2, 2, False), Registered("mnist", "2.0", "new.mar", 2, 2, True)
 FALLBACK = State([replace(V1, default=True)])  # 2.0 did not become READY: 1.0 is served instead
@@ -200,7 +200,7 @@ def test_version_that_management_removed_is_forgotten(store: Path):
     assert merge(both, both, FALLBACK, store) == FALLBACK
 
 
-def test_version_registered_again_by_hand_is_kept_as_it_is_now(store: Path):
+def test_version_registered_again_by_hand_keeps_its_new_state(store: Path):
     now = State([replace(V1, default=True), replace(V2, minimum=1, default=False)])
     kept = merge(State([V1, V2]), FALLBACK, now, store)
     assert kept.workers() == now.workers()
@@ -208,7 +208,7 @@ def test_version_registered_again_by_hand_is_kept_as_it_is_now(store: Path):
 
 
 def test_default_set_by_hand_replaces_the_saved_one(store: Path):
-    """2.0 stays to be restored, but no longer as the default."""
+    """2.0 is still to be restored, but not as the default."""
     third = Registered("mnist", "3.0", "third.mar", 1, 1, True)
     kept = merge(State([V1, V2]), FALLBACK, State([V1, third]), store)
     assert kept.registered == [V1, third, replace(V2, default=False)]
@@ -230,7 +230,7 @@ def test_default_that_failed_to_restore_is_kept(store: Path):
 
 
 def test_removal_that_failed_to_restore_is_kept(store: Path):
-    """The folder's own 1.0 had been replaced by 2.0, and is back in its place until 2.0 is."""
+    """2.0 had replaced 1.0. 1.0 serves again until 2.0 is restored."""
     saved = State([V2], {"mnist": "1.0"})
     kept = merge(saved, FALLBACK, FALLBACK, store)
     assert kept == saved
@@ -265,9 +265,9 @@ VERSIONS = st.builds(
     restored=st.lists(VERSIONS, unique_by=lambda version: version.key),
 )
 def test_no_saved_version_is_lost_without_management(saved, restored, tmp_path_factory: pytest.TempPathFactory):
-    """Whatever a restore came to, at as many starts as it takes."""
+    """Whatever a restore achieves, and at every start."""
     store = tmp_path_factory.mktemp("store")
-    (store / "any.mar").write_bytes(b"unreadable, and so perhaps of every version")
+    (store / "any.mar").write_bytes(b"unreadable: its version is unknown")
     now = State(restored)
     kept = merge(State(saved), now, now, store)
     assert State(saved).workers().items() <= kept.workers().items()
@@ -275,10 +275,10 @@ def test_no_saved_version_is_lost_without_management(saved, restored, tmp_path_f
     assert set(missing(kept, now)) == {key for key, _ in State(saved).workers().items() - now.workers().items()}
 
 
-# --- what the supervisor shows -----------------------------------------------------------------------------------
+# --- exporter -----------------------------------------------------------------------------------
 
 
-def test_versions_that_are_not_restored_are_shown_and_leave_the_server_ready():
+def test_versions_that_are_not_restored_are_exported_and_leave_the_server_ready():
     history = History(latest=[version({}, 1)], not_restored=[V2.key])
     exporter = Exporter(history, Counter(), lambda: "", lambda: False)
     server = exporter.serve("127.0.0.1", 0)

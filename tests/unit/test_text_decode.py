@@ -1,4 +1,4 @@
-"""Text -> token ids, with a tokenizer made here."""
+"""Decoding of texts to token ids, with a tokenizer made here."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import decoded
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from handlers.core.batch import Sample
 from handlers.core.errors import EmptyInput, RequestError, TextTooLong, UndecodableText
 from handlers.text import TextHandler
+from tests.unit.inputs import decoded
 
 WORDS = ["[PAD]", "[UNK]", "what", "is", "my", "balance", "größe", "残高"]
 
@@ -21,7 +21,7 @@ def handler(tmp_path_factory: pytest.TempPathFactory) -> TextHandler:
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=False, handle_chinese_chars=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.enable_padding(length=99)  # a file may ask for what the handler does by itself
+    tokenizer.enable_padding(length=99)  # overridden by the handler, which pads itself
     folder: Path = tmp_path_factory.mktemp("archive")
     tokenizer.save(str(folder / "tokenizer.json"))
     handler = TextHandler()
@@ -42,7 +42,7 @@ def handler(tmp_path_factory: pytest.TempPathFactory) -> TextHandler:
         ("my " * 20, [4] * 8),  # cut at max_tokens
     ],
 )
-def test_decodes(handler: TextHandler, content: bytes | str, ids: list[int]):
+def test_text_is_decoded_to_token_ids(handler: TextHandler, content: bytes | str, ids: list[int]):
     sample = decoded(handler, content)
     assert (sample.tolist(), sample.dtype) == (ids, torch.int64)
 
@@ -64,18 +64,18 @@ def test_decodes(handler: TextHandler, content: bytes | str, ids: list[int]):
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_refuses(handler: TextHandler, content: bytes | str, error: type, message: str):
+def test_invalid_text_is_rejected(handler: TextHandler, content: bytes | str, error: type, message: str):
     with pytest.raises(error, match=message):
         decoded(handler, content)
 
 
 @pytest.mark.parametrize("letter", ["x", "ö", "残", "\N{GRINNING FACE}"])
-def test_the_limit_counts_characters_however_many_bytes_they_take(handler: TextHandler, letter: str):
+def test_length_limit_counts_characters_not_bytes(handler: TextHandler, letter: str):
     assert decoded(handler, (letter * 100).encode()).tolist() == decoded(handler, letter * 100).tolist()
 
 
 @given(st.one_of(st.text(), st.binary()))
-def test_any_content_is_decoded_or_refused(handler: TextHandler, content: bytes | str):
+def test_any_content_is_decoded_or_rejected(handler: TextHandler, content: bytes | str):
     try:
         sample = decoded(handler, content)
     except RequestError:

@@ -1,4 +1,4 @@
-"""What the trials of faults and the long run count, and where they write it."""
+"""What the fault trials and the soak count, and where they write it."""
 
 import math
 from dataclasses import replace
@@ -20,13 +20,13 @@ RIGHT = Answer(due=0, done=0.1, status=200, right=True)
 REFUSED = Answer(due=1, done=1.1, status=429, retry_after=True, problem="Overloaded")
 FAILED = Answer(due=2, done=2.1, status=500, problem="PredictionFailed")
 WRONG = Answer(due=2, done=2.1, status=200)
-UNTOLD = Answer(due=3, done=3.1, status=503)
+NO_RETRY_AFTER = Answer(due=3, done=3.1, status=503)
 NONE = "no error body"
 LOST = Answer(due=4, done=44, status=None, problem="TimeoutError")
 
 
-def test_every_answer_counts_once():
-    outcome = Outcome([RIGHT, RIGHT, REFUSED, FAILED, WRONG, UNTOLD, LOST])
+def test_every_answer_is_counted_once():
+    outcome = Outcome([RIGHT, RIGHT, REFUSED, FAILED, WRONG, NO_RETRY_AFTER, LOST])
     counted = (outcome.answered, outcome.refused, outcome.failed, outcome.lost)
     assert counted == (2, 1, 3, 1)
     assert outcome.row()["sent"] == sum(counted)
@@ -34,7 +34,7 @@ def test_every_answer_counts_once():
     assert statuses(outcome.answers)["TimeoutError"] == 1
 
 
-def test_a_limit_that_does_not_hold_is_kept():
+def test_broken_limit_is_recorded():
     outcome = Outcome([RIGHT])
     outcome.require(True, "this holds")
     outcome.require(False, "that holds")
@@ -42,20 +42,20 @@ def test_a_limit_that_does_not_hold_is_kept():
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5), st.booleans()), min_size=1))
-def test_the_longest_silence_is_the_longest_run_of_seconds_without_a_right_answer(drawn: list[tuple[int, int, bool]]):
+def test_longest_silence_is_the_longest_time_without_a_correct_answer(drawn: list[tuple[int, int, bool]]):
     answers = [Answer(due, due + took, 200 if right else 500, right) for due, took, right in drawn]
     begin, end = min(due for due, *_ in drawn), max(due for due, *_ in drawn)
-    heard = {due + took for due, took, right in drawn if right} - {begin}
+    correct = {due + took for due, took, right in drawn if right} - {begin}
     longest = silence = 0
     for second in range(begin + 1, end + 1):
         silence += 1
         longest = max(longest, silence)
-        if second in heard:
+        if second in correct:
             silence = 0
     assert longest_silence(answers) == longest
 
 
-def test_silence_lies_between_right_answers():
+def test_longest_silence_counts_from_and_to_correct_answers():
     moments = (0, 1, 2, 7, 8)
     answers = [Answer(moment, moment, 200, True) for moment in moments]
     assert longest_silence([*answers, Answer(4, 4, 500)]) == 5
@@ -63,7 +63,7 @@ def test_silence_lies_between_right_answers():
     assert longest_silence([]) == 0
 
 
-def test_the_99th_percentile_is_an_answers():
+def test_p99_is_the_latency_of_an_answer():
     answers = [Answer(0, seconds, 200, True) for seconds in range(1, 201)]
     assert p99(answers) == 198
     assert p99(answers[:1]) == 1
@@ -78,27 +78,29 @@ def test_the_99th_percentile_is_an_answers():
         ("{}", "no error body"),
     ],
 )
-def test_the_type_of_an_error(body: str, expected: str):
+def test_error_type_is_read_from_the_body(body: str, expected: str):
     assert error_type(body) == expected
 
 
-def test_who_is_given_up_died_and_is_not_tried_again():
+def test_given_up_worker_is_not_restarted():
     first, again = "Auto recovery start timestamp: 1763900000000", "Auto recovery failed again"
     retry = "Retry worker: c0ffee in 1 seconds."
-    told = [
+    events = [
         ("faulty", first),
         ("faulty", retry),
         ("mnist", first),
         ("faulty", again),
         ("faulty", "Auto recovery succeeded"),
     ]
-    log = "\n".join(f"2026-01-01T00:00:00,000 [INFO ] W-9000-{model}_1.0 WorkerThread - {line}" for model, line in told)
+    log = "\n".join(
+        f"2026-01-01T00:00:00,000 [INFO ] W-9000-{model}_1.0 WorkerThread - {line}" for model, line in events
+    )
     assert given_up(log, "faulty") == 1
     assert given_up(f"{log}\n2026-01-01T00:00:01,000 [INFO ] W-9000-faulty_1.0 WorkerThread - {retry}", "faulty") == 0
     assert given_up(log, "text") == 0
 
 
-def test_recovery_is_the_end_of_the_last_slow_second():
+def test_recovery_time_is_the_end_of_the_last_slow_second():
     def second(begin: float, *took: float, right: bool = True) -> list[Answer]:
         return [Answer(begin + 0.1, begin + 0.1 + seconds, 200 if right else 429, right) for seconds in took]
 
@@ -110,7 +112,7 @@ def test_recovery_is_the_end_of_the_last_slow_second():
     assert recovery_time([*fast, *second(103, 0.1, right=False)], ended=100, usual=0.1) == 4
 
 
-def test_a_section_takes_the_place_of_the_one_before(tmp_path: Path):
+def test_written_section_replaces_the_earlier_one(tmp_path: Path):
     document = tmp_path / "RELIABILITY.md"
     write_section("faults", "## Faults\nfirst", document)
     write_section("soak", "## Long run\nfirst", document)
@@ -122,18 +124,18 @@ def test_a_section_takes_the_place_of_the_one_before(tmp_path: Path):
     assert text.index("## Faults") < text.index("## Long run")
 
 
-def sliced(count: int, **changes) -> list[soak.Slice]:
+def slices_of_a_run(count: int, **changes) -> list[soak.Slice]:
     load = LoadResult(20, 1000, 0, 50, 0.01, 0.02, 0.03, 0.04)
     steady = soak.Slice(0, {"mnist": load}, {"frontend": 500.0, "mnist": 600.0}, 100, frozenset({1, 2}))
     return [replace(steady, hours=index / 60, **changes) for index in range(count)]
 
 
-def test_a_steady_run_has_no_fault():
-    assert soak.faults(sliced(10), ["mnist"]) == []
+def test_steady_soak_has_no_fault():
+    assert soak.faults(slices_of_a_run(10), ["mnist"]) == []
 
 
-def test_what_grows_is_named():
-    slices = sliced(10)
+def test_growth_during_soak_is_named():
+    slices = slices_of_a_run(10)
     failing = LoadResult(20, 999, 1, 50, 0.01, 0.02, 0.2, 0.4)
     slices[5:] = [
         replace(
@@ -151,6 +153,6 @@ def test_what_grows_is_named():
     assert "frontend" not in found
 
 
-def test_the_slope_is_in_megabytes_an_hour():
-    slices = [replace(kept, memory={"mnist": 600 + 30 * kept.hours}) for kept in sliced(10)]
+def test_memory_slope_is_in_megabytes_per_hour():
+    slices = [replace(kept, memory={"mnist": 600 + 30 * kept.hours}) for kept in slices_of_a_run(10)]
     assert soak.memory_slope(slices, "mnist") == pytest.approx(30)

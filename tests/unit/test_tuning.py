@@ -1,4 +1,4 @@
-"""What `make tune` tries, and whom it declares the winner."""
+"""The search of `make tune`: which settings it tries, and which ones win."""
 
 import math
 import os
@@ -34,7 +34,7 @@ def load(throughput: float, p99: float, p50: float | None = None, failed: int = 
 @pytest.mark.parametrize(
     ("text", "expected"), [("150000 100000\n", 1.5), ("max 100000\n", os.cpu_count()), ("", os.cpu_count())]
 )
-def test_a_containers_share_of_the_cores(tmp_path: Path, text: str, expected: float):
+def test_quota_is_the_containers_share_of_the_cores(tmp_path: Path, text: str, expected: float):
     (tmp_path / "cpu.max").write_text(text)
     assert tune.quota(tmp_path / "cpu.max") == expected
     assert tune.quota(tmp_path / "missing") == os.cpu_count()
@@ -43,12 +43,12 @@ def test_a_containers_share_of_the_cores(tmp_path: Path, text: str, expected: fl
 # --- scores and climbs ----------------------------------------------------------------------------------------------
 
 
-def test_the_score_is_the_best_throughput_within_the_target():
+def test_score_is_the_best_throughput_within_the_target():
     loads = {1: load(50, 0.02), 4: load(150, 0.09), 16: load(400, 0.2), 64: load(500, 0.05, failed=1)}
     assert search.score(loads, TARGET) == Score(150, -0.09, 4)
 
 
-def test_a_score_without_the_target_says_how_near_it_came():
+def test_score_outside_the_target_ranks_by_distance_to_it():
     near = search.score({1: load(5, 0.3), 4: load(6, 0.9)}, TARGET)
     far = search.score({1: load(900, 0.4)}, TARGET)
     none = search.score({1: load(900, 0.01, failed=3)}, TARGET)
@@ -67,32 +67,32 @@ def climbed(loads: dict[int, LoadResult], rungs: list[int]) -> list[int]:
     return asked
 
 
-def test_a_climb_ends_where_the_target_is_missed():
+def test_climb_ends_where_the_target_is_missed():
     loads = {1: load(50, 0.02), 4: load(150, 0.09), 16: load(400, 0.2), 64: load(500, 0.9)}
     assert climbed(loads, [1, 4, 16, 64]) == [1, 4, 16]
 
 
-def test_a_climb_ends_where_requests_fail():
+def test_climb_ends_where_requests_fail():
     assert climbed({1: load(50, 0.02), 4: load(150, 0.03, failed=1), 16: load(1, 1)}, [1, 4, 16]) == [1, 4]
 
 
-def test_a_climb_ends_where_more_load_brings_nothing_more():
+def test_climb_ends_where_throughput_stops_rising():
     loads = {1: load(50, 0.01), 4: load(150, 0.02), 16: load(149, 0.03), 64: load(151, 0.04), 256: load(150, 0.05)}
     assert climbed(loads, [1, 4, 16, 64, 256]) == [1, 4, 16, 64]
     assert climbed(loads | {64: load(200, 0.04)}, [1, 4, 16, 64, 256]) == [1, 4, 16, 64, 256]
 
 
-def test_a_few_late_answers_do_not_end_a_climb():
+def test_climb_goes_on_after_a_few_late_answers():
     loads = {1: load(50, 0.3, p50=0.01), 4: load(150, 0.09), 16: load(1, 0.4)}
     assert climbed(loads, [1, 4, 16]) == [1, 4, 16]
 
 
-def test_a_climb_that_starts_too_high_goes_down():
+def test_climb_that_starts_too_high_goes_down():
     loads = {8: load(150, 0.4), 4: load(150, 0.2), 2: load(100, 0.08), 1: load(1, 0.01)}
     assert climbed(loads, [8, 16]) == [8, 4, 2]
 
 
-def test_later_climbs_start_below_the_best():
+def test_later_climb_starts_below_the_best():
     assert search.rising(16) == [8, 16, 32, 64, 128, 256]
     assert search.rising(1) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert search.rising(256) == [128, 256]
@@ -101,15 +101,15 @@ def test_later_climbs_start_below_the_best():
 # --- halving --------------------------------------------------------------------------------------------------------
 
 
-def test_halving_keeps_the_best_of_a_known_function_under_noise():
-    """More often than the same time does, spent on all alike. A measurement's noise falls with the root of its time."""
+def test_halving_finds_the_best_of_a_noisy_function():
+    """Compare with the same time spent on all candidates equally. Noise falls with the root of a measurement's time."""
     field = spread(space(8, ["auto"], 64, 256, TARGET), NOW, 32)
 
     def truth(candidate: Candidate) -> float:
         return 1000 - 60 * distance(candidate, Candidate(4, 2, 32, 2))
 
     best = max(field, key=truth)
-    kept = alike = 0
+    halved = equally = 0
     for seed in range(100):
         noise = random.Random(seed)
 
@@ -119,15 +119,15 @@ def test_halving_keeps_the_best_of_a_known_function_under_noise():
         def judge(some, number, left, measured=measured):
             return measured(some, len(field) / len(some))
 
-        kept += best in search.halve(field, judge)
+        halved += best in search.halve(field, judge)
         scores = measured(field, search.rounds(len(field)))
-        alike += best in sorted(field, key=scores.__getitem__, reverse=True)[: search.FINALISTS]
-    assert kept >= 90
-    assert kept > alike
+        equally += best in sorted(field, key=scores.__getitem__, reverse=True)[: search.FINALISTS]
+    assert halved >= 90
+    assert halved > equally
 
 
 @given(st.integers(1, 100))
-def test_halving_takes_as_many_rounds_as_planned(count: int):
+def test_halving_takes_the_planned_number_of_rounds(count: int):
     field = [Candidate(1, 1, size, 1) for size in range(1, count + 1)]
     asked = []
 
@@ -141,7 +141,7 @@ def test_halving_takes_as_many_rounds_as_planned(count: int):
     assert asked == [(number, planned + 2 - number) for number in range(1, planned + 1)]
 
 
-def test_a_best_that_the_sample_lacks_is_found_by_steps():
+def test_halving_finds_a_best_outside_its_sample_through_neighbours():
     everything = space(2, ["auto"], 64, 256, 0.002)
     best = Candidate(2, 1, 64, 1)
     field = [each for each in spread(everything, NOW, 12) if each != best]
@@ -153,10 +153,10 @@ def test_a_best_that_the_sample_lacks_is_found_by_steps():
     assert search.halve(field, judge, lambda leader: neighbours(everything, leader))[0] == best
     asked = []
     search.halve(field, lambda some, *_: asked.append(len(some)) or judge(some, 0, 0), lambda leader: everything)
-    assert asked == [len(field), 6, 3]  # no more measurements than without them
+    assert asked == [len(field), 6, 3]  # neighbours add no measurements
 
 
-def test_halving_goes_on_with_what_was_measured_when_time_is_over():
+def test_halving_out_of_time_uses_what_was_measured():
     field = [Candidate(1, 1, size, 1) for size in range(1, 9)]
 
     def judge(some, number, left):
@@ -166,14 +166,14 @@ def test_halving_goes_on_with_what_was_measured_when_time_is_over():
 
 
 @given(budget=st.floats(1, 10_000), start=st.floats(0.1, 60), shortest=st.floats(0.5, 8))
-def test_the_first_round_takes_no_more_than_its_share(budget: float, start: float, shortest: float):
+def test_first_round_takes_no_more_than_its_share(budget: float, start: float, shortest: float):
     count = search.affordable(budget, start, shortest)
     each = start + search.EXPECTED_RUNGS * shortest
     assert count == 2 or count * each <= budget / (search.rounds(count) + 1)
 
 
 class Machine:
-    """A bench whose services answer at once: the nearer to `best` their settings are, the faster."""
+    """Stands for the trial server: the nearer the settings are to `best`, the faster it answers."""
 
     server = SimpleNamespace(settings={"max_response_size": "16777216"})
     inputs = [None]
@@ -194,7 +194,7 @@ class Machine:
         yield SimpleNamespace(**facts, load=answer, random_arrivals=answer)
 
 
-def test_a_search_tries_neighbours_of_its_leader(monkeypatch: pytest.MonkeyPatch):
+def test_tuning_tries_neighbours_of_its_leader(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "cores", lambda: 2)
     monkeypatch.setattr(tune, "on_gpu", lambda: False)
     best = Candidate(1, 2, 32, 1)
@@ -219,7 +219,7 @@ def final(mine: list[float], current: list[float], p99: float = 0.05) -> dict[Ca
     }
 
 
-def test_what_is_clearly_better_replaces_the_current_settings():
+def test_clearly_better_settings_replace_the_current_ones():
     verdict = search.decide(final([120, 121, 130], [100, 101, 99]), {}, NOW, TARGET)
     assert verdict.replaces
     assert verdict.best.batch_size == 32
@@ -234,7 +234,7 @@ def test_what_is_clearly_better_replaces_the_current_settings():
         ([90, 98, 91], [100, 101, 99], "The current settings are the best"),
     ],
 )
-def test_the_current_settings_stay_otherwise(mine: list[float], current: list[float], reason: str):
+def test_current_settings_stay_unless_others_are_clearly_better(mine: list[float], current: list[float], reason: str):
     verdict = search.decide(final(mine, current), {}, NOW, TARGET)
     assert not verdict.replaces
     assert reason in verdict.reason
@@ -246,20 +246,20 @@ def test_current_settings_that_miss_the_target_are_replaced():
     assert "miss the target" in verdict.reason
 
 
-def test_nothing_replaces_where_all_miss_the_target():
+def test_current_settings_stay_if_all_miss_the_target():
     missed = {candidate: [{1: load(9, 0.3)}] for candidate in (NOW, replace(NOW, batch_size=2))}
     verdict = search.decide(missed, {}, NOW, TARGET)
     assert not verdict.replaces
     assert not verdict.scores[verdict.best].throughput
 
 
-def test_one_failure_in_one_turn_counts():
+def test_settings_with_one_failed_request_do_not_win():
     found = final([120, 121, 130], [100, 101, 99])
     found[replace(NOW, batch_size=32)][1][16] = load(121, 0.05, failed=1)
     assert search.decide(found, {}, NOW, TARGET).best == NOW
 
 
-def test_who_is_late_when_requests_come_at_random_times_does_not_win():
+def test_settings_late_under_random_arrivals_do_not_win():
     found = final([120, 121, 130], [100, 101, 99])
     other = replace(NOW, batch_size=32)
     steady = {NOW: load(70, 0.05), other: load(84, 0.05)}
@@ -268,7 +268,7 @@ def test_who_is_late_when_requests_come_at_random_times_does_not_win():
     assert search.decide(found, steady | {other: load(84, 0.05, failed=1)}, NOW, TARGET).best == NOW
 
 
-def test_a_turn_that_ended_early_does_not_decide_for_the_others():
+def test_turn_that_ended_early_does_not_decide():
     found = final([90, 90, 90], [100, 100, 100])
     other = replace(NOW, batch_size=32)
     found[other] = [
@@ -281,7 +281,7 @@ def test_a_turn_that_ended_early_does_not_decide_for_the_others():
     assert verdict.scores[other].concurrency == 32
 
 
-def test_the_middle_forgives_one_disturbed_turn():
+def test_one_disturbed_turn_does_not_change_the_verdict():
     verdict = search.decide(final([120, 120, 120], [100, 100, 100]), {}, NOW, TARGET)
     disturbed = final([120, 120, 120], [100, 100, 100])
     disturbed[replace(NOW, batch_size=32)][2][16] = load(118, 0.9)
@@ -301,7 +301,7 @@ measured_points = st.lists(
 
 
 @given(measured_points)
-def test_the_front_is_what_no_other_point_beats(points: list[Point]):
+def test_front_is_the_points_that_no_other_beats(points: list[Point]):
     front = search.front(points)
     whole = [point.load for point in points if point.load.answered and not point.load.failed]
 
@@ -316,7 +316,7 @@ def test_the_front_is_what_no_other_point_beats(points: list[Point]):
     assert shown == sorted(shown)
 
 
-def test_a_summary_prefers_the_final():
+def test_summary_prefers_the_final():
     first = Point(NOW, "round 1", 4, load(500, 0.01))
     later = Point(NOW, "round 2", 16, load(300, 0.03))
     finals = [Point(NOW, search.FINAL, 4, load(throughput, 0.02)) for throughput in (90, 100, 200)]

@@ -1,4 +1,4 @@
-"""What `make tune` reads and writes: settings, inputs, archives, evidence."""
+"""The files of `make tune`: settings, inputs, archives, reports."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundle import mar
@@ -24,6 +24,7 @@ from bundle.tuning import tuner as tune
 from bundle.tuning import yaml_edit as config_file
 from bundle.tuning.search import Point
 from bundle.tuning.space import Candidate
+from tests.shipped import SHIPPED
 
 NOW = Candidate(1, 1, 16, 5)
 TARGET = 0.1
@@ -38,8 +39,8 @@ def load(throughput: float, p99: float) -> LoadResult:
 WANTED = {("minWorkers",): 2, ("batchSize",): 128, ("maxBatchDelay",): 10, ("handler", "threads"): 2}
 
 
-@pytest.mark.parametrize("name", ["mnist", "image", "audio", "text", "imagenet"])
-def test_an_edit_changes_values_and_nothing_else(name: str):
+@pytest.mark.parametrize("name", [*SHIPPED, "imagenet"])
+def test_edit_changes_only_the_values(name: str):
     old = (MODELS / name / "model-config.yaml").read_text()
     new = config_file.edited(old, WANTED)
     expected = yaml.safe_load(old)
@@ -54,7 +55,7 @@ def test_an_edit_changes_values_and_nothing_else(name: str):
     assert config_file.edited(new, WANTED) == new
 
 
-def test_an_edit_adds_what_is_missing():
+def test_edit_adds_missing_keys():
     old = "# mine\nbatchSize: 4  # few\n\nbundle:\n  handler: mnist\n"
     new = config_file.edited(old, {("minWorkers",): 2, ("handler", "precision"): "bfloat16"})
     assert new == f"# mine\nminWorkers: 2\n{old[7:]}\nhandler:\n  precision: bfloat16\n"
@@ -69,24 +70,25 @@ keys = st.sampled_from(["minWorkers", "maxWorkers", "batchSize", "maxBatchDelay"
 values = st.one_of(st.integers(0, 2000), st.booleans(), st.text(max_size=20), st.lists(st.integers(), max_size=3))
 
 
+@settings(max_examples=50)
 @given(
     config=st.dictionaries(keys, values, min_size=1),
     handler=st.one_of(st.none(), st.dictionaries(st.sampled_from(["threads", "top_k", "precision"]), values)),
     flow=st.sampled_from([None, False]),
     width=st.sampled_from([20, 120]),
 )
-def test_an_edit_is_right_or_refused(config: dict, handler: dict | None, flow: bool | None, width: int):
+def test_edit_is_correct_or_rejected(config: dict, handler: dict | None, flow: bool | None, width: int):
     text = yaml.safe_dump(config | {"handler": handler}, default_flow_style=flow, width=width, sort_keys=False)
     expected = config | {"minWorkers": 2, "batchSize": 128, "maxBatchDelay": 10}
     expected["handler"] = (handler or {}) | {"threads": 2}
     try:
         new = config_file.edited(text, WANTED)
     except BundleError:
-        return  # nothing is written then; the shipped files' style is never refused
+        return  # nothing is written then; the test of the shipped files shows that theirs are never rejected
     assert yaml.safe_load(new) == expected
 
 
-def test_what_cannot_be_edited_is_refused():
+def test_edit_of_unsupported_yaml_is_rejected():
     with pytest.raises(BundleError, match="must be a mapping"):
         config_file.edited("- a\n", WANTED)
     shared = "other: &it\n  threads: 1\nhandler: *it\n"
@@ -94,7 +96,7 @@ def test_what_cannot_be_edited_is_refused():
         config_file.edited(shared, WANTED)
 
 
-def test_the_patch_applies(tmp_path: Path):
+def test_patch_is_applied_by_git(tmp_path: Path):
     file = tmp_path / "models" / "mnist" / "model-config.yaml"
     file.parent.mkdir(parents=True)
     old = (MODELS / "mnist" / "model-config.yaml").read_text()
@@ -114,7 +116,7 @@ def folder(tmp_path: Path) -> ModelFolder:
     return ModelFolder(tmp_path / "mnist")
 
 
-def test_only_what_differs_is_written(folder: ModelFolder):
+def test_changes_are_the_settings_that_differ(folder: ModelFolder):
     (folder.path / "model-config.yaml").write_text(
         "minWorkers: 1\nmaxWorkers: 2\nbatchSize: 32\nmaxBatchDelay: 2\nhandler:\n  threads: 1\n"
     )
@@ -129,7 +131,7 @@ def test_only_what_differs_is_written(folder: ModelFolder):
     assert session.changes(folder, now, now) == {}
 
 
-def test_torchserve_needs_both_numbers_of_workers(folder: ModelFolder):
+def test_changed_workers_set_minimum_and_maximum(folder: ModelFolder):
     (folder.path / "model-config.yaml").write_text("bundle:\n  handler: mnist\n")
     now = tune.current_settings(folder)
     assert now == Candidate(1, 1, 1, 100, "auto")
@@ -137,7 +139,7 @@ def test_torchserve_needs_both_numbers_of_workers(folder: ModelFolder):
     assert wanted == {("minWorkers",): 2, ("maxWorkers",): 2}
 
 
-def test_a_patch_leaves_the_folder_alone(folder: ModelFolder, tmp_path: Path):
+def test_patch_leaves_the_folder_unchanged(folder: ModelFolder, tmp_path: Path):
     before = {file: file.read_bytes() for file in folder.path.iterdir() if file.is_file()}
     session.write_down(folder, {"model": "mnist"}, b"<svg/>", {("batchSize",): 63}, tmp_path / "m.patch")
     assert {file: file.read_bytes() for file in folder.path.iterdir() if file.is_file()} == before
@@ -146,7 +148,7 @@ def test_a_patch_leaves_the_folder_alone(folder: ModelFolder, tmp_path: Path):
     assert (tmp_path / "m.svg").read_bytes() == b"<svg/>"
 
 
-def test_a_variant_of_an_archive(tmp_path: Path):
+def test_variant_of_an_archive_has_the_candidates_settings(tmp_path: Path):
     archive, target = tmp_path / "m.mar", tmp_path / "v.mar"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr(mar.MANIFEST, json.dumps({"model": {"configFile": "c.yaml"}}))
@@ -156,7 +158,8 @@ def test_a_variant_of_an_archive(tmp_path: Path):
     assert mar.config(target) == {
         "batchSize": 8,
         "jobQueueSize": 7,
-        "handler": {"top_k": 3, "cache_entries": 0, "threads": 1, "precision": "float32"},  # no cached answers
+        # no cache: its answers would count as the model's
+        "handler": {"top_k": 3, "cache_entries": 0, "threads": 1, "precision": "float32"},
         "minWorkers": 2,
         "maxWorkers": 2,
         "maxBatchDelay": 5,
@@ -175,7 +178,7 @@ def archived(tmp_path: Path, precision: str, *files: str) -> Path:
     return archive
 
 
-def test_precisions_that_the_examples_forbid_are_not_tried(folder: ModelFolder, tmp_path: Path):
+def test_precision_that_the_archive_excludes_is_rejected(folder: ModelFolder, tmp_path: Path):
     settled = archived(tmp_path, "[float32, int8]", "model.int8.pt")
     tune.check_precisions(["auto", "float32", "int8"], "auto", folder, settled)
     with pytest.raises(BundleError, match="in bfloat16 on its examples. Choose among: float32, int8"):
@@ -186,14 +189,14 @@ def test_precisions_that_the_examples_forbid_are_not_tried(folder: ModelFolder, 
         tune.check_precisions(["int8"], "auto", folder, unsettled)
 
 
-def test_a_list_of_precisions_stays_what_it_is(folder: ModelFolder):
+def test_list_of_precisions_is_kept(folder: ModelFolder):
     (folder.path / "model-config.yaml").write_text("batchSize: 2\nhandler: {precision: [float32, int8]}\n")
     now = tune.current_settings(folder)
     assert now.precision == "float32 or int8"
     assert session.changes(folder, now, replace(now, batch_size=4)) == {("batchSize",): 4}
 
 
-def test_inputs_that_take_turns_count_alike():
+def test_joined_loads_count_every_input_alike():
     fast, slow = load(400, 0.02), load(100, 0.08)
     joined = measure.joined([fast, slow])
     assert joined.throughput == pytest.approx(160)  # a second of each: 2 / (1/400 + 1/100)
@@ -201,12 +204,12 @@ def test_inputs_that_take_turns_count_alike():
     assert joined.answered == 500
 
 
-def test_answers_bound_the_batch():
+def test_largest_batch_depends_on_the_size_of_answers():
     assert measure.largest_batch(16 * 2**20, 1024) == 8192
     assert measure.largest_batch(16 * 2**20, 15 * 2**20) == 1
 
 
-def test_missing_inputs(folder: ModelFolder, tmp_path: Path):
+def test_missing_inputs_are_rejected(folder: ModelFolder, tmp_path: Path):
     with pytest.raises(BundleError, match="There is no file"):
         tune.read_inputs(folder, [tmp_path / "none.png"])
     (tmp_path / "a.json").write_text("{}")
@@ -217,7 +220,7 @@ def test_missing_inputs(folder: ModelFolder, tmp_path: Path):
         tune.read_inputs(unsampled, [])
 
 
-def test_the_record_is_json_and_has_everything():
+def test_report_is_json_with_every_measurement():
     lost = Point(NOW, "round 1", 4, LoadResult(1.0, 0, 3, 0.0, *(math.inf,) * 4))
     other = replace(NOW, batch_size=32)
     final = {NOW: [{1: load(100, 0.02)}], other: [{1: load(121, 0.02)}]}
@@ -234,7 +237,7 @@ def test_the_record_is_json_and_has_everything():
     assert found["not_servable"][0]["error"] == "died"
 
 
-def test_the_picture_is_small_and_the_same_every_time():
+def test_chart_is_small_and_reproducible():
     chart = pytest.importorskip("bundle.tuning.chart")
     other = replace(NOW, batch_size=32)
     points = [

@@ -1,4 +1,4 @@
-"""For the tests of `make add-model`: networks as users bring them, and a place to add them."""
+"""Networks that users may add with `make add-model`, and the folders to add them to: fixture `workbench`."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ LABELS = [f"label {index}" for index in range(CLASSES)]
 
 
 class SmallNet(nn.Module):
-    """Takes images of one size only, as its linear layer looks at every pixel."""
+    """Classifies images of one size only: its linear layer has weights for each pixel."""
 
     def __init__(self, channels: int, side: int, classes: int = CLASSES):
         super().__init__()
@@ -74,7 +74,7 @@ class Tone(nn.Module):
 
 
 def static_int8(model: nn.Module, side: int) -> nn.Module:
-    """Post-training quantisation of weights and activations, for x86."""
+    """Quantise weights and activations after training, for x86."""
     fused = torch.ao.quantization.fuse_modules(model.eval(), [["convolution", "normalise"]])
     wrapped = torch.ao.quantization.QuantWrapper(fused)
     wrapped.qconfig = torch.ao.quantization.get_default_qconfig("fbgemm")
@@ -84,7 +84,11 @@ def static_int8(model: nn.Module, side: int) -> nn.Module:
 
 
 class Workbench:
-    """Roots of its own for folders and archives, and what was reported."""
+    """Folders for models and archives that belong to one test.
+
+    Attributes:
+        reported: the lines that `add_model` reported.
+    """
 
     def __init__(self, root: Path):
         self.files = root / "files"
@@ -111,8 +115,8 @@ class Workbench:
         new = NewModel(name, serialized, labels, handler, files=tuple(options.pop("files", ())), **options)
         return add_model(new, **roots)
 
-    def refuses(self, model: nn.Module | Path, message: str, name: str = "theirs", **options) -> BundleError:
-        """Checks that it is refused in one line, and that nothing is left behind."""
+    def rejects(self, model: nn.Module | Path, message: str, name: str = "theirs", **options) -> BundleError:
+        """Check that a model is rejected with a message of one line, and that no file is left behind."""
         before = sorted(self.models.rglob("*"))
         with pytest.raises(BundleError, match=message) as caught:
             self.add(model, name, **options)
@@ -126,6 +130,6 @@ class Workbench:
 
 
 @pytest.fixture
-def bench(tmp_path) -> Workbench:
+def workbench(tmp_path: Path) -> Workbench:
     torch.manual_seed(0)
     return Workbench(tmp_path)

@@ -1,4 +1,4 @@
-"""Trials of faults on the real Docker stack, under constant load that is counted request by request."""
+"""Inject faults into a real Docker stack under load, and count every answer."""
 
 import time
 import traceback
@@ -12,37 +12,37 @@ from bundle.errors import UsageError
 from tests.docker.stack import Stack, running
 from tests.trials import reliability
 from tests.trials.faults import load, operation, workers
-from tests.trials.faults.report import said, section
+from tests.trials.faults.report import section, summary
 from tests.trials.faults.trial import Outcome, Trial
 
 TRIALS: dict[str, Trial] = {
     trial.name: trial for trial in (*workers.TRIALS, *load.TRIALS, *operation.TRIALS)
-}  # `rollout` and what comes after it find another version of mnist
+}  # the order matters: `rollout` and the trials after it find another version of mnist
 SETTINGS = {
     "PROXY_RATE": "10000r/s",  # all load comes from one client here
     "BURST": "10000",
     "CONNECTIONS": "9999",
     "LARGE_BODIES_OF_CLIENT": "9999",
-    "PATIENCE_SECONDS": "15",  # so that a trial need not wait two minutes
-    "TMP_SIZE": "2g",  # which is soon full
+    "PATIENCE_SECONDS": "15",  # instead of two minutes, to keep the trials short
+    "TMP_SIZE": "2g",  # small, so that a trial can fill it
 }
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Which: {', '.join(TRIALS)}. By default, all.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Of a phase of load before and after a fault.")] = 3,
+    names: Annotated[list[str] | None, typer.Argument(help=f"The trials: {', '.join(TRIALS)}. Default: all.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of load before and after each fault.")] = 3,
     write: Annotated[
-        bool, typer.Option("--write", help="Write the figures of all trials into RELIABILITY.md.")
+        bool, typer.Option("--write", help="Write the results of all trials into RELIABILITY.md.")
     ] = False,
 ) -> None:
-    """Inject faults into a Docker stack of its own, and count failed requests.
+    """Start a Docker stack, inject faults into it, and count failed requests.
 
-    Exit with 1 if a limit does not hold.
+    The exit status is 1 if a limit is not met.
     """
     if unknown := [name for name in names or [] if name not in TRIALS]:
-        raise UsageError(f"There is no trial {unknown[0]!r}; there are: {', '.join(TRIALS)}.")
+        raise UsageError(f"There is no trial {unknown[0]!r}. Choose from: {', '.join(TRIALS)}.")
     if names and write:
-        raise UsageError("RELIABILITY.md has all trials. Give --write (REPORT=1) without names of trials.")
+        raise UsageError("RELIABILITY.md needs the results of all trials. Use --write (REPORT=1) without trial names.")
     wanted = [TRIALS[name] for name in dict.fromkeys(names or TRIALS)]
     note("Building and starting the stack takes some minutes.")
     with running(("torchserve", "proxy"), **SETTINGS) as stack:
@@ -50,8 +50,8 @@ def main(
     console.print(table(wanted, outcomes))
     for trial in wanted:
         for limit in outcomes[trial.name].broken:
-            console.print(f"[red]{trial.name}: it does not hold that {limit}[/red]")
-        console.print(f"{trial.name}: {said(outcomes[trial.name])}", markup=False)
+            console.print(f"[red]{trial.name}: not met: {limit}[/red]")
+        console.print(f"{trial.name}: {summary(outcomes[trial.name])}", markup=False)
     if write:
         reliability.write_section("faults", section(wanted, outcomes, seconds))
         console.print("RELIABILITY.md is written.")
@@ -66,24 +66,25 @@ def run(stack: Stack, trials: list[Trial], seconds: float) -> dict[str, Outcome]
             bars.update(task, description=trial.name)
             began = time.monotonic()
             outcomes[trial.name] = outcome_of(trial, stack, seconds)
-            held = "held" if not outcomes[trial.name].broken else "DID NOT HOLD"
-            note(f"{trial.name}: {held}, {time.monotonic() - began:.0f} s")
+            result = "passed" if not outcomes[trial.name].broken else "FAILED"
+            note(f"{trial.name}: {result}, {time.monotonic() - began:.0f} s")
             bars.advance(task)
     return outcomes
 
 
 def outcome_of(trial: Trial, stack: Stack, seconds: float) -> Outcome:
-    """A trial that cannot be carried through did not hold; the others go on."""
+    """Run a trial. If it raises, it has failed, and the other trials still run."""
     try:
         return trial.run(stack, seconds)
     except Exception as exc:
         traceback.print_exc()
-        return Outcome([], broken=[f"it can be tried: {type(exc).__name__}: {exc}"])
+        return Outcome([], broken=[f"the trial runs to its end: {type(exc).__name__}: {exc}"])
 
 
 def table(trials: list[Trial], outcomes: dict[str, Outcome]) -> Table:
     columns = ("sent", "answered", "refused", "failed", "lost", "silence_seconds", "recovery_seconds")
-    shown = Table("fault", *(column.replace("_seconds", " s") for column in columns), "holds")
+    heads = ("sent", "answered", "rejected", "failed", "lost", "gap s", "recovery s")
+    shown = Table("fault", *heads, "passed")
     for trial in trials:
         row = outcomes[trial.name].row()
         cells = ("" if row[column] is None else str(row[column]) for column in columns)

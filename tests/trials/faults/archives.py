@@ -1,4 +1,4 @@
-"""Archives for trials: out of the image, with something changed, put into the running container's store."""
+"""Archives for trials: copy one from the image, change it, put it into the running container's model store."""
 
 import subprocess
 import tempfile
@@ -12,26 +12,27 @@ from tests.support import altered
 FAULTY = Path(__file__).parent / "faulty.py"
 
 
-def shipped(stack: Stack, name: str, folder: Path) -> Path:
-    """The image's archive of a model."""
+def copy_from_image(stack: Stack, name: str, folder: Path) -> Path:
+    """Copy the image's archive of a model into the folder, and return its path."""
     docker("cp", f"{stack.container()}:/opt/bundle/archives/{name}.mar", str(folder / f"{name}.mar"))
     return folder / f"{name}.mar"
 
 
 def put(stack: Stack, archive: Path) -> None:
-    """Into the store of the running container."""
+    """Copy an archive into the model store of the running container."""
     command = ["docker", "exec", "-i", stack.container(), "sh", "-c", f"cat > model_store/{archive.name}"]
     subprocess.run(command, input=archive.read_bytes(), check=True, capture_output=True)
 
 
 def register_faulty(stack: Stack, settings: str = "") -> None:
-    """The model `faulty`: the text model, its workers too, with the handler of faulty.py.
+    """Register the model `faulty`: the text model with the handler of faulty.py.
 
     Args:
+        stack: where to register it.
         settings: lines to add to its model-config.yaml.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        text = shipped(stack, "text", Path(temporary))
+        text = copy_from_image(stack, "text", Path(temporary))
         manifest = mar.read(text, mar.MANIFEST).replace(b'"text.py"', b'"faulty.py"')
         config = mar.read(text, CONFIG_NAME) + f"\n{settings}\n".encode()
         members = {"faulty.py": FAULTY.read_bytes(), mar.MANIFEST: manifest, CONFIG_NAME: config}

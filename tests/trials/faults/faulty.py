@@ -1,7 +1,7 @@
-"""A text handler that fails as it is told to, for trials of what handlers do wrong: that of the archive `faulty`.
+"""The handler of the archive `faulty`: a text handler that fails on command.
 
-A text that begins with one of these words does it: "hang", "crash" (as a fault in native code does), "log" (a
-megabyte), "break" (the accelerator), and "small" (from then on the device has room for two texts).
+The first word of a text is the command: "hang", "crash" (like a fault in native code), "log" (a megabyte of lines),
+"break" (an error of the GPU), "small" (from then on, the device has memory for two texts only).
 """
 
 import logging
@@ -15,12 +15,12 @@ from handlers.core.batch import Sample
 
 logger = logging.getLogger(__name__)
 
-# what the error of a device is, out of a TorchScript module
+# the beginning of a device error that a TorchScript module raises
 IN_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter.\n...\nRuntimeError: "
 
 
 class FaultyHandler(TextHandler):
-    room = 1_000_000  # texts that the device has memory for
+    room = 1_000_000  # texts that fit into the simulated device's memory
 
     def decode(self, inputs: TextHandler.Inputs) -> Sample:
         command = (inputs.data.split() or [""])[0]

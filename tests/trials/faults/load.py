@@ -1,4 +1,4 @@
-"""Trials of too much load: floods of large bodies, more requests than can be answered, clients that dawdle."""
+"""Trials of overload: floods of large bodies, more requests than the server can answer, slow clients."""
 
 import io
 import math
@@ -13,20 +13,20 @@ import requests
 from PIL import Image
 
 from tests.docker.stack import Stack, docker
-from tests.trials.faults.traffic import Answer, Traffic, error_type, median, p99
+from tests.trials.faults.traffic import Answer, PoissonTraffic, error_type, median, p99
 from tests.trials.faults.trial import Outcome, Trial
-from tests.trials.faults.workers import RATE, digits
+from tests.trials.faults.workers import RATE, digit_traffic
 
-TARGET = 1.0  # seconds: a request that waited longer is not begun (max_wait_seconds of the models)
+TARGET = 1.0  # s: a request that waited longer is not processed (max_wait_seconds of the models)
 FLOOD_CLIENTS = 48
 FLOOD_BYTES = (16 << 20) - 1000  # just below max_request_size
 PROXY_MEGABYTES = 1500
-DAWDLERS = 150  # of each kind
-CUT_OFF = 10.0  # s after which the proxy ends a client that sends nothing
+SLOW_CLIENTS = 150  # of each kind
+CUT_OFF = 10.0  # s after which the proxy disconnects a client that sends nothing
 
 
 def picture(width: int, height: int, kind: str) -> bytes:
-    """Smooth colours: much to decode, and as PNG little to send."""
+    """Return an image of smooth colours: large when decoded, but small as a PNG."""
     rows, columns = numpy.indices((height, width), dtype=numpy.uint16)
     pixels = numpy.stack([rows * 255 // height, columns * 255 // width, (rows + columns) % 256], axis=2)
     file = io.BytesIO()
@@ -46,7 +46,7 @@ def ask(url: str, body: bytes) -> Answer:
 
 
 def closed_loop(url: str, body: bytes, clients: int, seconds: float) -> list[Answer]:
-    """Clients that ask again as soon as they are answered, or a moment after they were refused."""
+    """Send requests from many clients: each sends the next after an answer, or 50 ms after a rejection."""
     deadline = time.monotonic() + seconds
     answers: list[Answer] = []
 
@@ -62,7 +62,7 @@ def closed_loop(url: str, body: bytes, clients: int, seconds: float) -> list[Ans
 
 
 def memory(stack: Stack, service: str) -> tuple[float, int]:
-    """The most memory (MB) that a container has had, and how many of its processes were killed for want of it."""
+    """Return a container's peak memory in MB, and how many of its processes were killed for lack of memory."""
 
     def read(version_2: str, version_1: str) -> str:
         command = f"cd /sys/fs/cgroup; cat {version_2} 2>/dev/null || cat memory/{version_1}"
@@ -79,20 +79,20 @@ def flood(stack: Stack, seconds: float) -> Outcome:
     body = picture(side, side, "BMP")
     before = stack.inspect()["RestartCount"], stack.inspect("proxy")["RestartCount"]
     killed = [memory(stack, service)[1] for service in ("proxy", "torchserve")]
-    with digits(stack, RATE / 2) as others:
+    with digit_traffic(stack, RATE / 2) as others:
         answers = closed_loop(url, body, FLOOD_CLIENTS, 3 * seconds)
     proxy, server = memory(stack, "proxy"), memory(stack, "torchserve")
     outcome = Outcome(answers + others.answers)
     outcome.notes += [
-        f"{len(body) / 2**20:.1f} MiB each from {FLOOD_CLIENTS} clients",
-        f"most memory so far: proxy {proxy[0]:.0f} MB, TorchServe and workers {server[0]:.0f} MB",
+        f"{FLOOD_CLIENTS} clients with bodies of {len(body) / 2**20:.1f} MiB",
+        f"peak memory so far: proxy {proxy[0]:.0f} MB, TorchServe and workers {server[0]:.0f} MB",
     ]
     after = stack.inspect()["RestartCount"], stack.inspect("proxy")["RestartCount"]
-    outcome.require(after == before and [proxy[1], server[1]] == killed, "nothing is killed for want of memory")
-    outcome.require(outcome.lost == 0, "no request is without an answer")
-    outcome.require(outcome.failed == 0, "what is not answered is told when to come again")
-    outcome.require(any(answer.right for answer in answers), "large bodies are answered, too")
-    outcome.require(proxy[0] < PROXY_MEGABYTES, f"the proxy needs less than {PROXY_MEGABYTES} MB, of a limit of 2 GB")
+    outcome.require(after == before and [proxy[1], server[1]] == killed, "no process is killed for lack of memory")
+    outcome.require(outcome.lost == 0, "every request is answered")
+    outcome.require(outcome.failed == 0, "excess requests are rejected with Retry-After")
+    outcome.require(any(answer.right for answer in answers), "some requests with large bodies succeed")
+    outcome.require(proxy[0] < PROXY_MEGABYTES, f"the proxy needs less than {PROXY_MEGABYTES} MB of its limit of 2 GB")
     return outcome
 
 
@@ -101,33 +101,41 @@ def overload(stack: Stack, seconds: float) -> Outcome:
     body = picture(2000, 1500, "PNG")
     answers = closed_loop(url, body, 16, seconds + 2)
     rate = sum(answer.right for answer in answers) / (seconds + 2)
-    with Traffic(url, body, '"top_k"', 0.5 * rate) as calm:
+    with PoissonTraffic(url, body, '"top_k"', 0.5 * rate) as calm:
         time.sleep(seconds)
-    with Traffic(url, body, '"top_k"', 3 * rate) as storm:
+    with PoissonTraffic(url, body, '"top_k"', 3 * rate) as storm:
         time.sleep(max(5 * seconds, 15))
         ended = storm.stop()
-        with Traffic(url, body, '"top_k"', 0.5 * rate, seed=2) as after:  # while the backlog is still there
+        with PoissonTraffic(url, body, '"top_k"', 0.5 * rate, seed=2) as after:  # while the backlog is still there
             time.sleep(seconds + 5)
     recovery = recovery_time(after.answers, ended, median(calm.answers))
     outcome = Outcome(storm.answers + after.answers, recovery)
     right = [answer for answer in storm.answers if answer.right]
     refused = [answer for answer in storm.answers if answer.refused]
     outcome.notes += [
-        f"capacity {rate:.0f}/s, asked {3 * rate:.0f}/s, answered {len(right) / (ended - storm.answers[0].due):.0f}/s",
-        f"p99 of the answered {p99(right):.2f} s, of the refused {p99(refused):.2f} s, at half the capacity "
+        f"capacity {rate:.0f}/s, sent {3 * rate:.0f}/s, answered {len(right) / (ended - storm.answers[0].due):.0f}/s",
+        f"p99 during the overload {p99(right):.2f} s, of rejections {p99(refused):.2f} s, at half the capacity "
         f"{p99(calm.answers):.2f} s",
     ]
-    outcome.require(outcome.lost == 0 and outcome.failed == 0, "what is not answered is told when to come again")
-    outcome.require(p99(right) < 2 * TARGET, "what is answered has a p99 under twice the target (1 s)")
-    outcome.require(p99(refused) < 2 * TARGET, "what is refused is refused as soon")
-    outcome.require(len(right) > 0.5 * rate * (ended - storm.answers[0].due), "half of the capacity goes on, at least")
-    outcome.require(recovery <= 5, "five seconds after, all is answered, and as fast as before")
+    outcome.require(outcome.lost == 0 and outcome.failed == 0, "excess requests are rejected with Retry-After")
+    outcome.require(p99(right) < 2 * TARGET, "the p99 of correct answers is under twice the target (1 s)")
+    outcome.require(p99(refused) < 2 * TARGET, "the p99 of rejections is under twice the target (1 s)")
+    outcome.require(len(right) > 0.5 * rate * (ended - storm.answers[0].due), "throughput is over half the capacity")
+    outcome.require(recovery <= 5, "within 5 s after the load, all requests are answered, as fast as before")
     return outcome
 
 
 def recovery_time(answers: list[Answer], ended: float, usual: float) -> float:
-    """Seconds from the end of the load until all is answered, and no later than twice the usual: by the median of each
-    second's requests, because even at half the capacity one of them waits now and then. Infinite without requests."""
+    """Return the seconds from the end of the overload until normal service; infinity without requests.
+
+    Service is normal from the second on in which every request is answered correctly, and the median latency is at most
+    twice the usual one. It is the median because single requests wait even at half the capacity.
+
+    Args:
+        answers: of requests sent after the overload.
+        ended: end of the overload (`time.monotonic`).
+        usual: median latency in seconds at this rate.
+    """
     if not answers:
         return math.inf
     seconds: dict[int, list[Answer]] = {}
@@ -139,8 +147,13 @@ def recovery_time(answers: list[Answer], ended: float, usual: float) -> float:
     return max(0.0, max(slow, default=-1) + 1)
 
 
-def dawdle(port: int, stop: threading.Event) -> tuple[list[socket.socket], list[socket.socket]]:
-    """Clients that send half a header or half a body, a tenth of which hang up; and those that send byte by byte."""
+def open_slow_clients(port: int, stop: threading.Event) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Open connections of slow clients.
+
+    Returns:
+        clients that stop after half a header or half a body (a tenth of them disconnect), and clients that send one
+        byte per second.
+    """
     head = b"POST /predictions/mnist HTTP/1.1\r\nHost: x\r\n"
     silent, trickling = [], []
     for opening, kind in (
@@ -148,7 +161,7 @@ def dawdle(port: int, stop: threading.Event) -> tuple[list[socket.socket], list[
         (head + b"Content-Length: 1000\r\n\r\nhalf", silent),
         (head + b"Content-Length: 100000\r\n\r\n", trickling),
     ):
-        for number in range(DAWDLERS):
+        for number in range(SLOW_CLIENTS):
             connection = socket.create_connection(("127.0.0.1", port), 10)
             connection.sendall(opening)
             if kind is silent and number % 10 == 0:
@@ -169,14 +182,14 @@ def dawdle(port: int, stop: threading.Event) -> tuple[list[socket.socket], list[
 
 
 def slow_clients(stack: Stack, seconds: float) -> Outcome:
-    """Without and with them, in turns."""
+    """Measure other clients' latency with and without slow clients, alternating three times."""
     answers, quiet, disturbed, left = [], [], [], 0
     for _ in range(3):
-        with digits(stack) as without:
+        with digit_traffic(stack) as without:
             time.sleep(seconds)
         stop = threading.Event()
-        silent, trickling = dawdle(int(stack.environment["PORT"]), stop)
-        with digits(stack) as among:
+        silent, trickling = open_slow_clients(int(stack.environment["PORT"]), stop)
+        with digit_traffic(stack) as among:
             time.sleep(max(seconds, CUT_OFF + 2))
         left += sum(map(is_open, silent))
         stop.set()
@@ -188,12 +201,12 @@ def slow_clients(stack: Stack, seconds: float) -> Outcome:
     outcome = Outcome(answers)
     ratio = statistics.median(disturbed) / statistics.median(quiet)
     outcome.notes.append(
-        f"{3 * DAWDLERS} slow clients; p99 {1000 * statistics.median(quiet):.0f} ms without, "
-        f"{1000 * statistics.median(disturbed):.0f} ms among them (medians of 3)"
+        f"{3 * SLOW_CLIENTS} slow clients; p99 {1000 * statistics.median(quiet):.0f} ms without them, "
+        f"{1000 * statistics.median(disturbed):.0f} ms with them (medians of 3)"
     )
-    outcome.require(outcome.answered == len(answers), "other clients are answered")
-    outcome.require(ratio < 2, "with the same p99, within twice of it on a shared machine")
-    outcome.require(left == 0, f"clients that send nothing for {CUT_OFF:.0f} s are cut off")
+    outcome.require(outcome.answered == len(answers), "other clients get correct answers")
+    outcome.require(ratio < 2, "the p99 of other clients is less than doubled")
+    outcome.require(left == 0, f"clients that send nothing for {CUT_OFF:.0f} s are disconnected")
     return outcome
 
 
@@ -211,19 +224,20 @@ TRIALS = (
     Trial(
         "flood",
         "a flood of the largest allowed bodies",
-        "memory is bounded; 429 with Retry-After; nothing is killed",
+        "memory is bounded; excess requests get 429 with Retry-After; no process is killed",
         flood,
     ),
     Trial(
         "overload",
-        "three times the load that can be carried",
-        "what is answered has a p99 under twice the target of 1 s, the rest is refused as soon; as before within 5 s",
+        "three times the load that the server can handle",
+        "the p99 of correct answers is under twice the target of 1 s, and that of rejections as well; normal service "
+        "within 5 s",
         overload,
     ),
     Trial(
         "slow-clients",
-        "clients that dawdle: half a header, half a body, byte by byte, hung up",
-        "those that send nothing are cut off; the p99 of others is the same (within twice of it)",
+        "slow clients: half a header, half a body, one byte per second, disconnected",
+        "silent clients are disconnected; the p99 of other clients is less than doubled",
         slow_clients,
     ),
 )

@@ -1,4 +1,4 @@
-"""Constant load in an open loop, counted request by request: requests leave at their time, answered or not."""
+"""Send requests in an open loop, and count every answer: requests do not wait for earlier answers."""
 
 import asyncio
 import json
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 
 import aiohttp
 
-LOST_SECONDS = 40.0  # a request without an answer for so long is lost: longer than any deadline of the stack
+LOST_SECONDS = 40.0  # without an answer for this long, a request is lost; longer than any deadline of the stack
 REFUSALS = (429, 503)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one request. Times are those of `time.monotonic`.
+    """The result of one request. Times are seconds of `time.monotonic`.
 
     Attributes:
-        due: when it was to leave, which is what latency counts from.
-        done: when its answer was there, or it was given up.
-        status: of the answer; None where there was none.
-        right: a 200 that says what was expected.
-        retry_after: whether the answer says when to come again.
-        problem: the type that an error's body names, or the exception that took the place of an answer.
+        due: when it was scheduled; latency counts from here.
+        done: when it was answered or failed.
+        status: HTTP status; None without an answer.
+        right: whether the answer is a 200 with the expected content.
+        retry_after: whether the answer has a Retry-After header.
+        problem: the error type in the body, or the name of the exception if there is no answer.
     """
 
     due: float
@@ -39,7 +39,7 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Told to come again: 429 or 503 with Retry-After."""
+        """Whether the request was rejected: 429 or 503 with Retry-After."""
         return self.status in REFUSALS and self.retry_after
 
     @property
@@ -47,15 +47,15 @@ class Answer:
         return self.done - self.due
 
 
-class Traffic:
-    """Sends one input at random times (Poisson arrivals) until the block ends, and then waits for what is on its way.
+class PoissonTraffic:
+    """Send one input at random times (Poisson arrivals) until the `with` block ends, then wait for open requests.
 
     Args:
-        url: where to POST.
-        body: what to POST.
-        expected: a text that is in every right answer.
-        rate: requests a second.
-        seed: of the times.
+        url: target of the POST requests.
+        body: their body.
+        expected: text that every correct answer contains.
+        rate: requests per second.
+        seed: of the random times.
     """
 
     def __init__(self, url: str, body: bytes, expected: str, rate: float, seed: int = 1):
@@ -69,33 +69,33 @@ class Traffic:
     async def _send(self) -> None:
         timeout = aiohttp.ClientTimeout(total=LOST_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-            due, on_their_way = time.monotonic(), set()
+            due, in_flight = time.monotonic(), set()
             while not self._stop.is_set():
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 self.sent += 1
                 request = asyncio.create_task(self._ask(session, due))
-                on_their_way.add(request)
-                request.add_done_callback(on_their_way.discard)
+                in_flight.add(request)
+                request.add_done_callback(in_flight.discard)
                 due += self._random.expovariate(self.rate)
-            await asyncio.gather(*on_their_way)
+            await asyncio.gather(*in_flight)
 
     async def _ask(self, session: aiohttp.ClientSession, due: float) -> None:
         try:
             async with session.post(self.url, data=self.body) as answer:
                 text = await answer.text()
             right = answer.status == 200 and self.expected in text
-            told = "Retry-After" in answer.headers
+            retry_after = "Retry-After" in answer.headers
             problem = "" if right else error_type(text)
-            self.answers.append(Answer(due, time.monotonic(), answer.status, right, told, problem))
-        except Exception as exc:  # whatever it is, a request that was sent is counted
+            self.answers.append(Answer(due, time.monotonic(), answer.status, right, retry_after, problem))
+        except Exception as exc:  # every request that was sent must be counted
             self.answers.append(Answer(due, time.monotonic(), None, problem=type(exc).__name__))
 
     def stop(self) -> float:
-        """Sends no more, and says since when."""
+        """Stop sending, and return the time."""
         self._stop.set()
         return time.monotonic()
 
-    def __enter__(self) -> "Traffic":
+    def __enter__(self) -> "PoissonTraffic":
         self._thread.start()
         return self
 
@@ -106,7 +106,7 @@ class Traffic:
 
 
 def error_type(body: str) -> str:
-    """As the bundle's, the proxy's and TorchServe's error bodies name it."""
+    """Return the `type` of an error body of the bundle, the proxy or TorchServe."""
     try:
         return json.loads(body)["type"]
     except (ValueError, KeyError, TypeError):
@@ -114,18 +114,18 @@ def error_type(body: str) -> str:
 
 
 def median(answers: list[Answer]) -> float:
-    """Seconds; infinite where there is no answer."""
+    """Return the median latency in seconds; infinity without answers."""
     return statistics.median(answer.seconds for answer in answers) if answers else math.inf
 
 
 def p99(answers: list[Answer]) -> float:
-    """Seconds that 99 % of the answers took at most."""
+    """Return the 99th percentile of latency in seconds; infinity without answers."""
     seconds = sorted(answer.seconds for answer in answers)
     return seconds[math.ceil(0.99 * len(seconds)) - 1] if seconds else math.inf
 
 
 def longest_silence(answers: list[Answer]) -> float:
-    """The longest time without a right answer, in seconds, while requests were sent."""
+    """Return the longest time without a correct answer, in seconds, while requests were sent."""
     if not answers:
         return 0.0
     begin, end = min(answer.due for answer in answers), max(answer.due for answer in answers)
@@ -135,12 +135,12 @@ def longest_silence(answers: list[Answer]) -> float:
 
 
 def statuses(answers: list[Answer]) -> Counter[str]:
-    """How many answers had each status and type of error, or each reason for having none."""
+    """Count the answers by status and error type, or by the exception if there was no answer."""
     return Counter(" ".join(filter(None, (str(answer.status or ""), answer.problem))) for answer in answers)
 
 
 def eventually(found: Callable[[], object], seconds: float) -> bool:
-    """Whether it comes true in time."""
+    """Wait until `found()` is true, and return whether it became true in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found():

@@ -1,4 +1,4 @@
-"""What a trial of a fault is: what it does to the stack, what must hold, and what was seen."""
+"""Define a trial: the fault, the limits that must hold, and the outcome."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from tests.trials.faults.traffic import Answer, longest_silence, p99, statuses
 
 @dataclass
 class Outcome:
-    """What one trial saw.
+    """The measurements of one trial.
 
     Attributes:
-        answers: of every request that counts.
-        recovery: seconds from the fault until full strength; None where nothing is lost that could come back.
-        broken: the limits that did not hold.
-        notes: what else was measured, in words.
+        answers: one per counted request.
+        recovery: seconds from the fault until normal service; None if the fault does not interrupt it.
+        broken: the limits that were not met.
+        notes: other measurements, as text.
     """
 
     answers: list[Answer]
@@ -24,6 +24,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
     def require(self, holds: bool, limit: str) -> None:
+        """Record the limit as broken unless it holds."""
         if not holds:
             self.broken.append(limit)
 
@@ -37,16 +38,16 @@ class Outcome:
 
     @property
     def lost(self) -> int:
-        """Without an answer: the connection broke, or it took too long."""
+        """The number of requests without an answer: the connection broke, or the request timed out."""
         return sum(answer.status is None for answer in self.answers)
 
     @property
     def failed(self) -> int:
-        """Answered, and neither right nor told to come again."""
+        """The number of answers that are neither correct nor a rejection with Retry-After."""
         return len(self.answers) - self.answered - self.refused - self.lost
 
     def row(self) -> dict:
-        """As the report has it."""
+        """Return the figures for the report."""
         return {
             "sent": len(self.answers),
             "answered": self.answered,
@@ -64,13 +65,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trial:
-    """A fault.
+    """A fault, and the function that injects it.
 
     Attributes:
-        name: for the command line.
-        fault: what happens.
-        holds: what must hold.
-        run: does it to a healthy stack, and leaves it healthy; is told how many seconds a phase of load takes.
+        name: its name on the command line.
+        fault: what happens, for the report.
+        holds: the limits that must hold, for the report.
+        run: injects the fault into a healthy stack and leaves the stack healthy. Its second argument is the length
+            of a phase of load in seconds.
     """
 
     name: str

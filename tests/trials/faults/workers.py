@@ -1,4 +1,4 @@
-"""Trials of workers that die, hang, do not start, or lose their device."""
+"""Trials with workers that crash, hang, do not start, or lose their device."""
 
 import tempfile
 import time
@@ -11,31 +11,31 @@ import requests
 from bundle.catalog import select
 from tests.docker.stack import Stack, docker
 from tests.support import reversioned
-from tests.trials.faults.archives import put, register_faulty, shipped
-from tests.trials.faults.traffic import Answer, Traffic, eventually
+from tests.trials.faults.archives import copy_from_image, put, register_faulty
+from tests.trials.faults.traffic import Answer, PoissonTraffic, eventually
 from tests.trials.faults.trial import Outcome, Trial
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
-RATE = 60.0  # requests a second: a machine of two cores is far from busy with it
-DEADLINE = 26.0  # UPSTREAM_TIMEOUT, and a second
+RATE = 60.0  # requests per second: little load for a machine with two cores
+DEADLINE = 26.0  # s: UPSTREAM_TIMEOUT and one second more
 TEXT = "transfer some money"
 
 
-def digits(stack: Stack, rate: float = RATE) -> Traffic:
-    return Traffic(f"{stack.url('PORT')}/predictions/mnist", DIGIT, '"top_3_classes": [3', rate)
+def digit_traffic(stack: Stack, rate: float = RATE) -> PoissonTraffic:
+    return PoissonTraffic(f"{stack.url('PORT')}/predictions/mnist", DIGIT, '"top_3_classes": [3', rate)
 
 
-def texts(stack: Stack, model: str, rate: float) -> Traffic:
-    return Traffic(f"{stack.url('PORT')}/predictions/{model}", TEXT.encode(), '"label": "transfer"', rate)
+def text_traffic(stack: Stack, model: str, rate: float) -> PoissonTraffic:
+    return PoissonTraffic(f"{stack.url('PORT')}/predictions/{model}", TEXT.encode(), '"label": "transfer"', rate)
 
 
 def pids(stack: Stack, model: str) -> set[int]:
     return {worker["pid"] for worker in stack.client.describe(model)["workers"]}
 
 
-def whole(stack: Stack, model: str, workers: int, without: set[int] = frozenset()) -> bool:
-    """Whether so many workers are READY, none of these among them."""
+def has_ready_workers(stack: Stack, model: str, workers: int, without: set[int] = frozenset()) -> bool:
+    """Whether exactly this many workers are READY, and none of the PIDs in `without` is among them."""
     try:
         described = stack.client.describe(model)
     except requests.RequestException:
@@ -46,18 +46,22 @@ def whole(stack: Stack, model: str, workers: int, without: set[int] = frozenset(
 
 def scale(stack: Stack, model: str, workers: int) -> None:
     stack.client.scale(model, stack.client.describe(model)["modelVersion"], workers, workers)
-    assert eventually(lambda: whole(stack, model, workers), 60), f"{model} does not come to {workers} workers"
+    assert eventually(lambda: has_ready_workers(stack, model, workers), 60), (
+        f"{model} does not reach {workers} READY workers"
+    )
 
 
 @contextmanager
 def faulty(stack: Stack, workers: int = 2, settings: str = "") -> Iterator[str]:
-    """The model `faulty` is served while the block runs.
+    """Serve the model `faulty` while the block runs.
 
     Args:
+        stack: where to serve it.
+        workers: their number.
         settings: lines to add to its model-config.yaml.
 
     Yields:
-        where to ask it.
+        the URL for its predictions.
     """
     register_faulty(stack, settings)
     try:
@@ -68,7 +72,7 @@ def faulty(stack: Stack, workers: int = 2, settings: str = "") -> Iterator[str]:
 
 
 def kill(stack: Stack, pid: int) -> float:
-    """Kills a process of TorchServe's container, and says when."""
+    """Kill a process of TorchServe's container, and return the time."""
     stack.execute("sh", "-c", f"kill -9 {pid}")
     return time.monotonic()
 
@@ -79,18 +83,18 @@ def since(answers: list[Answer], moment: float) -> list[Answer]:
 
 def kill_one(stack: Stack, seconds: float) -> Outcome:
     before = pids(stack, "mnist")
-    with digits(stack) as traffic:
+    with digit_traffic(stack) as traffic:
         time.sleep(seconds)
         killed = kill(stack, min(before))
-        back = eventually(lambda: whole(stack, "mnist", 2, {min(before)}), 60)
+        back = eventually(lambda: has_ready_workers(stack, "mnist", 2, {min(before)}), 60)
         recovery = time.monotonic() - killed
         time.sleep(seconds)
     outcome = Outcome(traffic.answers, recovery)
     bad = [answer for answer in traffic.answers if not answer.right]
-    outcome.require(outcome.lost == 0, "no request is without an answer")
-    outcome.require(all(answer.status and answer.status >= 500 for answer in bad), "what fails is a 5xx")
-    outcome.require(len(bad) <= 4, "only requests inside the worker fail")
-    outcome.require(all(answer.done - killed < 1 for answer in bad), "what fails is told so within a second")
+    outcome.require(outcome.lost == 0, "every request is answered")
+    outcome.require(all(answer.status and answer.status >= 500 for answer in bad), "failed requests get a 5xx")
+    outcome.require(len(bad) <= 4, "only requests in the killed worker fail")
+    outcome.require(all(answer.done - killed < 1 for answer in bad), "failed requests are answered within a second")
     outcome.require(back and recovery < 10, "two workers are READY again in under 10 s")
     return outcome
 
@@ -98,28 +102,30 @@ def kill_one(stack: Stack, seconds: float) -> Outcome:
 def kill_only(stack: Stack, seconds: float) -> Outcome:
     scale(stack, "mnist", 1)
     [pid] = pids(stack, "mnist")
-    with digits(stack) as traffic:
+    with digit_traffic(stack) as traffic:
         time.sleep(seconds)
         killed = kill(stack, pid)
-        back = eventually(lambda: whole(stack, "mnist", 1, {pid}), 60)
+        back = eventually(lambda: has_ready_workers(stack, "mnist", 1, {pid}), 60)
         recovery = time.monotonic() - killed
         time.sleep(seconds)
     scale(stack, "mnist", 2)
     outcome = Outcome(traffic.answers, recovery)
-    outcome.require(outcome.lost == 0, "no request is without an answer")
-    outcome.require(all(answer.seconds < DEADLINE for answer in traffic.answers), "every answer is within its deadline")
-    outcome.require(outcome.failed <= 4, "only requests inside the worker fail; others wait or are told when to come")
-    outcome.require(back, "the worker is READY again without a person")
+    outcome.require(outcome.lost == 0, "every request is answered")
+    outcome.require(all(answer.seconds < DEADLINE for answer in traffic.answers), "no request exceeds its deadline")
+    outcome.require(
+        outcome.failed <= 4, "only requests in the worker fail; others are queued or rejected with Retry-After"
+    )
+    outcome.require(back, "the worker recovers automatically")
     return outcome
 
 
 def bad_archive(stack: Stack, seconds: float) -> Outcome:
-    """Registered by hand, and rolled out."""
+    """Register an archive without labels by hand, then roll it out."""
     with tempfile.TemporaryDirectory() as temporary:
-        good = shipped(stack, "mnist", Path(temporary))
+        good = copy_from_image(stack, "mnist", Path(temporary))
         bad = reversioned(good, "9.0", Path(temporary) / "bad.mar", without="index_to_name.json")
         put(stack, bad)
-        with digits(stack) as traffic, texts(stack, "text", RATE / 4) as others:
+        with digit_traffic(stack) as traffic, text_traffic(stack, "text", RATE / 4) as others:
             time.sleep(seconds)
             asked = requests.post(
                 f"{stack.url('MANAGEMENT_PORT')}/models", params={"url": "bad.mar", "model_name": "mnist"}, timeout=150
@@ -128,124 +134,129 @@ def bad_archive(stack: Stack, seconds: float) -> Outcome:
             rolled = stack.roll_out("mnist", bad)
             time.sleep(seconds)
     outcome = Outcome(traffic.answers + others.answers)
-    outcome.require(outcome.answered == len(outcome.answers), "the models that are served do not notice")
-    outcome.require(not asked.ok, "the registration is refused")
+    outcome.require(outcome.answered == len(outcome.answers), "the served models are unaffected")
+    outcome.require(not asked.ok, "the registration is rejected")
     outcome.require(default == stack.client.describe("mnist")["modelVersion"] == "1.0", "it never becomes the default")
-    outcome.require(rolled.returncode != 0, "the rollout is refused")
+    outcome.require(rolled.returncode != 0, "the rollout is rejected")
     outcome.require("index_to_name.json" in rolled.stdout + rolled.stderr, "the message names the cause")
     return outcome
 
 
 def give_up(stack: Stack, seconds: float) -> Outcome:
-    """The unpacked model loses its weights, then its workers; after a restart it is unpacked again."""
+    """Delete the unpacked model's weights, then kill its workers; a restart unpacks the archive again."""
     with faulty(stack, settings="maxRetryTimeoutInSec: 1"):
         restarts = stack.inspect()["RestartCount"]
         remove = "rm $(dirname $(ls /tmp/torchserve-*/models/*/faulty.py))/model.pt"
-        with texts(stack, "faulty", RATE / 3) as traffic:
+        with text_traffic(stack, "faulty", RATE / 3) as traffic:
             time.sleep(seconds)
             stack.execute("sh", "-c", remove)
             for pid in pids(stack, "faulty"):
                 killed = kill(stack, pid)
             restarted = eventually(lambda: stack.inspect()["RestartCount"] > restarts, 180)
             gave_up = given_up(docker("logs", stack.container()), "faulty")
-            back = restarted and eventually(lambda: whole(stack, "faulty", 2), 180)
+            back = restarted and eventually(lambda: has_ready_workers(stack, "faulty", 2), 180)
             back = back and eventually(lambda: requests.get(f"{stack.url('PORT')}/ping", timeout=10).ok, 60)
             recovery = time.monotonic() - killed
             time.sleep(seconds)
     outcome = Outcome(traffic.answers, recovery)
-    outcome.require(gave_up == 2, "TorchServe tries neither worker again")
-    outcome.require(restarted, "it is noticed, and the container starts anew")
-    outcome.require(bool(back), "every worker is READY again without a person")
-    outcome.require(outcome.lost == 0, "no request is queued for ever")
-    outcome.require(all(answer.seconds < DEADLINE for answer in traffic.answers), "every answer is within its deadline")
-    outcome.require(all(answer.right for answer in since(traffic.answers, killed + recovery + 1)), "and it serves")
+    outcome.require(gave_up == 2, "TorchServe gives up on both workers")
+    outcome.require(restarted, "the container is restarted automatically")
+    outcome.require(bool(back), "all workers recover automatically")
+    outcome.require(outcome.lost == 0, "every request is answered")
+    outcome.require(all(answer.seconds < DEADLINE for answer in traffic.answers), "no request exceeds its deadline")
+    outcome.require(
+        all(answer.right for answer in since(traffic.answers, killed + recovery + 1)),
+        "every answer after the recovery is correct",
+    )
     return outcome
 
 
 def given_up(log: str, model: str) -> int:
-    """How many workers died and were not tried again: TorchServe logs each death, and each retry."""
-    told = [line for line in log.splitlines() if f"-{model}_" in line]
-    deaths = sum("Auto recovery start timestamp" in line or "Auto recovery failed again" in line for line in told)
-    return deaths - sum("Retry worker" in line for line in told)
+    """Return how many workers died and were not started again: TorchServe logs each death and each retry."""
+    lines = [line for line in log.splitlines() if f"-{model}_" in line]
+    deaths = sum("Auto recovery start timestamp" in line or "Auto recovery failed again" in line for line in lines)
+    return deaths - sum("Retry worker" in line for line in lines)
 
 
 def crash(stack: Stack, seconds: float) -> Outcome:
-    """Behind the proxy, which sends what was answered 500 once more, and so to another worker, too."""
+    """Crash a worker through the proxy, which retries a 500 once and so crashes a second worker."""
     with faulty(stack, workers=3) as url:
         before = pids(stack, "faulty")
-        with texts(stack, "faulty", RATE / 2) as traffic, digits(stack, RATE / 2) as others:
+        with text_traffic(stack, "faulty", RATE / 2) as traffic, digit_traffic(stack, RATE / 2) as others:
             time.sleep(seconds)
             began = time.monotonic()
             answer = requests.post(url, data=b"crash", timeout=60)
             took = time.monotonic() - began
-            eventually(lambda: not whole(stack, "faulty", 3), 5)
-            back = eventually(lambda: whole(stack, "faulty", 3), 60)
+            eventually(lambda: not has_ready_workers(stack, "faulty", 3), 5)
+            back = eventually(lambda: has_ready_workers(stack, "faulty", 3), 60)
             recovery = time.monotonic() - began
             time.sleep(seconds)
         replaced = len(before - pids(stack, "faulty"))
     outcome = Outcome(traffic.answers + others.answers, recovery)
     outcome.notes.append(
-        f"the request that crashes: {answer.status_code} after {took:.1f} s; {replaced} of 3 workers replaced"
+        f"the crashing request got {answer.status_code} after {took:.1f} s; {replaced} of 3 workers were replaced"
     )
-    outcome.require(answer.status_code >= 500, "the request that crashes its worker is answered with 5xx")
-    outcome.require(1 <= replaced <= 2, "it ends two workers at most, and the third goes on")
+    outcome.require(answer.status_code >= 500, "the request that crashes its worker gets a 5xx")
+    outcome.require(1 <= replaced <= 2, "at most two workers crash, and the third keeps serving")
     outcome.require(back and recovery < 15, "all workers are READY again in under 15 s")
-    outcome.require(outcome.lost == 0, "no request is without an answer")
-    outcome.require(outcome.failed <= 4, "of its neighbours, few fail with it: those that shared both batches")
-    outcome.require(all(a.right or a.refused for a in others.answers), "of other models, none fails")
+    outcome.require(outcome.lost == 0, "every request is answered")
+    outcome.require(outcome.failed <= 4, "only requests that shared its two batches fail with it")
+    outcome.require(all(a.right or a.refused for a in others.answers), "no request to other models fails")
     return outcome
 
 
 def hang(stack: Stack, seconds: float) -> Outcome:
     with faulty(stack) as url:
         before = pids(stack, "faulty")
-        with texts(stack, "faulty", 5) as traffic, digits(stack) as others:
+        with text_traffic(stack, "faulty", 5) as traffic, digit_traffic(stack) as others:
             time.sleep(seconds)
             began = time.monotonic()
             answer = requests.post(url, data=b"hang", timeout=60)
             took = time.monotonic() - began
-            back = eventually(lambda: len(pids(stack, "faulty") - before) == 1 and whole(stack, "faulty", 2), 60)
+            back = eventually(
+                lambda: len(pids(stack, "faulty") - before) == 1 and has_ready_workers(stack, "faulty", 2), 60
+            )
             recovery = time.monotonic() - began
             time.sleep(seconds)
     outcome = Outcome(traffic.answers + others.answers, recovery)
-    outcome.notes.append(f"the request that hangs: {answer.status_code} after {took:.1f} s")
-    outcome.require(answer.status_code == 504 and took < DEADLINE, "the request ends with 504 at its deadline")
+    outcome.notes.append(f"the hanging request got {answer.status_code} after {took:.1f} s")
+    outcome.require(answer.status_code == 504 and took < DEADLINE, "the hanging request gets 504 at its deadline")
     outcome.require(back, "its worker is replaced")
-    outcome.require(outcome.lost == 0, "no request is without an answer")
-    outcome.require(all(answer.right for answer in others.answers), "other models do not notice")
+    outcome.require(outcome.lost == 0, "every request is answered")
+    outcome.require(all(answer.right for answer in others.answers), "other models are unaffected")
     outcome.require(sum(not answer.right for answer in traffic.answers) <= 2, "only its own batch fails with it")
     return outcome
 
 
 def device(stack: Stack, seconds: float) -> Outcome:
-    """Simulated: a batch does not fit; then the device is broken."""
+    """Simulate a batch that does not fit into the device's memory, then a broken device."""
     with faulty(stack) as url:
         crowds: list[Answer] = []
         for _ in range(10):
-            for _ in range(4):  # either worker takes it
+            for _ in range(4):  # so that both workers get one
                 requests.post(url, data=b"small transfer", timeout=30)
-            with texts(stack, "faulty", 400) as crowd:
+            with text_traffic(stack, "faulty", 400) as crowd:
                 time.sleep(1)
             crowds += crowd.answers
             if halved := "do not fit" in stack.execute("sh", "-c", "cat /tmp/run/logs/model_log.log"):
                 break
-        with texts(stack, "faulty", RATE) as traffic:
+        with text_traffic(stack, "faulty", RATE) as traffic:
             time.sleep(seconds)
             before = pids(stack, "faulty")
             broke = time.monotonic()
             answer = requests.post(url, data=b"break", timeout=30)
-            eventually(lambda: not whole(stack, "faulty", 2), 5)
-            back = eventually(lambda: whole(stack, "faulty", 2), 60)
+            eventually(lambda: not has_ready_workers(stack, "faulty", 2), 5)
+            back = eventually(lambda: has_ready_workers(stack, "faulty", 2), 60)
             recovery = time.monotonic() - broke
             time.sleep(seconds)
         replaced = len(before - pids(stack, "faulty"))
     outcome = Outcome(crowds + traffic.answers, recovery)
-    outcome.notes.append(f"the request that breaks the device: {answer.status_code}; workers replaced: {replaced}")
+    outcome.notes.append(f"the request that breaks the device got {answer.status_code}; workers replaced: {replaced}")
     outcome.require(halved, "a batch that does not fit is halved")
-    outcome.require(all(answer.right for answer in crowds), "a batch that does not fit is answered all the same")
-    outcome.require(answer.status_code >= 500 and replaced >= 1, "a broken device ends the worker")
-    outcome.require(back, "and it comes back")
-    outcome.require(outcome.lost == 0, "no request is without an answer")
+    outcome.require(all(answer.right for answer in crowds), "every request of a batch that does not fit is answered")
+    outcome.require(answer.status_code >= 500 and replaced >= 1, "the worker with the broken device exits")
+    outcome.require(back, "the worker is restarted")
+    outcome.require(outcome.lost == 0, "every request is answered")
     return outcome
 
 
@@ -253,44 +264,45 @@ TRIALS = (
     Trial(
         "kill-one",
         "`kill -9` of one of two workers",
-        "only requests inside it fail, with 5xx and within a second; two workers again in under 10 s",
+        "only requests in this worker fail, with 5xx and within a second; two workers are READY again in under 10 s",
         kill_one,
     ),
     Trial(
         "kill-only",
         "`kill -9` of the only worker",
-        "requests wait or are told when to come again, none past its deadline; READY again without a person",
+        "requests are queued or rejected with Retry-After, none exceeds its deadline, and the worker recovers "
+        "automatically",
         kill_only,
     ),
     Trial(
         "bad-archive",
-        "a worker that cannot start: a bad archive is registered, and rolled out",
-        "it never becomes the default; the others do not notice; the message names the cause",
+        "an archive whose worker cannot start is registered, then rolled out",
+        "it never becomes the default; served models are unaffected; the error message names the cause",
         bad_archive,
     ),
     Trial(
         "give-up",
-        "TorchServe's own give-up (`maxRetryTimeoutInSec`): workers that do not come back",
-        "it is noticed and healed by a restart; no request is queued for ever",
+        "workers that cannot restart, until TorchServe gives up on them (`maxRetryTimeoutInSec`)",
+        "the container is restarted automatically; every request is answered before its deadline",
         give_up,
     ),
     Trial(
         "hang",
         "a handler that hangs",
-        "the request ends with 504 at its deadline, the worker is replaced, others do not notice",
+        "the request gets 504 at its deadline, the worker is replaced, other models are unaffected",
         hang,
     ),
     Trial(
         "crash",
         "a request that crashes its worker",
-        "it is answered with 5xx, and ends two of three workers at most, which are READY again in under 15 s; of its "
-        "neighbours, four fail at most; of other models' requests, none",
+        "the request gets 5xx; at most two of three workers crash, and are READY again in under 15 s; at most four "
+        "other requests to this model fail, and none to other models",
         crash,
     ),
     Trial(
         "device",
-        "out of GPU memory, then a broken GPU (both simulated)",
-        "the batch is halved and answered; the broken worker ends and comes back",
+        "GPU out of memory, then a broken GPU (both simulated)",
+        "the batch is halved and answered; the worker with the broken GPU exits and is restarted",
         device,
     ),
 )

@@ -1,4 +1,4 @@
-"""Mutated requests against the running server and against each handler: what must hold, holds for all of them."""
+"""Send mutated requests to the handlers and to a server, and check every answer."""
 
 import asyncio
 import os
@@ -27,11 +27,11 @@ from tests.trials.reliability import write_section
 
 app = terminal.program(__doc__)
 
-SHOWN = 10  # findings on the terminal; all are in build/fuzz/findings.json
+SHOWN = 10  # findings on the terminal; build/fuzz/findings.json has all
 
-Cases = Annotated[int, typer.Option(min=1, help="How many mutated requests.")]
-Seed = Annotated[int, typer.Option(help="Other seeds make other requests; the same seed makes the same ones.")]
-Write = Annotated[bool, typer.Option("--write", help="Write the server's figures into RELIABILITY.md.")]
+Cases = Annotated[int, typer.Option(min=1, help="Number of mutated requests.")]
+Seed = Annotated[int, typer.Option(help="Random seed. The same seed generates the same requests.")]
+Write = Annotated[bool, typer.Option("--write", help="Write the server's results into RELIABILITY.md.")]
 OneModel = typer.Option("--model", parser=choice(*MODELS), metavar="MODEL", help=f"One of: {', '.join(MODELS)}.")
 Model = Annotated[str | None, OneModel]
 
@@ -47,7 +47,7 @@ def everything(
     model: Model = None,
     write: Write = False,
 ) -> None:
-    """Fuzz the handlers, then a server that is started for it. Exits 1 if anything does not hold."""
+    """Fuzz the handlers, then a server that this command starts. The exit status is 1 if a check fails."""
     if context.invoked_subcommand:
         return
     models, findings = chosen(model), Findings()
@@ -65,7 +65,7 @@ def handlers(cases: Cases = 5000, seed: Seed = 0, model: Model = None) -> None:
 
 @app.command()
 def server(cases: Cases = 5000, seed: Seed = 0, model: Model = None, write: Write = False) -> None:
-    """Fuzz a server that is started for it, and nothing else."""
+    """Fuzz only a server that this command starts."""
     findings = Findings()
     conclude(seed, cases, [], against_server(chosen(model), seed, cases, findings), findings, write)
 
@@ -73,21 +73,24 @@ def server(cases: Cases = 5000, seed: Seed = 0, model: Model = None, write: Writ
 @app.command("atheris")
 def decoders(
     model: Annotated[str, OneModel],
-    seconds: Annotated[int, typer.Option(min=1, help="How long.")] = 60,
+    seconds: Annotated[int, typer.Option(min=1, help="Length of the run.")] = 60,
 ) -> None:
     """Fuzz a model's decoder with atheris, guided by coverage."""
-    # a process of its own, because what it instruments must not have been imported yet
+    # a new process, because atheris can only instrument modules that are not imported yet
     os.execv(sys.executable, [sys.executable, "-m", "tests.trials.fuzz.decoders", model, str(seconds)])
 
 
 @app.command()
 def show(
-    number: Annotated[int, typer.Argument(help="Of the case.")],
+    number: Annotated[int, typer.Argument(help="Number of the case.")],
     seed: Seed = 0,
     model: Model = None,
-    url: Annotated[str, typer.Option(help="The server that it is for.")] = "http://127.0.0.1:8080",
+    url: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:8080",
 ) -> None:
-    """Write a case's body to build/fuzz, and print the command that sends it. --model as in the run."""
+    """Write a case's body to build/fuzz, and print the command that sends it.
+
+    Use the same --seed and --model as in the run.
+    """
     one = case(seed, number, chosen(model))
     console.print(f"# {one.origin}", markup=False)
     console.print(Findings().write(one, url), markup=False, soft_wrap=True)
@@ -99,7 +102,7 @@ def chosen(model: str | None) -> tuple[str, ...]:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator:
-    """Yields what is to be told how many cases are done."""
+    """Show a progress bar, and yield a function that advances it by a number of cases."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -119,11 +122,11 @@ def against_handlers(models: tuple[str, ...], seed: int, cases: int, findings: F
 
 
 def against_server(models: tuple[str, ...], seed: int, cases: int, findings: Findings) -> Run:
-    """Starts a server on ports of its own; whatever happens, Ctrl-C included, it is stopped."""
+    """Start a server on free ports, fuzz it, and stop it, also after errors and Ctrl-C."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place = new_place(Path(folder))
         try:
-            with errors.status(f"starting a server of {', '.join(models)}"):
+            with errors.status(f"starting a server with {', '.join(models)}"):
                 started = place.bundle("serve", *models)
             if started.returncode:
                 raise BundleError("The server did not start.", started.stdout + started.stderr)
@@ -152,9 +155,9 @@ def conclude(
     findings: Findings,
     write: bool = False,
 ) -> None:
-    """Prints the tables, writes the figures, and ends with status 1 if anything did not hold."""
-    wrong = [f"{one.model}, its handler: {one.failed} failed, {one.wrong_neighbours} good neighbours answered wrong"
-             for one in handled if not one.held]  # fmt: skip
+    """Print the tables, write the figures, and exit with status 1 if a check failed."""
+    wrong = [f"{one.model}, its handler: {one.failed} failed, {one.wrong_neighbours} neighbours got a wrong answer"
+             for one in handled if not one.passed]  # fmt: skip
     if handled:
         console.print(report.handlers_table(handled))
     if run:
@@ -162,11 +165,11 @@ def conclude(
         console.print(report.server_table(run))
         console.print(report.types_table(run))
         console.print(f"{run.seconds:.0f} s against the server, seed {seed}.")
-    report.write(FOLDER / "results.json", seed, cases, run, handled, held=not wrong)
+    report.write(FOLDER / "results.json", seed, cases, run, handled, passed=not wrong)
     if run and write:
         write_section("fuzz", report.section(seed, cases, run, wrong))
     if not wrong:
-        console.print(f"Everything held, for {cases:,} cases.")
+        console.print(f"All checks passed, for {cases:,} cases.")
         return
     for one in findings.found[:SHOWN]:
         errors.print(
@@ -174,7 +177,7 @@ def conclude(
         )
     for line in wrong:
         errors.print(line, style="bold red", markup=False)
-    errors.print("All findings: build/fuzz/findings.json, and the requests beside it.", markup=False)
+    errors.print("All findings are in build/fuzz/findings.json, and their requests in the same folder.", markup=False)
     raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Case number N of a seed: a mutated input in a shape, the same each time it is made."""
+"""Generate case number N of a seed: a mutated input in a request of a random shape. The same N gives the same case."""
 
 import shlex
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from tests.trials.fuzz.corpus import corpus
 from tests.trials.fuzz.mutate import mutated
 from tests.trials.fuzz.shapes import drawing, shapes, wrap
 
-UNDAMAGED = 0.1  # share of cases whose input is as in the corpus: then only the shape is odd
+UNDAMAGED = 0.1  # share of cases with an unchanged input of the corpus: only their shape is unusual
 AT_THE_BODY_LIMIT = 0.004  # share of cases that are padded to the largest body, or to one byte more
 BODY_LIMIT = 16 << 20
 draw_shape = drawing(shapes)
@@ -20,7 +20,7 @@ class Case:
     """One request.
 
     Attributes:
-        origin: what it was made of, in words.
+        origin: how it was generated, as text.
         row: see `Wrapped.row`.
     """
 
@@ -44,13 +44,13 @@ class Case:
         return next((value for name, value in self.headers if name == "Content-Type"), "")
 
     def curl(self, base: str, file: Path) -> str:
-        """The same request by hand.
+        """Return the curl command that sends the same request.
 
         Args:
             base: URL of the server.
-            file: where its body is.
+            file: contains the body.
         """
-        # to curl, a semicolon is a header without a value, and a colon one that it shall not send by itself
+        # for curl, `NAME;` is a header with an empty value, and `NAME:` removes one of its default headers
         headers = [f"{name}: {value}" if value else f"{name};" for name, value in self.headers]
         headers += [f"{name}:" for name in ("Expect", "Content-Type") if name not in dict(self.headers)]
         if self.chunked:
@@ -60,9 +60,12 @@ class Case:
 
 
 def case(seed: int, number: int, models: tuple[str, ...]) -> Case:
-    """
+    """Generate a case.
+
     Args:
-        models: they take turns.
+        seed: of the run.
+        number: of the case.
+        models: of the run; they take turns by the case's number.
     """
     model = models[number % len(models)]
     random = Random(f"{seed} {number} {model}")

@@ -1,5 +1,7 @@
-"""Atheris (libFuzzer, guided by the coverage of Python code) at the decoders' boundary: any bytes are a sample or a
-RequestError."""
+"""Fuzz the decoders with Atheris (libFuzzer, guided by the coverage of Python code).
+
+Any bytes must decode to a sample or raise a RequestError.
+"""
 
 import importlib
 import sys
@@ -9,19 +11,22 @@ import atheris
 from bundle.catalog import select
 
 LONGEST = 1 << 18  # bytes of an input
-SLOWEST = 10  # s: a worker's whole time for a batch
-MOST_MEMORY = 3000  # MB: what is accepted unpacks to some hundred, and torch has been imported
+SLOWEST = 10  # s: the time limit that a worker has for a batch
+MOST_MEMORY = 3000  # MB: an accepted input unpacks to a few hundred, and torch is imported
 
 
 def run(model: str, seconds: int) -> None:
-    """Ends the process when the time is over, with status 0; at the first finding, with another one, and its bytes in
-    build/fuzz/atheris."""
+    """Fuzz one model's decoder, then exit.
+
+    The process exits with status 0 after `seconds`. At the first finding it exits with another status and writes the
+    input to build/fuzz/atheris.
+    """
     [config] = select([model])
     with atheris.instrument_imports(include=["PIL", "soundfile", "handlers"]):
         module = importlib.import_module(f"handlers.{config.bundle.handler}")
         errors = importlib.import_module("handlers.core.errors")
         request = importlib.import_module("handlers.core.request")
-    # they import Pillow, which is instrumented only where it is imported first
+    # these import Pillow, which must first be imported inside `instrument_imports`
     from tests.trials.fuzz.corpus import corpus
     from tests.trials.fuzz.findings import FOLDER
 

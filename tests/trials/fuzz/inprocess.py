@@ -1,4 +1,4 @@
-"""The same cases straight into the handlers, in this process, through TorchServe's own worker code."""
+"""Send the same cases to the handlers in this process, through TorchServe's own worker code."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ from tests.trials.fuzz.corpus import good
 from tests.trials.fuzz.findings import FOLDER, Findings
 
 BATCH = 8  # requests
-NEIGHBOURS = 2  # good ones among them
-TOLERANCE = 0.02  # of a probability: batches of other sizes add in another order
+NEIGHBOURS = 2  # valid requests in a batch
+TOLERANCE = 0.02  # of a probability: the order of additions depends on the batch size
 TOO_SLOW = 10.0  # s for a batch
 
 Answers = list[tuple[int, object]]
@@ -30,7 +30,7 @@ Answers = list[tuple[int, object]]
 
 @dataclass
 class InProcess:
-    """What one model's handler answered."""
+    """The counted answers of one model's handler."""
 
     model: str
     requests: int = 0
@@ -42,17 +42,24 @@ class InProcess:
     slowest: float = 0.0
 
     @property
-    def held(self) -> bool:
+    def passed(self) -> bool:
         return not self.failed and not self.wrong_neighbours
 
 
 def fuzz(
     model: str, models: tuple[str, ...], seed: int, cases: int, findings: Findings, progress: Callable[[int], None]
 ) -> InProcess:
-    """Batches of mutated requests with good ones at random places: a good one is answered as it is alone.
+    """Send batches of mutated requests with valid ones at random positions to a model's handler.
+
+    A valid request must get the same answer as in a batch of its own.
 
     Args:
-        models: as the cases' numbers count them.
+        model: whose handler to call.
+        models: all models of the run, which take turns by the case's number.
+        seed: of the run.
+        cases: of all models together.
+        findings: get the failures.
+        progress: is called after each batch with its number of cases.
     """
     result = InProcess(model)
     numbers = [number for number in range(cases) if models[number % len(models)] == model]
@@ -92,7 +99,7 @@ def check(
         if isinstance(one, int):
             if not alike((status, body), alone[one]):
                 result.wrong_neighbours += 1
-                findings.save(mutated[0], "wrong neighbour", details=f"{status} {body} for good sample {one}")
+                findings.save(mutated[0], "wrong neighbour", details=f"{status} {body} for valid request {one}")
             continue
         result.requests += 1
         if status == 200:
@@ -105,27 +112,29 @@ def check(
 
 
 def headers(one: Case) -> dict[str, str]:
-    """As the frontend passes them on; it says itself which requests are for explanations."""
+    """Return the headers as the frontend passes them on: only its own `explain` header marks explanations."""
     asked = {name: value for name, value in one.headers if name != "explain"}
     return asked | ({"explain": "True"} if one.path.startswith("/explanations") else {})
 
 
 def alike(seen: tuple[int, object], expected: tuple[int, object]) -> bool:
-    """The same status and classes, and about the same probabilities."""
+    """Whether two answers have the same status, the same classes and nearly the same probabilities."""
     return seen[0] == expected[0] and ranked(seen[1]).keys() == ranked(expected[1]).keys() and all(
         math.isclose(value, ranked(expected[1])[label], abs_tol=TOLERANCE) for label, value in ranked(seen[1]).items()
     )  # fmt: skip
 
 
 def ranked(body: object) -> dict[str, float]:
-    """Probability by class, of what is not nearly zero: the order of those may change."""
+    """Return the probability of each class, without those near zero, whose order may change."""
     return {each.label: each.probability for each in ranking(body) if each.probability > TOLERANCE}
 
 
 @contextmanager
 def quiet(log: Path) -> Iterator[None]:
-    """Handlers tell of each batch, and TorchServe of each body that does not parse; decoders write what they think of
-    broken files past Python's streams, which goes into `log`."""
+    """Suppress the logs of handlers and TorchServe, and redirect stderr to `log`.
+
+    Native decoders write their warnings to file descriptor 2, not to Python's `sys.stderr`.
+    """
     sys.stderr.flush()
     shown = os.dup(2)
     logging.disable(logging.WARNING)

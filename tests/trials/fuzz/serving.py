@@ -1,4 +1,4 @@
-"""The cases against a running server: mutated requests in bursts, good ones among them, so that they share batches."""
+"""Send the cases to a running server, in bursts with valid requests among them, so that they share batches."""
 
 import asyncio
 import json
@@ -21,27 +21,27 @@ from tests.trials.fuzz.corpus import good, sample
 from tests.trials.fuzz.findings import Findings
 from tests.trials.fuzz.verdict import Answer, Tally
 
-ROUNDS = 20  # after each of which the server is left alone and looked at
-BURST, GOOD = 12, 4  # requests of a model at the same moment: mutated ones, and good ones among them
+ROUNDS = 20  # parts of the run; after each, the server gets no requests and its memory is read
+BURST, GOOD = 12, 4  # mutated and valid requests that one model gets at the same time
 SETTLE = 1.0  # s without requests before memory is read
-PRIMING, AT_ONCE = 64, 8  # bodies of the largest size before the first case: a heap grows before it is collected
-DEFAULT_DEADLINE = 30.0  # s, where a model's config has no responseTimeout
-PATIENCE = 15.0  # s after its deadline until an answer is given up
-CLEAR = 0.2  # by which the first class of a good sample must lead: bfloat16 may turn what is closer
-TOLERANCE = 0.1  # of its probability, beside others
+PRIMING, AT_ONCE = 64, 8  # bodies of the largest size before the first case, because the heap grows to its usual size
+DEFAULT_DEADLINE = 30.0  # s, if a model's config has no responseTimeout
+PATIENCE = 15.0  # s after the deadline until a request counts as unanswered
+CLEAR = 0.2  # minimum lead of a valid request's first class: with bfloat16, the order of closer classes may change
+TOLERANCE = 0.1  # of the first class's probability, in a batch with others
 
-Neighbour = tuple[bytes, str, float]  # an input, its first class, the probability of that
+Neighbour = tuple[bytes, str, float]  # an input, its first class, the probability of this class
 
 
 @dataclass(frozen=True)
-class Look:
-    """At the server, while it has nothing to do.
+class Snapshot:
+    """The memory and the workers of an idle server.
 
     Attributes:
-        sent: cases until now.
+        sent: cases so far.
         frontend: resident bytes of the Java process.
-        workers: resident bytes of each model's workers together.
-        pids: of each model's workers.
+        workers: resident bytes of all workers of each model.
+        pids: PIDs of each model's workers.
     """
 
     sent: int
@@ -52,23 +52,32 @@ class Look:
 
 @dataclass
 class Run:
-    """
+    """The results of a run.
+
     Attributes:
-        batches: for each model, how many there were, and how many requests were in them.
+        tallies: the counted answers, by model.
+        snapshots: one at the start, and one after each round.
+        batches: by model, the number of batches and of the requests in them.
+        seconds: length of the run.
     """
 
     tallies: dict[str, Tally]
-    looks: list[Look] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
     batches: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 class Fuzzer:
-    """Sends cases to one server.
+    """Send cases to one server.
 
     Args:
-        pid: of the server's Java process.
-        progress: told of each burst how many cases it had.
+        client: of the server.
+        metrics: URL of its metrics API.
+        pid: PID of the server's Java process.
+        models: to send cases to.
+        seed: of the cases.
+        findings: get the failures.
+        progress: is called after each burst with its number of cases.
     """
 
     def __init__(
@@ -88,9 +97,9 @@ class Fuzzer:
         self.neighbours: dict[str, list[Neighbour]] = {}
 
     async def fuzz(self, cases: int) -> Run:
-        """Sends that many, and looks at the server after each twentieth of them."""
+        """Send this many cases, and take a snapshot of the server after each round."""
         start = time.monotonic()
-        # a connection a request: what a client did to one must not show in another's answer
+        # one connection per request: a broken connection must not affect another request
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         skipped = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
         async with aiohttp.ClientSession(connector=connector, skip_auto_headers=skipped) as self.session:
@@ -98,28 +107,28 @@ class Fuzzer:
                 self.neighbours[model] = await self.ask_alone(model)
             await self.fill_heap()
             edges = [cases * turn // ROUNDS for turn in range(ROUNDS + 1)]
-            self.look(0)
+            self.take_snapshot(0)
             for first, end in zip(edges, edges[1:], strict=False):
                 numbers = range(first, end)
                 await asyncio.gather(
                     *(self.send_all(model, numbers[index :: len(self.models)]) for index, model in self.turns(first))
                 )
                 await asyncio.sleep(SETTLE)
-                self.look(end)
+                self.take_snapshot(end)
             self.run.batches = await self.read_batches()
         self.run.seconds = time.monotonic() - start
         return self.run
 
     def turns(self, first: int) -> Iterable[tuple[int, str]]:
-        """How far from `first` the first case of each model is."""
+        """Return each model with the distance from `first` to its first case."""
         count = len(self.models)
         return ((index, self.models[(first + index) % count]) for index in range(count))
 
     async def ask_alone(self, model: str) -> list[Neighbour]:
-        """Good samples and their answers while nothing else is asked for. The model's own sample is the first.
+        """Return the valid inputs with their answers from an idle server. The model's own sample is the first.
 
         Raises:
-            BundleError: that is not answered what its folder expects.
+            BundleError: the answer to the model's own sample is not what its folder expects, or not clear.
         """
         [folder] = select([model])
         found = []
@@ -129,15 +138,15 @@ class Fuzzer:
                 continue
             label, lead, probability = leader(answer)
             if name == "sample" and label != folder.bundle.expect:
-                raise BundleError(f"{model} answered its sample with {label}, not with {folder.bundle.expect}.")
+                raise BundleError(f"{model} answered its sample with {label}. Expected: {folder.bundle.expect}.")
             if lead > CLEAR:
                 found.append((content, label, probability))
         if not found or found[0][0] != sample(model):
-            raise BundleError(f"{model} did not answer its own sample clearly.")
+            raise BundleError(f"{model} did not answer its own sample, or its first class leads by {CLEAR} or less.")
         return found
 
     async def fill_heap(self) -> None:
-        """Until the Java heap has grown to what large bodies need: its growth from there on is a leak."""
+        """Send large bodies until the Java heap has its usual size, so that later growth is a leak."""
         large = self.good_case(self.models[0], good(self.models[0])["sample"].ljust(BODY_LIMIT, b"\0"))
         for _ in range(PRIMING // AT_ONCE):
             await asyncio.gather(*(self.ask(large.model, large) for _ in range(AT_ONCE)))
@@ -150,7 +159,7 @@ class Fuzzer:
             await self.burst(model, numbers[start : start + BURST])
 
     async def burst(self, model: str, numbers: range) -> None:
-        """Mutated requests and good ones at the same moment, in random order."""
+        """Send mutated and valid requests at the same time, in random order, and check the answers."""
         cases = [case(self.seed, number, self.models) for number in numbers]
         random = Random(f"{self.seed} {numbers[0]} neighbours")
         neighbours = random.choices(self.neighbours[model], k=GOOD)
@@ -189,15 +198,15 @@ class Fuzzer:
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             return Answer(0, repr(exc).encode(), time.monotonic() - start)
 
-    def look(self, sent: int) -> None:
+    def take_snapshot(self, sent: int) -> None:
         pids = {
             model: sorted(worker["pid"] for worker in self.client.describe(model)["workers"]) for model in self.models
         }
         workers = {model: sum(map(resident, found)) for model, found in pids.items()}
-        self.run.looks.append(Look(sent, resident(self.pid), workers, pids))
+        self.run.snapshots.append(Snapshot(sent, resident(self.pid), workers, pids))
 
     async def read_batches(self) -> dict[str, tuple[int, int]]:
-        """Out of the server's own metrics: whether good and bad requests did share batches."""
+        """Return the batches from the server's metrics; they show whether requests shared batches."""
         async with self.session.get(f"{self.metrics}/metrics") as answer:
             families = text_string_to_metric_families(await answer.text())
         samples = [one for family in families for one in family.samples if one.name.startswith("bundle_batch_size_")]
@@ -210,7 +219,7 @@ class Fuzzer:
 
 
 async def chunks(body: bytes) -> object:
-    """A body without a length before it."""
+    """Yield the body in parts, so that it is sent without a Content-Length."""
     for start in range(0, len(body), 1 << 16):
         yield body[start : start + (1 << 16)]
 
@@ -227,6 +236,6 @@ def resident(pid: int) -> int:
 
 
 def leader(answer: Answer) -> tuple[str, float, float]:
-    """First class of a ranking, by how much it leads, and its probability."""
+    """Return the first class of a ranking, its lead over the second, and its probability."""
     best, second, *_ = ranking(json.loads(answer.body))
     return best.label, best.probability - second.probability, best.probability

@@ -1,4 +1,4 @@
-"""How an input is wrapped into a request: hypothesis draws the shape, `wrap` puts the input into it."""
+"""Wrap an input into a request: hypothesis draws the shape, `wrap` puts the input into it."""
 
 import base64
 import json
@@ -36,13 +36,16 @@ SHAPES = ("raw", "raw", "raw", "json", "json", "instances", "multipart", "urlenc
 
 @dataclass(frozen=True)
 class Shape:
-    """
+    """The form of a request, without its input.
+
     Attributes:
         kind: one of SHAPES.
-        content_type: of raw bodies; None sends none.
-        top_k: as JSON value or as a form's text; None leaves it away.
-        field: the name of the field that holds the input.
-        changes: how many mutations the JSON tree gets, and how many the finished body.
+        content_type: of a raw body; None: no Content-Type.
+        path: with `{model}` for the model's name.
+        top_k: a JSON value, or the text in a form; None: no such field.
+        field: name of the field with the input.
+        chunked: whether the body is sent without a length.
+        changes: number of mutations of the JSON tree, and of the finished body.
         seed: of these mutations.
     """
 
@@ -60,9 +63,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """
+    """A finished request.
+
     Attributes:
-        row: what TorchServe's worker makes of it; None where only a frontend can say.
+        headers: the Content-Type among them.
+        body: the body as sent.
+        row: the row that TorchServe's worker makes of it; None if this depends on the frontend.
     """
 
     headers: tuple[tuple[str, str], ...]
@@ -80,7 +86,10 @@ top_ks = st.one_of(
 
 
 def mostly(usual: object, others: st.SearchStrategy) -> st.SearchStrategy:
-    """Nine times out of ten; more oddities at once, and a request is refused before its input is seen."""
+    """Draw the usual value nine times out of ten.
+
+    With more unusual values in one request, it would be rejected before its input is decoded.
+    """
     return st.integers(0, 9).flatmap(lambda die: others if die == 9 else st.just(usual))
 
 
@@ -99,11 +108,11 @@ shapes = st.builds(
 )
 
 T = TypeVar("T")
-ENTROPY = 4096  # bytes that a shape is drawn from; far fewer are used
+ENTROPY = 4096  # bytes for drawing a shape, more than it needs
 
 
 def drawing(strategy: st.SearchStrategy[T]) -> Callable[[Random], T]:
-    """Draws of a strategy by a seeded generator, through hypothesis's own door for fuzzers."""
+    """Return a function that draws from a strategy with a seeded generator, by hypothesis's API for fuzzers."""
     found: list[T] = []
 
     @settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -113,7 +122,7 @@ def drawing(strategy: st.SearchStrategy[T]) -> Callable[[Random], T]:
 
     def draw(random: Random) -> T:
         found.clear()
-        while not found:  # the rare bytes from which the strategy draws nothing
+        while not found:  # from a few byte strings, the strategy draws nothing
             keep.hypothesis.fuzz_one_input(random.randbytes(ENTROPY))
         return found[0]
 
@@ -121,9 +130,12 @@ def drawing(strategy: st.SearchStrategy[T]) -> Callable[[Random], T]:
 
 
 def wrap(shape: Shape, content: bytes, is_text: bool) -> Wrapped:
-    """
+    """Put an input into a request of this shape.
+
     Args:
-        is_text: whether the model takes text, which JSON carries as it is; other inputs go in base64.
+        shape: of the request.
+        content: the input.
+        is_text: whether the model takes text. JSON contains text as it is, and other inputs in base64.
     """
     random = Random(shape.seed)
     if shape.kind in ("json", "instances", "data url"):
@@ -175,7 +187,7 @@ def urlencoded(shape: Shape, content: bytes) -> bytes:
 
 
 def row(shape: Shape, content: bytes, content_type: str | None, body: bytes, intact: bool) -> dict | None:
-    """What `ts.protocol.otf_message_handler` would hand to the handler."""
+    """Return the row that `ts.protocol.otf_message_handler` would pass to the handler, or None if it is unknown."""
     if shape.kind == "multipart":
         return dict(form(shape, content)) if intact else None
     if content_type == "application/x-www-form-urlencoded":

@@ -1,4 +1,4 @@
-"""What may be answered, and what may not."""
+"""Judge the answers to mutated requests."""
 
 import json
 from collections import Counter
@@ -8,17 +8,19 @@ from tests.trials.fuzz.cases import BODY_LIMIT, Case
 
 FAULTS = ("5xx", "late", "no answer", "wrong body")
 ERROR_KEYS = {"code", "type", "message"}
-CUT_OFF = (b"ContentLengthError: 400", b"ClientOSError(104")  # in the middle of the answer, or before it
-HEADER_LIMIT = 8192  # of Netty, for all of them
+CUT_OFF = (b"ContentLengthError: 400", b"ClientOSError(104")  # closed in the middle of the answer, or before it
+HEADER_LIMIT = 8192  # Netty's limit, in bytes, for all headers together
 FORMS = ("application/x-www-form-urlencoded", "multipart/")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """
+    """The answer to one request.
+
     Attributes:
-        status: 0 where there was none.
-        seconds: from the first byte sent to the last one read.
+        status: HTTP status; 0 without an answer.
+        body: the body, or the text of the exception without an answer.
+        seconds: from the first byte sent to the last byte read.
     """
 
     status: int
@@ -28,14 +30,17 @@ class Answer:
 
 @dataclass
 class Tally:
-    """The answers to one model's cases.
+    """The counted answers to one model's cases.
 
     Attributes:
-        rejected: 4xx by type.
-        known: answers of the frontend's own, by the reason that they are known for.
-        failed: what must not be, by kind: one of FAULTS.
-        wrong_neighbours: of good samples that were asked for at the same moment.
-        seconds: the longest that an answer took.
+        sent: all cases.
+        served: 2xx.
+        rejected: 4xx, by type.
+        known: known frontend errors, by reason.
+        failed: invalid answers, by kind (one of FAULTS).
+        neighbours: valid requests that were sent at the same time.
+        wrong_neighbours: those of them that got a wrong answer.
+        seconds: the longest time until an answer.
     """
 
     sent: int = 0
@@ -48,10 +53,10 @@ class Tally:
     seconds: float = 0.0
 
     def add(self, case: Case, answer: Answer, deadline: float) -> str | None:
-        """Counts an answer, and says what is wrong with it."""
+        """Count an answer, and return its fault (one of FAULTS), or None if it is valid."""
         self.sent += 1
         self.seconds = max(self.seconds, answer.seconds)
-        if reason := known(case, answer):
+        if reason := known_frontend_error(case, answer):
             self.known[reason] += 1
             return None
         problem = fault(answer, deadline)
@@ -64,15 +69,17 @@ class Tally:
         return problem
 
 
-def known(case: Case, answer: Answer) -> str | None:
-    """Answers that TorchServe's frontend gives before any handler sees the request, and that no handler can mend. The
-    proxy of the Docker stack stands in front of it in production."""
+def known_frontend_error(case: Case, answer: Answer) -> str | None:
+    """Return the reason if TorchServe's frontend returned a known error before a handler saw the request, else None.
+
+    A handler cannot change these answers. In production, the proxy of the Docker stack is in front of the frontend.
+    """
     if answer.status == 413 and not answer.body and len(case.body) > BODY_LIMIT // 2:
         return "bare 413: a body over 16 MiB, or a form whose parts come near it"
     if answer.status == 500 and b'"ErrorDataDecoderException"' in answer.body and is_form(case):
         return "500 ErrorDataDecoderException: a form that Netty cannot parse"
     if answer.status == 500 and b'"ArrayIndexOutOfBoundsException"' in answer.body and is_form(case):
-        return "500 ArrayIndexOutOfBoundsException: a part of a form whose headers Netty cannot parse"
+        return "500 ArrayIndexOutOfBoundsException: a form with a part whose headers Netty cannot parse"
     if not answer.status and b"ClientOSError(104" in answer.body and header_bytes(case) > HEADER_LIMIT:
         return "reset: headers of more than 8 KiB, answered before the body is read"
     if not answer.status and len(case.body) > BODY_LIMIT and b"ClientOSError" in answer.body:
@@ -91,6 +98,12 @@ def is_form(case: Case) -> bool:
 
 
 def fault(answer: Answer, deadline: float) -> str | None:
+    """Return what is wrong with an answer (one of FAULTS), or None.
+
+    Args:
+        answer: to a mutated request.
+        deadline: in seconds.
+    """
     if not answer.status:
         return "no answer"
     if answer.status >= 500 or answer.status < 200:

@@ -1,4 +1,4 @@
-"""What mutations start from: valid inputs of every format and shape that the handlers take, all made here."""
+"""Generate the inputs that mutations start from: valid inputs of every format that the handlers accept."""
 
 from functools import cache
 
@@ -12,15 +12,18 @@ MODELS = ("mnist", "image", "audio", "text")
 
 @cache
 def corpus(model: str) -> dict[str, bytes]:
-    """{name: file}, the model's own sample among them."""
+    """Return the inputs by name, including the model's own sample."""
     return {"sample": sample(model), **KINDS[model]()}
 
 
 @cache
 def good(model: str) -> dict[str, bytes]:
-    """Asked for beside bad ones of several classes, so that an answer in a wrong slot shows. Some are refused."""
-    made = {"mnist": digits, "image": small, "audio": sounds, "text": sentences}[model]()
-    return {"sample": sample(model), **made}
+    """Return inputs for valid requests, by name. They are of several classes, so that a swapped answer is noticed.
+
+    A model may reject some of them.
+    """
+    inputs = {"mnist": digits, "image": small, "audio": sounds, "text": sentences}[model]()
+    return {"sample": sample(model), **inputs}
 
 
 def sample(model: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Images of every format that the handlers accept, and some of those that they refuse."""
+"""Generate images of every format that the handlers accept, and of some that they reject."""
 
 import struct
 import zlib
@@ -23,7 +23,7 @@ def images() -> dict[str, bytes]:
 
 @cache
 def small() -> dict[str, bytes]:
-    """A digit in many formats, at 64 x 64."""
+    """Return images of 64 x 64 pixels in many formats, by name."""
     grey = draw_digit(3, SIDE)
     colour = Image.merge("RGB", [grey, grey.rotate(90), grey.point(lambda value: 255 - value)])
     alpha = colour.copy()
@@ -89,7 +89,7 @@ def others(grey: Image.Image, colour: Image.Image, alpha: Image.Image) -> dict[s
 
 
 def large() -> dict[str, bytes]:
-    """Kilobytes that unpack to as many pixels as are accepted, and to more."""
+    """Return small files with the maximum number of pixels, and with more."""
     digit = draw_digit(3, 500)
     canvas = Image.new("1", (10_000, 5_000))
     canvas.paste(digit.resize((4_000, 4_000)), (3_000, 500))
@@ -103,7 +103,7 @@ def large() -> dict[str, bytes]:
 
 
 def interlaced(pixels: numpy.ndarray) -> bytes:
-    """uint8 [H, W] -> a PNG of Adam7's seven passes, which Pillow does not write."""
+    """Return pixels (uint8 [H, W]) as an interlaced PNG (Adam7, seven passes), which Pillow cannot write."""
     height, width = pixels.shape
     steps = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
     passes = [pixels[top::down, left::across] for top, left, down, across in steps]

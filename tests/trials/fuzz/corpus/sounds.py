@@ -1,4 +1,4 @@
-"""Sounds of every format that libsndfile writes, and WAV files with what it does not write."""
+"""Generate sounds of every format that libsndfile writes, and WAV files with chunks that it does not write."""
 
 import struct
 from functools import cache
@@ -18,10 +18,10 @@ KINDS = [
 @cache
 def sounds() -> dict[str, bytes]:
     burst = tone_burst(16_000)
-    made = {f"{format} {subtype}".lower(): encode_sound(burst, 16_000, format, subtype) for format, subtype in KINDS}
+    files = {f"{format} {subtype}".lower(): encode_sound(burst, 16_000, format, subtype) for format, subtype in KINDS}
     stereo = numpy.stack([tone_burst(44_100), tone_burst(44_100, hertz=900)], axis=1)
     plain = encode_sound(burst[:4000])
-    return made | {
+    return files | {
         "stereo 44.1 kHz": encode_sound(stereo, 44_100),
         "eight channels": encode_sound(numpy.repeat(burst[:2000, None], 8, axis=1), 48_000, "FLAC"),
         "lowest rate": encode_sound(tone_burst(1_000), 1_000),
@@ -38,7 +38,7 @@ def sounds() -> dict[str, bytes]:
 
 
 def with_chunk(wav: bytes, name: bytes, data: bytes) -> bytes:
-    """A WAV file with a chunk more before its samples. An odd one is padded, as RIFF has it."""
+    """Insert a chunk before the samples of a WAV file. RIFF requires a padding byte after an odd length."""
     chunk = name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
     at = wav.index(b"data")
     content = wav[:at] + chunk + wav[at:]

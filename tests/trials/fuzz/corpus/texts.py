@@ -1,4 +1,4 @@
-"""Texts: intents, and what Unicode has that tokenizers stumble over."""
+"""Generate texts: sentences with intents, and Unicode that is difficult for tokenizers."""
 
 
 def sentences() -> dict[str, bytes]:

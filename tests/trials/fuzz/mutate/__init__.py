@@ -1,8 +1,7 @@
-"""Damage that knows what it damages: `mutated` takes a file and returns another one, the same for the same `Random`.
+"""Mutate files with knowledge of their format. The same file and the same `Random` give the same result.
 
-A format's own mutators take its file apart, change its parts, and put it together again, so that what they change gets
-past the first check of a decoder. None of them raises, whatever it is given: a file that is not of its format gets
-generic damage.
+The mutators of a format split a file, change its parts and join them again, so that the result passes a decoder's first
+checks. A mutator never raises: a file of another format gets a generic mutation.
 """
 
 from random import Random
@@ -10,8 +9,8 @@ from random import Random
 from tests.trials.fuzz.mutate import generic, jpeg, png, riff, streams, text
 
 MOST = 4  # changes to one file
-LARGEST = 2 << 20  # bytes of what comes out: blocks repeat, and their repetitions repeat
-STRUCTURAL = 0.65  # share of changes that know the format, where it has a mutator
+LARGEST = 2 << 20  # bytes of the result: repeated blocks can be repeated again
+STRUCTURAL = 0.65  # share of changes by the format's own mutator, if it has one
 
 FORMATS = (
     (b"\x89PNG\r\n\x1a\n", png.mutated),
@@ -24,10 +23,13 @@ FORMATS = (
 
 
 def mutated(content: bytes, others: list[bytes], random: Random, is_text: bool = False) -> bytes:
-    """
+    """Mutate a file.
+
     Args:
-        others: files that parts may be taken from.
-        is_text: whether Unicode may be put in.
+        content: of the file.
+        others: files from which parts may be copied.
+        random: determines the mutation.
+        is_text: whether to treat the file as text.
     """
     for _ in range(random.randint(1, MOST)):
         structural = text.mutated if is_text else next((by for magic, by in FORMATS if content.startswith(magic)), None)

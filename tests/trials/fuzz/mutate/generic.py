@@ -1,4 +1,4 @@
-"""Damage to bytes of any kind."""
+"""Mutate bytes of any format."""
 
 from random import Random
 
@@ -12,7 +12,7 @@ def mutated(content: bytes, others: list[bytes], random: Random) -> bytes:
 
 
 def place(content: bytes, random: Random) -> int:
-    """Where a change is made: near the head, where most of a format's structure is, more often than not."""
+    """Return the position of a change, usually near the beginning, where most of a format's structure is."""
     reach = random.choice((32, 512, len(content)))
     return random.randint(0, min(reach, len(content)))
 
@@ -26,7 +26,7 @@ def flip(content: bytes, _: list[bytes], random: Random) -> bytes:
 
 
 def number(content: bytes, _: list[bytes], random: Random) -> bytes:
-    """Overwrites 1, 2 or 4 bytes with a number at an edge."""
+    """Overwrite 1, 2 or 4 bytes with a boundary value."""
     size = random.choice((1, 2, 4))
     value = random.choice(NUMBERS) % 256**size
     at = place(content, random)
@@ -48,13 +48,13 @@ def insert(content: bytes, _: list[bytes], random: Random) -> bytes:
 
 
 def repeat(content: bytes, _: list[bytes], random: Random) -> bytes:
-    """A block of it, up to 64 times over."""
+    """Repeat a block up to 64 times."""
     at = place(content, random)
     block = content[at : at + random.randint(1, LONGEST_RUN)]
     return content[:at] + block * random.choice((2, 3, 64)) + content[at + len(block) :]
 
 
 def splice(content: bytes, others: list[bytes], random: Random) -> bytes:
-    """The head of one file, the tail of another."""
+    """Join the beginning of one file and the end of another."""
     other = random.choice(others) if others else content
     return content[: place(content, random)] + other[place(other, random) :]

@@ -1,4 +1,4 @@
-"""JPEG: segments are FF, a marker, a length, data; after the last comes what is coded."""
+"""Mutate JPEG files: segments of FF, marker, length and data; coded pixels follow a scan's segment."""
 
 import struct
 from random import Random
@@ -12,7 +12,7 @@ SCAN = 0xDA
 LENGTHS = (0, 1, 2, 16, 64, 65, 66, 129, 255, 256, 4_096, 65_533)  # bytes of a segment's data
 SIDES = (0, 1, 7, 8, 65, 7_071, 65_500, 65_535)
 
-Segment = tuple[int, bytes]  # marker, and what follows up to the next: length, data, coded pixels
+Segment = tuple[int, bytes]  # marker, and all bytes up to the next marker: length, data, coded pixels
 
 
 def split(content: bytes) -> list[Segment]:
@@ -30,7 +30,7 @@ def split(content: bytes) -> list[Segment]:
 
 
 def next_marker(content: bytes, at: int) -> int:
-    """Where coded pixels end: FF 00 is one of them, and restarts are between them."""
+    """Return where coded pixels end. FF 00 (an escaped FF) and restart markers belong to them."""
     while (at := content.find(b"\xff", at)) >= 0:
         if at + 1 < len(content) and content[at + 1] not in (0, *range(0xD0, 0xD8)):
             return at
@@ -52,7 +52,7 @@ def mutated(content: bytes, random: Random) -> bytes:
 
 
 def one_of(segments: list[Segment], markers: tuple[int, ...], random: Random) -> int:
-    """The index of a segment with one of the markers; of any where there is none."""
+    """Return the index of a random segment with one of the markers, or of any segment if none has."""
     found = [at for at, (marker, _) in enumerate(segments) if marker in markers]
     return random.choice(found or range(len(segments)))
 
@@ -62,7 +62,7 @@ def replaced(segments: list[Segment], at: int, *by: Segment) -> bytes:
 
 
 def frame(segments: list[Segment], random: Random) -> bytes:
-    """SOF: precision, height, width, the number of components, a component's sampling."""
+    """Change a field of SOF: precision, height, width, number of components, or a component's sampling."""
     at = one_of(segments, FRAMES, random)
     marker, rest = segments[at]
     field = random.choice(("height", "width", "byte"))
@@ -76,7 +76,7 @@ def frame(segments: list[Segment], random: Random) -> bytes:
 
 
 def table(segments: list[Segment], random: Random) -> bytes:
-    """DHT, DQT, DRI: their contents, the length kept."""
+    """Change the contents of DHT, DQT or DRI, but not the length."""
     at = one_of(segments, TABLES, random)
     marker, rest = segments[at]
     return replaced(segments, at, (marker, rest[:2] + generic.flip(rest[2:], [], random)))
@@ -93,13 +93,13 @@ def remove(segments: list[Segment], random: Random) -> bytes:
 
 
 def duplicate(segments: list[Segment], random: Random) -> bytes:
-    """Scans above all: each is decoded over the whole picture."""
+    """Repeat a segment, preferably a scan: decoders process each scan over the whole picture."""
     at = one_of(segments, (SCAN,), random) if random.random() < 0.5 else random.randrange(len(segments))
     return replaced(segments, at, *[segments[at]] * random.choice((2, 3, 50, 500)))
 
 
 def flood(segments: list[Segment], random: Random) -> bytes:
-    """Thousands of segments without data, or of markers without length."""
+    """Insert thousands of segments without data, or of markers without a length."""
     at = random.randrange(len(segments) + 1)
     marker = random.choice((0xE1, 0xED, 0xFE, 0xDB, 0xC4, 0xD0, 0xD9, 0xFF))
     many = [(marker, b"" if marker in BARE or marker == 0xFF else b"\0\2")] * random.choice((300, 21_000))
@@ -111,7 +111,7 @@ def shuffle(segments: list[Segment], random: Random) -> bytes:
 
 
 def resize(segments: list[Segment], random: Random) -> bytes:
-    """A segment as long as the format allows, or longer than its kind may be, or too short; its data repeats."""
+    """Change a segment's length, up to the format's maximum; longer data repeats."""
     at = random.randrange(len(segments))
     marker, rest = segments[at]
     size, old = random.choice(LENGTHS), rest[2:] or b"\0"
@@ -135,6 +135,6 @@ def end(segments: list[Segment], random: Random) -> bytes:
 
 
 def tags(segments: list[Segment], random: Random) -> bytes:
-    """EXIF, which says how to turn the picture, broken."""
+    """Insert an invalid EXIF segment, which decoders read for the orientation."""
     broken = b"Exif\0\0" + random.choice((b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b"")) + random.randbytes(40)
     return join([(0xE1, struct.pack(">H", len(broken) + 2) + broken), *segments])

@@ -1,4 +1,4 @@
-"""PNG: chunks are length, name, data, CRC."""
+"""Mutate PNG files: chunks of length, name, data and CRC."""
 
 import struct
 import zlib
@@ -8,7 +8,7 @@ from tests.trials.fuzz.mutate import generic
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SIDES = (0, 1, 7, 8, 9, 64, 65_535, 7_071, 50_000_000, 2**31 - 1, 2**31, 2**32 - 1)
-COLOURS = (0, 1, 2, 15, 16, 255, 256, 257, 300, 65_536)  # of a palette, which has 1 to 256
+COLOURS = (0, 1, 2, 15, 16, 255, 256, 257, 300, 65_536)  # in a palette; valid are 1 to 256
 SIZES = (0, 1, 2, 3, 6, 12, 14, 255, 256, 257, 300, 767, 769, 65_536)  # bytes of a chunk
 NAMES = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"iCCP", b"eXIf", b"zTXt", b"acTL", b"fcTL", b"fdAT", b"????")
 
@@ -16,7 +16,7 @@ Chunk = tuple[bytes, bytes]  # name, data
 
 
 def split(content: bytes) -> list[Chunk]:
-    """As far as there are whole ones."""
+    """Return the chunks, up to the first incomplete one."""
     chunks, at = [], len(SIGNATURE)
     while at + 12 <= len(content):
         length = int.from_bytes(content[at : at + 4], "big")
@@ -26,7 +26,7 @@ def split(content: bytes) -> list[Chunk]:
 
 
 def join(chunks: list[Chunk]) -> bytes:
-    """With CRCs that are right."""
+    """Return the PNG with correct CRCs."""
     return SIGNATURE + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
@@ -43,7 +43,7 @@ def mutated(content: bytes, random: Random) -> bytes:
 
 
 def header(chunks: list[Chunk], _: int, random: Random) -> bytes:
-    """One field of IHDR: width, height, depth, colour type, compression, filter, interlace."""
+    """Change one field of IHDR: width, height, depth, colour type, compression, filter or interlace."""
     name, data = chunks[0]
     field = random.randrange(7)
     if field < 2:
@@ -56,7 +56,7 @@ def header(chunks: list[Chunk], _: int, random: Random) -> bytes:
 
 
 def pixels(chunks: list[Chunk], _: int, random: Random) -> bytes:
-    """What IDAT unpacks to: filters, and how much there is."""
+    """Change the unpacked contents of IDAT: filters, and the amount of data."""
     packed = b"".join(data for name, data in chunks if name == b"IDAT")
     try:
         unpacked = zlib.decompressobj().decompress(packed, 1 << 20)
@@ -88,19 +88,19 @@ def swap(chunks: list[Chunk], at: int, random: Random) -> bytes:
 
 
 def shuffle(chunks: list[Chunk], _: int, random: Random) -> bytes:
-    """Other orders than the format allows; the header stays first, because nothing is read without it."""
+    """Shuffle the chunks after the header, without which decoders read nothing."""
     return join([*chunks[:1], *random.sample(chunks[1:], len(chunks) - 1)])
 
 
 def resize(chunks: list[Chunk], at: int, random: Random) -> bytes:
-    """A chunk as long as the format allows, or longer, or too short; its data repeats."""
+    """Change a chunk's length to a valid or invalid one; longer data repeats."""
     name, old = chunks[at]
     size = random.choice((*SIZES, len(old) + 1, max(0, len(old) - 1)))
     return join([*chunks[:at], (name, ((old or b"\0") * (size // max(1, len(old)) + 1))[:size]), *chunks[at + 1 :]])
 
 
 def palette(chunks: list[Chunk], _: int, random: Random) -> bytes:
-    """An image of palette colours, whose palette and transparency have lengths that do not fit each other."""
+    """Replace the image by one whose palette and transparency have lengths that may not match."""
     colours, alphas = (random.choice(COLOURS) for _ in range(2))
     tables = [(b"PLTE", random.randbytes(3 * colours)), (b"tRNS", random.randbytes(alphas))]
     if random.random() < 0.2:
@@ -116,7 +116,7 @@ def rename(chunks: list[Chunk], at: int, random: Random) -> bytes:
 
 
 def lie(chunks: list[Chunk], at: int, random: Random) -> bytes:
-    """A length or a CRC that is wrong."""
+    """Write a wrong length or a wrong CRC."""
     before, whole = join(chunks[:at]), join(chunks)
     start = len(before) if random.random() < 0.5 else len(before) + 8 + len(chunks[at][1])
     return whole[:start] + struct.pack(">I", random.choice((*SIDES, 13))) + whole[start + 4 :]

@@ -1,4 +1,4 @@
-"""RIFF (WAV, WebP): chunks are name, length, data, and a byte of padding after an odd one."""
+"""Mutate RIFF files (WAV, WebP): chunks of name, length and data, padded to an even length."""
 
 import struct
 from random import Random
@@ -6,7 +6,7 @@ from random import Random
 from tests.trials.fuzz.mutate import generic
 
 SIZES = (0, 1, 2, 15, 16, 18, 40, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
-# fields of a WAV's fmt chunk: offset and how struct packs them, values to try
+# fields of a WAV's fmt chunk: offset, struct format, values
 FORMAT = (
     (0, "<H", (0, 1, 2, 3, 6, 7, 17, 0x31, 0x55, 0xFFFE, 0xFFFF)),  # format
     (2, "<H", (0, 1, 2, 8, 255, 1024, 65_535)),  # channels
@@ -16,7 +16,7 @@ FORMAT = (
     (14, "<H", (0, 1, 4, 8, 12, 24, 32, 64, 255)),  # bits a sample
 )
 
-Chunk = tuple[bytes, int, bytes]  # name, the length it says, data
+Chunk = tuple[bytes, int, bytes]  # name, declared length, data
 
 
 def split(content: bytes) -> list[Chunk]:

@@ -1,4 +1,4 @@
-"""Ogg (pages, each with a CRC) and FLAC (metadata blocks, then frames)."""
+"""Mutate Ogg files (pages, each with a CRC) and FLAC files (metadata blocks, then frames)."""
 
 import struct
 from random import Random
@@ -10,7 +10,7 @@ STREAM_INFO = 34  # bytes of FLAC's first block
 
 
 def ogg(content: bytes, random: Random) -> bytes:
-    """One page's fields or data; its CRC is mended three times out of four."""
+    """Change a field or the data of one page. Its CRC is correct three times out of four."""
     pages = split(content)
     if not pages:
         return generic.mutated(content, [], random)
@@ -35,7 +35,7 @@ def ogg(content: bytes, random: Random) -> bytes:
 
 
 def split(content: bytes) -> list[bytes]:
-    """As far as there are whole pages."""
+    """Return the pages, up to the first incomplete one."""
     pages, at = [], 0
     while content[at : at + 4] == b"OggS" and at + OGG_HEADER <= len(content):
         segments = content[at + 26]
@@ -46,7 +46,7 @@ def split(content: bytes) -> list[bytes]:
 
 
 def table() -> list[int]:
-    """Of CRC-32 with Ogg's polynomial, which is not zlib's order of bits."""
+    """Return the table for Ogg's CRC-32, whose order of bits differs from zlib's."""
     values = []
     for value in range(256):
         value <<= 24
@@ -67,7 +67,7 @@ def checksum(page: bytes | bytearray) -> int:
 
 
 def flac(content: bytes, random: Random) -> bytes:
-    """A field of STREAMINFO, a metadata block's head, or a frame."""
+    """Change a field of STREAMINFO, a metadata block's header, or a frame."""
     changed = bytearray(content)
     change = random.choice(("info", "info", "block", "frame"))
     start = 8  # after the magic and the first block's head

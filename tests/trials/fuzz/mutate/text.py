@@ -1,4 +1,4 @@
-"""Text: what Unicode allows, and what it does not."""
+"""Mutate text, with valid Unicode and with invalid UTF-8."""
 
 from random import Random
 

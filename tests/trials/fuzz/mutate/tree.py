@@ -1,6 +1,6 @@
-"""JSON as a tree, written by hand: what `json.dumps` would never write is what parsers must live with.
+"""Mutate JSON as a tree, and write it without `json.dumps`, which would not write invalid JSON.
 
-A tree is a JSON value whose objects are lists of pairs, so that keys may repeat, and whose leaves may be `Verbatim`.
+A tree is a JSON value. Its objects are lists of pairs, so that keys may repeat, and its leaves may be `Verbatim`.
 """
 
 import json
@@ -10,7 +10,7 @@ from random import Random
 
 @dataclass(frozen=True)
 class Verbatim:
-    """A leaf that is written as it stands."""
+    """A leaf that is written unchanged."""
 
     text: str
 
@@ -30,7 +30,7 @@ DEPTHS = (2, 4, 100, 990, 20_000)
 
 
 def build(value: object) -> object:
-    """A plain JSON value -> a tree."""
+    """Convert a plain JSON value into a tree."""
     if isinstance(value, dict):
         return Object(tuple((key, build(item)) for key, item in value.items()))
     return [build(item) for item in value] if isinstance(value, list) else value
@@ -47,7 +47,7 @@ def write(tree: object) -> str:
 
 
 def mutated(tree: object, random: Random) -> object:
-    """Changes one place of the tree: the root, or one that is below it."""
+    """Change one node of the tree: the root or a node below it."""
     children = len(tree.pairs) if isinstance(tree, Object) else len(tree) if isinstance(tree, list) else 0
     if not children or random.random() < 0.3:
         return replaced(tree, random)
@@ -73,6 +73,6 @@ def replaced(tree: object, random: Random) -> object:
         return random.choice(LEAVES)
     if change == "wrap":
         return random.choice(([tree], [tree, tree], Object((("data", tree),)), Object((("instances", [tree]),))))
-    depth = random.choice(DEPTHS)  # as text: the tree itself stays shallow
+    depth = random.choice(DEPTHS)  # written as text, because deep recursion in the tree would fail here
     opening, closing = random.choice((("[", "]"), ('{"data":', "}")))
     return Verbatim(opening * depth + write(tree) + closing * depth)

@@ -1,4 +1,4 @@
-"""Which headers are believed: what TorchServe set, and what a proxy set where one is in front."""
+"""Headers that the handlers trust: those that TorchServe sets, and behind a proxy those that the proxy sets."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from bundle.server.settings import Settings
 from handlers.core.headers import BEHIND_PROXY, Verb, behind_proxy, content_type, proxy_arrival, requested_verb
 from tests.unit.numbered import BATCH_SIZE, row
 
-# what reaches a worker (TorchServe 0.12.0): the client's headers as they were sent, and TorchServe's own
+# a worker of TorchServe 0.12.0 gets the client's headers unchanged, and those that TorchServe adds
 OF_CURL = {"Host": "127.0.0.1:8080", "User-Agent": "curl/8.0", "Accept": "*/*"}
 OF_PREDICTIONS = {**OF_CURL, "url_path": "", "explain": "False"}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -22,7 +22,7 @@ VERB_NAMES = st.sampled_from(["describe", "explain"]).flatmap(
 )
 
 
-def test_the_verb_of_each_kind_of_request_is_the_one_that_torchserve_set():
+def test_verb_is_the_one_that_torchserve_set():
     assert requested_verb({"body": b"1"}, OF_PREDICTIONS) is Verb.PREDICT
     assert requested_verb({"data": b"1"}, {}) is Verb.PREDICT  # gRPC
     assert requested_verb({}, {}) is Verb.PREDICT  # gRPC without inputs
@@ -31,7 +31,7 @@ def test_the_verb_of_each_kind_of_request_is_the_one_that_torchserve_set():
     assert requested_verb({}, {"describe": "True"}) is Verb.DESCRIBE  # gRPC
 
 
-def test_the_verb_of_a_description_is_kept_whatever_the_operator_sends():
+def test_verb_of_a_description_ignores_other_headers():
     sent = {**OF_CURL, "Describe": "False", "explain": "True", "Explain": "True", "describe": "True"}
     assert requested_verb({}, sent) is Verb.DESCRIBE
 
@@ -40,7 +40,7 @@ def test_the_verb_of_a_description_is_kept_whatever_the_operator_sends():
     claimed=st.dictionaries(VERB_NAMES, st.sampled_from(["True", "true", "False", "1", ""])),
     sent=st.one_of(
         st.tuples(st.sampled_from([{"body": b""}, {"body": b"1"}, {"data": b"1"}, {"describe": b"True"}]), st.just({})),
-        # the frontend goes by the first Content-Type, the worker sees the last of those with one spelling
+        # of several Content-Type headers, the frontend uses the first, and the worker gets the last of each spelling
         st.tuples(
             st.just({}),
             st.dictionaries(
@@ -51,18 +51,18 @@ def test_the_verb_of_a_description_is_kept_whatever_the_operator_sends():
         ),
     ),
 )
-def test_the_verb_is_to_predict_whatever_a_client_claims(claimed: dict[str, str], sent: tuple[dict, dict]):
+def test_verb_of_a_prediction_ignores_a_clients_headers(claimed: dict[str, str], sent: tuple[dict, dict]):
     content, types = sent
     assert requested_verb(content, {**OF_CURL, **types, **claimed, "explain": "False"}) is Verb.PREDICT
 
 
-def test_the_verb_is_not_read_from_a_field():
-    """A field's name is a key of the worker's headers, too, with a mapping as value."""
+def test_verb_is_not_read_from_form_fields():
+    """The names of form fields are keys of the worker's headers, with a mapping as value."""
     fields = {name: {"content-type": "True"} for name in ("describe", "explain")}
     assert requested_verb({"describe": b"True", "explain": b"True"}, fields) is Verb.PREDICT
 
 
-def test_a_claimed_description_shows_no_settings(worker: DryRun):
+def test_claimed_description_shows_no_settings(worker: DryRun):
     headers = [{"describe": "True"}, {"Describe": "True"}, {"DESCRIBE": "True"}, {"describe": "True", **FORM}]
     answers = worker.predict([row(0), row(1), {"body": b""}, {}], headers)
     assert [status for status, _ in answers] == [200, 200, 400, 400]
@@ -78,7 +78,7 @@ def test_a_claimed_description_shows_no_settings(worker: DryRun):
         ({"content-type": {"content-type": "a field of this name"}, "Content-Type": "text/plain"}, "text/plain"),
     ],
 )
-def test_content_type_is_the_media_type_whatever_the_case(headers: dict, expected: str):
+def test_content_type_is_the_media_type_in_lower_case(headers: dict, expected: str):
     assert content_type(headers) == expected
 
 
@@ -86,27 +86,27 @@ def test_content_type_is_the_media_type_whatever_the_case(headers: dict, expecte
 
 
 @pytest.mark.parametrize("name", ["X-Request-Start", "x-request-start"])
-def test_the_arrival_is_read_as_nginx_writes_it(name: str):
+def test_arrival_is_read_in_nginx_format(name: str):
     now = time.time()
     assert proxy_arrival({name: f"t={now - 2:.3f}"}) == pytest.approx(now - 2, abs=0.001)
 
 
 @pytest.mark.parametrize("text", ["", "t=", "nan", "-1", "t=1.5", "t=1e9", "t=inf", "t=1 ", "t=1\n", "t=٣", "9" * 400])
-def test_an_invalid_arrival_is_none(text: str):
+def test_invalid_arrival_is_ignored(text: str):
     assert proxy_arrival({"X-Request-Start": text}) is None
     assert proxy_arrival({}) is None
 
 
-def test_an_arrival_that_only_another_clock_can_give_is_none():
+def test_arrival_of_a_wrong_clock_is_ignored():
     now = time.time()
     assert proxy_arrival({"X-Request-Start": f"t={now + 60:.3f}"}) is None
     assert proxy_arrival({"X-Request-Start": f"t={now - 3601:.3f}"}) is None
 
 
-def test_without_a_proxy_in_front_a_clients_arrival_changes_nothing(
+def test_arrival_without_a_proxy_is_ignored(
     worker: DryRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """One client's value would be the queue time of its whole batch."""
+    """Otherwise one client could set the queue time of a whole batch."""
     impatient = worker.handler.settings.model_copy(update={"max_wait_seconds": 1.0})
     monkeypatch.setattr(worker.handler, "settings", impatient)
     headers = [{"X-Request-Start": f"t={time.time() - 600:.3f}"}] * BATCH_SIZE
@@ -118,9 +118,7 @@ def test_without_a_proxy_in_front_a_clients_arrival_changes_nothing(
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("false", False), ("true", True), ("TRUE", True)])
-def test_a_proxy_is_in_front_only_if_the_environment_says_so(
-    monkeypatch: pytest.MonkeyPatch, value: str | None, expected: bool
-):
+def test_behind_proxy_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, value: str | None, expected: bool):
     monkeypatch.delenv(BEHIND_PROXY, raising=False)
     if value is not None:
         monkeypatch.setenv(BEHIND_PROXY, value)
@@ -129,8 +127,8 @@ def test_a_proxy_is_in_front_only_if_the_environment_says_so(
 
 
 @pytest.mark.parametrize("value", ["", "1", "yes", "nginx"])
-def test_an_invalid_value_of_the_setting_is_rejected(monkeypatch: pytest.MonkeyPatch, value: str):
-    """By the worker, and before that by the bundle's commands."""
+def test_invalid_behind_proxy_is_rejected(monkeypatch: pytest.MonkeyPatch, value: str):
+    """The bundle's commands reject it before a worker starts, and the worker does, too."""
     monkeypatch.setenv(BEHIND_PROXY, value)
     message = f"BUNDLE_BEHIND_PROXY is '{value}', and must be true or false"
     with pytest.raises(ValueError, match=message):
@@ -139,7 +137,7 @@ def test_an_invalid_value_of_the_setting_is_rejected(monkeypatch: pytest.MonkeyP
         Settings().check()
 
 
-def test_the_setting_is_passed_on_to_workers_and_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch):
+def test_behind_proxy_is_passed_to_workers_and_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(BEHIND_PROXY, raising=False)
     before = Settings().fingerprint()
     monkeypatch.setenv(BEHIND_PROXY, "true")

@@ -1,0 +1,64 @@
+"""Imports between the packages of `bundle/` go one way, as bundle/README.md says."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from bundle.paths import ROOT
+
+ALLOWED = {
+    "cli": {"build", "server", "supervisor", "tuning", "load"},
+    "build": set(),
+    "server": set(),
+    "supervisor": {"server"},
+    "load": {"server"},
+    "tuning": {"load", "server"},
+    "shared": set(),
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Return the dotted names of all that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages_imported(files: list[Path]) -> set[str]:
+    names = [name.split(".") for file in files for name in imported(file)]
+    return {name[1] for name in names if name[0] == "bundle" and len(name) > 1} & ALLOWED.keys()
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_package_imports_only_allowed_packages(package: str):
+    files = list((ROOT / "bundle").glob("*.py" if package == "shared" else f"{package}/*.py"))
+    files = [file for file in files if file.name != "__main__.py"]  # the command itself
+    assert len(files) > 2
+    assert packages_imported(files) - {package} <= ALLOWED[package]
+
+
+def test_every_package_has_a_rule():
+    packages = {file.parent.name for file in (ROOT / "bundle").glob("*/__init__.py")}
+    assert packages == ALLOWED.keys() - {"shared"}
+
+
+@pytest.mark.parametrize("folder", ["handlers", "models"])
+def test_what_goes_into_archives_never_imports_bundle(folder: str):
+    files = list((ROOT / folder).rglob("*.py"))
+    assert len(files) > 5
+    assert [file for file in files if any(name.split(".")[0] == "bundle" for name in imported(file))] == []
+
+
+def test_bundle_imports_no_model_folder():
+    names = {name for file in (ROOT / "bundle").rglob("*.py") for name in imported(file)}
+    assert [name for name in names if name.startswith("models.")] == []
+
+
+def test_import_inside_a_function_is_found(tmp_path: Path):
+    (tmp_path / "file.py").write_text("def f():\n    from bundle.server import process\n    from bundle import mar\n")
+    assert packages_imported([tmp_path / "file.py"]) == {"server"}
