@@ -151,6 +151,7 @@ soak: dev .venv/loadtest.done  ## load all models at 70 % for a long time and me
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .PHONY: check
 check: lint  ## lint, and run the fast unit tests

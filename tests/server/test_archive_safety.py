@@ -118,7 +118,7 @@ def test_a_folder_never_runs(trusting: Place, good: Path, store: Path, tmp_path:
     folder = mar.unpack(good, tmp_path / "other" if where == "outside" else store / "other")
     asked = register(trusting, str(folder) if where == "outside" else "other")
     assert asked.status_code == 500, asked.text
-    fails_with(trusting, "elsewhere", f"{folder} is refused: it did not come out of an archive of the model store")
+    fails_with(trusting, "elsewhere", f"{folder} is refused: it was not unpacked from an archive of the model store")
 
 
 def test_a_folder_brings_no_python_of_its_own(trusting: Place, good: Path, tmp_path: Path):
@@ -135,7 +135,7 @@ def test_a_folder_brings_no_python_of_its_own(trusting: Place, good: Path, tmp_p
     assert asked.status_code == 400, asked.text
     assert trusting.client.workers("elsewhere").ready == 0
     trusting.client.unregister("elsewhere", "1.0")
-    wait_for(lambda: "none are installed for it" in (logs_of(trusting) / "ts_log.log").read_text(), LOGGED)
+    wait_for(lambda: "Packages are not installed for a model" in (logs_of(trusting) / "ts_log.log").read_text(), LOGGED)
     assert not (tmp_path / "mark").exists()
 
 

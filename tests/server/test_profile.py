@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from bundle.catalog import select
 from bundle.errors import BundleError
 from bundle.load import profile
 from bundle.paths import ROOT
-from tests.server.conftest import Place
+from tests.server.conftest import Place, serving
 
 
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
@@ -23,6 +24,15 @@ def test_profile_tells_where_the_time_goes(served: Place):
         assert row in profiled.stdout
     assert re.search(r"\b0 failed", profiled.stdout), profiled.stdout
     assert "run_server" in graph.read_text()
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_profile_sends_a_json_sample_as_json(place: Place, tmp_path: Path):
+    place.environment.update(BUNDLE_MODELS=str(ROOT / "tests" / "models"), TS_MODEL_STORE=str(tmp_path / "store"))
+    with serving(place, "price"):
+        profiled = place.bundle("profile", "price", "--concurrency", "4", "--seconds", "2")
+    assert profiled.returncode == 0, profiled.stderr
+    assert re.search(r"\b0 failed", profiled.stdout), profiled.stdout
 
 
 def test_profile_of_what_is_not_served(served: Place):
@@ -41,5 +51,5 @@ def test_what_py_spy_may_not_do_it_says_before_the_load(monkeypatch: pytest.Monk
     ended.wait()
     monkeypatch.setattr(profile, "worker_pids", lambda *_: [ended.pid])
     monkeypatch.setattr(profile, "closed_loop", lambda *_: pytest.fail("the load began"))
-    with pytest.raises(BundleError, match="could not look into a worker"):
+    with pytest.raises(BundleError, match="could not read a worker's memory"):
         profile.profile(Server(), None, *select(["text"]), 8, 3)
