@@ -154,7 +154,7 @@ lint: dev
 	$(BIN)/mypy
 
 .PHONY: check
-check: lint  ## lint, and run the fast unit tests
+check: lint  ## lint, check types, and run the fast unit tests
 	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
 
 lock: dev  ## update requirements/*.txt to the newest versions
