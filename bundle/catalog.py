@@ -1,6 +1,7 @@
-"""The model folders, in `models/` or where BUNDLE_MODELS says, and what each one says of itself."""
+"""The model folders, in `models/` or in the folder that BUNDLE_MODELS names, and what each one declares."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +22,20 @@ class Section(BaseModel):
 
 
 class TorchvisionSource(Section):
-    """A classifier out of torchvision's registry: `torchvision.models.get_model(name, weights=weights)`."""
+    """A classifier of torchvision's registry: `torchvision.models.get_model(name, weights=weights)`."""
 
     name: str
     weights: str = "DEFAULT"
 
 
 class SerializedSource(Section):
-    """A TorchScript file of the user's own.
+    """A user's TorchScript file.
 
-    With `mean` and `std` (one number a channel, of pixels in [0, 1]) it takes normalised float32 images, and the
-    normalisation is put in front of it. Without, it takes what the handler collates.
+    With `mean` and `std`, the file takes normalised float32 images, and the archive's module normalises them first.
+    Without, the file takes what the handler collates.
+
+    Attributes:
+        mean, std: one number a channel, of pixels in [0, 1].
     """
 
     file: str
@@ -41,7 +45,7 @@ class SerializedSource(Section):
     @model_validator(mode="after")
     def check_channels(self) -> "SerializedSource":
         if len(self.mean or []) != len(self.std or []):
-            raise ValueError("mean and std must have the same number of values, one a channel")
+            raise ValueError("mean and std must have the same number of values, one for each channel")
         return self
 
 
@@ -49,13 +53,13 @@ class BundleSection(Section):
     """The `bundle:` section of a model-config.yaml."""
 
     version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] = "1.0"
-    handler: Annotated[str, Field(pattern=r"^(\w+|\./\w+\.py)$")]  # of handlers/, or the folder's own: ./handler.py
+    handler: Annotated[str, Field(pattern=r"^(\w+|\./\w+\.py)$")]  # in handlers/, or the folder's own: ./handler.py
     sample: str | None = None  # file in the folder that `make serve` sends to the model
     expect: str | None = None  # the label (for MNIST the class) that must come first in its answer
-    files: list[str] = []  # what else the handler needs from the folder
+    files: list[str] = []  # further files that the handler needs, relative to the folder
     examples: str | None = None  # folder of real inputs, as clients send them: reduced precisions are compared on them
     agreement: Annotated[float, Field(gt=0, le=1)] = 0.995  # share of the examples that must keep their first class
-    int8: bool = False  # make an int8 module, too, calibrated on half of the examples
+    int8: bool = False  # also make an int8 module, calibrated on half of the examples
     served: Literal["always", "on request"] = "always"
     torchvision: TorchvisionSource | None = None
     serialized: SerializedSource | None = None
@@ -63,16 +67,15 @@ class BundleSection(Section):
     @model_validator(mode="after")
     def check_examples(self) -> "BundleSection":
         if self.int8 and not self.examples:
-            raise ValueError("int8 needs examples: a folder of inputs to calibrate it on")
+            raise ValueError("int8 needs `examples`, a folder of inputs to calibrate it with")
         return self
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """One folder of `models/`.
+    """One model folder.
 
-    Its TorchScript module comes from one of three places: `model.py` (the default), torchvision's registry, or a
-    TorchScript file.
+    Its TorchScript module comes from `model.py` (the default), from torchvision's registry, or from a TorchScript file.
     """
 
     path: Path
@@ -83,14 +86,20 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> dict:
-        """The whole model-config.yaml."""
+        """The content of model-config.yaml.
+
+        Raises:
+            BundleError: the file is not valid YAML, or is not a mapping.
+        """
         file = self.path / CONFIG_NAME
         try:
             config = yaml.safe_load(file.read_text())
         except yaml.YAMLError as exc:
             raise BundleError(f"{relative(file)} is not valid YAML: {exc}") from exc
         if not isinstance(config, dict):
-            raise BundleError(f"{relative(file)} must hold a mapping.")
+            raise BundleError(f"{relative(file)} must be a mapping.")
+        if not isinstance(config.get("handler") or {}, dict):
+            raise BundleError(f"{relative(file)}: the section `handler:` must be a mapping.")
         return config
 
     @cached_property
@@ -98,12 +107,19 @@ class ModelFolder:
         try:
             return BundleSection.model_validate(self.config.get("bundle") or {})
         except ValidationError as exc:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
-            raise BundleError(f"{relative(self.path / CONFIG_NAME)}, section bundle: {wrong}") from exc
+            raise self.invalid_section("bundle", exc) from exc
+
+    def invalid_section(self, section: str, error: ValidationError) -> BundleError:
+        """Return the error that names each invalid value in a section of model-config.yaml."""
+        wrong = []
+        for each in error.errors():
+            key, message = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+            wrong.append(f"{key}: {message}" if key else message)
+        return BundleError(f"{relative(self.path / CONFIG_NAME)}, section {section}: {'; '.join(wrong)}")
 
     @property
     def handler_file(self) -> Path:
-        """The file of the handler: one of `handlers/` by its name, or the folder's own by its path, ./handler.py."""
+        """The handler's file: one of `handlers/`, given its name, or the folder's own, given its path: ./handler.py."""
         if self.bundle.handler.startswith("./"):
             return self.existing(self.bundle.handler)
         file = HANDLERS / f"{self.bundle.handler}.py"
@@ -117,15 +133,34 @@ class ModelFolder:
 
     @property
     def extra_files(self) -> list[Path]:
-        return [self.existing(name) for name in self.bundle.files]
+        """The files that `files:` lists.
+
+        Raises:
+            BundleError: a file is missing, or two have the same name: the archive has one folder for all of them.
+        """
+        files = [self.existing(name) for name in self.bundle.files]
+        for name, count in Counter(file.name for file in files).items():
+            if count > 1:
+                raise BundleError(f"{self.name}: bundle: files: has two files named {name}. Rename one of them.")
+        return files
 
     def existing(self, name: str) -> Path:
+        """Return a file of the folder.
+
+        Raises:
+            BundleError: the file is missing.
+        """
         file = self.path / name
         if not file.is_file():
             raise BundleError(f"{self.name}: {relative(file)} is missing.")
         return file
 
     def existing_folder(self, name: str) -> Path:
+        """Return a folder of the folder.
+
+        Raises:
+            BundleError: the folder is missing.
+        """
         folder = self.path / name
         if not folder.is_dir():
             raise BundleError(f"{self.name}: the folder {relative(folder)} is missing.")
@@ -136,12 +171,19 @@ class ModelFolder:
         return (self.path / LABELS_NAME).is_file()
 
     def labels(self) -> list[str]:
-        """The labels of the folder's index_to_name.json, by class index."""
+        """Return the labels of index_to_name.json, by class index."""
         return read_labels(self.existing(LABELS_NAME))
 
 
 def read_labels(file: Path) -> list[str]:
-    """A JSON list of labels, or an object {"0": label, ...}; a label may be [id, name], as ImageNet's often are."""
+    """Return the labels of a JSON file, by class index.
+
+    Args:
+        file: a list of labels, or an object {"0": label, ...}. A label is a string, or [id, name] as for ImageNet.
+
+    Raises:
+        BundleError: the file has something else.
+    """
     try:
         labels = json.loads(file.read_text())
     except ValueError as exc:
@@ -159,12 +201,16 @@ def read_labels(file: Path) -> list[str]:
 
 
 def folders() -> list[ModelFolder]:
-    """Every model folder, by name."""
+    """Return every model folder, sorted by name."""
     return [ModelFolder(file.parent) for file in sorted(models_dir().glob(f"*/{CONFIG_NAME}"))]
 
 
 def select(names: list[str]) -> list[ModelFolder]:
-    """The folders of these names; without names, all that are not served on request only."""
+    """Return the folders with these names; without names, all that are always served.
+
+    Raises:
+        UsageError: there is no folder of one of the names.
+    """
     known = {folder.name: folder for folder in folders()}
     if unknown := [name for name in names if name not in known]:
         there = ", ".join(known) or "none"
@@ -175,4 +221,5 @@ def select(names: list[str]) -> list[ModelFolder]:
 
 
 def handlers() -> list[str]:
+    """Return the names of the handlers in `handlers/`."""
     return sorted(file.stem for file in HANDLERS.glob("*.py") if file.stem != "__init__")

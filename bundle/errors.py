@@ -1,4 +1,4 @@
-"""The errors that a user can mend, and the exit status of each.
+"""The errors that a user can fix, and the exit status of each.
 
 BundleError (1)          the command failed
 ├── UsageError (2)       an argument is invalid
@@ -7,14 +7,14 @@ BundleError (1)          the command failed
 
 
 class BundleError(Exception):
-    """A fault that the user can mend: printed as one line, without a traceback.
+    """A failure that the user can fix: a command prints it as one line, without a traceback.
 
     Args:
-        message: what is wrong and what to do.
-        details: lines that show the cause (out of a log, say), printed above the message.
+        message: what is wrong, and what to do.
+        details: lines that show the cause, for example of a log; printed above the message.
 
     Attributes:
-        status: the exit status of a command that it ends.
+        status: the exit status of the command.
     """
 
     status = 1
@@ -25,7 +25,7 @@ class BundleError(Exception):
 
 
 class UsageError(BundleError):
-    """An argument is invalid: no such model, a missing file."""
+    """An argument is invalid, for example an unknown model or a missing file."""
 
     status = 2
 

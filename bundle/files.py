@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: a reader sees the old content or the new one, never a part."""
+"""Replace files as a whole: a reader sees the old content or the new one, never a part."""
 
 import stat
 import uuid
@@ -10,7 +10,7 @@ from bundle.errors import BundleError
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replace the file's content, or make the file; see `replacing`."""
+    """Write a file's new content; see `replacing`."""
     data = content.encode() if isinstance(content, str) else content
     with replacing(file) as partial:
         partial.write_bytes(data)
@@ -18,17 +18,17 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield an empty file in the same folder, which takes the place of `file` when the block ends.
+    """Yield an empty file in the same folder, which replaces `file` when the block ends.
 
-    If the block raises, `file` stays as it was. An existing file keeps its permissions; a new one gets the user's
-    default ones (umask).
+    If the block raises, `file` stays as it was. An existing file keeps its permissions; a new one has the user's
+    default permissions (umask).
     """
     partial = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
     partial.touch(exist_ok=False)
     try:
         mode = stat.S_IMODE((file if file.exists() else partial).stat().st_mode)
         yield partial
-        partial.chmod(mode)  # what writes there may have put a file of its own in its place
+        partial.chmod(mode)  # the block may have replaced it with another file
         partial.replace(file)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -39,12 +39,12 @@ def around_section(file: Path, name: str, title: str) -> tuple[str, str]:
     """Return the text before and after the section that a command writes into a document.
 
     Args:
-        file: Markdown. It need not exist, nor have the section: the section then comes last.
-        name: of the section, in its marks `<!-- NAME:start -->` and `<!-- NAME:end -->`.
-        title: what a new document begins with.
+        file: a Markdown file. If it does not exist or has no such section, the section comes last.
+        name: the section's name in its marks, `<!-- NAME:start -->` and `<!-- NAME:end -->`.
+        title: the beginning of a new document.
 
     Raises:
-        BundleError: only one of the marks is there, one is there twice, or they are in the wrong order.
+        BundleError: only one of the marks exists, one exists twice, or they are in the wrong order.
     """
     start, end = marks(name)
     text = file.read_text() if file.exists() else title
@@ -52,14 +52,21 @@ def around_section(file: Path, name: str, title: str) -> tuple[str, str]:
     if counts == (0, 0):
         return text.rstrip("\n") + "\n\n", "\n"
     if counts != (1, 1) or text.find(start) > text.find(end):
-        raise BundleError(f"{file} must have {start} and {end} once each, in this order: the report goes between them.")
+        raise BundleError(
+            f"{file} must have {start} and {end} once each, in this order. The report is written between them."
+        )
     return text.partition(start)[0], text.partition(end)[2]
 
 
 def write_section(file: Path, name: str, text: str, title: str) -> None:
-    """Replace the section of this name, and leave the rest of the document as it is.
+    """Replace the section with this name, and leave the rest of the document as it is.
 
-    Args and errors are those of `around_section`; nothing is written if it raises.
+    Args:
+        file, name, title: see `around_section`.
+        text: the section's new content, Markdown.
+
+    Raises:
+        BundleError: see `around_section`; nothing is written.
     """
     before, after = around_section(file, name, title)
     start, end = marks(name)
@@ -68,4 +75,5 @@ def write_section(file: Path, name: str, text: str, title: str) -> None:
 
 
 def marks(name: str) -> tuple[str, str]:
+    """Return the marks of a section's start and end."""
     return f"<!-- {name}:start -->", f"<!-- {name}:end -->"

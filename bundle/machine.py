@@ -1,4 +1,4 @@
-"""What a measurement was made on: this machine, its software, and the commit."""
+"""Describe what a measurement was made on: this machine, its software, and the commit."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypedDict
 
 import psutil
 
@@ -14,11 +15,22 @@ from bundle.paths import ROOT
 PACKAGES = ("torch", "torchvision", "torchserve")
 
 
-def record(cores: int) -> dict[str, str | int | float | list[str] | dict[str, str]]:
+class Record(TypedDict):
+    """The machine and the versions, as JSON has them."""
+
+    cpu: str
+    cores: int
+    gpus: list[str]
+    memory_gib: float
+    system: str
+    versions: dict[str, str]
+
+
+def record(cores: int) -> Record:
     """Return the machine and the versions, for JSON.
 
     Args:
-        cores: that the measurement could use.
+        cores: number of cores that the measurement could use.
     """
     return {
         "cpu": cpu_model(),
@@ -43,7 +55,7 @@ def about() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """Return the processor's name, as Linux or else Python has it."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""Model archives: what a .mar file holds, and copies of it with other members.
+"""Read model archives, and write copies of them in which some members differ.
 
-A .mar file is a ZIP file whose MAR-INF/MANIFEST.json names the model, its version and its parts. The checksums and the
-signature beside it are members like others here; `bundle.signing` writes and checks them.
+A .mar file is a ZIP file whose MAR-INF/MANIFEST.json names the model, its version and its parts. Checksums and
+signature are ordinary members here; `bundle.signing` writes and checks them.
 """
 
 import json
@@ -19,17 +19,17 @@ MANIFEST = "MAR-INF/MANIFEST.json"
 
 
 def manifest(archive: Path) -> dict:
-    """Return what the manifest says of the model: modelName, modelVersion, handler, configFile and so on.
+    """Return the manifest's section `model`: modelName, modelVersion, handler, configFile and so on.
 
     Raises:
-        BundleError: the file is not a model archive. So do all functions here.
+        BundleError: the file is not a model archive. All functions of this module raise it.
     """
     with opened(archive) as file:
         return dict(json.loads(file.read(MANIFEST))["model"])
 
 
 def version(archive: Path) -> str:
-    """Return the model's version, as the manifest says it."""
+    """Return the model's version."""
     found = manifest(archive).get("modelVersion")
     if not isinstance(found, str):
         raise BundleError(f"{relative(archive)} is not a model archive: its manifest has no modelVersion.")
@@ -44,7 +44,7 @@ def config(archive: Path) -> dict:
 
 
 def names(archive: Path) -> list[str]:
-    """Return the names of the members, in their order."""
+    """Return the names of the members, in the order of the archive."""
     with opened(archive) as file:
         return file.namelist()
 
@@ -67,16 +67,16 @@ def rewrite(source: Path, target: Path, members: Mapping[str, bytes | None]) -> 
 
     Args:
         target: another file than `source`.
-        members: new contents by name; None leaves a member out. The old checksums and signature no longer match: leave
-            them out with `signing.UNSEALED`, and call `signing.seal` on the copy.
+        members: new contents by name; None leaves a member out. The old checksums and signature do not fit the copy:
+            add `signing.UNSEALED` to leave them out, and call `signing.seal` on the copy.
     """
     with zipfile.ZipFile(target, "w") as new:
         for name, content in contents(source):
             if name not in members:
                 new.writestr(name, content)
-        for name, content in members.items():
-            if content is not None:
-                new.writestr(name, content)
+        for name, replacement in members.items():
+            if replacement is not None:
+                new.writestr(name, replacement)
     return target
 
 
@@ -89,11 +89,11 @@ def contents(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 @contextmanager
 def opened(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the archive for reading; what goes wrong in the block is an error of the archive."""
+    """Open the archive for reading; every exception in the block becomes an error of the archive."""
     try:
         with zipfile.ZipFile(archive) as file:
             yield file
     except BundleError:
         raise
-    except Exception as exc:  # damaged archives make zipfile raise many kinds
+    except Exception as exc:  # zipfile raises many kinds for damaged archives
         raise BundleError(f"{relative(archive)} is not a model archive: {exc}") from exc

@@ -1,6 +1,6 @@
-"""A model's sample as a client sees it: how the file is sent, and what comes first in the answer.
+"""Send a model's sample as a client, and read the classes in the answer.
 
-Standard library only, because the image of the load test carries this module without the bundle's packages.
+This module needs the standard library only: the Docker image of the load test has it without the bundle's packages.
 """
 
 import json
@@ -9,22 +9,22 @@ from typing import NamedTuple
 
 
 class Ranked(NamedTuple):
-    """A class in an answer that is a ranking."""
+    """A class of an answer that ranks classes."""
 
     label: str
-    index: int
+    class_index: int
     probability: float
 
 
 def headers(file: Path) -> dict[str, str]:
-    """Return the headers to send a file with: JSON says that it is JSON; everything else is a raw body."""
+    """Return the headers to send a file with: JSON needs its content type, other files need none."""
     return {"Content-Type": "application/json"} if file.suffix.lower() == ".json" else {}
 
 
 def grpc_fields(file: Path) -> dict[str, bytes]:
     """Return the fields that carry a file over gRPC, where no header says that it is JSON.
 
-    A JSON object is sent field by field: strings as they are, other values as JSON. Everything else is the field "data".
+    A JSON object is sent field by field: strings as they are, other values as JSON. All else is the field "data".
 
     Raises:
         ValueError: the file's name ends in .json and its content is not JSON.
@@ -37,7 +37,13 @@ def grpc_fields(file: Path) -> dict[str, bytes]:
 
 
 def ranking(answer: object) -> list[Ranked]:
-    """Return the classes that an answer ranks, best first; [] for an answer that is not a ranking."""
+    """Return the classes of an answer, best first; [] if the answer is not a ranking.
+
+    Args:
+        answer: parsed JSON. MNIST's has "top_3_classes" and "top_3_probabilities", that of other classifiers "top_k".
+    """
+    if not isinstance(answer, dict):
+        return []
     try:
         if "top_3_classes" in answer:
             pairs = zip(answer["top_3_classes"], answer["top_3_probabilities"], strict=True)
@@ -48,5 +54,5 @@ def ranking(answer: object) -> list[Ranked]:
 
 
 def first(answer: object) -> Ranked | None:
-    """Return the class that an answer ranks first; None for an answer that is not a ranking."""
+    """Return the first class of an answer; None if the answer is not a ranking."""
     return next(iter(ranking(answer)), None)

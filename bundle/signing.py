@@ -1,8 +1,8 @@
-"""What an archive says of itself: a manifest of its members' checksums, and a signature of the manifest.
+"""Write and check an archive's checksums, and the signature of the checksums.
 
-The manifest has the format of `sha256sum -c`, the signature is the 64 bytes of Ed25519, keys are PEM files: sha256sum
-and openssl can check an archive without the bundle. The checksums alone tell of accidents; whoever changes an archive
-on purpose writes new ones, and the signature tells of that.
+The manifest of the checksums has the format of `sha256sum -c`, the signature is the 64 bytes of Ed25519, and keys are
+PEM files, so sha256sum and openssl can check an archive without the bundle. Checksums detect accidental changes. Who
+changes an archive on purpose can write new checksums, but not the signature.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # cryptography is imported where it is used: workers that che
 MANIFEST = "MAR-INF/SHA256SUMS"
 SIGNATURE = f"{MANIFEST}.sig"
 SEALS = (MANIFEST, SIGNATURE)
-UNSEALED: dict[str, bytes | None] = dict.fromkeys(SEALS)  # for `mar.rewrite`: leaves both out
-SEAL_BYTES = 2**24  # a manifest of more than 100,000 members is none
+UNSEALED: dict[str, bytes | None] = dict.fromkeys(SEALS)  # for `mar.rewrite`, to leave both out
+SEAL_BYTES = 2**24  # no valid manifest is longer: this is more than 100,000 members
 FAULTS_SHOWN = 5
 KEY_FILE = Path("keys/signing.key")
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -33,11 +33,11 @@ LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 @dataclass(frozen=True)
 class Content:
-    """What is in an archive.
+    """The content of an archive.
 
     Attributes:
-        digests: {member: SHA-256 in hex}, of all but the manifest and its signature.
-        seals: {member: bytes} of those two, where they are there.
+        digests: SHA-256 (hex) of each member except the manifest and the signature, by the member's name.
+        seals: the bytes of the manifest and of the signature, if they exist, by name.
     """
 
     digests: dict[str, str]
@@ -45,10 +45,10 @@ class Content:
 
 
 def seal(archive: Path, key: Path | None) -> None:
-    """Adds the manifest to an archive that has none and, with a private key, its signature.
+    """Add the manifest to an archive that has none and, with a private key, the signature.
 
     Raises:
-        BundleError: a member that `check` would refuse; a file that is no key.
+        BundleError: the archive has a member that `check` refuses, or the file is not a private key.
     """
     digests = read(archive).digests
     manifest = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
@@ -59,14 +59,14 @@ def seal(archive: Path, key: Path | None) -> None:
 
 
 def check(archive: Path, trusted: Path | None) -> None:
-    """Holds an archive, or the folder that it was unpacked into, to its manifest.
+    """Check an archive, or the folder that it was unpacked into, against its manifest.
 
     Args:
-        trusted: the public key that must have signed it. With None, it needs neither signature nor manifest.
+        trusted: the public key that must have signed it. With None, signature and manifest may be missing.
 
     Raises:
-        BundleError: it is not what was built, or not what the key's owner signed; or it has members that have no place
-            in an archive: names that lead out of its folder, links, a name twice.
+        BundleError: the archive was changed since it was built or signed, or it has a member that is not allowed: a
+            link, a name that leads out of the archive's folder, a name that occurs twice.
     """
     content = read(archive)
     manifest = content.seals.get(MANIFEST)
@@ -76,37 +76,46 @@ def check(archive: Path, trusted: Path | None) -> None:
         more = f", and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
         raise refusal(
             archive,
-            f"{', '.join(faults[:FAULTS_SHOWN])}{more}. Delete it and build it again (make archive), or bring it anew "
+            f"{', '.join(faults[:FAULTS_SHOWN])}{more}. Delete it and build it again (make archive), or copy it again "
             "from where it was built",
         )
 
 
 def check_signature(archive: Path, content: Content, trusted: Path) -> None:
+    """Check the signature of the manifest.
+
+    Raises:
+        BundleError: the archive is not signed, or not with this key.
+    """
     from cryptography.exceptions import InvalidSignature
 
     if missing := [name for name in SEALS if name not in content.seals]:
         raise refusal(
             archive,
-            f"it is not signed (it has no {missing[0]}), and TRUSTED_KEY demands it. Sign it where it is built: "
-            "SIGNING_KEY=... make archive",
+            f"it is not signed (it has no {missing[0]}), and TRUSTED_KEY requires a signature. Sign it where it is "
+            "built: SIGNING_KEY=... make archive",
         )
     try:
         public_key(trusted).verify(content.seals[SIGNATURE], content.seals[MANIFEST])
     except InvalidSignature as exc:
         raise refusal(
-            archive, f"its signature was not made with the key of {trusted}, or not of this {MANIFEST}"
+            archive, f"its signature was not made with the key of {trusted}, or {MANIFEST} was changed since"
         ) from exc
 
 
-def differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
-    """What tells two {member: digest} apart, a member each."""
-    faults = [f"{name!r} was changed" for name in wanted if name in found and wanted[name] != found[name]]
-    faults += [f"{name!r} is missing" for name in wanted if name not in found]
-    return faults + [f"{name!r} was added" for name in found if name not in wanted]
+def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+    """Return a few words on each member whose digest differs."""
+    faults = [f"{name!r} was changed" for name in expected if name in found and expected[name] != found[name]]
+    faults += [f"{name!r} is missing" for name in expected if name not in found]
+    return faults + [f"{name!r} was added" for name in found if name not in expected]
 
 
 def listed(archive: Path, manifest: bytes) -> dict[str, str]:
-    """{member: digest} of a manifest."""
+    """Return the digests of a manifest, by the member's name.
+
+    Raises:
+        BundleError: the manifest is not in the format of sha256sum.
+    """
     lines = manifest.decode(errors="replace").split("\n")
     parsed = [match for line in lines[:-1] if (match := LINE.fullmatch(line))]
     if lines[-1] or len(parsed) < len(lines) - 1:
@@ -115,10 +124,10 @@ def listed(archive: Path, manifest: bytes) -> dict[str, str]:
 
 
 def read(archive: Path) -> Content:
-    """Reads every member of an archive, or of the folder that it was unpacked into.
+    """Read every member of an archive, or of the folder that it was unpacked into.
 
     Raises:
-        BundleError: it cannot be read, or has members that have no place in an archive.
+        BundleError: the archive cannot be read, or has a member that is not allowed.
     """
     digests: dict[str, str] = {}
     seals: dict[str, bytes] = {}
@@ -132,21 +141,21 @@ def read(archive: Path) -> Content:
                     digests[name] = found.hexdigest()
     except BundleError:
         raise
-    except Exception as exc:  # damaged archives make zipfile raise a dozen kinds
+    except Exception as exc:  # zipfile raises many kinds for damaged archives
         raise refusal(archive, f"it cannot be read: {exc}") from exc
     return Content(digests, seals)
 
 
 def files_of_zip(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each file, open. The caller closes it before it asks for the next."""
+    """Yield the name and the open content of each file. The caller closes it before taking the next one."""
     seen = set()
     with zipfile.ZipFile(archive) as file:
         for entry in file.infolist():
-            # orig_filename, because zipfile cuts a name at a NUL byte where others may not
+            # orig_filename, because zipfile cuts a name at a NUL byte, and other programs do not
             name = entry.orig_filename
             check_name(archive, name)
             if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise refusal(archive, f"{name!r} is a link, or another thing that is neither file nor folder")
+                raise refusal(archive, f"{name!r} is a link, or something else that is not a file or folder")
             if name in seen:
                 raise refusal(archive, f"it has {name!r} twice")
             seen.add(name)
@@ -155,7 +164,7 @@ def files_of_zip(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def files_of_folder(folder: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Likewise."""
+    """Yield the name and the open content of each file."""
 
     def give_up(error: OSError) -> None:
         raise error
@@ -166,37 +175,42 @@ def files_of_folder(folder: Path) -> Iterator[tuple[str, IO[bytes]]]:
             if stat.S_ISREG(mode):
                 yield name, path.open("rb")
             elif not stat.S_ISDIR(mode):
-                raise refusal(folder, f"{name!r} is a link, or another thing that is neither file nor folder")
+                raise refusal(folder, f"{name!r} is a link, or something else that is not a file or folder")
 
 
 def check_name(archive: Path, name: str) -> None:
-    """Raises:
-    BundleError: a member's name that is absolute, leads out of the archive's folder, or can be written otherwise.
+    """Check the name of a member.
+
+    Raises:
+        BundleError: the name is absolute, leads out of the archive's folder, or is not in its shortest form.
     """
     plain = name.removesuffix("/")
     if name.startswith("/") or ".." in plain.split("/") or plain != posixpath.normpath(plain):
         raise refusal(archive, f"the name {name!r} leads out of its folder, or is not in its shortest form")
     if not name.isprintable() or "\\" in name:
-        raise refusal(archive, f"the name {name!r} has characters that not every program reads alike")
+        raise refusal(archive, f"the name {name!r} has characters that programs read differently")
 
 
 def refusal(archive: Path, why: str) -> BundleError:
+    """Return the error of an archive that must not be served."""
     what = "The unpacked archive" if archive.is_dir() else archive.name
     return BundleError(f"{what} is refused: {why}.")
 
 
 def make_keys(private: Path) -> Path:
-    """Writes a new private key, for its owner's eyes only, and beside it the public one, whose file is returned.
+    """Write a new private key, which only its owner can read, and the public key; return the public key's file.
 
     Raises:
-        BundleError: one of the files exists.
+        BundleError: one of the files exists already.
     """
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     public = private.with_name(f"{private.name}.pub")
     if existing := [file for file in (private, public) if file.exists()]:
-        raise BundleError(f"{existing[0]} exists, and keys are never overwritten. Name another file, or move this one.")
+        raise BundleError(
+            f"{existing[0]} exists already, and keys are never overwritten. Name another file, or move this one."
+        )
     key = Ed25519PrivateKey.generate()
     private.parent.mkdir(parents=True, exist_ok=True)
     private.touch(mode=0o600, exist_ok=False)
@@ -206,10 +220,10 @@ def make_keys(private: Path) -> Path:
 
 
 def key_of(variable: str) -> Path | None:
-    """The key file that an environment variable names, SIGNING_KEY or TRUSTED_KEY; None where it is not set.
+    """Return the key file that SIGNING_KEY or TRUSTED_KEY names; None if the variable is not set.
 
     Raises:
-        BundleError: there is no such file.
+        BundleError: the file does not exist.
     """
     named = os.environ.get(variable)
     if not named:
@@ -221,34 +235,49 @@ def key_of(variable: str) -> Path | None:
 
 
 def key_id(key: Path | None) -> str:
-    """What tells one private key from another and is no secret: a digest of its public one; "" without a key."""
+    """Return an id of a private key that is not a secret, a digest of its public key; "" without a key."""
     return hashlib.sha256(private_key(key).public_key().public_bytes_raw()).hexdigest() if key else ""
 
 
 def private_key(file: Path) -> "Ed25519PrivateKey":
+    """Read a private key.
+
+    Raises:
+        BundleError: the file is not one.
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    return load_key(file, lambda pem: load_pem_private_key(pem, None), Ed25519PrivateKey, "private")
+    key = read_key(file, lambda pem: load_pem_private_key(pem, None))
+    if not isinstance(key, Ed25519PrivateKey):
+        raise invalid_key(file, "private")
+    return key
 
 
 def public_key(file: Path) -> "Ed25519PublicKey":
+    """Read a public key.
+
+    Raises:
+        BundleError: the file is not one.
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    return load_key(file, load_pem_public_key, Ed25519PublicKey, "public")
+    key = read_key(file, load_pem_public_key)
+    if not isinstance(key, Ed25519PublicKey):
+        raise invalid_key(file, "public")
+    return key
 
 
-def load_key(file: Path, parse: Callable[[bytes], object], kind: type, name: str):
-    """Raises:
-    BundleError: the file holds something else.
-    """
+def read_key(file: Path, parse: Callable[[bytes], object]) -> object:
+    """Return the key in a PEM file, of whatever kind; None if there is none."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
-        key = parse(file.read_bytes())
+        return parse(file.read_bytes())
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, kind):
-        raise BundleError(f"{file} is not an Ed25519 {name} key as `make keygen` writes it.")
-    return key
+        return None
+
+
+def invalid_key(file: Path, kind: str) -> BundleError:
+    return BundleError(f"{file} is not an Ed25519 {kind} key. Make a pair of keys: make keygen")

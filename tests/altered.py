@@ -46,8 +46,8 @@ REFUSED = {
     one_bit: "'model.pt' was changed",
     another_handler: "'mnist.py' was changed",
     another_file: "'sitecustomize.py' was added",
-    unsigned: "it is not signed (it has no MAR-INF/SHA256SUMS.sig), and TRUSTED_KEY demands it",
-    without_manifest: "it is not signed (it has no MAR-INF/SHA256SUMS), and TRUSTED_KEY demands it",
+    unsigned: "it is not signed (it has no MAR-INF/SHA256SUMS.sig), and TRUSTED_KEY requires a signature",
+    without_manifest: "it is not signed (it has no MAR-INF/SHA256SUMS), and TRUSTED_KEY requires a signature",
     signed_by_another: "its signature was not made with the key of",
 }
 every_refusal = pytest.mark.parametrize("wrong", REFUSED, ids=lambda wrong: wrong.__name__)

@@ -1,4 +1,4 @@
-"""A model folder -> `model_store/NAME.mar`, built again only when something that goes into it has changed."""
+"""Build a model folder's archive, NAME.mar, if it is missing or out of date."""
 
 import hashlib
 import json
@@ -14,15 +14,16 @@ from pathlib import Path
 import yaml
 
 from bundle.build.export import export
-from bundle.build.handler import handler_settings, labels
-from bundle.build.precision import keep_what_is_right, set_precision
+from bundle.build.handler import handler_settings, labels, load_handler
+from bundle.build.precision import drop_inaccurate_precisions, set_precision
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
 from bundle.errors import BundleError
 from bundle.files import replacing
 from bundle.paths import HANDLERS, MODEL_STORE, MODELS, ROOT
 from bundle.signing import key_id, key_of, seal
 
-BUILDERS = (ROOT / "bundle", ROOT / "bundle" / "build")  # folders of the modules that decide an archive's content
+BUILDERS = (ROOT / "bundle", ROOT / "bundle" / "build")  # their modules decide what an archive contains
+NOT_ARCHIVED = {"train.py", "make_sample.py", "README.md", "metrics.json", "tuning.json", "tuning.svg"}
 REQUIREMENTS = HANDLERS / "requirements.txt"
 
 
@@ -31,7 +32,8 @@ class Archive:
     """A built archive.
 
     Attributes:
-        notes: what building it showed, a line each.
+        rebuilt: whether it was out of date or missing.
+        notes: what the build found out, a line each.
     """
 
     path: Path
@@ -41,8 +43,12 @@ class Archive:
 
 @dataclass(frozen=True)
 class Stage:
-    """What an archive is made of, laid out as a worker will see it: a TorchScript file, a model-config.yaml, and a
-    folder of everything else.
+    """The parts of an archive, before they are packed.
+
+    Attributes:
+        module: the TorchScript file.
+        config: the model-config.yaml.
+        extra: the folder of everything else, as a worker will see it.
     """
 
     module: Path
@@ -51,16 +57,20 @@ class Stage:
 
 
 def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False) -> Archive:
-    """Builds the folder's archive where it is missing or out of date, and signs it where $SIGNING_KEY names a key.
+    """Build the folder's archive if it is missing or out of date, and sign it if SIGNING_KEY names a key.
+
+    Args:
+        store: the folder of the archive.
+        force: build an archive that is up to date, too.
 
     Raises:
-        BundleError: something that belongs into it is missing or wrong.
+        BundleError: a part of the archive is missing or invalid. An existing archive stays as it is.
     """
     target = store / f"{folder.name}.mar"
     record = target.with_suffix(".fingerprint")
     key = key_of("SIGNING_KEY")
-    wanted = fingerprint(folder), key_id(key)
-    if not force and target.is_file() and is_current(record, *wanted):
+    content, signer = fingerprint(folder), key_id(key)
+    if not force and target.is_file() and is_current(record, content, signer):
         return Archive(target, rebuilt=False)
     store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"archive-{folder.name}-") as temporary:
@@ -71,39 +81,45 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
             shutil.copy(stage.config, in_float32.config)
             set_precision(in_float32.config, "float32")
             plain = pack(folder, in_float32, Path(temporary))
-            notes = keep_what_is_right(folder, plain, stage.module, stage.extra, stage.config)
+            notes = drop_inaccurate_precisions(folder, plain, stage.module, stage.extra, stage.config)
         built = pack(folder, stage, Path(temporary))
         seal(built, key)
         with replacing(target) as partial:
             shutil.move(built, partial)
-    record.write_text(" ".join(filter(None, wanted)))
+    record.write_text(f"{content} {signer}".rstrip())
     return Archive(target, True, notes)
 
 
 def is_current(record: Path, content: str, signer: str) -> bool:
-    """Whether an archive was built of this content, and signed with this key. Who has no key (signer "") keeps what
-    others have signed.
+    """Return whether an archive was built of this content and signed with this key.
+
+    Args:
+        record: the file beside the archive that says so.
+        content: of `fingerprint`.
+        signer: of `key_id`. Without a key (""), a signed archive is current, too: building it again would lose the
+            signature.
     """
     recorded = record.read_text().split(" ") if record.is_file() else []
     return recorded[:1] == [content] and (not signer or recorded[1:] == [signer])
 
 
 def gather(folder: ModelFolder, target: Path) -> Stage:
-    """Puts everything that the archive carries into the folder `target`."""
+    """Collect the parts of the folder's archive in the folder `target`."""
     stage = Stage(target / "model.pt", target / CONFIG_NAME, target / "extra")
-    export(folder, stage.module)
+    handler = load_handler(folder)
+    export(folder, handler, stage.module)
     shutil.copytree(HANDLERS / "core", stage.extra / "handlers" / "core", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HANDLERS / "__init__.py", stage.extra / "handlers")
     stage_config(folder, stage.config)
     for file in folder.extra_files:
         shutil.copy(file, stage.extra)
-    if names := labels(folder):
+    if names := labels(folder, handler):
         (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
     return stage
 
 
 def stage_config(folder: ModelFolder, target: Path) -> None:
-    """The folder's model-config.yaml; for a torchvision model, with the geometry of its weights' own images."""
+    """Write the archive's model-config.yaml: for a torchvision model, with the image sizes of its weights."""
     if folder.bundle.torchvision:
         target.write_text(yaml.safe_dump(folder.config | {"handler": handler_settings(folder)}, sort_keys=False))
     else:
@@ -111,7 +127,7 @@ def stage_config(folder: ModelFolder, target: Path) -> None:
 
 
 def pack(folder: ModelFolder, stage: Stage, temporary: Path) -> Path:
-    """Runs torch-model-archiver over `stage`, and returns the archive."""
+    """Run torch-model-archiver, and return the archive that it writes into the folder `temporary`."""
     handler = shutil.copy(folder.handler_file, temporary)
     requirements = shutil.copy(REQUIREMENTS, temporary / "requirements.txt")
     command = [sys.executable, "-m", "model_archiver.model_packaging", "--force"]
@@ -127,7 +143,7 @@ def pack(folder: ModelFolder, stage: Stage, temporary: Path) -> Path:
     }
     for option, value in options.items():
         command += [option, str(value)]
-    # the archiver gathers in a folder of TMPDIR named after the model: a TMPDIR of its own, or two builds would mix
+    # the archiver works in a folder of TMPDIR that is named after the model: two builds must not share a TMPDIR
     scratch = temporary / "scratch"
     scratch.mkdir(exist_ok=True)
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(scratch)})
@@ -138,18 +154,19 @@ def pack(folder: ModelFolder, stage: Stage, temporary: Path) -> Path:
 
 
 def fingerprint(folder: ModelFolder) -> str:
-    """A digest of all that decides what is in the archive: the folder, the handlers, the code that builds it."""
-    not_archived = {"train.py", "make_sample.py", "README.md", folder.bundle.sample}
-    not_archived |= {"metrics.json", "tuning.json", "tuning.svg"}
-    inputs = [folder.handler_file, REQUIREMENTS, HANDLERS / "__init__.py", *(HANDLERS / "core").glob("*.py")]
-    inputs += [file for file in folder.path.rglob("*") if file.is_file() and file.name not in not_archived]
-    inputs += [file for builder in BUILDERS for file in builder.glob("*.py")]
-    inputs.append(MODELS / "weights.py")
+    """Return a digest of everything that decides the archive's content: the folder, the handlers, the build's code."""
+    ours = [REQUIREMENTS, HANDLERS / "__init__.py", *(HANDLERS / "core").glob("*.py"), MODELS / "weights.py"]
+    ours += [file for builder in BUILDERS for file in builder.glob("*.py")]
+    not_archived = NOT_ARCHIVED | {folder.bundle.sample}
+    own = [file for file in folder.path.rglob("*") if file.is_file() and file.name not in not_archived]
+    inputs = [(str(file.relative_to(ROOT)), file) for file in ours]
+    # relative to the folder, because the digest must be the same wherever the folder lies
+    inputs += [(str(file.relative_to(folder.path)), file) for file in own if "__pycache__" not in file.parts]
+    # listed files may lie outside of the folder, and have one of the names that are not archived otherwise
+    inputs += [(folder.bundle.handler, folder.handler_file), *zip(folder.bundle.files, folder.extra_files, strict=True)]
     digest = hashlib.sha256()
-    for file in sorted(file for file in inputs if "__pycache__" not in file.parts):
-        name = file.relative_to(folder.path if file.is_relative_to(folder.path) else ROOT)  # folders may move
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
-        digest.update(f"{name} {content}\n".encode())
+    for name, file in sorted(inputs):
+        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     for package in ("torch", "torchvision", "torchaudio", "torch-model-archiver"):
         digest.update(f"{package} {version(package)}\n".encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""An archive's handler, run in this process by TorchServe's own worker code: a worker without a server.
+"""Run an archive's handler in this process, with TorchServe's own worker code but without a server.
 
 with DryRun(Path("model_store/image.mar")) as dry_run:
     [(status, body)] = dry_run.predict([{"body": photo}])
@@ -7,10 +7,7 @@ with DryRun(Path("model_store/image.mar")) as dry_run:
 import io
 import json
 import struct
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
@@ -19,6 +16,7 @@ from ts.service import Service
 from ts.torch_handler.base_handler import BaseHandler
 
 from bundle import mar
+from bundle.build.imports import imports_from
 from bundle.paths import ROOT
 from handlers.core.slots import Sample
 
@@ -26,19 +24,21 @@ METRICS_CONFIG = ROOT / "bundle" / "config" / "metrics.yaml"
 
 
 class DryRun:
-    """Loads an archive as a worker does: `ts.model_loader` imports the handler out of the unpacked archive,
-    `ts.service` calls it, a real metrics cache counts.
+    """A model that is loaded as a worker loads it.
+
+    `ts.model_loader` imports the handler from the unpacked archive, and `ts.service` calls it with a real metrics
+    cache.
 
     Args:
         archive: a .mar file.
-        batch_size: what the frontend would tell the worker; by default, as the archive's model-config.yaml says.
-        gpu: the number of the GPU that the frontend would give the worker; by default, none.
+        batch_size: the largest batch; by default, that of the archive's model-config.yaml.
+        gpu: the index of the worker's GPU; by default, the worker has none.
 
     Attributes:
         handler: the handler's instance.
 
     Raises:
-        Exception: whatever the handler's `initialize` raises.
+        Exception: the handler's `initialize` raised it.
     """
 
     def __init__(self, archive: Path, batch_size: int | None = None, gpu: int | None = None):
@@ -53,12 +53,13 @@ class DryRun:
 
     @staticmethod
     def load(archive: Path, folder: Path, batch_size: int | None, gpu: int | None) -> Service:
+        """Unpack the archive into the folder, and load the model."""
         mar.unpack(archive, folder)
         model, config = mar.manifest(archive), mar.config(archive)
         metrics = MetricsCacheYamlImpl(config_file_path=str(METRICS_CONFIG))
         metrics.initialize_cache()
         metrics.model_name = model["modelName"]
-        with imports_from(folder):
+        with imports_from(folder.iterdir()):
             return ModelLoaderFactory.get_model_loader().load(
                 model_name=model["modelName"],
                 model_dir=str(folder),
@@ -69,15 +70,15 @@ class DryRun:
             )
 
     def predict(self, rows: list[dict], headers: list[dict[str, str]] | None = None) -> list[tuple[int, object]]:
-        """One batch.
+        """Send one batch of requests.
 
         Args:
-            rows: a request each, as TorchServe hands it over: {"body": value}, or {field: value, ...}.
+            rows: the requests as TorchServe passes them on: {"body": value}, or {field: value, ...}.
             headers: the HTTP headers of each request; by default, none.
 
         Returns:
-            status and body of each answer. The body is parsed where its content type says JSON, else it is a str.
-            A batch that fails as a whole has TorchServe's message as each body.
+            status and body of each answer. A body is parsed if its content type is JSON, else it is a str. If the batch
+            fails as a whole, each body is TorchServe's message.
         """
         headers = headers or [{} for _ in rows]
         batch = [request(index, *pair) for index, pair in enumerate(zip(rows, headers, strict=True))]
@@ -87,11 +88,12 @@ class DryRun:
         """Decode one request with the archive's handler, a `BatchHandler`, and return its samples.
 
         Raises:
-            RequestError: it is rejected.
+            RequestError: the request is invalid.
         """
         return [self.handler.decode(each) for each in self.handler.read(row, headers or {}).inputs]
 
     def close(self) -> None:
+        """Delete the unpacked archive."""
         self.unpacked.cleanup()
 
     def __enter__(self) -> "DryRun":
@@ -101,27 +103,8 @@ class DryRun:
         self.close()
 
 
-@contextmanager
-def imports_from(folder: Path) -> Iterator[None]:
-    """Modules that `folder` holds are imported from there, as in a fresh worker, and are forgotten afterwards."""
-    held = {path.stem for path in folder.iterdir()}
-
-    def withdraw() -> dict:
-        names = [name for name in sys.modules if name.split(".")[0] in held]
-        return {name: sys.modules.pop(name) for name in names}
-
-    mine = withdraw()
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        withdraw()
-        sys.modules.update(mine)
-
-
 def request(index: int, row: dict, headers: dict[str, str]) -> dict:
-    """A request as `ts.protocol.otf_message_handler` decodes it off the worker's socket."""
+    """Return a request in the form that `ts.protocol.otf_message_handler` decodes from the worker's socket."""
     parameters = [
         {"name": name, "contentType": "", "value": bytearray(value) if isinstance(value, bytes) else value}
         for name, value in row.items()
@@ -131,7 +114,11 @@ def request(index: int, row: dict, headers: dict[str, str]) -> dict:
 
 
 def answers(response: bytes, count: int) -> list[tuple[int, object]]:
-    """Decodes what `ts.protocol.otf_message_handler.create_predict_response` encodes for the frontend."""
+    """Decode the bytes that `ts.protocol.otf_message_handler.create_predict_response` writes for the frontend.
+
+    Args:
+        count: the number of requests in the batch.
+    """
     stream = io.BytesIO(response)
 
     def number() -> int:

@@ -1,11 +1,10 @@
-"""A model folder -> the TorchScript module that its archive carries.
+"""Export a model folder's module as TorchScript, which its archive carries.
 
-TorchScript is deprecated in PyTorch, and is what TorchServe's workers load: all that knows of it is in this file and
-in `BaseHandler`, so that torch.export can take its place here.
+TorchServe's workers load TorchScript, although PyTorch has deprecated it. Replacing it with torch.export would change
+this file and `BaseHandler`.
 """
 
 import functools
-import importlib.util
 import shutil
 import warnings
 import zipfile
@@ -15,9 +14,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from ts.torch_handler.base_handler import BaseHandler
 
 from bundle.build import torchvision_source
-from bundle.build.handler import labels, load_handler
+from bundle.build.handler import labels
+from bundle.build.imports import import_file, imports_from
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import MODELS, relative
@@ -27,7 +28,10 @@ from handlers.core.outputs import main_output, tensors
 
 
 class PreprocessedImages(nn.Module):
-    """Puts normalisation in front of an image classifier, so that images travel to the device as bytes."""
+    """An image classifier that normalises its images itself, so that they are copied to the device as bytes."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, classifier: nn.Module, mean: list[float], std: list[float]):
         super().__init__()
@@ -36,16 +40,19 @@ class PreprocessedImages(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor):
-        """images: uint8 [N, C, H, W] -> what the classifier returns."""
+        """Classify images, uint8 [N, C, H, W]."""
         return self.classifier((images.float() / 255 - self.mean) / self.std)
 
 
-def export(folder: ModelFolder, target: Path) -> None:
-    """Writes the folder's module to `target` as TorchScript, and checks that what is read back computes the same.
+def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> None:
+    """Write the folder's module to `target` as TorchScript, and check that the file computes the same as the module.
+
+    Args:
+        handler: the folder's, of `load_handler`.
 
     Raises:
-        BundleError: the folder's weights are missing; the exported module differs from the eager one, or answers
-            another number of classes than the folder has labels.
+        BundleError: the weights are missing, the file computes something else, or the number of classes is not that of
+            the labels.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     source = folder.bundle.serialized
@@ -54,30 +61,37 @@ def export(folder: ModelFolder, target: Path) -> None:
         load_torchscript(file)
         shutil.copy(file, target)
         return
-    eager, inputs = load(folder)
-    is_classifier = isinstance(load_handler(folder), ClassifierHandler)
+    eager, inputs = load(folder, handler)
+    is_classifier = isinstance(handler, ClassifierHandler)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        warnings.filterwarnings("ignore", "Scripted .* always returns")  # GoogLeNet and Inception; `main_output` copes
+        warnings.filterwarnings("ignore", "Scripted .* always returns")  # GoogLeNet and Inception: see `main_output`
         torch.jit.script(eager).save(target)
         exported = torch.jit.load(target)
-        # a classifier's auxiliary outputs are there in one of the two only
+        # only one of the two modules returns a classifier's auxiliary outputs
         served = main_output if is_classifier else lambda outputs: list(tensors(outputs))
         compare(folder.name, eager, exported, inputs, served)
         if is_classifier:
-            classes, names = main_output(exported(*inputs[0])).shape[-1], labels(folder)
+            classes, names = main_output(exported(*inputs[0])).shape[-1], labels(folder, handler) or []
             if classes != len(names):
-                raise BundleError(f"{folder.name} answers {classes} classes, and has {len(names)} labels.")
+                raise BundleError(
+                    f"{folder.name}: the model has {classes} classes, but there are {len(names)} labels. Correct "
+                    "index_to_name.json."
+                )
 
 
-def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
-    """The eager module, in evaluation mode, and inputs of several batch sizes to try it with."""
+def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+    """Return the module in evaluation mode, and inputs of several batch sizes to try it with.
+
+    Raises:
+        BundleError: the module's file, or the weights, are missing or invalid.
+    """
     source = folder.bundle
     sizes = (1, 3)
     if source.torchvision:
         classifier, preset = torchvision_source.load(source.torchvision)
         mean, std = preset.mean, preset.std
-    elif source.serialized:
+    elif source.serialized and source.serialized.mean and source.serialized.std:
         classifier = load_torchscript(folder.existing(source.serialized.file))
         mean, std = source.serialized.mean, source.serialized.std
     else:
@@ -85,61 +99,59 @@ def load(folder: ModelFolder) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
         if not weights.is_file() and (folder.path / "train.py").is_file():
             how = f"make train MODEL={folder.name}" if folder.path.parent == MODELS else "its train.py writes them"
             raise BundleError(f"There is no {relative(weights)}. Train the model first: {how}")
-        module = import_model(folder.name, folder.existing("model.py"))
-        return module.build(), [module.example_inputs(size) for size in sizes]
+        with imports_from(folder.extra_files):
+            model = import_model(folder.name, folder.existing("model.py"))
+            return model.build(), [model.example_inputs(size) for size in sizes]
+    side = image_side(folder, handler)
     module = PreprocessedImages(classifier, mean, std)
-    return module.eval(), [(random_images(size, len(mean), image_side(folder)),) for size in sizes]
+    return module.eval(), [(random_images(size, len(mean), side),) for size in sizes]
 
 
-@functools.cache  # TorchScript would give the classes of a second import other names, and the archive other content
+@functools.cache  # TorchScript gives the classes of a second import other names: the archive's content would change
 def import_model(name: str, file: Path) -> ModuleType:
-    """A folder's model.py, wherever the folder lies."""
-    spec = importlib.util.spec_from_file_location(f"models.{name}.model", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import the model.py of the folder with this name."""
+    return import_file(f"models.{name}.model", file)
 
 
-def image_side(folder: ModelFolder) -> int:
-    """Return the pixels of the square image that the folder's handler makes.
+def image_side(folder: ModelFolder, handler: BaseHandler | None) -> int:
+    """Return the side (pixels) of the square images that the folder's handler makes.
 
     Raises:
         BundleError: the handler makes something else.
     """
-    handler = load_handler(folder)
     example = handler.example().tensors if isinstance(handler, BatchHandler) else None
     if not isinstance(example, Tensor) or example.dtype != torch.uint8 or example.ndim != 3:
         raise BundleError(
-            f"{folder.name}: `mean` and `std` need a handler that makes uint8 images [C, H, W], and "
-            f"{relative(folder.handler_file)} does not. Normalise inside the module, and drop them."
+            f"{folder.name}: `mean` and `std` need a handler that makes uint8 images [C, H, W]; "
+            f"{relative(folder.handler_file)} does not. Remove them, and normalise inside the module."
         )
     return example.shape[-1]
 
 
 def load_torchscript(file: Path) -> torch.jit.ScriptModule:
-    """Loads a TorchScript file onto the CPU, in evaluation mode.
+    """Load a TorchScript file onto the CPU, in evaluation mode.
 
     Raises:
-        BundleError: it is not one. A pickled checkpoint is refused without being unpickled.
+        BundleError: the file is missing, or is not TorchScript. A pickled checkpoint is rejected without unpickling it.
     """
     if not file.is_file():
         raise BundleError(f"There is no file {relative(file)}.")
     try:
         return torch.jit.load(file, map_location="cpu").eval()
     except RuntimeError as exc:
-        what = "is a pickled checkpoint, not" if is_checkpoint(file) else "is broken, or is not"
+        what = "is a pickled checkpoint, not" if is_checkpoint(file) else "is damaged, or is not"
         raise BundleError(
             f"{relative(file)} {what} a TorchScript file. Save one with torch.jit.script(model.eval()).save(path): "
-            "weights alone, or a pickled module, cannot be served without their code.",
+            "weights or a pickled module cannot be served without the code of the model.",
             str(exc),
         ) from exc
 
 
 def is_checkpoint(file: Path) -> bool:
-    """Whether torch.save wrote the file: TorchScript is such an archive, too, and has its constants beside the data."""
+    """Return whether torch.save wrote the file. A TorchScript file is such an archive with a constants.pkl."""
     if not zipfile.is_zipfile(file):
         with file.open("rb") as start:
-            return start.read(1) == b"\x80"  # a pickle, as torch.save wrote them before 1.6
+            return start.read(1) == b"\x80"  # a bare pickle, as PyTorch before 1.6 saved it
     with zipfile.ZipFile(file) as archive:
         members = {member.rsplit("/", 1)[-1] for member in archive.namelist()}
     return "data.pkl" in members and "constants.pkl" not in members
@@ -157,11 +169,21 @@ def compare(
     inputs: list[tuple[Tensor, ...]],
     served: Callable[[object], object],
 ) -> None:
+    """Check that both modules compute the same from the inputs.
+
+    Args:
+        served: takes what is compared out of a module's outputs.
+
+    Raises:
+        BundleError: they differ.
+    """
     for arguments in inputs:
         try:
             actual, expected = served(exported(*arguments)), served(eager(*arguments))
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         except AssertionError as exc:
             raise BundleError(
-                f"{name}: the exported module does not compute what the eager one does.", str(exc)
+                f"{name}: the exported TorchScript module computes something else than the Python module. Check what "
+                "torch.jit.script makes of it.",
+                str(exc),
             ) from exc

@@ -1,12 +1,13 @@
 """The handler that a model folder names, imported in this process to learn what it is and what it takes."""
 
-import importlib.util
 import inspect
 from types import ModuleType
 
+from pydantic import ValidationError
 from ts.torch_handler.base_handler import BaseHandler
 
 from bundle.build import torchvision_source
+from bundle.build.imports import import_file, imports_from
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import relative
@@ -15,34 +16,43 @@ from handlers.core.classifier import ClassifierHandler
 
 
 def load_handler(folder: ModelFolder) -> BaseHandler | None:
-    """Return an instance of the folder's handler; one that is a `BatchHandler` has the folder's settings.
+    """Return an instance of the folder's handler, not initialized; a `BatchHandler` has the folder's settings.
 
     Returns:
         None if the file defines a function `handle` instead of a class.
 
     Raises:
-        BundleError: the file cannot be imported, or does not define exactly one class, which is what TorchServe takes.
+        BundleError: the file cannot be imported, it does not define exactly one class, or the settings are invalid.
     """
     file = folder.handler_file
-    spec = importlib.util.spec_from_file_location(f"handler_of_{folder.name}", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as exc:  # whatever the author's code raises
-        raise BundleError(f"{relative(file)} cannot be imported: {type(exc).__name__}: {exc}") from exc
+    with imports_from(folder.extra_files):
+        try:
+            module = import_file(f"handler_of_{folder.name}", file)
+        except Exception as exc:  # the user's code can raise anything
+            raise BundleError(
+                f"{relative(file)} cannot be imported: {type(exc).__name__}: {exc}. "
+                "A module that it imports must be installed, or listed under `bundle: files:`."
+            ) from exc
     if inspect.isfunction(getattr(module, "handle", None)):
         return None
-    classes = defined_in(module)
+    classes = classes_of(module)
     if len(classes) != 1:
         names = ", ".join(each.__name__ for each in classes) or "none"
-        raise BundleError(f"{relative(file)} must define exactly one class for TorchServe; it defines: {names}.")
+        raise BundleError(
+            f"{relative(file)} must define exactly one class, the handler; it defines: {names}. "
+            "Put other classes into a module, and list it under `bundle: files:`."
+        )
     handler = classes[0]()
     if isinstance(handler, BatchHandler):
-        handler.settings = handler.Settings.model_validate(handler_settings(folder))
+        try:
+            handler.settings = handler.Settings.model_validate(handler_settings(folder))
+        except ValidationError as exc:
+            raise folder.invalid_section("handler", exc) from exc
     return handler
 
 
-def defined_in(module: ModuleType) -> list[type]:
+def classes_of(module: ModuleType) -> list[type]:
+    """Return the classes that a module defines itself, as TorchServe finds its handler."""
     return [each for each in vars(module).values() if inspect.isclass(each) and each.__module__ == module.__name__]
 
 
@@ -53,14 +63,17 @@ def handler_settings(folder: ModelFolder) -> dict:
     return known | (folder.config.get("handler") or {})
 
 
-def labels(folder: ModelFolder) -> list[str] | None:
+def labels(folder: ModelFolder, handler: BaseHandler | None) -> list[str] | None:
     """Return the labels by class index: torchvision's own, or the folder's; None for a handler that needs none.
+
+    Args:
+        handler: the folder's, of `load_handler`.
 
     Raises:
         BundleError: a classifier's labels are missing, or the file is invalid.
     """
     if folder.bundle.torchvision:
         return torchvision_source.labels(folder.bundle.torchvision)
-    if folder.has_labels or isinstance(load_handler(folder), ClassifierHandler):
+    if folder.has_labels or isinstance(handler, ClassifierHandler):
         return folder.labels()
     return None

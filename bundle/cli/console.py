@@ -150,7 +150,8 @@ def fail_request(error: OSError) -> int:
     import requests  # a subclass of OSError is its exceptions' base
 
     if isinstance(error, requests.ConnectionError):
-        return fail(f"No server answers at {error.request.url}. Is it up? make status")
+        place = f" at {error.request.url}" if error.request else ""
+        return fail(f"No server answers{place}. Check whether it runs: make status")
     if isinstance(error, requests.RequestException):
         return fail(f"The server's answer is invalid: {error}")
     raise error

@@ -253,15 +253,13 @@ def rollout(
         elif str(archive) == "-":
             archive = Path(temporary) / f"{model}.mar"
             archive.write_bytes(sys.stdin.buffer.read())
-        if running is None:
+        if compose is not None:
             stack.roll_out(compose, model, archive)
-            return
-        roll_out(server, running.client(), folder, archive, timeout, note)
-        for record in Path(temporary).glob(
-            "*.fingerprint"
-        ):  # of an archive built here: the next `bundle serve` uses it
-            copy(record, server.store / record.name)
-        server.adopt(running, folder)
+        elif running is not None:
+            roll_out(server, running.client(), folder, archive, timeout, note)
+            for record in Path(temporary).glob("*.fingerprint"):  # the next `bundle serve` uses an archive built here
+                copy(record, server.store / record.name)
+            server.adopt(running, folder)
 
 
 @app.command(epilog="Examples: `bundle run` · `bundle run mnist --state state.json --address 0.0.0.0:8083`")
@@ -275,7 +273,7 @@ def run(
             metavar="HOST:PORT",
             help="Address of the supervisor's /metrics and /ready.",
         ),
-    ] = "127.0.0.1:8083",
+    ] = "127.0.0.1:8083",  # type: ignore[assignment]  # Typer parses the default, too
     state: Annotated[
         Path | None, typer.Option(envvar="BUNDLE_STATE", help="File that keeps what the management API changed.")
     ] = None,
@@ -322,7 +320,8 @@ def run(
     make_run_folder(server)
     with server.lock():
         server.stop()  # what a killed predecessor may have left
-    Supervisor(server, Options(*address, state, gate, timeout, patience, drain), say).run(folders, start)
+    host, port = address
+    Supervisor(server, Options(host, port, state, gate, timeout, patience, drain), say).run(folders, start)
 
 
 def say(line: str) -> None:

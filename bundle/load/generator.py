@@ -1,8 +1,8 @@
-"""Load on a server, and what its clients saw: wrk, driven by the scripts in `wrk/`.
+"""Load a server with wrk and the scripts in `wrk/`, and measure what its clients see.
 
-A closed loop asks how much a server can do: so many clients, each waiting for its answer before it asks again.
-An open loop asks how it feels at a given rate: requests come at random times whether or not the server keeps up, and
-latency counts from when a request was due, so that a server which stalls is not spared the requests it kept waiting.
+A closed loop measures how much a server can do: each client waits for its answer before it sends the next request.
+An open loop measures the latency at a given rate: requests come at random times, whether or not the server keeps up.
+Latency counts from the time when a request was due, so the requests that a stalled server keeps waiting count, too.
 """
 
 import json
@@ -17,23 +17,23 @@ from pathlib import Path
 from bundle.errors import BundleError
 
 SCRIPTS = Path(__file__).parent / "wrk"
-SEED = 1  # of the open loop's arrivals: the same for everything that is compared
-RESULT = "LOAD "  # starts the line that a script prints
-ENOUGH = 10  # answers a client, from which on it matters little where the end of a run falls
+SEED = 1  # of an open loop's random times, the same for all runs, so that they can be compared
+RESULT = "LOAD "  # the beginning of the line that a script prints
+ENOUGH = 10  # answers of each client after which the exact end of a run hardly matters
 THREADS = 2  # of a closed loop
 
 
 @dataclass(frozen=True)
-class Load:
-    """What one run of the client saw.
+class LoadResult:
+    """What the clients of one run saw.
 
     Attributes:
         seconds: how long requests were sent.
-        answered: good answers (2xx).
-        failed: requests with another status, without an answer in time, or whose connection broke.
+        answered: number of good answers (2xx).
+        failed: number of requests with another status, without an answer in time, or with a broken connection.
         throughput: good answers a second.
-        p50, p95, p99, longest: latency in seconds, of the good answers in an open loop, of all answers in a closed one;
-            infinite where no answer was good.
+        p50, p95, p99, longest: latency in seconds; of good answers in an open loop, of all answers in a closed one;
+            infinite if no answer was good.
     """
 
     seconds: float
@@ -48,21 +48,21 @@ class Load:
 
 def closed_loop(
     url: str, body: bytes, headers: dict[str, str], concurrency: int, seconds: float, timeout: float = 10.0
-) -> Load:
-    """Clients that wait for their answers.
+) -> LoadResult:
+    """Send requests from clients that wait for their answers.
 
     Args:
         url: where to POST.
         body: what to POST.
-        headers: beside Host and Content-Length.
-        concurrency: how many clients.
-        seconds: how long they send. They then wait for what is on its way.
+        headers: in addition to Host and Content-Length.
+        concurrency: number of clients.
+        seconds: how long they send. They then wait for the answers to requests in flight.
         timeout: seconds after which an unanswered request has failed.
 
     Raises:
-        BundleError: wrk is missing, or cannot connect.
+        BundleError: an argument is invalid, wrk is missing, or it cannot connect.
     """
-    check(concurrency >= 1, f"A closed loop needs at least one client, not {concurrency}.")
+    check(concurrency >= 1, f"The number of clients is {concurrency}, and must be at least 1.")
     threads = THREADS if concurrency % THREADS == 0 else 1  # wrk gives each thread the same number of connections
     return run_wrk("closed.lua", url, body, headers, concurrency, threads, seconds, timeout)
 
@@ -75,33 +75,44 @@ def open_loop(
     seconds: float,
     connections: int = 64,
     timeout: float = 10.0,
-) -> Load:
-    """Requests at random times (Poisson arrivals), `rate` a second; as `closed_loop` otherwise.
+) -> LoadResult:
+    """Send requests at random times (Poisson arrivals).
 
     Args:
-        connections: how many requests can be on their way. With more than that the next waits in the client; its
-            latency counts from when it was due.
+        url, body, headers, timeout: see `closed_loop`.
+        rate: requests a second, on average.
+        seconds: how long to send.
+        connections: the most requests in flight. Further requests wait in the client; their latency counts from the
+            time when they were due.
+
+    Raises:
+        BundleError: see `closed_loop`.
     """
-    check(rate > 0, f"An open loop needs a rate above 0, not {rate:g} requests a second.")
-    check(connections >= 1, f"An open loop needs at least one connection, not {connections}.")
+    check(rate > 0, f"The rate is {rate:g} requests a second, and must be above 0.")
+    check(connections >= 1, f"The number of connections is {connections}, and must be at least 1.")
     return run_wrk("open.lua", url, body, headers, connections, connections, seconds, timeout, {"RATE": rate})
 
 
 def wrk() -> str:
-    """The path of the load generator.
+    """Return the path of the load generator wrk.
 
     Raises:
         BundleError: it is not installed.
     """
     path = shutil.which("wrk")
     if path is None:
-        raise BundleError("wrk, the load generator, is missing: apt-get install wrk, or brew install wrk.")
+        raise BundleError("The load generator wrk is missing. Install it: apt-get install wrk, or brew install wrk.")
     return path
 
 
-def check(condition: bool, complaint: str) -> None:
-    if not condition:
-        raise BundleError(complaint)
+def check(valid: bool, message: str) -> None:
+    """Check an argument.
+
+    Raises:
+        BundleError: with this message; the argument is invalid.
+    """
+    if not valid:
+        raise BundleError(message)
 
 
 def run_wrk(
@@ -114,36 +125,49 @@ def run_wrk(
     seconds: float,
     timeout: float,
     settings: dict[str, float] | None = None,
-) -> Load:
-    check(seconds > 0, f"Load takes time: more than {seconds:g} seconds.")
-    limit = math.ceil(seconds + timeout + 1)  # the script ends wrk as soon as nothing is on its way any more
+) -> LoadResult:
+    """Run wrk with a script, and return its result.
+
+    Args:
+        script: in `wrk/`.
+        settings: further environment variables of the script, without LOAD_.
+
+    Raises:
+        BundleError: an argument is invalid, wrk is missing, did not end, or could not connect.
+    """
+    check(seconds > 0, f"The duration is {seconds:g} seconds, and must be above 0.")
+    limit = math.ceil(seconds + timeout + 1)  # the script ends wrk as soon as no request is in flight
     command = [wrk(), f"--threads={threads}", f"--connections={clients}", f"--duration={limit}s"]
     command += [f"--timeout={math.ceil(timeout)}s", f"--script={SCRIPTS / script}"]
     command += [argument for name, value in headers.items() for argument in ("--header", f"{name}: {value}")]
     with tempfile.NamedTemporaryFile(prefix="load-") as file:
         file.write(body)
         file.flush()
-        said = {"BODY": file.name, "CLIENTS": clients, "THREADS": threads, "SECONDS": seconds, "TIMEOUT": timeout}
-        said |= {"SEED": SEED, **(settings or {})}
-        environment = os.environ | {f"LOAD_{name}": str(value) for name, value in said.items()}
+        values = {"BODY": file.name, "CLIENTS": clients, "THREADS": threads, "SECONDS": seconds, "TIMEOUT": timeout}
+        values |= {"SEED": SEED, **(settings or {})}
+        environment = os.environ | {f"LOAD_{name}": str(value) for name, value in values.items()}
         try:
             ended = subprocess.run(
                 [*command, url], env=environment, capture_output=True, text=True, timeout=limit + 60, check=False
             )
         except subprocess.TimeoutExpired as exc:
-            raise BundleError(f"wrk did not end within {limit + 60} seconds.") from exc
+            raise BundleError(
+                f"wrk did not end within {limit + 60} seconds. The machine may be overloaded: retry with fewer clients."
+            ) from exc
     results = [line for line in ended.stdout.splitlines() if line.startswith(RESULT)]
     if not results:
-        raise BundleError(f"wrk could not load {url}.", (ended.stdout + ended.stderr).strip())
-    return as_load(json.loads(results[-1].removeprefix(RESULT)), clients, seconds)
+        raise BundleError(
+            f"wrk could not send requests to {url}. Is the server running?", (ended.stdout + ended.stderr).strip()
+        )
+    return parse_result(json.loads(results[-1].removeprefix(RESULT)), clients, seconds)
 
 
-def as_load(seen: dict[str, float], clients: int, seconds: float) -> Load:
-    """What a script printed, as a Load."""
+def parse_result(seen: dict[str, float], clients: int, seconds: float) -> LoadResult:
+    """Return the result that a script printed."""
     answered = int(seen["answered"])
     if seen["in_time"] >= ENOUGH * clients:
         throughput = seen["in_time"] / seconds
-    else:  # so few that one more or less within the time would tell: the last is waited for
+    else:  # with so few answers, one more within the time would change the rate: count until the last answer
         throughput = answered / max(seconds, seen["last"])
     latencies = {name: seen.get(name, math.inf) if answered else math.inf for name in ("p50", "p95", "p99", "longest")}
-    return Load(seconds, answered, int(seen["failed"]), throughput, **latencies)
+    return LoadResult(seconds, answered, int(seen["failed"]), throughput, **latencies)

@@ -1,4 +1,4 @@
-"""Where a request's time goes: stages, processor time by process, and a flame graph of a worker."""
+"""Measure where a request's time goes: its stages, processor time by process, and a flame graph of a worker."""
 
 import shutil
 import subprocess
@@ -13,34 +13,34 @@ from rich.table import Table
 
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
-from bundle.load.generator import Load, closed_loop
+from bundle.load.generator import LoadResult, closed_loop
 from bundle.paths import ROOT
+from bundle.samples import headers
 from bundle.server.client import Client
 from bundle.server.http import session
 from bundle.server.process import Running
 from bundle.server.settings import Settings
 
 STAGES = ("decode", "inference", "encode")
-QUEUE = "ts_queue_latency_microseconds_total"  # TorchServe's own, of requests; the parser puts _total behind a counter
+QUEUE = "ts_queue_latency_microseconds_total"  # TorchServe's counter; the parser adds _total
 SAMPLES_A_SECOND = 250
 WARM_UP_SECONDS = 2.0
-MIME = "application/octet-stream"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a load of one model showed.
+    """Where the time of one model's requests went.
 
     Attributes:
         load: what the clients saw.
-        batch_size: the mean, in requests.
-        queue: seconds a request waits for its batch and for a worker, on average.
-        stages: seconds a batch spends in each stage of the handler, on average.
-        cpu: seconds of processor time a request, of the frontend (Java) and of the model's workers.
-        graph: the flame graph.
+        batch_size: mean number of requests in a batch.
+        queue: mean seconds that a request waits for its batch and for a worker.
+        stages: mean seconds that a batch spends in each stage of the handler.
+        cpu: mean processor time of a request, in seconds, of the frontend (Java) and of the model's workers.
+        graph: the file of the flame graph.
     """
 
-    load: Load
+    load: LoadResult
     batch_size: float
     queue: float
     stages: dict[str, float]
@@ -48,6 +48,7 @@ class Profile:
     graph: Path
 
     def table(self) -> Table:
+        """Return the times as a table."""
         table = Table("where", "ms", "of")
         table.add_row("queue", f"{1000 * self.queue:.2f}", "a request")
         for stage, seconds in self.stages.items():
@@ -60,38 +61,42 @@ class Profile:
 
 
 def profile(running: Running, settings: Settings, folder: ModelFolder, concurrency: int, seconds: float) -> Profile:
-    """Loads a served model with its sample: half of the seconds to measure the server undisturbed, half to draw the
-    graph, as sampling slows the worker down.
+    """Load a served model with its sample, measure, and draw a flame graph of a worker.
+
+    Half of the time is for the measurements and half for the graph, because sampling slows the worker down.
 
     Raises:
-        BundleError: the model is not served, py-spy or wrk is missing, py-spy may not look into a worker, or the server
-            asks for keys.
+        BundleError: the model is not served, py-spy or wrk is missing, py-spy has no permission to read a worker's
+            memory, or the server requires tokens.
     """
-    if running.keys():  # wrk takes headers as arguments, which everybody on the machine can read
-        raise BundleError("The server asks for keys, which the load generator is not given: serve without them.")
+    if running.keys():  # wrk takes headers as arguments, which every user of the machine can read
+        raise BundleError("The server requires tokens, which `profile` does not support. Serve without tokens.")
     workers = worker_pids(running.client(), folder)
     if folder.bundle.sample is None:
-        raise BundleError(f"{folder.name} has no sample to send: set `sample` in its model-config.yaml.")
-    py_spy("dump", workers[0])  # what it may not do, it says before the load
-    content = folder.existing(folder.bundle.sample).read_bytes()
+        raise BundleError(f"{folder.name} has no sample to send. Set bundle: sample: in its model-config.yaml.")
+    py_spy("dump", workers[0])  # a missing permission shows before the load
+    sample = folder.existing(folder.bundle.sample)
+    content = sample.read_bytes()
 
-    def loaded(seconds: float) -> Load:
+    def loaded(seconds: float) -> LoadResult:
         url = f"{running.inference}/predictions/{folder.name}"
-        return closed_loop(url, content, {"Content-Type": MIME}, concurrency, seconds)
+        return closed_loop(url, content, headers(sample), concurrency, seconds)
 
     loaded(WARM_UP_SECONDS)
     before, cpu_before = sums(settings, folder), cpu_seconds(running, workers)
     load = loaded(seconds / 2)
     after, cpu_after = sums(settings, folder), cpu_seconds(running, workers)
     if not load.answered or not after.get("bundle_batch_size_count"):
-        raise BundleError(f"{folder.name} answered none of the requests, or has no handler of the bundle: make logs")
+        raise BundleError(
+            f"{folder.name} answered no request, or its handler is not a BatchHandler. See the log: make logs"
+        )
     graph = ROOT / "build" / "profile" / f"{folder.name}.svg"
     graph.parent.mkdir(parents=True, exist_ok=True)
-    sampled = max(1, round(seconds / 2))  # py-spy takes whole seconds
+    sampled = max(1, round(seconds / 2))  # py-spy needs whole seconds
     with ThreadPoolExecutor(1) as beside:
         loading = beside.submit(loaded, sampled)
         py_spy("record", workers[0], f"--duration={sampled}", f"--rate={SAMPLES_A_SECOND}", f"--output={graph}")
-        loading.result()  # or what went wrong in it
+        loading.result()  # raises its exception, if any
     gained = {name: after[name] - before.get(name, 0) for name in after}
     batches, requests = gained["bundle_batch_size_count"], gained["bundle_batch_size_sum"]
     queue = gained[QUEUE] / 1e6 / requests
@@ -105,15 +110,20 @@ def profile(running: Running, settings: Settings, folder: ModelFolder, concurren
 
 
 def worker_pids(client: Client, folder: ModelFolder) -> list[int]:
+    """Return the process ids of the model's workers.
+
+    Raises:
+        BundleError: the model is not served, or has no workers.
+    """
     described = client.describe(folder.name)
     pids = [worker["pid"] for worker in (described or {}).get("workers", []) if worker["pid"] > 0]
     if not pids:
-        raise BundleError(f"{folder.name} is not served, or has no worker: make serve MODELS={folder.name}")
+        raise BundleError(f"{folder.name} is not served, or has no workers. Start it: make serve MODELS={folder.name}")
     return pids
 
 
 def sums(settings: Settings, folder: ModelFolder) -> dict[str, float]:
-    """TorchServe's and the bundle's counters of the model, over all its versions, by name."""
+    """Return TorchServe's and the bundle's counters of the model by name, summed over its versions."""
     text = session.get(f"{settings.url('metrics_address')}/metrics", timeout=10).text
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
@@ -125,7 +135,11 @@ def sums(settings: Settings, folder: ModelFolder) -> dict[str, float]:
 
 
 def cpu_seconds(running: Running, workers: list[int]) -> dict[str, float]:
-    """User and system time of the frontend, and of the model's workers together."""
+    """Return the user and system time (s) of the frontend, and of the model's workers together.
+
+    Raises:
+        BundleError: a process has ended.
+    """
 
     def of(pid: int) -> float:
         times = psutil.Process(pid).cpu_times()
@@ -134,24 +148,24 @@ def cpu_seconds(running: Running, workers: list[int]) -> dict[str, float]:
     try:
         return {"frontend": of(running.pid), "workers": sum(map(of, workers))}
     except psutil.NoSuchProcess as exc:
-        raise BundleError("The server or a worker ended while it was watched: make logs") from exc
+        raise BundleError("The server or a worker ended during the measurement. See the log: make logs") from exc
 
 
 def py_spy(command: str, pid: int, *options: str) -> None:
-    """Has py-spy look into a process from outside, which neither changes it nor starts it again.
+    """Run py-spy on a process, which it neither changes nor restarts.
 
     Raises:
-        BundleError: it is missing, or cannot look into the process.
+        BundleError: py-spy is missing, or has no permission to read the process's memory.
     """
     program = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
     if program is None:
-        raise BundleError("py-spy is missing: pip install -r requirements/dev.txt")
-    looked = subprocess.run(
+        raise BundleError("py-spy is missing. Install it: make dev")
+    ended = subprocess.run(
         [program, command, "--pid", str(pid), "--nonblocking", *options], capture_output=True, text=True
     )
-    if looked.returncode:
+    if ended.returncode:
         raise BundleError(
-            "py-spy could not look into a worker. Where it lacks the permission, run it as root, or allow it: "
-            "sysctl kernel.yama.ptrace_scope=0",
-            looked.stdout + looked.stderr,
+            "py-spy could not read a worker's memory. If the permission is missing, run the command as root, or allow "
+            "it: sysctl kernel.yama.ptrace_scope=0",
+            ended.stdout + ended.stderr,
         )

@@ -45,11 +45,7 @@ class Client:
 
     def auth(self, api: Api) -> Callable[[requests.PreparedRequest], requests.PreparedRequest] | None:
         """Return the `auth` argument of requests for an API; None if the server does not require tokens."""
-        return partial(self._sign, api) if self.keys else None
-
-    def _sign(self, api: Api, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = self.keys.header(api)
-        return request
+        return partial(sign, self.keys, api) if self.keys else None
 
     def models(self) -> list[str]:
         """Return the names of the registered models."""
@@ -160,6 +156,12 @@ def reason(answer: requests.Response) -> str:
         return ""
 
 
+def sign(keys: Keys, api: Api, request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Add the key for an API to a request."""
+    request.headers["Authorization"] = keys.header(api)
+    return request
+
+
 def check_sample(client: Client, folder: ModelFolder, version: str | None = None) -> str | None:
     """Send a folder's sample to a version, by default to the default one.
 
@@ -169,7 +171,7 @@ def check_sample(client: Client, folder: ModelFolder, version: str | None = None
     Raises:
         BundleError: the answer is an error, or not what the folder expects.
     """
-    if folder.sample_file is None:
+    if folder.bundle.sample is None:
         return None
     sample = folder.existing(folder.bundle.sample)
     answer = client.predict(folder.name, sample.read_bytes(), version, headers(sample))

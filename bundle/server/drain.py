@@ -53,4 +53,4 @@ def wait_until_idle(client: Client, versions: list[tuple[str, str]], ports: set[
 def connections(ports: set[int]) -> int:
     """Count the clients that are connected to these ports of this machine."""
     found = psutil.net_connections("tcp")
-    return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port in ports for c in found)
+    return sum(bool(c.status == psutil.CONN_ESTABLISHED and c.laddr and c.laddr.port in ports) for c in found)

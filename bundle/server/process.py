@@ -196,8 +196,10 @@ class Server:
         environment |= {"TMPDIR": temporary, "TEMP": temporary}  # for the launcher's pid file and for java.io.tmpdir
         try:
             with self.console.open("wb") as console:
-                streams = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": console}
-                subprocess.run(command, cwd=self.run_dir, env=environment, start_new_session=True, **streams)
+                subprocess.run(
+                    command, cwd=self.run_dir, env=environment, start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+                )  # fmt: skip
             process = launched(temporary)
             if process is None:
                 raise BundleError("TorchServe did not start.", self.console.read_text(errors="replace"))
@@ -346,7 +348,8 @@ def port_owner(port: int) -> str:
     """Return ` by PID 12 (java)` for the process that listens on a port; "" if the system does not show it."""
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+            if listens and connection.pid:
                 process = psutil.Process(connection.pid)
                 name = "a TorchServe" if TS_NAMESPACE in " ".join(process.cmdline()) else process.name()
                 return f" by PID {connection.pid} ({name})"

@@ -99,17 +99,18 @@ class Settings:
         """
         try:
             parts = urlsplit(self[key])
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port
         except ValueError:  # unbalanced brackets, or a port beyond 65535
-            good = False
-        if not good:
+            valid = False
+        if not valid:
             raise BundleError(f"{key} is {self[key]!r}, and must look like http://127.0.0.1:8080.")
         return parts
 
     def listeners(self) -> dict[str, tuple[str, int]]:
         """Return the host and port of each address that TorchServe listens on, by the key that sets the port."""
-        http = {key: (self.address(key).hostname, self.address(key).port) for key in ADDRESSES}
-        return http | {key: (self[key.replace("port", "address")], int(self[key])) for key in GRPC_PORTS}
+        http = {key: self.address(key) for key in ADDRESSES}
+        found = {key: (parts.hostname or "", parts.port or 0) for key, parts in http.items()}  # both are always there
+        return found | {key: (self[key.replace("port", "address")], int(self[key])) for key in GRPC_PORTS}
 
     def inference_ports(self) -> set[int]:
         """Return the ports of inference: HTTP and gRPC."""

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
+from bundle.errors import NotRunning
 from bundle.server.process import Running
 
 
@@ -83,10 +84,16 @@ class Status:
 
 
 def status_of(running: Running) -> Status:
-    """Ask the management API and the operating system."""
+    """Ask the management API and the operating system.
+
+    Raises:
+        NotRunning: the server has ended.
+    """
     client = running.client()
-    models = [model_status(name, client.describe(name)) for name in client.models()]
+    models = [model_status(name, found) for name in client.models() if (found := client.describe(name))]
     process = running.process()
+    if process is None:
+        raise NotRunning("TorchServe has ended. See the log: make logs")
     family = [process, *process.children(recursive=True)]
     memory = sum(member.memory_info().rss for member in family)
     return Status(running.pid, len(family) - 1, memory, models)

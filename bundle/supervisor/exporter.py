@@ -82,8 +82,8 @@ class Exporter:
         failed = CounterMetricFamily(
             "bundle_failed_requests", "Inference requests answered 5xx.", labels=(*LABELS, "status")
         )
-        for key, count in list(self.failures.items()):
-            failed.add_metric(key, count)
+        for labels, count in list(self.failures.items()):
+            failed.add_metric(labels, count)
         yield failed
         yield GaugeMetricFamily("bundle_draining", "1 while the server waits to stop.", value=self.draining())
         restored = GaugeMetricFamily(

@@ -104,8 +104,10 @@ class History:
         return count
 
     def state(self, archive_versions: dict[str, str], saved: State) -> State:
-        """Return what is registered and worth keeping: every version that ever had all its workers, that was saved
-        before, or that the store's NAME.mar has.
+        """Return the registrations to keep.
+
+        These are the versions that ever had all their workers, that were saved before, or that are in the store as
+        NAME.mar.
 
         Args:
             archive_versions: the version of each NAME.mar.

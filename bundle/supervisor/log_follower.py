@@ -4,6 +4,7 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import TextIO
 
 # 2026-11-23T03:19:19,579 - /127.0.0.1:60990 "PUT /predictions/mnist HTTP/1.1" 503 1
 FAILED = re.compile(r'"\w+ /(?:predictions|explanations)/([^/?" ]+)(?:/([\d.]+))?[^"]*" (5\d\d) \d+$')
@@ -14,33 +15,34 @@ class Follower:
 
     def __init__(self, file: Path):
         self.file = file
-        self.stream = None
+        self.stream: TextIO | None = None
 
     def lines(self) -> list[str]:
         """Return the complete lines since the last call."""
-        found = []
+        found: list[str] = []
         try:
-            if self.stream is None:
-                self.stream = self.file.open(errors="replace")
-            found = self._rest()
-            if self.file.stat().st_ino != os.fstat(self.stream.fileno()).st_ino:
-                found += self._rest()  # lines written between the last read and the rotation
-                self.stream.close()
-                self.stream = self.file.open(errors="replace")
-                found += self._rest()
+            stream = self.stream = self.stream or self.file.open(errors="replace")
+            found = rest(stream)
+            if self.file.stat().st_ino != os.fstat(stream.fileno()).st_ino:
+                found += rest(stream)  # lines written between the last read and the rotation
+                stream.close()
+                stream = self.stream = self.file.open(errors="replace")
+                found += rest(stream)
         except FileNotFoundError:
             pass  # not written yet, or in the middle of a rotation
         return found
 
-    def _rest(self) -> list[str]:
-        found = []
-        while True:
-            position = self.stream.tell()
-            line = self.stream.readline()
-            if not line.endswith("\n"):
-                self.stream.seek(position)
-                return found
-            found.append(line.rstrip("\n"))
+
+def rest(stream: TextIO) -> list[str]:
+    """Return the complete lines that a stream has not returned yet."""
+    found: list[str] = []
+    while True:
+        position = stream.tell()
+        line = stream.readline()
+        if not line.endswith("\n"):
+            stream.seek(position)
+            return found
+        found.append(line.rstrip("\n"))
 
 
 def count_failures(lines: list[str], models: set[str], failures: Counter[tuple[str, str, str]]) -> None:

@@ -143,9 +143,9 @@ def restore(server: Server, client: Client, state: State, seconds: float, report
     for version in state.registered:
         if version.default:
             attempt(f"{version.name} {version.version} as the default", restore_default, client, version)
-    for name, version in state.removed.items():
+    for name, removed in state.removed.items():
         replaced = any(registered.name == name for registered in state.registered)
-        attempt(f"the removal of {name} {version}", remove_again, client, name, version, replaced)
+        attempt(f"the removal of {name} {removed}", remove_again, client, name, removed, replaced)
 
 
 def restore_version(server: Server, client: Client, version: Registered, seconds: float) -> None:

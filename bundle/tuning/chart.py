@@ -1,4 +1,4 @@
-"""The picture of a search: latency against throughput, of all that was measured."""
+"""Draw a search: latency against throughput, of everything that was measured."""
 
 import io
 
@@ -8,21 +8,29 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
+from matplotlib.typing import RcKeyType  # noqa: E402
 
 from bundle.tuning.search import Point, front  # noqa: E402
 from bundle.tuning.space import Candidate  # noqa: E402
 
 GREEN, AMBER, RED, GREY = "#1b7f5c", "#d98a00", "#b3261e", "#b8b8b8"
-# text stays text, and the same picture is the same file
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "tuning", "font.family": "sans-serif", "font.size": 10}
+# text stays text in the SVG; with a fixed salt, the same picture is the same file
+STYLE: dict[RcKeyType, object] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tuning",
+    "font.family": "sans-serif",
+    "font.size": 10,
+}
 
 
 def draw(
     title: str, points: list[Point], current: Candidate, best: Candidate, target: float, formats: tuple[str, ...]
 ) -> dict[str, bytes]:
-    """Args:
+    """Draw the chart.
+
+    Args:
         points: one for each candidate and concurrency.
-        target: of the 99th percentile (s).
+        target: of the p99 latency, in seconds.
         formats: svg, png.
 
     Returns:
@@ -58,11 +66,12 @@ def draw(
 
 
 def coordinates(points: list[Point]) -> tuple[list[float], list[float]]:
+    """Return throughput (answers/s) and p99 (ms) of the points."""
     return [point.load.throughput for point in points], [1000 * point.load.p99 for point in points]
 
 
 def curve(axes: Axes, points: list[Point], candidate: Candidate, colour: str, marker: str, label: str) -> None:
-    """One candidate's points, with how many clients each had."""
+    """Draw one candidate's points, each with its number of clients."""
     own = sorted((point for point in points if point.candidate == candidate), key=lambda point: point.concurrency)
     axes.plot(*coordinates(own), color=colour, marker=marker, markersize=5, linewidth=1.2, label=label, zorder=4)
     for point, x, y in zip(own, *coordinates(own), strict=True):

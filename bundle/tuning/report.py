@@ -1,4 +1,4 @@
-"""What a search found, for people and for the record."""
+"""Describe what a search found: as a table, in words, and as JSON for the evidence."""
 
 import math
 import subprocess
@@ -8,18 +8,18 @@ from datetime import UTC, datetime
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bundle.load.generator import Load, wrk
-from bundle.machine import record
+from bundle.load.generator import LoadResult, wrk
+from bundle.machine import Record, record
 from bundle.tuning.search import UTILISATION, Point, Score, Verdict, front, meets
 from bundle.tuning.space import Candidate
 
 
 def table(points: list[Point], current: Candidate, best: Candidate, target: float) -> Table:
-    """The Pareto front.
+    """Return the Pareto front as a table.
 
     Args:
         points: one for each candidate and concurrency.
-        target: of the 99th percentile (s).
+        target: of the p99 latency, in seconds.
     """
     heads = ("answers/s", "p99 ms", "clients", "workers", "threads", "batch", "delay", "precision", "")
     shown = Table(title="Pareto front", title_justify="left", box=SIMPLE_HEAD, padding=0)
@@ -38,21 +38,23 @@ def table(points: list[Point], current: Candidate, best: Candidate, target: floa
 
 
 def describe(score: Score) -> str:
+    """Return a candidate's score in words."""
     if not score.throughput:
         return "target missed" if math.isinf(score.nearness) else f"target missed: p99 {-1000 * score.nearness:.1f} ms"
     return f"{score.throughput:.1f} answers/s, p99 {-1000 * score.nearness:.1f} ms, {score.concurrency} clients"
 
 
-def describe_steady(load: Load) -> str:
+def describe_steady(load: LoadResult) -> str:
+    """Return what a finalist did with requests at random times, in words."""
     latencies = f"p50 {1000 * load.p50:.1f} ms, p99 {1000 * load.p99:.1f} ms"
-    return f"requests at random times, {UTILISATION:.0%} of that: {latencies}"
+    return f"at {UTILISATION:.0%} of this rate, with requests at random times: {latencies}"
 
 
-def outcome(current: Candidate, verdict: Verdict, steady: dict[Candidate, Load]) -> dict:
-    """For the record: who won, and why.
+def outcome(current: Candidate, verdict: Verdict, steady: dict[Candidate, LoadResult]) -> dict:
+    """Return the decision and its reason, for the evidence.
 
     Args:
-        steady: requests at random times, of the finalists that had a throughput.
+        steady: results with requests at random times, of the finalists that kept the target.
     """
     ranked = sorted(verdict.scores.items(), key=lambda item: item[1], reverse=True)
     return {
@@ -73,10 +75,11 @@ def outcome(current: Candidate, verdict: Verdict, steady: dict[Candidate, Load])
 
 
 def measured(points: list[Point], broken: dict[Candidate, str], precisions: dict[Candidate, str]) -> dict:
-    """For the record: everything that was measured, in order.
+    """Return every measurement in order, for the evidence.
 
     Args:
-        precisions: what the candidates computed in.
+        broken: the candidates that could not be served, and why.
+        precisions: the precision that each candidate computed in.
     """
     return {
         "method": "successive halving; closed loops; the final in turns, compared by medians, and an open loop",
@@ -86,11 +89,13 @@ def measured(points: list[Point], broken: dict[Candidate, str], precisions: dict
 
 
 def as_milliseconds(score: Score) -> dict:
+    """Return a score, with its p99 in milliseconds."""
     p99 = None if math.isinf(score.nearness) else round(-1000 * score.nearness, 3)
     return {"throughput": round(score.throughput, 2), "p99_ms": p99, "clients": score.concurrency}
 
 
 def measurement(point: Point, precisions: dict[Candidate, str]) -> dict:
+    """Return one measurement, with its settings."""
     return {
         "stage": point.stage,
         "settings": asdict(point.candidate),
@@ -100,7 +105,8 @@ def measurement(point: Point, precisions: dict[Candidate, str]) -> dict:
     }
 
 
-def numbers(load: Load) -> dict[str, float | int | None]:
+def numbers(load: LoadResult) -> dict[str, float | int | None]:
+    """Return a load's counts, throughput and latencies (ms; None if no answer was good)."""
     latencies = {
         f"{name}_ms": round(1000 * getattr(load, name), 3) if math.isfinite(getattr(load, name)) else None
         for name in ("p50", "p95", "p99", "longest")
@@ -109,12 +115,14 @@ def numbers(load: Load) -> dict[str, float | int | None]:
     return {"seconds": round(load.seconds, 2), **counts, **latencies}
 
 
-def machine(cores: int) -> dict:
-    """The machine and the versions, wrk's among them."""
+def machine(cores: int) -> Record:
+    """Return the machine and the versions, with that of wrk."""
     found = record(cores)
-    return found | {"versions": found["versions"] | {"wrk": wrk_version()}}
+    found["versions"]["wrk"] = wrk_version()
+    return found
 
 
 def wrk_version() -> str:
-    said = subprocess.run([wrk(), "--version"], capture_output=True, text=True, check=False).stdout.split()
-    return said[1] if len(said) > 1 else "unknown"
+    """Return the version that `wrk --version` prints."""
+    words = subprocess.run([wrk(), "--version"], capture_output=True, text=True, check=False).stdout.split()
+    return words[1] if len(words) > 1 else "unknown"

@@ -1,10 +1,12 @@
-"""Successive halving under a budget of time: all candidates are measured a little, the better half twice as long, and
-so on; the last few are measured in turns, together with the settings that there are.
+"""Search by successive halving, within a limited time.
 
-Every round gets the same share of the time that is left (Karnin, Koren, Somekh 2013: "sequential halving"), so the
-field halves and each measurement doubles. It needs no model of how settings act (Jamieson, Talwalkar 2016), and takes
-its time where noise matters: between candidates that are near each other. The first field is a sparse sample, so up to
-half of the places of each next one go to neighbours of the leader that were not tried.
+The first round measures all candidates briefly, the next one measures the better half twice as long, and so on. The
+final measures the last few candidates in turns, together with the current settings.
+
+Each round gets the same share of the remaining time (Karnin, Koren, Somekh 2013: "sequential halving"): the number of
+candidates halves, and the time of a measurement doubles. The method needs no model of how the settings act (Jamieson,
+Talwalkar 2016), and spends most time on candidates that are nearly equal, where noise matters. The first candidates are
+a sparse sample. Therefore up to half of the places in each later round go to new neighbours of the best candidate.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,18 +14,19 @@ from dataclasses import dataclass
 from math import ceil, inf
 from statistics import median
 
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 from bundle.tuning.space import Candidate
 
-COARSE = (1, 4, 16, 64, 256)  # clients, on the first climb
-LARGEST_LOAD = 256
-FINALISTS = 2  # beside the current settings
-REPEATS = 3  # of the finals
-EXPECTED_RUNGS = 4  # of a climb, before it misses the target
-SHORTEST, LONGEST = 1.0, 8.0  # seconds at a rung
-ENOUGH = 50  # answers to one client, for a 99th percentile to be of use; where that takes too long, fewer
-LEAST_GAIN = 0.05  # of throughput: what is less may be noise, and is not worth a change
-UTILISATION = 0.7  # of its throughput, at which a finalist must answer in time whenever requests come
+# A climb raises the number of clients in steps, the rungs.
+COARSE = (1, 4, 16, 64, 256)  # clients at the rungs of a candidate's first climb
+LARGEST_LOAD = 256  # clients
+FINALISTS = 2  # besides the current settings
+REPEATS = 3  # of the final's measurements
+EXPECTED_RUNGS = 4  # of a climb, until the target is missed
+SHORTEST, LONGEST = 1.0, 8.0  # seconds of a measurement
+ENOUGH = 50  # answers to one client that give a usable p99; fewer if that takes too long
+LEAST_GAIN = 0.05  # of throughput: a smaller gain may be noise, and is not worth a change
+UTILISATION = 0.7  # share of its throughput at which a finalist must keep the target with requests at random times
 FINAL = "final"
 
 Judge = Callable[[Sequence[Candidate], int, int], "dict[Candidate, Score]"]
@@ -32,27 +35,27 @@ Neighbours = Callable[[Candidate], list[Candidate]]
 
 @dataclass(frozen=True)
 class Point:
-    """What a candidate did under one load.
+    """A measurement of a candidate.
 
     Attributes:
-        stage: `round 1`, ...; `final`.
-        concurrency: clients, each waiting for its answer.
+        stage: `round 1`, `round 2` and so on, or `final`.
+        concurrency: number of clients that each wait for their answer.
     """
 
     candidate: Candidate
     stage: str
     concurrency: int
-    load: Load
+    load: LoadResult
 
 
 @dataclass(frozen=True, order=True)
 class Score:
-    """How good a candidate is: by throughput within the target; where it never was within, by how near it came.
+    """A candidate's score: its throughput within the target or, if it missed the target, how close it came.
 
     Attributes:
-        throughput: the best with p99 in the target and nothing failed; 0 where there is none.
-        nearness: the lowest p99 without a failure (s), negative.
-        concurrency: at which it did so.
+        throughput: the highest with a p99 within the target and no failed request, in answers/s; 0 if there is none.
+        nearness: minus the p99 of that measurement, or minus the lowest p99 without failures, in seconds.
+        concurrency: number of clients of that measurement.
     """
 
     throughput: float
@@ -60,14 +63,17 @@ class Score:
     concurrency: int
 
 
-def meets(load: Load, target: float) -> bool:
+def meets(load: LoadResult, target: float) -> bool:
+    """Return whether the load kept the target (s) without a failed request."""
     return load.failed == 0 and load.p99 <= target
 
 
-def score(loads: dict[int, Load], target: float) -> Score:
-    """Args:
-    loads: by concurrency.
-    target: seconds.
+def score(loads: dict[int, LoadResult], target: float) -> Score:
+    """Return a candidate's score.
+
+    Args:
+        loads: its measurements, by concurrency.
+        target: of the p99 latency, in seconds.
     """
     within = {concurrency: load for concurrency, load in loads.items() if meets(load, target)}
     if within:
@@ -78,18 +84,27 @@ def score(loads: dict[int, Load], target: float) -> Score:
     return Score(0.0, -whole[nearest].p99 if whole else -inf, nearest)
 
 
-def climb(measure: Callable[[int], Load], rungs: Iterable[int], target: float) -> dict[int, Load]:
-    """Raises the load until requests fail, or take too long, which more of them only would longer, or until it has
-    brought nothing twice in a row. Where even the lowest is too much, lowers it.
+def climb(measure: Callable[[int], LoadResult], rungs: Iterable[int], target: float) -> dict[int, LoadResult]:
+    """Raise the number of clients until requests fail or take too long, or until two steps brought no gain.
+
+    If no rung meets the target, lower the number of clients below the first rung.
+
+    Args:
+        measure: measures the load of a number of clients.
+        rungs: the numbers of clients.
+        target: of the p99 latency, in seconds.
+
+    Returns:
+        the measurements, by concurrency.
     """
     loads = {}
-    best = in_vain = 0
+    best, without_gain = 0.0, 0
     for concurrency in rungs:
         load = loads[concurrency] = measure(concurrency)
-        in_vain = 0 if load.throughput > (1 + LEAST_GAIN) * best else in_vain + 1
+        without_gain = 0 if load.throughput > (1 + LEAST_GAIN) * best else without_gain + 1
         best = max(best, load.throughput)
-        # with half of the answers well in time, a few late ones may have been the machine's
-        if load.failed or (load.p99 > target and load.p50 > target / 2) or in_vain == 2:
+        # if half of the answers are far below the target, other processes may have delayed the late ones
+        if load.failed or (load.p99 > target and load.p50 > target / 2) or without_gain == 2:
             break
     lowest = min(loads)
     while lowest > 1 and not any(meets(load, target) for load in loads.values()):
@@ -99,17 +114,19 @@ def climb(measure: Callable[[int], Load], rungs: Iterable[int], target: float) -
 
 
 def rising(concurrency: int) -> list[int]:
-    """The rungs of a later climb: finer, from a little below where the last one was best."""
+    """Return the rungs of a later climb: in finer steps, from half of the best concurrency of the last one."""
     start = max(1, concurrency // 2)
     return [start * 2**step for step in range(LARGEST_LOAD.bit_length()) if start * 2**step <= LARGEST_LOAD]
 
 
 def halve(field: Sequence[Candidate], judge: Judge, neighbours: Neighbours = lambda leader: []) -> list[Candidate]:
-    """Args:
-        field: who takes part.
-        judge: measures a field, given the number of the round, from 1, and how many rounds are left with this one, the
-            final included. Whom it leaves out drops out.
-        neighbours: of a candidate, the best first.
+    """Halve the candidates round by round.
+
+    Args:
+        field: the candidates of the first round.
+        judge: measures a round, given its candidates, its number (from 1), and the number of rounds that are left (this
+            one and the final included). A candidate without a score drops out.
+        neighbours: returns the neighbours of a candidate, the most promising first.
 
     Returns:
         the finalists, best first.
@@ -128,17 +145,17 @@ def halve(field: Sequence[Candidate], judge: Judge, neighbours: Neighbours = lam
 
 
 def rounds(count: int) -> int:
-    """How many rounds a field of `count` goes through before the final."""
+    """Return the number of rounds before the final, for `count` candidates."""
     return 1 if count <= 2 * FINALISTS else 1 + rounds(ceil(count / 2))
 
 
 def affordable(budget: float, start: float, shortest: float) -> int:
-    """How many candidates to begin with, so that the first round takes no more than its share; at least 2.
+    """Return with how many candidates the first round takes at most its share of the time; at least 2.
 
     Args:
-        budget: seconds.
+        budget: the time of the search, in seconds.
         start: seconds until a candidate serves.
-        shortest: seconds at a rung.
+        shortest: seconds of a measurement.
     """
     each = start + EXPECTED_RUNGS * shortest
     count = 2
@@ -148,36 +165,46 @@ def affordable(budget: float, start: float, shortest: float) -> int:
 
 
 def shortest(alone: float, inputs: int) -> float:
-    """Seconds that a measurement must take at least.
+    """Return the shortest time of a measurement, in seconds.
 
     Args:
-        alone: seconds that one client waits for its answer.
-        inputs: that take turns.
+        alone: seconds that a single client waits for its answer.
+        inputs: number of inputs that take turns.
     """
     return max(SHORTEST, 0.5 * inputs, min(ENOUGH * alone, LONGEST / 2))
 
 
 def seconds_at_a_rung(share: float, starts: int, start: float, rungs: int, shortest: float) -> float:
-    """What a share of the budget leaves for one measurement, after `starts` starts."""
+    """Return the time of one measurement of a round, in seconds.
+
+    Args:
+        share: of the round, in seconds.
+        starts: number of candidates that the round starts.
+        start: seconds of a start.
+        rungs: number of measurements in the round.
+        shortest: the shortest time of a measurement, in seconds.
+    """
     return min(max((share - starts * start) / rungs, shortest), max(LONGEST, shortest))
 
 
-def middle(loads: Sequence[Load]) -> Load:
-    """The medians of repeated measurements; failures are summed up."""
+def middle(loads: Sequence[LoadResult]) -> LoadResult:
+    """Return the medians of repeated measurements, with the sum of their failures."""
     medians = {
         name: median(getattr(load, name) for load in loads)
         for name in ("seconds", "answered", "throughput", "p50", "p95", "p99", "longest")
     }
-    return Load(**medians, failed=sum(load.failed for load in loads))
+    return LoadResult(**medians, failed=sum(load.failed for load in loads))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes:
-    best: the finalist with the highest score.
-    scores: of all finalists, by their medians.
-    replaces: whether it takes the place of the current settings.
-    reason: why, or why not.
+    """The decision of the final.
+
+    Attributes:
+        best: the finalist with the highest score.
+        scores: the scores of all finalists, by the medians of their measurements.
+        replaces: whether the best settings replace the current ones.
+        reason: why, or why not.
     """
 
     best: Candidate
@@ -187,41 +214,50 @@ class Verdict:
 
 
 def decide(
-    final: dict[Candidate, list[dict[int, Load]]], steady: dict[Candidate, Load], current: Candidate, target: float
+    final: dict[Candidate, list[dict[int, LoadResult]]],
+    steady: dict[Candidate, LoadResult],
+    current: Candidate,
+    target: float,
 ) -> Verdict:
-    """Args:
-    final: of each finalist, the loads by concurrency, in each repeat.
-    steady: of each finalist, requests at random times, at `UTILISATION` of its throughput. Clients that wait for
-        their answers fill batches in step, which others do not: who is late here has no throughput.
+    """Decide whether the best finalist replaces the current settings.
+
+    Args:
+        final: for each finalist, the measurements by concurrency, of each repeat.
+        steady: for each finalist, the result of requests at random times, at `UTILISATION` of its throughput. Clients
+            that wait for their answers send at the same time and fill batches, which other clients do not. A finalist
+            that misses the target here gets no throughput.
+        current: the current settings.
+        target: of the p99 latency, in seconds.
     """
     scores = {candidate: score(medians(repeats), target) for candidate, repeats in final.items()}
     for candidate, load in steady.items():
         if not meets(load, target):
             scores[candidate] = Score(0.0, -load.p99 if not load.failed else -inf, scores[candidate].concurrency)
     best = max(scores, key=scores.__getitem__)
-    won, held = scores[best], scores.get(current)
+    new, old = scores[best], scores.get(current)
     if best == current:
-        return Verdict(best, scores, False, "No other settings that were tried are better.")
-    if held is None or not held.throughput:
-        return Verdict(best, scores, won.throughput > 0, "The current settings miss the target.")
-    gain = won.throughput / held.throughput - 1
+        return Verdict(best, scores, False, "The current settings are the best of those that were tried.")
+    if old is None or not old.throughput:
+        return Verdict(best, scores, new.throughput > 0, "The current settings miss the target.")
+    gain = new.throughput / old.throughput - 1
     if gain < LEAST_GAIN:
-        return Verdict(best, scores, False, f"The best settings are {gain:.1%} better: less than {LEAST_GAIN:.0%}.")
+        reason = f"The best settings are {gain:.1%} better. A change needs {LEAST_GAIN:.0%}."
+        return Verdict(best, scores, False, reason)
     turns = [
-        (mine[won.concurrency].throughput, its[held.concurrency].throughput)
-        for mine, its in zip(final[best], final[current], strict=True)
-        if won.concurrency in mine and held.concurrency in its
+        (of_best[new.concurrency].throughput, of_current[old.concurrency].throughput)
+        for of_best, of_current in zip(final[best], final[current], strict=True)
+        if new.concurrency in of_best and old.concurrency in of_current
     ]
-    ahead = sum(mine > its for mine, its in turns)
+    ahead = sum(of_best > of_current for of_best, of_current in turns)
     if ahead < len(turns):
-        reason = f"The best settings are {gain:.1%} better by medians, but in {ahead} of {len(turns)} turns only."
-        return Verdict(best, scores, False, f"{reason} More time, or a quieter machine, may tell.")
-    return Verdict(best, scores, True, f"{gain:.0%} more throughput within the target, ahead in every turn.")
+        reason = f"The best settings are {gain:.1%} better by the median, but only in {ahead} of {len(turns)} turns."
+        return Verdict(best, scores, False, f"{reason} Search longer, or on a machine without other load.")
+    return Verdict(best, scores, True, f"{gain:.0%} more throughput within the target, and better in every turn.")
 
 
-def medians(repeats: list[dict[int, Load]]) -> dict[int, Load]:
-    """The middle of the repeats, at the concurrencies that more than half of them have."""
-    loads: dict[int, list[Load]] = {}
+def medians(repeats: list[dict[int, LoadResult]]) -> dict[int, LoadResult]:
+    """Return the medians of the repeats, for each concurrency that more than half of them measured."""
+    loads: dict[int, list[LoadResult]] = {}
     for repeat in repeats:
         for concurrency, load in repeat.items():
             loads.setdefault(concurrency, []).append(load)
@@ -229,7 +265,7 @@ def medians(repeats: list[dict[int, Load]]) -> dict[int, Load]:
 
 
 def summary(points: Iterable[Point]) -> list[Point]:
-    """One point for each candidate and concurrency: the middle of the final's, or else the last."""
+    """Return one point for each candidate and concurrency: the median of the final, or the last measurement."""
     groups: dict[tuple[Candidate, int], list[Point]] = {}
     for point in points:
         groups.setdefault((point.candidate, point.concurrency), []).append(point)
@@ -242,7 +278,7 @@ def summary(points: Iterable[Point]) -> list[Point]:
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-    """The Pareto front: points without failures, none of which another beats in throughput and in p99; by p99."""
+    """Return the Pareto front, sorted by p99: no point without failures beats one in both throughput and p99."""
     front: list[Point] = []
     whole = [point for point in points if not point.load.failed and point.load.answered]
     for point in sorted(whole, key=lambda point: (point.load.p99, -point.load.throughput)):

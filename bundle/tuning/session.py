@@ -1,4 +1,4 @@
-"""One search for a model's settings: from its checks to the evidence and the new settings on disk."""
+"""Run one search for a model's settings: check, search, write the evidence and the new settings."""
 
 import json
 import tempfile
@@ -16,16 +16,16 @@ from bundle.server.process import Server
 from bundle.tuning import report, tuner, yaml_edit
 from bundle.tuning.search import Point, Score, Verdict, summary
 from bundle.tuning.space import Candidate
-from bundle.tuning.trial_server import Bench, Input, settings_of
+from bundle.tuning.trial_server import Input, TrialServer, settings_of
 from bundle.tuning.tuner import Tuning
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        points: one for each candidate and number of clients.
+        points: one for each candidate and concurrency.
     """
 
     tuning: Tuning
@@ -37,7 +37,7 @@ class Found:
         return report.table(self.points, self.tuning.current, self.verdict.best, self.tuning.target)
 
     def lines(self) -> Iterator[str]:
-        """Describe the best and the current settings, what could not be served, and the verdict."""
+        """Yield lines about the best and the current settings, the candidates that failed, and the decision."""
         for candidate, score in self.verdict.scores.items():
             name = {self.verdict.best: "best:", self.tuning.current: "now: "}.get(candidate)
             if name:
@@ -45,7 +45,7 @@ class Found:
                 if candidate in self.tuning.steady:
                     yield f"      {report.describe_steady(self.tuning.steady[candidate])}"
         for candidate, why in self.tuning.broken.items():
-            yield f"not servable: {candidate}: {why}"
+            yield f"could not be served: {candidate}: {why}"
         yield self.verdict.reason
 
 
@@ -53,14 +53,17 @@ class Session:
     """One search.
 
     Args:
-        target: the p99 latency to keep, in seconds.
+        archive: the model's archive.
+        target: of the p99 latency, in seconds.
         budget: how long to search, in seconds.
-        precisions: to try; by default, the current one.
-        patch: where a diff goes, instead of new settings into the folder.
-        run_dir: of the server that is measured; by default, a folder in that of `make serve`.
+        inputs: what to send; several take turns.
+        precisions: the precisions to try; by default, the current one.
+        patch: the file for a diff, which is written instead of the folder's new settings.
+        run_dir: the run folder of the server that is measured; by default, a folder in that of `make serve`.
 
     Raises:
-        BundleError: something is missing, or the archive cannot be served in one of the precisions.
+        BundleError: matplotlib or the patch's folder is missing, or the archive cannot be served in one of the
+            precisions.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class Session:
         self.inputs, self.patch, self.run_dir = inputs, patch, run_dir or Server().run_dir / "tune"
         self.draw = drawing()
         if patch and not patch.absolute().parent.is_dir():
-            raise BundleError(f"There is no folder {patch.absolute().parent} for the patch.")
+            raise BundleError(
+                f"The patch's folder {patch.absolute().parent} does not exist. Make it, or name another file."
+            )
         self.current = tuner.current_settings(folder)
         self.precisions = precisions or [self.current.precision]
         tuner.check_precisions(self.precisions, self.current.precision, folder, archive)
@@ -87,21 +92,21 @@ class Session:
     @property
     def best(self) -> tuple[Score, Candidate] | None:
         """The best settings so far."""
-        return self.tuning and self.tuning.best
+        return self.tuning.best if self.tuning else None
 
     def run(self, show: Callable[[str, Score | None], None]) -> Found:
-        """Measure candidates on a server that is started for it.
+        """Measure candidates on a server of their own.
 
         Args:
-            show: receives the current step and the best score so far.
+            show: receives the current step, and the best score so far.
 
         Raises:
-            BundleError: nothing can be measured, or nothing reaches the target.
+            BundleError: the current settings cannot be served, or no candidate meets the target.
         """
         with tempfile.TemporaryDirectory(prefix="tune-") as store:
-            bench = Bench(self.folder, self.archive, self.inputs, self.run_dir, Path(store))
-            with bench.server.lock(), bench:
-                self.tuning = Tuning(bench, self.current, self.precisions, self.target, self.budget, show)
+            trial_server = TrialServer(self.folder, self.archive, self.inputs, self.run_dir, Path(store))
+            with trial_server.server.lock(), trial_server:
+                self.tuning = Tuning(trial_server, self.current, self.precisions, self.target, self.budget, show)
                 verdict = self.tuning.run()
         return Found(self.tuning, verdict, summary(self.tuning.points))
 
@@ -109,7 +114,7 @@ class Session:
         """Write the evidence, and the new settings or a patch; return lines that say where.
 
         Raises:
-            BundleError: model-config.yaml cannot be edited; the message has what to write there by hand.
+            BundleError: model-config.yaml cannot be edited; the message has the changes to make by hand.
         """
         tuning, verdict = found.tuning, found.verdict
         evidence = {
@@ -128,7 +133,9 @@ class Session:
 
 
 def drawing() -> Callable:
-    """Return what draws the chart: it is looked for before minutes of measuring.
+    """Return the function that draws the chart.
+
+    It is imported before the search, so that a missing library does not show only after minutes of measuring.
 
     Raises:
         BundleError: matplotlib is missing.
@@ -143,8 +150,9 @@ def drawing() -> Callable:
 
 
 def changes(folder: ModelFolder, current: Candidate, best: Candidate) -> dict:
-    """Return what to change in model-config.yaml. `maxWorkers` is the limit up to which the management API may scale:
-    it is raised where it must be.
+    """Return what to change in model-config.yaml.
+
+    `maxWorkers` is only raised, and only if it is too low: it is the user's limit for scaling.
     """
     now = settings_of(current)
     wanted = {keys: value for keys, value in settings_of(best).items() if value != now[keys]}
@@ -157,8 +165,14 @@ def changes(folder: ModelFolder, current: Candidate, best: Candidate) -> dict:
 def write_down(folder: ModelFolder, found: dict, picture: bytes, wanted: dict, patch: Path | None) -> list[str]:
     """Write the evidence, and the new settings or a patch; return lines that say where.
 
+    Args:
+        found: the evidence.
+        picture: the chart, SVG.
+        wanted: the changes of model-config.yaml.
+        patch: the file for a diff, which is written instead of the new settings.
+
     Raises:
-        BundleError: the file cannot be edited; the message has what to write there by hand.
+        BundleError: the file cannot be edited; the message has the changes to make by hand.
     """
     beside = patch.parent / patch.stem if patch else folder.path / "tuning"
     for ending, content in ((".json", json.dumps(found, indent=1) + "\n"), (".svg", picture)):
@@ -168,7 +182,7 @@ def write_down(folder: ModelFolder, found: dict, picture: bytes, wanted: dict, p
     old = file.read_text()
     new = yaml_edit.edited(old, wanted)
     if old == new:
-        return [*lines, f"{relative(file)} stays as it is."]
+        return [*lines, f"{relative(file)} is unchanged."]
     if patch:
         write_atomically(patch, yaml_edit.difference(old, new, relative(file)))
         return [*lines, f"Patch: {patch}. Apply it: git apply {patch}"]

@@ -1,4 +1,4 @@
-"""Which settings can be tried: workers x threads x batch size x delay x precision, less what cannot win."""
+"""List the settings to try: workers x threads x batch size x delay x precision, without those that cannot win."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from math import log2
 
 DELAYS = (1, 2, 5, 10)  # ms
 LARGEST_BATCH = 64
-# How much one step on an axis tells candidates apart. Delay is half a step: under load, batches fill before it is over.
+# How much one step on an axis makes candidates differ. Delay counts half: under load, batches fill before it is over.
 WEIGHTS = {"workers": 1.0, "threads": 1.0, "batch_size": 1.0, "delay": 0.5}
 OTHER_PRECISION = 2.0
 
@@ -17,9 +17,9 @@ class Candidate:
 
     Attributes:
         threads: intra-op threads of a worker.
-        batch_size: at most so many requests in one batch.
-        delay: ms that a batch waits to fill.
-        precision: as handlers/core/precision.py names them.
+        batch_size: the most requests in one batch.
+        delay: how long a batch waits to fill, in ms.
+        precision: one of those in handlers/core/precision.py.
     """
 
     workers: int
@@ -32,6 +32,7 @@ class Candidate:
         return f"workers {self.workers}, threads {self.threads}, {self._rest()}"
 
     def short(self) -> str:
+        """Return the settings in a few words, for a progress bar."""
         return f"{self.workers} x {self.threads}, {self._rest()}"
 
     def _rest(self) -> str:
@@ -47,21 +48,22 @@ def space(
     longest_delay: float,
     on_gpu: bool = False,
 ) -> list[Candidate]:
-    """Every candidate worth trying.
+    """Return every candidate that is worth trying.
 
     Args:
-        cores: that workers and their threads share.
-        largest_batch: the largest whose answers TorchServe takes from a worker.
-        largest_load: the most requests that are ever on their way: a batch beyond a worker's share of them never fills.
-        longest_delay: seconds. A lone request waits the delay out.
-        on_gpu: the model computes there, and threads on the CPU do not matter.
+        cores: number of cores that the workers and their threads share.
+        precisions: the precisions to try.
+        largest_batch: the largest batch whose response TorchServe accepts.
+        largest_load: the most requests in flight. A batch that is larger than a worker's share of them never fills.
+        longest_delay: in seconds. A lone request waits for the whole delay.
+        on_gpu: whether the model runs on a GPU, where threads of the CPU do not matter.
     """
     delays = [delay for delay in DELAYS if delay / 1000 <= longest_delay] or [min(DELAYS)]
     found = []
     for precision in precisions:
         for workers in steps(cores):
             for threads in [1] if on_gpu else steps(cores // workers):
-                found.append(Candidate(workers, threads, 1, min(DELAYS), precision))  # alone in a batch, none waits
+                found.append(Candidate(workers, threads, 1, min(DELAYS), precision))  # a batch of one never waits
                 sizes = [size for size in powers(min(largest_batch, LARGEST_BATCH)) if size > 1]
                 found += [
                     Candidate(workers, threads, size, delay, precision)
@@ -73,30 +75,31 @@ def space(
 
 
 def steps(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself."""
+    """Return the powers of 2 up to `most`, and `most` itself."""
     return sorted({*powers(most), most})
 
 
 def powers(most: int) -> list[int]:
+    """Return the powers of 2 up to `most`."""
     return [2**exponent for exponent in range(most.bit_length()) if 2**exponent <= most]
 
 
 def distance(one: Candidate, other: Candidate) -> float:
-    """In steps, all axes added up; an axis counts in powers of two."""
+    """Return how many steps the candidates differ by, added over all axes; a step doubles a value."""
     along = sum(weight * abs(log2(getattr(one, axis)) - log2(getattr(other, axis))) for axis, weight in WEIGHTS.items())
     return along + OTHER_PRECISION * (one.precision != other.precision)
 
 
 def spread(candidates: list[Candidate], first: Candidate, count: int) -> list[Candidate]:
-    """`first`, and up to `count` - 1 of the candidates: each time the one that is farthest from all that are taken.
+    """Return `first` and up to `count` - 1 candidates, chosen to be far from each other.
 
-    (Gonzalez 1985: the farthest-first traversal covers a space within twice the least possible radius.) A part of it
-    is the start of a longer one, and nothing is left to chance.
+    Each is the one that is farthest from all those before it (Gonzalez 1985: the farthest-first traversal covers a
+    space within twice the smallest possible radius). The choice is deterministic; a smaller `count` gives a prefix.
     """
     taken = [first]
     nearest = {candidate: distance(candidate, first) for candidate in candidates if candidate != first}
     while nearest and len(taken) < count:
-        farthest = max(nearest, key=nearest.__getitem__)  # of equals, the first
+        farthest = max(nearest, key=nearest.__getitem__)  # the first of equals
         taken.append(farthest)
         del nearest[farthest]
         nearest = {candidate: min(gap, distance(candidate, farthest)) for candidate, gap in nearest.items()}
@@ -104,9 +107,10 @@ def spread(candidates: list[Candidate], first: Candidate, count: int) -> list[Ca
 
 
 def neighbours(candidates: Iterable[Candidate], leader: Candidate) -> list[Candidate]:
-    """What differs from the leader by a step of batch size or delay: first by batch size, first the larger one.
+    """Return the candidates that differ from the leader by one step of batch size or delay.
 
-    Workers and threads have few values, which `spread` reaches by itself.
+    Those with another batch size come first, the larger one before the smaller one. Workers and threads have few
+    values, so `spread` reaches all of them.
     """
     near = [
         candidate

@@ -1,4 +1,4 @@
-"""A TorchServe for measuring: candidates are served by it, one after the other, and loaded with wrk."""
+"""Serve candidates on a TorchServe for measurements, and load them with wrk."""
 
 import json
 import math
@@ -16,11 +16,11 @@ import yaml
 from bundle import mar
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
-from bundle.load.generator import Load, closed_loop, open_loop
+from bundle.load.generator import LoadResult, closed_loop, open_loop
 from bundle.samples import first, headers
 from bundle.server.client import Client
 from bundle.server.http import SECONDS, session
-from bundle.server.process import Running, Server
+from bundle.server.process import Server
 from bundle.server.readiness import last_words, start_version
 from bundle.server.rollout import withdraw
 from bundle.server.settings import Settings
@@ -34,7 +34,7 @@ WARM_UP_SECONDS = 1.0
 
 
 def settings_of(candidate: Candidate) -> dict[Keys, int | str]:
-    """The candidate, as model-config.yaml has it."""
+    """Return the candidate's settings, by their place in model-config.yaml."""
     return {
         ("minWorkers",): candidate.workers,
         ("maxWorkers",): candidate.workers,
@@ -47,7 +47,7 @@ def settings_of(candidate: Candidate) -> dict[Keys, int | str]:
 
 @dataclass(frozen=True)
 class Input:
-    """A file to send."""
+    """A file to send as a request."""
 
     file: Path
     body: bytes
@@ -59,14 +59,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Service:
-    """A candidate that is served.
+    """A candidate that is being served.
 
     Attributes:
         url: of its predictions.
-        start_seconds: how long it took until it served.
-        memory: bytes resident of its workers.
-        precision: that the workers compute in; "" where the handler does not tell.
-        answer_bytes: the length of its longest answer.
+        inputs: what to send; several take turns.
+        start_seconds: how long it took to start.
+        memory: resident memory of its workers, in bytes.
+        precision: the precision that the workers compute in; "" if the handler does not describe it.
+        answer_bytes: length of its longest answer.
     """
 
     candidate: Candidate
@@ -77,47 +78,60 @@ class Service:
     precision: str
     answer_bytes: int
 
-    def load(self, concurrency: int, seconds: float, timeout: float) -> Load:
-        """A closed loop; with several inputs, one for each, of its share of the seconds.
+    def load(self, concurrency: int, seconds: float, timeout: float) -> LoadResult:
+        """Load the candidate in a closed loop; several inputs share the time.
+
+        Args:
+            concurrency: number of clients.
+            seconds: how long to send.
+            timeout: see `closed_loop`.
 
         Raises:
-            BundleError: nobody answers.
+            BundleError: wrk cannot connect.
         """
         share = seconds / len(self.inputs)
         loads = [closed_loop(self.url, i.body, i.headers, concurrency, share, timeout) for i in self.inputs]
         return joined(loads)
 
-    def random_arrivals(self, rate: float, seconds: float, timeout: float) -> Load:
-        """An open loop: requests come at random times, whether or not the server keeps up.
+    def random_arrivals(self, rate: float, seconds: float, timeout: float) -> LoadResult:
+        """Load the candidate in an open loop, with requests at random times; several inputs share the time.
+
+        Args:
+            rate: requests a second.
+            seconds: how long to send.
+            timeout: see `open_loop`.
 
         Raises:
-            BundleError: nobody answers.
+            BundleError: wrk cannot connect.
         """
         share = seconds / len(self.inputs)
         loads = [open_loop(self.url, i.body, i.headers, rate, share, LARGEST_LOAD, timeout) for i in self.inputs]
         return joined(loads)
 
 
-def joined(loads: list[Load]) -> Load:
-    """The loads of several inputs, as of one that asks for each of them equally often. The percentiles are those of the
-    slowest input: what all of them stay within.
+def joined(loads: list[LoadResult]) -> LoadResult:
+    """Return the result of a load that sends each of several inputs equally often.
+
+    The percentiles are those of the slowest input, so all inputs stay within them.
     """
-    return Load(
+    latencies = {name: max(getattr(load, name) for load in loads) for name in ("p50", "p95", "p99", "longest")}
+    return LoadResult(
         seconds=sum(load.seconds for load in loads),
         answered=sum(load.answered for load in loads),
         failed=sum(load.failed for load in loads),
         throughput=harmonic_mean([load.throughput for load in loads]),
-        **{name: max(getattr(load, name) for load in loads) for name in ("p50", "p95", "p99", "longest")},
+        **latencies,
     )
 
 
-class Bench:
-    """Starts TorchServe when it is entered, on free ports and without models, and stops it when it is left.
+class TrialServer:
+    """A TorchServe on free ports, without models, that runs inside a `with` block.
 
     Args:
-        archive: of the model.
-        inputs: to send, in turns.
-        run_dir: for the server's record and logs.
+        folder: the model's folder.
+        archive: the model's archive.
+        inputs: what to send; several take turns.
+        run_dir: the folder of the server's record and logs.
         store: an empty folder for the candidates' archives.
     """
 
@@ -125,10 +139,9 @@ class Bench:
         self.folder, self.archive, self.inputs, self.store = folder, archive, inputs, store
         self.version = mar.version(archive)
         self.server = Server(run_dir, Settings.isolated(store, load_models=""))
-        self.running: Running | None = None
         self.count = 0
 
-    def __enter__(self) -> "Bench":
+    def __enter__(self) -> "TrialServer":
         self.server.stop()  # what a killed predecessor may have left
         self.running = self.server.start([])
         try:
@@ -146,6 +159,11 @@ class Bench:
         return self.running.client()
 
     def wait_for_management(self, seconds: float = 60) -> None:
+        """Wait until the management API answers.
+
+        Raises:
+            BundleError: the server ended, or timed out.
+        """
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -157,14 +175,15 @@ class Bench:
             time.sleep(0.1)
 
     def lives(self) -> bool:
+        """Return whether the server still runs."""
         return self.running.process() is not None
 
     @contextmanager
     def started(self, candidate: Candidate) -> Iterator[Service]:
-        """Serves a candidate, warmed up, until the block ends.
+        """Serve a candidate, warmed up, until the block ends.
 
         Raises:
-            BundleError: its workers do not come up, or do not answer an input as they must.
+            BundleError: its workers do not start, or an answer is an error or not the expected one.
         """
         self.count += 1
         name = f"tune-{self.count}"
@@ -179,53 +198,56 @@ class Bench:
             load = min(LARGEST_LOAD, 2 * candidate.workers * candidate.batch_size)
             closed_loop(url, self.inputs[0].body, self.inputs[0].headers, load, WARM_UP_SECONDS)
             seconds = time.monotonic() - start
-            described = self.client.describe(name)
-            memory, precision = resident(described), self.precision(name)
+            memory, precision = resident(self.client.describe(name) or {}), self.precision(name)
             yield Service(candidate, url, self.inputs, seconds, memory, precision, answer_bytes)
         finally:
             file.unlink(missing_ok=True)
             if self.lives():
-                with suppress(
-                    BundleError, requests.RequestException
-                ):  # the server ends with the search; the findings count
+                # the measurements are valid even if this fails, and the server ends with the search
+                with suppress(BundleError, requests.RequestException):
                     withdraw(self.client, name, self.version)
 
     def kept_precision(self, candidate: Candidate) -> str | list[str]:
-        """The candidate's; where the folder has the same, the archive's, which may have settled for fewer."""
+        """Return the precision for the candidate's archive.
+
+        It is the candidate's. For the folder's own setting it is the archive's, which has only accurate precisions.
+        """
         own = precision_name(precision_of(self.folder.config))
         return precision_of(mar.config(self.archive)) if candidate.precision == own else candidate.precision
 
     def check(self, url: str, sent: Input) -> int:
-        """Sends an input once, and returns the length of its answer.
+        """Send an input once, and return the length of its answer.
 
         Raises:
-            BundleError: the answer is an error, or to the folder's sample another than the folder expects.
+            BundleError: the answer is an error, or the sample's answer is not the one that the folder expects.
         """
         answer = session.post(url, data=sent.body, headers=sent.headers, timeout=SECONDS)
         if answer.status_code != 200:
-            raise BundleError(f"{self.folder.name} answers {sent.file} with {answer.status_code}.", answer.text)
+            raise BundleError(f"{self.folder.name} answered {sent.file} with {answer.status_code}.", answer.text)
         expected = self.folder.bundle.expect
         if sent.file == self.folder.sample_file and expected is not None:
             best = first(answer.json())
             if best is None or best.label != expected:
                 came = repr(best.label) if best else "an answer that is not a ranking"
-                raise BundleError(f"{self.folder.name} answers {sent.file} with {came}, not with {expected!r}.")
+                raise BundleError(f"{self.folder.name} answered {sent.file} with {came}, not with {expected!r}.")
         return len(answer.content)
 
     def precision(self, name: str) -> str:
-        """What `auto` came to."""
+        """Return the precision that the workers compute in; "" if the handler does not describe it."""
         try:
             url = f"{self.running.management}/models/{name}"
             [described] = session.get(url, params={"customized": "true"}, timeout=SECONDS).json()
-            told = described["customizedMetadata"]
-            return str((json.loads(told) if isinstance(told, str) else told)["precision"])
+            metadata = described["customizedMetadata"]
+            return str((json.loads(metadata) if isinstance(metadata, str) else metadata)["precision"])
         except (requests.RequestException, ValueError, KeyError, TypeError):
             return ""
 
 
 def variant(archive: Path, target: Path, candidate: Candidate, precision: str | list[str]) -> None:
-    """A copy of an archive with the candidate's settings, which stand above those of the registration, in the given
-    precision. It keeps no answers: the same few inputs come again and again.
+    """Write a copy of an archive with a candidate's settings, in the given precision.
+
+    TorchServe prefers an archive's settings to those of its registration. The copy does not cache answers, because the
+    same few inputs are sent again and again.
     """
     values = mar.config(archive)
     for keys, value in (settings_of(candidate) | {("handler", "precision"): precision}).items():
@@ -238,18 +260,19 @@ def variant(archive: Path, target: Path, candidate: Candidate, precision: str | 
 
 
 def precision_of(config: dict) -> str | list[str]:
-    """What a model-config.yaml says: a precision, auto, or a list to choose from."""
+    """Return the setting `precision` of a model-config.yaml: a precision, "auto", or a list to choose from."""
     return (config.get("handler") or {}).get("precision", "auto")
 
 
 def precision_name(precision: str | list[str]) -> str:
+    """Return the setting `precision` as one string."""
     return precision if isinstance(precision, str) else " or ".join(precision)
 
 
 def resident(described: dict) -> int:
-    """Bytes resident of a version's workers."""
+    """Return the resident memory of a version's workers, in bytes."""
     total = 0
-    for worker in described["workers"]:
+    for worker in described.get("workers", []):
         try:
             total += psutil.Process(int(worker["pid"])).memory_info().rss
         except (psutil.Error, ValueError):
@@ -258,10 +281,10 @@ def resident(described: dict) -> int:
 
 
 def largest_batch(limit: int, answer_bytes: int) -> int:
-    """How many answers of this length TorchServe takes at once: a larger response ends the worker.
+    """Return how many answers of this length fit in one response; a larger response ends the worker.
 
     Args:
-        limit: max_response_size.
+        limit: TorchServe's max_response_size, in bytes.
     """
-    overhead = 1024  # of an answer's headers and the like, generously
+    overhead = 1024  # of an answer: headers and the like, with room to spare
     return max(1, math.floor(limit / (answer_bytes + overhead)))

@@ -1,6 +1,7 @@
-"""Finds settings of a model: workers x threads x batch size x delay x precision, by measuring them under load.
+"""Search the fastest settings of a model by measuring them under load.
 
-The goal is the highest throughput at which the 99th percentile of the latency stays within a target.
+The settings are workers, threads, batch size, delay and precision. The goal is the highest throughput at which the p99
+latency stays within a target.
 """
 
 import os
@@ -17,14 +18,14 @@ import torch
 from bundle import mar
 from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.errors import BundleError, UsageError
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 from bundle.tuning import search
 from bundle.tuning.search import FINAL, Point, Score, Verdict
 from bundle.tuning.space import Candidate, neighbours, space, spread
 from bundle.tuning.trial_server import (
-    Bench,
     Input,
     Service,
+    TrialServer,
     largest_batch,
     precision_name,
     precision_of,
@@ -32,67 +33,78 @@ from bundle.tuning.trial_server import (
 from handlers.core.precision import INT8_NAME, Precision
 
 PRECISIONS = ("auto", *get_args(Precision))
-ROOM = 0.6  # of the free memory, for the finalists side by side
+ROOM = 0.6  # share of the free memory that finalists served at the same time may take
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-RUNG_OVERHEAD = 0.4  # seconds: wrk's start, and the last answers
+RUNG_OVERHEAD = 0.4  # seconds of a measurement for wrk's start and the last answers
 
 
 def check_precisions(names: list[str], current: str, folder: ModelFolder, archive: Path) -> None:
-    """Raises:
-    BundleError: the archive cannot be served in one of them, or must not.
+    """Check that the archive can be served in these precisions.
+
+    Args:
+        current: the folder's own setting, which is always allowed.
+
+    Raises:
+        BundleError: the archive has no int8 module, or a precision is not accurate enough.
     """
     if "int8" in names and INT8_NAME not in mar.names(archive):
-        raise BundleError(f"{folder.name} has no int8 module. Ask for one in its {CONFIG_NAME}: bundle: int8: true")
+        raise BundleError(f"{folder.name} has no int8 module. Set bundle: int8: true in its {CONFIG_NAME}.")
     kept = precision_of(mar.config(archive))
     if kept == precision_of(folder.config):
         return
-    right = {"float32", *([kept] if isinstance(kept, str) else kept)}
-    if coarse := [name for name in names if name not in {current, *right}]:
+    accurate = {"float32", *([kept] if isinstance(kept, str) else kept)}
+    if inaccurate := [name for name in names if name not in {current, *accurate}]:
         raise BundleError(
-            f"Not {coarse[0]}: on its examples, {folder.name} is right in {', '.join(sorted(right))} only."
+            f"{folder.name} is not accurate enough in {inaccurate[0]} on its examples. Choose among: "
+            f"{', '.join(sorted(accurate))}."
         )
 
 
 def current_settings(folder: ModelFolder) -> Candidate:
-    """What the folder's model-config.yaml says, and where it does not, TorchServe's defaults."""
+    """Return the settings of the folder's model-config.yaml, with TorchServe's defaults for those that are missing."""
     config, handler = folder.config, folder.config.get("handler") or {}
     return Candidate(
         workers=int(config.get("minWorkers") or 1),
         threads=int(handler.get("threads") or 1),
         batch_size=int(config.get("batchSize") or 1),
-        delay=int(config.get("maxBatchDelay") or 100),  # TorchServe takes 0 for 100
+        delay=int(config.get("maxBatchDelay") or 100),  # TorchServe takes 0 as 100
         precision=precision_name(precision_of(config)),
     )
 
 
 def read_inputs(folder: ModelFolder, files: Sequence[Path]) -> list[Input]:
-    """Read the files, or the folder's own sample.
+    """Read the files or, without files, the folder's sample.
 
     Raises:
-        UsageError: there is none.
+        BundleError: a file is missing, or there are no files and the folder has no sample.
     """
-    if not files and folder.sample_file is None:
-        raise UsageError(f"{folder.name} has no sample of its own. Name what to send: --input FILE")
-    for file in files or [folder.existing(folder.bundle.sample)]:
+    if not files:
+        if folder.bundle.sample is None:
+            raise UsageError(f"{folder.name} has no sample. Name a file to send: --input FILE")
+        files = [folder.existing(folder.bundle.sample)]
+    for file in files:
         if not file.is_file():
             raise UsageError(f"There is no file {file}.")
-    return [Input(file, file.read_bytes()) for file in files or [folder.sample_file]]
+    return [Input(file, file.read_bytes()) for file in files]
 
 
 def on_gpu() -> bool:
+    """Return whether the workers compute on a GPU."""
     return torch.cuda.is_available()
 
 
 def cores() -> int:
-    """Of this process: physical ones, for two threads on one core's halves get in each other's way; in a container, no
-    more than its share of processor time.
+    """Return the number of cores that this process can use.
+
+    Physical cores, because two threads on one physical core slow each other down. In a container, not more than its
+    share of processor time.
     """
     usable = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or os.cpu_count() or 1)
     return max(1, min(usable, round(quota(CPU_QUOTA))))
 
 
 def quota(file: Path) -> float:
-    """Cores' worth of time that a control group may use (Linux, cgroup v2); without a limit, the number of all."""
+    """Return the limit of a control group's processor time, in cores (Linux, cgroup v2); else the number of cores."""
     try:
         time_allowed, period = file.read_text().split()
         return int(time_allowed) / int(period)
@@ -101,37 +113,47 @@ def quota(file: Path) -> float:
 
 
 class Tuning:
-    """One search.
+    """The rounds and the final of one search.
 
     Args:
-        target: seconds that the 99th percentile may take.
-        budget: seconds for all of it.
-        show: is told what is going on, and the best score so far.
+        trial_server: serves the candidates.
+        current: the current settings.
+        precisions: the precisions to try.
+        target: of the p99 latency, in seconds.
+        budget: how long to search, in seconds.
+        show: receives the current step, and the best score so far.
 
     Attributes:
-        points: everything that was measured, in order.
-        broken: candidates that could not be served, and why.
-        precisions: what the candidates computed in.
+        points: every measurement, in order.
+        broken: the candidates that could not be served, and why.
+        precisions: the precision that each candidate computed in.
+        candidates: every candidate that is worth trying.
+        final: for each finalist, the measurements by concurrency, of each turn.
+        steady: for each finalist, the result of requests at random times.
+        best: the best score so far, and its candidate.
+        scores: the last score of each candidate.
+        memory: the workers' resident memory of each candidate, in bytes.
+        starts: how long each start took, in seconds.
     """
 
     def __init__(
         self,
-        bench: Bench,
+        trial_server: TrialServer,
         current: Candidate,
         precisions: list[str],
         target: float,
         budget: float,
         show: Callable[[str, Score | None], None],
     ):
-        self.bench, self.current, self.precisions_wanted = bench, current, precisions
+        self.trial_server, self.current, self.precisions_wanted = trial_server, current, precisions
         self.target, self.budget, self.show = target, budget, show
         self.deadline = time.monotonic() + budget
         self.points: list[Point] = []
         self.broken: dict[Candidate, str] = {}
         self.precisions: dict[Candidate, str] = {}
         self.candidates: list[Candidate] = []
-        self.final: dict[Candidate, list[dict[int, Load]]] = {}
-        self.steady: dict[Candidate, Load] = {}
+        self.final: dict[Candidate, list[dict[int, LoadResult]]] = {}
+        self.steady: dict[Candidate, LoadResult] = {}
         self.best: tuple[Score, Candidate] | None = None
         self.scores: dict[Candidate, Score] = {}
         self.memory: dict[Candidate, int] = {}
@@ -140,8 +162,10 @@ class Tuning:
         self.timeout = max(10.0, 2 * target)
 
     def run(self) -> Verdict:
-        """Raises:
-        BundleError: the current settings cannot be served, or nothing reaches the target.
+        """Search, and decide.
+
+        Raises:
+            BundleError: the current settings cannot be served, or no candidate meets the target.
         """
         field = self.field()
         self.finals(search.halve(field, self.judge, lambda leader: neighbours(self.candidates, leader)))
@@ -151,6 +175,7 @@ class Tuning:
         return verdict
 
     def nearest(self) -> str:
+        """Describe the measurement that came closest to the target."""
         whole = [point for point in self.points if point.load.answered and not point.load.failed]
         if not whole:
             return "None of them answered without failures."
@@ -163,18 +188,19 @@ class Tuning:
         )
 
     def field(self) -> list[Candidate]:
-        """The current settings are measured first: they show what a start, an answer and a request cost here."""
-        self.say(f"round 1, as it is: {self.current.short()}")
-        with self.bench.started(self.current) as service:
-            self.learn(service)
+        """Measure the current settings, and return the candidates of the first round.
+
+        The current settings show how long a start and a request take on this machine, and how long an answer is.
+        """
+        self.report(f"round 1, current settings: {self.current.short()}")
+        with self.trial_server.started(self.current) as service:
+            self.record_start(service)
             alone = service.load(1, search.SHORTEST, timeout=self.timeout)
-            self.shortest = search.shortest(alone.p50, len(self.bench.inputs))
+            self.shortest = search.shortest(alone.p50, len(self.trial_server.inputs))
             self.climb(service, "round 1", search.COARSE, self.shortest)
-        limit = largest_batch(int(self.bench.server.settings["max_response_size"]), service.answer_bytes)
+        limit = largest_batch(int(self.trial_server.server.settings["max_response_size"]), service.answer_bytes)
         waited = self.current.delay / 1000 if self.current.batch_size > 1 else 0
-        longest_delay = min(
-            self.target / 2, alone.p50 - waited
-        )  # so that waiting at most doubles a lone request's time
+        longest_delay = min(self.target / 2, alone.p50 - waited)  # waiting at most doubles the time of a lone request
         largest_load = search.LARGEST_LOAD
         self.candidates = space(cores(), self.precisions_wanted, limit, largest_load, longest_delay, on_gpu())
         left = self.deadline - time.monotonic()
@@ -182,7 +208,16 @@ class Tuning:
         return spread(self.candidates, self.current, count)
 
     def judge(self, field: Sequence[Candidate], number: int, rounds_left: int) -> dict[Candidate, Score]:
-        """A round: each candidate is started, and loaded as long as the round's share of the time allows."""
+        """Measure each candidate of a round, in its share of the remaining time.
+
+        Args:
+            field: the candidates.
+            number: of the round, from 1.
+            rounds_left: the number of rounds that are left, this one and the final included.
+
+        Returns:
+            the scores of the candidates that were measured.
+        """
         left = self.deadline - time.monotonic()
         share = left / rounds_left
         until = time.monotonic() + 1.5 * share
@@ -193,18 +228,18 @@ class Tuning:
             if number == 1 and candidate in self.scores:
                 scores[candidate] = self.scores[candidate]
                 continue
-            enough = number > 1 or len(scores) >= search.FINALISTS  # however short the time, something is compared
+            enough = number > 1 or len(scores) >= search.FINALISTS  # compare at least these, however short the time
             if enough and time.monotonic() > until:
                 break
             stage = f"round {number}"
-            self.say(f"{stage}, {place}/{len(field)}: {candidate.short()}")
-            with self.spared(candidate), self.bench.started(candidate) as service:
-                self.learn(service)
+            self.report(f"{stage}, {place}/{len(field)}: {candidate.short()}")
+            with self.skip_if_broken(candidate), self.trial_server.started(candidate) as service:
+                self.record_start(service)
                 scores[candidate] = self.climb(service, stage, self.rungs(candidate), seconds)
         return scores
 
     def finals(self, finalists: Sequence[Candidate]) -> None:
-        """The finalists and the current settings, in turns, so that whatever disturbs the machine disturbs them all."""
+        """Measure the finalists and the current settings in turns, so that other load on the machine affects all."""
         entrants = list(dict.fromkeys([*finalists, self.current]))
         free = ROOM * psutil.virtual_memory().available
         together = sum(self.memory.get(entrant, 0) for entrant in entrants) < free and not on_gpu()
@@ -216,68 +251,79 @@ class Tuning:
         )
         self.final = {entrant: [] for entrant in entrants}
         with ExitStack() as stack:
-            served = {}
+            served: dict[Candidate, Service] = {}
             for entrant in entrants if together else []:
-                self.say(f"final, start: {entrant.short()}")
-                with self.spared(entrant):
-                    served[entrant] = stack.enter_context(self.bench.started(entrant))
+                self.report(f"final, start: {entrant.short()}")
+                with self.skip_if_broken(entrant):
+                    served[entrant] = stack.enter_context(self.trial_server.started(entrant))
             for turn in range(search.REPEATS):
                 for entrant in list(self.final):
-                    self.say(f"final {turn + 1}/{search.REPEATS}: {entrant.short()}")
-                    opened = nullcontext(served[entrant]) if together else self.bench.started(entrant)
-                    with self.spared(entrant), opened as service:
+                    self.report(f"final {turn + 1}/{search.REPEATS}: {entrant.short()}")
+                    opened = nullcontext(served[entrant]) if together else self.trial_server.started(entrant)
+                    with self.skip_if_broken(entrant), opened as service:
                         self.final[entrant].append(self.turn(service, seconds))
                         if turn == search.REPEATS - 1:
                             self.steady |= self.random_arrivals(service, seconds)
 
-    def turn(self, service: Service, seconds: float) -> dict[int, Load]:
-        """Finds its own loads, lest a disturbed turn decide for the others, and repeats those of the earlier turns."""
+    def turn(self, service: Service, seconds: float) -> dict[int, LoadResult]:
+        """Measure a finalist once, by concurrency.
+
+        Each turn climbs by itself, so that a disturbed turn does not decide which concurrencies the others measure. It
+        then measures the concurrencies of the earlier turns, too.
+        """
         candidate = service.candidate
 
-        def measure(concurrency: int) -> Load:
+        def measure(concurrency: int) -> LoadResult:
             return self.measure(service, FINAL, concurrency, seconds)
 
         loads = search.climb(measure, self.rungs(candidate), self.target)
         missing = set().union(*self.final[candidate]) - set(loads)
         return loads | {concurrency: measure(concurrency) for concurrency in sorted(missing)}
 
-    def random_arrivals(self, service: Service, seconds: float) -> dict[Candidate, Load]:
-        """None for a candidate that missed the target anyway."""
+    def random_arrivals(self, service: Service, seconds: float) -> dict[Candidate, LoadResult]:
+        """Measure a finalist with requests at random times; return nothing for one that missed the target."""
         throughput = search.score(search.medians(self.final[service.candidate]), self.target).throughput
         if not throughput:
             return {}
-        self.say(f"final, random arrivals: {service.candidate.short()}")
+        self.report(f"final, random arrivals: {service.candidate.short()}")
         return {service.candidate: service.random_arrivals(search.UTILISATION * throughput, seconds, self.timeout)}
 
     def rungs(self, candidate: Candidate) -> Sequence[int]:
-        """Coarse for one that is new, fine near its best for one that was measured."""
+        """Return coarse rungs for a new candidate, and fine rungs near its best for one that was measured."""
         known = self.scores.get(candidate)
         return search.rising(known.concurrency) if known else search.COARSE
 
     def climb(self, service: Service, stage: str, steps: Sequence[int], seconds: float) -> Score:
+        """Climb once, and record the score."""
         loads = search.climb(lambda step: self.measure(service, stage, step, seconds), steps, self.target)
         score = self.scores[service.candidate] = search.score(loads, self.target)
         if self.best is None or score > self.best[0]:
             self.best = score, service.candidate
         return score
 
-    def measure(self, service: Service, stage: str, concurrency: int, seconds: float) -> Load:
+    def measure(self, service: Service, stage: str, concurrency: int, seconds: float) -> LoadResult:
+        """Measure once, and record the point."""
         load = service.load(concurrency, seconds, timeout=self.timeout)
         self.points.append(Point(service.candidate, stage, concurrency, load))
         return load
 
-    def learn(self, service: Service) -> None:
+    def record_start(self, service: Service) -> None:
+        """Record what the start of a candidate showed."""
         self.starts.append(service.start_seconds)
         self.memory[service.candidate] = service.memory
         self.precisions[service.candidate] = service.precision
 
     @contextmanager
-    def spared(self, candidate: Candidate) -> Iterator[None]:
-        """A candidate that cannot be served is out; without a server, or the current settings, all is."""
+    def skip_if_broken(self, candidate: Candidate) -> Iterator[None]:
+        """Drop a candidate that cannot be served.
+
+        Raises:
+            BundleError: the server ended, or the current settings cannot be served: the search cannot go on.
+        """
         try:
             yield
         except (BundleError, requests.RequestException) as error:
-            if not self.bench.lives():
+            if not self.trial_server.lives():
                 raise BundleError(f"TorchServe ended while it served {candidate}.", str(error)) from error
             if candidate == self.current:
                 raise
@@ -285,8 +331,9 @@ class Tuning:
             self.final.pop(candidate, None)
 
     def start_seconds(self) -> float:
-        """The mean of the starts so far; the end of a candidate is short."""
+        """Return the mean time of a start so far. Removing a candidate takes no time worth counting."""
         return sum(self.starts) / len(self.starts)
 
-    def say(self, doing: str) -> None:
-        self.show(doing, self.best[0] if self.best else None)
+    def report(self, step: str) -> None:
+        """Show the current step, and the best score so far."""
+        self.show(step, self.best[0] if self.best else None)

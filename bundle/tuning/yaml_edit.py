@@ -1,7 +1,7 @@
-"""Changes values in a model-config.yaml, and nothing else of its text.
+"""Change values in a model-config.yaml, and nothing else in its text.
 
-PyYAML says where in the text each value stands, so comments, order, quotes and spacing stay what they are byte by byte;
-a library that reads and writes the whole file again would set it in its own style.
+PyYAML knows the position of each value in the text, so comments, order, quotes and spacing stay the same, byte by byte.
+A library that parses the file and writes it again would change its style.
 """
 
 import difflib
@@ -15,17 +15,17 @@ Keys = tuple[str, ...]  # keys from the top of the document
 
 
 def edited(text: str, changes: dict[Keys, int | str]) -> str:
-    """The text with these values; a key that is not there is put at the top, or at its section's.
+    """Return the text with these values; a missing key is added at the top of the text, or of its section.
 
     Args:
-        changes: by path: ("batchSize",), ("handler", "threads").
+        changes: new values by path: ("batchSize",), ("handler", "threads").
 
     Raises:
-        BundleError: the text's structure does not allow it (an anchor, a section in flow style).
+        BundleError: the structure of the text is too complex (an anchor, a section in flow style).
     """
     expected = yaml.safe_load(text)
     if not isinstance(expected, dict):
-        raise BundleError("The file must hold a mapping.")
+        raise BundleError("The file must be a mapping.")
     try:
         for path, value in changes.items():
             if get(expected, path) != value:
@@ -36,35 +36,41 @@ def edited(text: str, changes: dict[Keys, int | str]) -> str:
         as_expected = False
     if not as_expected:
         wanted = ", ".join(f"{'.'.join(path)}: {value}" for path, value in changes.items())
-        raise BundleError(f"The file's YAML is too intricate to edit. Set by hand: {wanted}")
+        raise BundleError(f"The file's YAML is too complex to edit automatically. Set by hand: {wanted}")
     return text
 
 
-def get(content: dict, path: Keys) -> object:
+def get(content: object, path: Keys) -> object:
+    """Return the value at a path; None if it is missing."""
     for key in path:
         content = content.get(key) if isinstance(content, dict) else None
     return content
 
 
 def put(content: dict, path: Keys, value: int | str | list[str]) -> None:
+    """Set the value at a path, and add the sections that are missing."""
     for key in path[:-1]:
-        content[key] = dict(content.get(key) or {})  # a copy: an alias would change with its anchor
+        content[key] = dict(content.get(key) or {})  # a copy, because an alias shares its value with the anchor
         content = content[key]
     content[path[-1]] = value
 
 
 def with_value(text: str, path: Keys, value: int | str) -> str:
-    node = yaml.compose(text)
+    """Return the text, a mapping, with this value."""
+    section = yaml.compose(text)
+    assert isinstance(section, yaml.MappingNode)  # `edited` has checked it
     for depth, key in enumerate(path):
-        found = next((held for name, held in node.value if name.value == key), None)
-        if found is None or (depth < len(path) - 1 and not isinstance(found, yaml.MappingNode)):
-            return with_key(text, node, path[depth:], value, found)
-        node = found
-    return replaced(text, node.start_mark.index, node.end_mark.index, str(value))
+        found = next((node for name, node in section.value if name.value == key), None)
+        if found is not None and depth == len(path) - 1:
+            return replaced(text, found.start_mark.index, found.end_mark.index, str(value))
+        if not isinstance(found, yaml.MappingNode):
+            break
+        section = found
+    return with_key(text, section, path[depth:], value, found)
 
 
 def replaced(text: str, start: int, end: int, value: str) -> str:
-    """A comment behind the value keeps its column, where it has room."""
+    """Return the text with another value from `start` to `end`. A comment after it keeps its column if possible."""
     rest = text[end:]
     spaces = re.match(r" {2,}(?=#)", rest)
     if spaces:
@@ -73,11 +79,17 @@ def replaced(text: str, start: int, end: int, value: str) -> str:
     return text[:start] + value + rest
 
 
-def with_key(text: str, node: yaml.MappingNode, path: Keys, value: int | str, held: yaml.Node | None) -> str:
-    """Puts a key in front of the section's others; a whole section, at the end of the text."""
+def with_key(text: str, node: yaml.MappingNode, path: Keys, value: int | str, empty: yaml.Node | None) -> str:
+    """Return the text with a new key: the first one of its section, or in a new section at the end.
+
+    Args:
+        node: the innermost section on the path that exists.
+        path: the part of the path inside of that section.
+        empty: the value of a section that is there without keys (`handler:`), or None.
+    """
     if len(path) == 2:
-        if held is not None:  # `handler:` with nothing in it
-            return replaced(text, held.start_mark.index, held.end_mark.index, f"\n  {path[1]}: {value}")
+        if empty is not None:
+            return replaced(text, empty.start_mark.index, empty.end_mark.index, f"\n  {path[1]}: {value}")
         return f"{text.rstrip()}\n\n{path[0]}:\n  {path[1]}: {value}\n"
     if node.flow_style:
         start = node.start_mark.index + 1
@@ -87,6 +99,6 @@ def with_key(text: str, node: yaml.MappingNode, path: Keys, value: int | str, he
 
 
 def difference(old: str, new: str, name: str) -> str:
-    """A unified diff that `git apply` and `patch -p1` take; "" where nothing differs."""
+    """Return a unified diff for `git apply` or `patch -p1`; "" if nothing differs."""
     lines = difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"a/{name}", f"b/{name}")
     return "".join(lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bundle.errors import BundleError
 from bundle.files import write_atomically
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 
 OURS = "bundle"  # the system that is compared with its peers
 LIMIT = "in-process limit"
@@ -37,7 +37,7 @@ class Measurement:
     clients: int | None
     rate: float | None
     rate_of: str | None
-    load: Load
+    load: LoadResult
     cpu_seconds: float
     others: float
     memory: int
@@ -154,7 +154,7 @@ class Results:
             ) from exc
 
 
-def few_failed(loads: list[Load]) -> bool:
+def few_failed(loads: list[LoadResult]) -> bool:
     failed = sum(load.failed for load in loads)
     return failed <= TOLERATED * sum(load.answered + load.failed for load in loads)
 
@@ -168,5 +168,5 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_load(content: dict) -> Load:
-    return Load(**content | {name: math.inf for name in LATENCIES if content[name] is None})
+def read_load(content: dict) -> LoadResult:
+    return LoadResult(**content | {name: math.inf for name in LATENCIES if content[name] is None})

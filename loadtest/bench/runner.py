@@ -14,7 +14,7 @@ from typing import Protocol
 import requests
 
 from bundle.errors import BundleError
-from bundle.load.generator import Load, closed_loop, open_loop
+from bundle.load.generator import LoadResult, closed_loop, open_loop
 from loadtest.bench import usage
 from loadtest.bench.cases import Case
 from loadtest.bench.paths import ROOT
@@ -221,7 +221,7 @@ class Runner:
         clients: int | None = None,
         rate: float | None = None,
         rate_of: str | None = None,
-    ) -> Load:
+    ) -> LoadResult:
         roots = (endpoint.pid, *endpoint.pids)
         meter = usage.Meter(roots)
         target = (endpoint.url, endpoint.body, endpoint.headers)

@@ -116,7 +116,7 @@ def test_register_folder_starts_no_worker(trusting: Place, good: Path, store: Pa
     registered = register(trusting, str(folder) if where == "outside" else "other")
     assert registered.status_code == 500, registered.text
     wait_for_failure(
-        trusting, "elsewhere", f"{folder} is refused: it did not come out of an archive of the model store"
+        trusting, "elsewhere", f"{folder} is refused: it was not unpacked from an archive of the model store"
     )
 
 
@@ -137,7 +137,7 @@ def test_register_folder_with_its_own_python_never_runs_it(trusting: Place, good
     assert registered.status_code == 400, registered.text
     assert trusting.client.workers("elsewhere").ready == 0
     trusting.client.unregister("elsewhere", "1.0")
-    wait_for(lambda: "none are installed for it" in (trusting.logs / "ts_log.log").read_text(), LOGGED)
+    wait_for(lambda: "Packages are not installed for a model" in (trusting.logs / "ts_log.log").read_text(), LOGGED)
     assert not (tmp_path / "mark").exists()
 
 

@@ -155,7 +155,7 @@ def test_malformed_http_reveals_nothing(leaky: Place, address, sent):
 @pytest.mark.parametrize(
     ("path", "sent", "echoed"),
     [
-        ("/predictions/text", {"json": {"a-field": 1}}, "Unknown field 'a-field'"),
+        ("/predictions/text", {"json": {"a-field": 1}}, 'Unknown field "a-field"'),
         ("/predictions/a-model", {"data": ""}, "Model not found: a-model"),
         (
             "/predictions/text",

@@ -22,15 +22,6 @@ from tests.server.place import Place
 from tests.shipped import SHIPPED
 from tests.support import wait_for
 
-FAILING_HANDLER = """
-from ts.torch_handler.base_handler import BaseHandler
-
-
-class Broken(BaseHandler):
-    def initialize(self, context):
-        raise RuntimeError("the licence has expired")
-"""
-
 
 def test_serve_again_changes_nothing(served):
     record = served.record()
@@ -245,13 +236,13 @@ def test_serve_with_an_invalid_handler_setting_names_it(place, elsewhere: Path):
     assert not place.processes()
 
 
-def test_serve_with_a_failing_handler_says_so_and_leaves_nothing(place, elsewhere: Path):
+def test_serve_with_a_failing_worker_shows_its_error_and_leaves_nothing(place, elsewhere: Path):
     config = elsewhere / "digits" / "model-config.yaml"
-    config.write_text(config.read_text().replace("handler: mnist", "handler: ./broken.py"))
-    (elsewhere / "digits" / "broken.py").write_text(FAILING_HANDLER)
+    config.write_text(config.read_text().replace("  threads: 1", "  threads: 1\n  precision: int8"))
     failed = place.bundle("serve", "digits")
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("error: A worker of digits failed: RuntimeError: ")
+    assert "A worker of digits failed" in failed.stderr.strip().splitlines()[-1]
+    assert "FileNotFoundError: the archive has no model.int8.pt" in failed.stderr
     assert not place.processes()
 
 

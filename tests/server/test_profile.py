@@ -10,7 +10,7 @@ from bundle.catalog import select
 from bundle.errors import BundleError
 from bundle.load import profile
 from bundle.paths import ROOT
-from tests.server.place import Place
+from tests.server.place import Place, serving
 
 
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
@@ -23,6 +23,15 @@ def test_profile_shows_the_time_of_each_stage_and_draws_a_flame_graph(served: Pl
         assert row in profiled.stdout
     assert re.search(r"\b0 failed", profiled.stdout), profiled.stdout
     assert "run_server" in graph.read_text()
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_profile_sends_a_json_sample_as_json(place: Place):
+    place.environment["BUNDLE_MODELS"] = str(ROOT / "tests" / "models")
+    with serving(place, "price"):
+        profiled = place.bundle("profile", "price", "--concurrency", "4", "--seconds", "2")
+    assert profiled.returncode == 0, profiled.stderr
+    assert re.search(r"\b0 failed", profiled.stdout), profiled.stdout
 
 
 def test_profile_of_a_model_that_is_not_served_exits_1(served: Place):
@@ -41,5 +50,5 @@ def test_profile_without_permission_for_py_spy_fails_before_the_load(monkeypatch
     ended.wait()
     monkeypatch.setattr(profile, "worker_pids", lambda *_: [ended.pid])
     monkeypatch.setattr(profile, "closed_loop", lambda *_: pytest.fail("the load started"))
-    with pytest.raises(BundleError, match="could not look into a worker"):
+    with pytest.raises(BundleError, match="could not read a worker's memory"):
         profile.profile(Server(), None, *select(["text"]), 8, 3)

@@ -21,7 +21,7 @@ from rich.table import Table
 from bundle.catalog import ModelFolder, select
 from bundle.cli.console import console, progress
 from bundle.errors import BundleError
-from bundle.load.generator import Load, closed_loop, open_loop
+from bundle.load.generator import LoadResult, closed_loop, open_loop
 from bundle.server.client import check_sample
 from bundle.server.process import Server
 from tests.server.place import Place, new_place
@@ -49,7 +49,7 @@ class Slice:
     """
 
     hours: float
-    loads: dict[str, Load]
+    loads: dict[str, LoadResult]
     memory: dict[str, float]
     descriptors: int
     workers: frozenset[int]
@@ -91,7 +91,7 @@ def soak(place: Place, folders: list[ModelFolder], minutes: float) -> tuple[dict
 
 
 def measured(
-    place: Place, java: psutil.Process, folders: list[ModelFolder], loads: dict[str, Load], hours: float
+    place: Place, java: psutil.Process, folders: list[ModelFolder], loads: dict[str, LoadResult], hours: float
 ) -> Slice:
     """Measure the processes, and return them with the load as a slice."""
     workers = {folder.name: [w["pid"] for w in place.client.describe(folder.name)["workers"]] for folder in folders}

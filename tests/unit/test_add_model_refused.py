@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-x", "a/b", "../up", "a b", "straße"])
 def test_add_model_invalid_name_is_rejected(workbench, name):
-    with pytest.raises(BundleError, match="is not a valid name for a model"):
+    with pytest.raises(BundleError, match="Invalid model name"):
         workbench.add(SmallNet(3, 32), name)
     assert not list(workbench.models.iterdir())
 
@@ -23,7 +23,7 @@ def test_add_model_invalid_name_is_rejected(workbench, name):
 def test_add_model_existing_name_is_rejected(workbench):
     (workbench.models / "theirs").mkdir()
     (workbench.models / "theirs" / "model-config.yaml").write_text("mine")
-    workbench.rejects(SmallNet(3, 32), "The name theirs is taken")
+    workbench.rejects(SmallNet(3, 32), "theirs exists already. Choose another NAME")
     assert (workbench.models / "theirs" / "model-config.yaml").read_text() == "mine"
 
 
@@ -66,11 +66,11 @@ def test_add_model_broken_file_is_rejected(workbench, damage):
             archived.writestr("readme.txt", "nothing")
     else:
         file.write_text("" if damage == "empty" else "not a model")
-    workbench.rejects(file, "is broken, or is not a TorchScript file")
+    workbench.rejects(file, "is damaged, or is not a TorchScript file")
 
 
 def test_add_model_wrong_number_of_labels_is_rejected(workbench):
-    workbench.rejects(SmallNet(3, 32, classes=6), "answers 6 classes, and .*labels.json has 7 labels")
+    workbench.rejects(SmallNet(3, 32, classes=6), "has 6 classes, but .*labels.json has 7 labels")
 
 
 def test_add_model_invalid_labels_are_rejected(workbench):
@@ -80,12 +80,12 @@ def test_add_model_invalid_labels_are_rejected(workbench):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Dictionary(3, 32), "out came a dict with the keys logits"),
-        (Segmenting(), r"out came shape \[1, 3, 224, 224\]"),
-        (SmallNet(3, 32, classes=1), r"out came shape \[1, 1\]"),
+        (Dictionary(3, 32), "returns a dict with the keys logits"),
+        (Segmenting(), r"returns the shape \[1, 3, 224, 224\]"),
+        (SmallNet(3, 32, classes=1), r"returns the shape \[1, 1\]"),
         (nn.Sequential(SmallNet(3, 32), nn.Threshold(1e9, float("nan"))), "numbers that are not finite"),
-        (WordNet(), "runs on no float32 image"),
-        (SmallNet(3, 32).half(), "weights are torch.float16: save it after model.float"),
+        (WordNet(), "does not run on float32 images"),
+        (SmallNet(3, 32).half(), r"weights are torch.float16: call model.float\(\) before"),
     ],
 )
 def test_add_model_unsupported_network_is_rejected(workbench, model, message):
@@ -94,7 +94,7 @@ def test_add_model_unsupported_network_is_rejected(workbench, model, message):
 
 def test_add_model_network_traced_for_one_input_is_rejected(workbench):
     traced = torch.jit.trace(OneAtATime(3, 32).eval(), torch.rand(1, 3, 32, 32))
-    workbench.rejects(traced, "one input at a time, and no batches")
+    workbench.rejects(traced, "takes one input, but not a batch")
 
 
 def test_add_model_network_traced_in_training_mode_is_rejected(workbench):
@@ -106,7 +106,7 @@ def test_add_model_network_traced_in_training_mode_is_rejected(workbench):
     "options", [{"mean": [0.5] * 3}, {"std": [0.5]}, {"mean": [0.5] * 2, "std": [0.5] * 2}, {"mean": [0.5], "std": [0]}]
 )
 def test_add_model_invalid_normalisation_is_rejected(workbench, options):
-    workbench.rejects(SmallNet(3, 32), "MEAN and STD belong together", **options)
+    workbench.rejects(SmallNet(3, 32), "MEAN and STD are invalid. Set both", **options)
 
 
 def test_add_model_digit_network_of_another_size_is_rejected(workbench):
@@ -116,7 +116,7 @@ def test_add_model_digit_network_of_another_size_is_rejected(workbench):
 def test_add_model_invalid_sample_is_rejected(workbench):
     image = workbench.files / "image.jpg"
     image.write_text("no image")
-    workbench.rejects(SmallNet(3, 32), "answers 400 .*not an image in a supported format", sample=image)
+    workbench.rejects(SmallNet(3, 32), "answered 400 .*not an image in a supported format", sample=image)
 
 
 def test_add_model_file_that_the_handler_cannot_load_is_rejected(workbench):
@@ -127,6 +127,6 @@ def test_add_model_file_that_the_handler_cannot_load_is_rejected(workbench):
 
 def test_add_model_network_for_another_input_is_rejected(workbench):
     error = workbench.rejects(
-        SmallNet(3, 32), r"does not take what the handler gives it: float32 \[1, 16000\]", handler="audio_mfcc"
+        SmallNet(3, 32), r"fails on the inputs that the handler makes: float32 \[1, 16000\]", handler="audio_mfcc"
     )
     assert error.details

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 from loadtest.bench import __main__ as command
 from loadtest.bench.results import Measurement, Results
 from tests import programs
 
 BEFORE = "# Benchmarks\n\n<!-- bench:start -->\nthe last full run\n<!-- bench:end -->\n"
-LOAD = Load(1, 900, 0, 900, 0.01, 0.015, 0.02, 0.05)
+LOAD = LoadResult(1, 900, 0, 900, 0.01, 0.015, 0.02, 0.05)
 
 
 @pytest.fixture

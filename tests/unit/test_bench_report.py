@@ -9,7 +9,7 @@ from PIL import Image, ImageColor
 
 from bundle import machine
 from bundle.errors import BundleError
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 from loadtest.bench import report
 from loadtest.bench.results import CONNECTIONS, ComparedAnswer, Failure, Limit, Measurement, Results
 from loadtest.bench.runner import connections
@@ -27,7 +27,7 @@ def measurement(
     others: float = 0.01,
 ) -> Measurement:
     answered = int(throughput * 2)
-    load = Load(2, answered, failed, throughput, *((0.01, 0.015, p99, 0.05) if answered else (math.inf,) * 4))
+    load = LoadResult(2, answered, failed, throughput, *((0.01, 0.015, p99, 0.05) if answered else (math.inf,) * 4))
     return Measurement(
         "text", system, round_, clients, rate, rate_of, load, cpu_seconds=1.0, others=others, memory=500_000_000
     )

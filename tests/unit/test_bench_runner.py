@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from bundle.errors import BundleError
-from bundle.load.generator import Load, closed_loop
+from bundle.load.generator import LoadResult, closed_loop
 from bundle.server.ports import free_ports
 from loadtest.bench import runner as bench
 from loadtest.bench import usage
@@ -172,7 +172,7 @@ def test_open_loop_at_the_best_peers_rate_has_the_same_warm_up(tmp_path: Path, m
     """The seconds of load before the open loop are equal."""
     begun: list[float] = []
 
-    def closed(*arguments: object) -> Load:
+    def closed(*arguments: object) -> LoadResult:
         begun[-1] += arguments[-1]
         return closed_loop(*arguments)
 

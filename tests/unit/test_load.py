@@ -241,7 +241,7 @@ def test_connection_closed_while_idle_is_not_a_failure():
 def test_load_without_a_server_raises_the_reason():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        with pytest.raises(BundleError, match="could not load") as caught:
+        with pytest.raises(BundleError, match="could not send requests to") as caught:
             load.closed_loop(f"http://127.0.0.1:{unused.getsockname()[1]}/", b"x", {}, 1, 1)
     assert "refused" in caught.value.details
 

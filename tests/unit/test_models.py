@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bundle.build.export import export, load
+from bundle.build.handler import load_handler
 from bundle.catalog import select
 from bundle.paths import ROOT
 
@@ -41,7 +42,7 @@ def test_recorded_accuracy_is_of_the_whole_test_set_and_high_enough(model):
     measured = metrics(model)
     assert measured["accuracy"] >= PROMISED[model]
     assert sum(map(sum, measured["confusion_matrix"])) == measured["data"]["test"] == TEST_INPUTS[model]
-    module, _ = load(FOLDERS[model])
+    module, _ = load(FOLDERS[model], load_handler(FOLDERS[model]))
     assert measured["parameters"] == sum(parameter.numel() for parameter in module.parameters())
     assert re.fullmatch("[0-9a-f]{40}", measured["commit"]), "the code that trained it was not committed"
 
@@ -64,7 +65,7 @@ def test_recorded_recall_of_out_of_scope_text_is_high_enough():
 def test_weights_are_small_and_outputs_match_the_labels(model):
     folder = FOLDERS[model]
     assert (folder.path / "weights.safetensors").stat().st_size < 6_000_000
-    module, [inputs, *_] = load(folder)
+    module, [inputs, *_] = load(folder, load_handler(folder))
     with torch.inference_mode():
         assert module(*inputs).shape == (1, len(folder.labels()))
     assert folder.bundle.expect in folder.labels()
@@ -74,7 +75,7 @@ def test_weights_are_small_and_outputs_match_the_labels(model):
 @pytest.mark.parametrize("model", PROMISED)
 def test_exported_module_computes_the_same_as_the_eager_one(model, tmp_path):
     """Compare other inputs and batch sizes than `export` itself does."""
-    export(FOLDERS[model], tmp_path / "model.pt")
+    export(FOLDERS[model], load_handler(FOLDERS[model]), tmp_path / "model.pt")
     exported = torch.jit.load(tmp_path / "model.pt")
     module = importlib.import_module(f"models.{model}.model")
     eager = module.build()

@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 from bundle import mar
-from bundle.build.add_model import NewModel, add_model
 from bundle.build.archive import archive, fingerprint
-from bundle.build.export import export
 from bundle.catalog import CONFIG_NAME, ModelFolder, folders, select
 from bundle.errors import BundleError
 from bundle.paths import MODELS, ROOT, models_dir
@@ -85,17 +83,19 @@ def test_archive_command_uses_the_models_folder(elsewhere: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_add_model_writes_into_the_models_folder(elsewhere: Path, tmp_path: Path):
-    serialized, labels = tmp_path / "model.pt", tmp_path / "labels.json"
+def test_add_model_writes_into_the_models_folder_and_the_servers_store(elsewhere: Path, tmp_path: Path):
+    serialized, labels, store = tmp_path / "model.pt", tmp_path / "labels.json", tmp_path / "store"
     torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)).eval()).save(serialized)
     labels.write_text(json.dumps([str(digit) for digit in range(10)]))
-    reported: list[str] = []
-    new = NewModel("mine", serialized, labels, "mnist")
-    added = add_model(new, store=tmp_path / "store", report=reported.append)
-    assert added.path == elsewhere / "mine"
-    assert f"{elsewhere}/mine and {tmp_path}/store/mine.mar are there" in reported
+    command = [sys.executable, "-m", "bundle", "add-model", "mine", "--handler", "mnist"]
+    command += ["--serialized", str(serialized), "--labels", str(labels)]
+    environment = {**os.environ, "TS_MODEL_STORE": str(store)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"{elsewhere}/mine" in run.stderr
+    assert f"{store}/mine.mar" in run.stderr
     assert [folder.name for folder in folders()] == ["digits", "mine"]
-    assert not archive(added, tmp_path / "store").rebuilt
+    assert not archive(ModelFolder(elsewhere / "mine"), store).rebuilt
 
 
 def test_curl_lines_name_a_sample_outside_of_the_repository(elsewhere: Path):
@@ -111,7 +111,7 @@ def test_curl_lines_name_a_sample_outside_of_the_repository(elsewhere: Path):
 def test_export_without_weights_says_to_train(elsewhere: Path, tmp_path: Path):
     (elsewhere / "digits" / "weights.safetensors").unlink()
     with pytest.raises(BundleError, match=r"Train the model first: its train\.py writes them"):
-        export(ModelFolder(elsewhere / "digits"), tmp_path / "model.pt")
+        archive(ModelFolder(elsewhere / "digits"), tmp_path / "store")
 
 
 def test_load_test_targets_are_the_models_of_the_folder(elsewhere: Path):

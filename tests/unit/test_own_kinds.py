@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bundle.build.archive import archive
+from bundle import mar
+from bundle.build.archive import archive, fingerprint
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
+from handlers.core import settings
 from tests.unit.inputs import white_box
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -93,11 +95,20 @@ def test_model_without_labels_is_described_without_labels(price: DryRun):
     assert (status, described["handler"], "labels" in described) == (200, "PriceHandler", False)
 
 
+def test_settings_that_are_not_json_values_are_described_as_json(price: DryRun, monkeypatch: pytest.MonkeyPatch):
+    class Settings(settings.Settings):
+        vocabulary: Path = Path("words.txt")
+
+    monkeypatch.setattr(price.handler, "settings", Settings())
+    [(status, described)] = price.predict([{}], [{"describe": "True"}])
+    assert (status, described["settings"]["vocabulary"]) == (200, "words.txt")
+
+
 @pytest.mark.parametrize(
     ("handler", "message"),
     [
         ("import nothing_of_this_name\n", "handler.py cannot be imported: ModuleNotFoundError: No module named"),
-        ("class One: pass\nclass Two: pass\n", "must define exactly one class for TorchServe; it defines: One, Two"),
+        ("class One: pass\nclass Two: pass\n", "must define exactly one class, the handler; it defines: One, Two"),
         ("VALUE = 1\n", "it defines: none"),
     ],
 )
@@ -108,6 +119,55 @@ def test_archive_with_an_invalid_handler_file_is_rejected(handler: str, message:
         archive(ModelFolder(tmp_path / "price"), tmp_path / "store")
 
 
+def with_helper(root: Path, name: str) -> tuple[ModelFolder, Path]:
+    """Copy the folder `price`, and let its handler import the module `rates` from the file `name`."""
+    folder = root / "price"
+    shutil.copytree(MODELS / "price", folder)
+    helper = folder / name
+    helper.parent.mkdir(exist_ok=True)
+    helper.write_text("FACTOR = 1\n")
+    handler, config = folder / "handler.py", folder / "model-config.yaml"
+    text = handler.read_text().replace("import torch\n", "import rates\nimport torch\n", 1)
+    handler.write_text(text.replace("row.item()", "row.item() * rates.FACTOR"))
+    config.write_text(config.read_text() + f"  files: [{name}]\n")
+    return ModelFolder(folder), helper
+
+
+@pytest.mark.parametrize("name", ["rates.py", "lib/rates.py", "../rates.py"])
+def test_archive_with_a_helper_module_carries_it_and_is_rebuilt_when_it_changes(name: str, tmp_path: Path):
+    folder, helper = with_helper(tmp_path, name)
+    built = archive(folder, tmp_path / "store")
+    assert "rates.py" in mar.names(built.path)
+    with DryRun(built.path) as worker:
+        assert worker.predict([{"body": {"data": HOUSE}}]) == [(200, {"price": pytest.approx(PRICE, rel=1e-3)})]
+    assert not archive(folder, tmp_path / "store").rebuilt
+    helper.write_text("FACTOR = 2\n")
+    assert archive(folder, tmp_path / "store").rebuilt
+    with DryRun(built.path) as worker:
+        assert worker.predict([{"body": {"data": HOUSE}}]) == [(200, {"price": pytest.approx(2 * PRICE, rel=1e-3)})]
+
+
+@pytest.mark.parametrize("name", ["README.md", "sample.json"])
+def test_fingerprint_with_a_changed_listed_file_changes_whatever_its_name(name: str, tmp_path: Path):
+    folder, _ = with_helper(tmp_path, "rates.py")
+    config = folder.path / "model-config.yaml"
+    config.write_text(config.read_text().replace("[rates.py]", f"[rates.py, {name}]"))
+    file = folder.path / name
+    file.write_text("one")
+    before = fingerprint(folder)
+    file.write_text("two")
+    assert fingerprint(folder) != before
+
+
+def test_archive_with_two_listed_files_of_one_name_is_rejected(tmp_path: Path):
+    folder, _ = with_helper(tmp_path, "../rates.py")
+    (folder.path / "rates.py").write_text("FACTOR = 3\n")
+    config = folder.path / "model-config.yaml"
+    config.write_text(config.read_text().replace("[../rates.py]", "[../rates.py, rates.py]"))
+    with pytest.raises(BundleError, match=r"price: bundle: files: has two files named rates\.py"):
+        archive(folder, tmp_path / "store")
+
+
 def test_handler_without_a_required_method_names_it(tmp_path: Path):
     shutil.copytree(MODELS / "price", tmp_path / "price")
     file = tmp_path / "price" / "handler.py"
@@ -115,3 +175,19 @@ def test_handler_without_a_required_method_names_it(tmp_path: Path):
     mar = archive(ModelFolder(tmp_path / "price"), tmp_path / "store").path
     with pytest.raises(NotImplementedError, match=r"PriceHandler must define `example`"):
         DryRun(mar)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("handler:\n  threads: many\n", r"section handler: threads: Input should be a valid integer"),
+        ("handler:\n  thread: 1\n", r"section handler: thread: Extra inputs are not permitted"),
+        ("handler: 5\n", r"the section `handler:` must be a mapping"),
+    ],
+)
+def test_archive_with_an_invalid_setting_names_it(section: str, message: str, tmp_path: Path):
+    shutil.copytree(MODELS / "price", tmp_path / "price")
+    config = tmp_path / "price" / "model-config.yaml"
+    config.write_text(config.read_text().replace("handler:\n  threads: 1\n", section))
+    with pytest.raises(BundleError, match=message):
+        archive(ModelFolder(tmp_path / "price"), tmp_path / "store")

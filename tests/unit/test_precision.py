@@ -69,7 +69,7 @@ def test_wanted_precision_is_chosen_only_if_it_is_accurate(tmp_path: Path):
 
 @torch.inference_mode()
 def test_precision_outside_the_wanted_list_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("handlers.core.precision.natively", lambda *_: ["bfloat16"])
+    monkeypatch.setattr("handlers.core.precision.native_precisions", lambda *_: ["bfloat16"])
     seconds = {"float32": 1.0, "bfloat16": 0.1}
     monkeypatch.setattr(
         "handlers.core.precision.measure", lambda modules, *_: {name: seconds[name] for name in modules}
@@ -110,7 +110,7 @@ def test_int8_archive_answers_like_the_float32_one(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, int8=True, agreement=0.9)
     built = archive(folder, store=tmp_path / "store")
     assert [note.split(":")[0] for note in built.notes] == ["bfloat16", "float16", "int8"]
-    assert all("keep their first class" in note and "probability moves by" in note for note in built.notes)
+    assert all("keep their first class" in note and "probability changes by" in note for note in built.notes)
     rows = [{"body": file.read_bytes()} for file in sorted((folder.path / "examples").iterdir())[:32]]
     answers = {}
     for wanted in ("float32", "int8"):
@@ -197,9 +197,9 @@ def test_verdict_requires_the_same_first_class_and_a_close_probability(
 ):
     batches = [(torch.zeros(16, 1),), (torch.zeros(4, 1),)]
     judge = Judge(scripted(Answering(*before), tmp_path / "before.pt"), batches, outputs_are, AGREEMENT)
-    verdict = judge.verdict(scripted(Answering(*after), tmp_path / "after.pt"))
-    assert verdict.move == pytest.approx(moved, abs=1e-3, nan_ok=True)
-    assert (verdict.count, verdict.good) == (20, good)
+    accuracy = judge.accuracy(scripted(Answering(*after), tmp_path / "after.pt"))
+    assert accuracy.move == pytest.approx(moved, abs=1e-3, nan_ok=True)
+    assert (accuracy.count, accuracy.good) == (20, good)
 
 
 MODEL = """
@@ -258,8 +258,8 @@ LARGE = MODEL.format(
         (FLATTENING, "auto", {"bfloat16": "keep", "float16": "keep"}, "auto"),
         (ACCUMULATING, "auto", {"bfloat16": "does not run", "float16": "does not run"}, "float32"),
         (ACCUMULATING, "float32", {}, "float32"),
-        (FRAGILE, ["float32", "bfloat16"], {"bfloat16": "it is not used"}, "float32"),
-        (LARGE, "auto", {"bfloat16": "keep", "float16": "it is not used"}, ["float32", "bfloat16"]),
+        (FRAGILE, ["float32", "bfloat16"], {"bfloat16": "not used"}, "float32"),
+        (LARGE, "auto", {"bfloat16": "keep", "float16": "not used"}, ["float32", "bfloat16"]),
         (LARGE, ["bfloat16", "float16"], {"bfloat16": "keep", "float16": "not used"}, ["float32", "bfloat16"]),
         (LARGE, "bfloat16", {"bfloat16": "keep"}, "bfloat16"),
     ],
@@ -282,7 +282,7 @@ def test_archive_keeps_the_allowed_precisions_that_are_accurate(
 def test_archive_with_an_inaccurate_pinned_precision_is_rejected(source: str, pinned: str, tmp_path: Path):
     folder = set_precision(mnist_with_examples(tmp_path, agreement=0.9), pinned)
     (folder.path / "model.py").write_text(source)
-    with pytest.raises(BundleError, match=f"its precision is {pinned}.* to auto or float32"):
+    with pytest.raises(BundleError, match=f"not accurate enough in {pinned}: .* to auto or float32"):
         archive(folder, store=tmp_path / "store")
     assert not (tmp_path / "store" / "mnist.mar").exists()
 
@@ -292,7 +292,7 @@ def test_archive_with_an_inaccurate_pinned_precision_is_rejected(source: str, pi
 def test_archive_with_an_inaccurate_int8_module_is_rejected(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, count=440, int8=True)
     (folder.path / "model.py").write_text(FRAGILE)
-    with pytest.raises(BundleError, match=r"in int8, .* keep their first class \(99.50% must\)"):
+    with pytest.raises(BundleError, match=r"in int8: .* keep their first class \(at least 99.50% must\)"):
         archive(folder, store=tmp_path / "store")
     assert not (tmp_path / "store" / "mnist.mar").exists()
 
@@ -304,7 +304,7 @@ def test_archive_whose_module_fails_in_int8_is_rejected(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("bundle.build.precision.quantize", fails)
     folder = set_precision(mnist_with_examples(tmp_path, int8=True, agreement=0.9), "float32")
-    with pytest.raises(BundleError, match="does not run in int8: drop bundle: int8:"):
+    with pytest.raises(BundleError, match="cannot be quantized to int8. Remove bundle: int8:"):
         archive(folder, store=tmp_path / "store")
 
 
@@ -312,11 +312,11 @@ def test_archive_whose_module_fails_in_int8_is_rejected(tmp_path: Path, monkeypa
 def test_archive_with_invalid_or_too_few_examples_is_rejected(tmp_path: Path):
     folder = mnist_with_examples(tmp_path, agreement=0.99)
     (folder.path / "examples" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(BundleError, match=r"0.png is rejected.*UndecodableImage"):
+    with pytest.raises(BundleError, match=r"rejects the example .*0.png.*UndecodableImage"):
         archive(folder, store=tmp_path / "store")
     for index in range(30):
         (folder.path / "examples" / f"{index}.png").unlink()
-    with pytest.raises(BundleError, match="90 examples are too few; comparing precisions takes 100"):
+    with pytest.raises(BundleError, match="90 examples; comparing precisions needs 100"):
         archive(folder, store=tmp_path / "store")
 
 
@@ -325,7 +325,7 @@ def test_folder_with_int8_but_no_examples_is_rejected(tmp_path: Path):
     config = yaml.safe_load((folder.path / CONFIG_NAME).read_text())
     del config["bundle"]["examples"]
     (folder.path / CONFIG_NAME).write_text(yaml.safe_dump(config))
-    with pytest.raises(BundleError, match="int8 needs examples"):
+    with pytest.raises(BundleError, match="section bundle: int8 needs `examples`"):
         _ = ModelFolder(folder.path).bundle
 
 

@@ -99,7 +99,7 @@ def test_unsigned_archive_is_rejected_only_with_a_trusted_key(tmp_path: Path, tr
     with pytest.raises(BundleError, match=r"m\.mar is refused: it is not signed \(it has no MAR-INF/SHA256SUMS\)"):
         check(file, trusted)
     seal(file, None)
-    with pytest.raises(BundleError, match=r"it has no MAR-INF/SHA256SUMS\.sig\), and TRUSTED_KEY demands it"):
+    with pytest.raises(BundleError, match=r"it has no MAR-INF/SHA256SUMS\.sig\), and TRUSTED_KEY requires a signature"):
         check(file, trusted)
 
 
@@ -200,7 +200,7 @@ def test_ambiguous_member_name_is_rejected(tmp_path: Path, name: str):
         entry = zipfile.ZipInfo("other")
         entry.filename = name  # the constructor would change it
         archive.writestr(entry, b"")
-    with pytest.raises(BundleError, match="has characters that not every program reads alike"):
+    with pytest.raises(BundleError, match="has characters that programs read differently"):
         check(tmp_path / "m.mar", None)
 
 
@@ -244,7 +244,7 @@ def test_keys_are_private_and_never_overwritten(tmp_path: Path):
     assert "PRIVATE" not in public.read_text()
     for existing in (tmp_path / "new" / "k", public):
         before = existing.read_bytes()
-        with pytest.raises(BundleError, match="exists, and keys are never overwritten"):
+        with pytest.raises(BundleError, match="exists already, and keys are never overwritten"):
             make_keys(tmp_path / "new" / "k")
         assert existing.read_bytes() == before
         (tmp_path / "new" / "k").unlink(missing_ok=True)
@@ -318,7 +318,7 @@ def test_model_outside_the_unpacked_archives_is_rejected(model: Path, tmp_path: 
     for folder in (elsewhere, link):
         _, output, errors, status = start_worker(folder, "", TEMP=str(tmp_path))
         assert (status, output) == (1, "")
-        assert f"{elsewhere} is refused: it did not come out of an archive of the model store" in errors
+        assert f"{elsewhere} is refused: it was not unpacked from an archive of the model store" in errors
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_model_outside_the_unpacked_archives_is_rejected(model: Path, tmp_path: 
 def test_package_installation_is_rejected(model: Path, command: tuple[str, ...]):
     _, output, errors, status = start_worker(model, "", *command)
     assert (status, output) == (1, "")
-    assert "A model is served with the packages that the server has" in errors
+    assert "Packages are not installed for a model" in errors
 
 
 @pytest.mark.parametrize("variable", ["TRUSTED_KEY", "TEMP", "BUNDLE_PYTHON"])

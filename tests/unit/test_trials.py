@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 from tests.trials import soak
 from tests.trials.faults.load import recovery_time
 from tests.trials.faults.traffic import Answer, error_type, longest_silence, p99, statuses
@@ -125,7 +125,7 @@ def test_written_section_replaces_the_earlier_one(tmp_path: Path):
 
 
 def slices_of_a_run(count: int, **changes) -> list[soak.Slice]:
-    load = Load(20, 1000, 0, 50, 0.01, 0.02, 0.03, 0.04)
+    load = LoadResult(20, 1000, 0, 50, 0.01, 0.02, 0.03, 0.04)
     steady = soak.Slice(0, {"mnist": load}, {"frontend": 500.0, "mnist": 600.0}, 100, frozenset({1, 2}))
     return [replace(steady, hours=index / 60, **changes) for index in range(count)]
 
@@ -136,7 +136,7 @@ def test_steady_soak_has_no_fault():
 
 def test_growth_during_soak_is_named():
     slices = slices_of_a_run(10)
-    failing = Load(20, 999, 1, 50, 0.01, 0.02, 0.2, 0.4)
+    failing = LoadResult(20, 999, 1, 50, 0.01, 0.02, 0.2, 0.4)
     slices[5:] = [
         replace(
             kept,

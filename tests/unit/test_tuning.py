@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 from bundle.tuning import search
 from bundle.tuning import tuner as tune
 from bundle.tuning.search import Point, Score
@@ -23,9 +23,9 @@ NOW = Candidate(1, 1, 16, 5)
 TARGET = 0.1
 
 
-def load(throughput: float, p99: float, p50: float | None = None, failed: int = 0) -> Load:
+def load(throughput: float, p99: float, p50: float | None = None, failed: int = 0) -> LoadResult:
     p50 = p99 / 2 if p50 is None else p50
-    return Load(1.0, int(throughput), failed, throughput, p50, p99, p99, p99)
+    return LoadResult(1.0, int(throughput), failed, throughput, p50, p99, p99, p99)
 
 
 # --- the machine ---------------------------------------------------------------------------------------------------
@@ -56,10 +56,10 @@ def test_score_outside_the_target_ranks_by_distance_to_it():
     assert search.score({1: load(1, 0.1)}, TARGET) > near > far > none
 
 
-def climbed(loads: dict[int, Load], rungs: list[int]) -> list[int]:
+def climbed(loads: dict[int, LoadResult], rungs: list[int]) -> list[int]:
     asked = []
 
-    def measured(concurrency: int) -> Load:
+    def measured(concurrency: int) -> LoadResult:
         asked.append(concurrency)
         return loads[concurrency]
 
@@ -186,7 +186,7 @@ class Machine:
 
     @contextmanager
     def started(self, candidate: Candidate) -> Iterator[SimpleNamespace]:
-        def answer(concurrency: int, seconds: float, timeout: float) -> Load:
+        def answer(concurrency: int, seconds: float, timeout: float) -> LoadResult:
             return load((1000 - 60 * distance(candidate, self.best)) * min(1, concurrency / 64), 0.01)
 
         self.served.append(candidate)
@@ -211,7 +211,7 @@ def test_tuning_tries_neighbours_of_its_leader(monkeypatch: pytest.MonkeyPatch):
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def final(mine: list[float], current: list[float], p99: float = 0.05) -> dict[Candidate, list[dict[int, Load]]]:
+def final(mine: list[float], current: list[float], p99: float = 0.05) -> dict[Candidate, list[dict[int, LoadResult]]]:
     other = replace(NOW, batch_size=32)
     return {
         NOW: [{16: load(throughput, p99)} for throughput in current],
@@ -229,9 +229,9 @@ def test_clearly_better_settings_replace_the_current_ones():
 @pytest.mark.parametrize(
     ("mine", "current", "reason"),
     [
-        ([104, 104, 104], [100, 100, 100], "4.0% better: less than 5%"),
-        ([120, 98, 121], [100, 101, 99], "in 2 of 3 turns only"),
-        ([90, 98, 91], [100, 101, 99], "No other settings"),
+        ([104, 104, 104], [100, 100, 100], "4.0% better. A change needs 5%"),
+        ([120, 98, 121], [100, 101, 99], "only in 2 of 3 turns"),
+        ([90, 98, 91], [100, 101, 99], "The current settings are the best"),
     ],
 )
 def test_current_settings_stay_unless_others_are_clearly_better(mine: list[float], current: list[float], reason: str):
@@ -305,7 +305,7 @@ def test_front_is_the_points_that_no_other_beats(points: list[Point]):
     front = search.front(points)
     whole = [point.load for point in points if point.load.answered and not point.load.failed]
 
-    def beats(one: Load, other: Load) -> bool:
+    def beats(one: LoadResult, other: LoadResult) -> bool:
         as_good = one.throughput >= other.throughput and one.p99 <= other.p99
         return as_good and (one.throughput, one.p99) != (other.throughput, other.p99)
 

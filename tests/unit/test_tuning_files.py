@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bundle import mar
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
-from bundle.load.generator import Load
+from bundle.load.generator import LoadResult
 from bundle.paths import MODELS
 from bundle.tuning import report, search, session
 from bundle.tuning import trial_server as measure
@@ -30,8 +30,8 @@ NOW = Candidate(1, 1, 16, 5)
 TARGET = 0.1
 
 
-def load(throughput: float, p99: float) -> Load:
-    return Load(1.0, int(throughput), 0, throughput, p99 / 2, p99, p99, p99)
+def load(throughput: float, p99: float) -> LoadResult:
+    return LoadResult(1.0, int(throughput), 0, throughput, p99 / 2, p99, p99, p99)
 
 
 # --- model-config.yaml ----------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_edit_is_correct_or_rejected(config: dict, handler: dict | None, flow: b
 
 
 def test_edit_of_unsupported_yaml_is_rejected():
-    with pytest.raises(BundleError, match="must hold a mapping"):
+    with pytest.raises(BundleError, match="must be a mapping"):
         config_file.edited("- a\n", WANTED)
     shared = "other: &it\n  threads: 1\nhandler: *it\n"
     with pytest.raises(BundleError, match="Set by hand: .*handler.threads: 2"):
@@ -181,7 +181,7 @@ def archived(tmp_path: Path, precision: str, *files: str) -> Path:
 def test_precision_that_the_archive_excludes_is_rejected(folder: ModelFolder, tmp_path: Path):
     settled = archived(tmp_path, "[float32, int8]", "model.int8.pt")
     tune.check_precisions(["auto", "float32", "int8"], "auto", folder, settled)
-    with pytest.raises(BundleError, match="Not bfloat16: on its examples, mnist is right in float32, int8 only"):
+    with pytest.raises(BundleError, match="in bfloat16 on its examples. Choose among: float32, int8"):
         tune.check_precisions(["float32", "bfloat16"], "auto", folder, settled)
     unsettled = archived(tmp_path, "auto")
     tune.check_precisions(["auto", "bfloat16", "float16"], "auto", folder, unsettled)
@@ -216,12 +216,12 @@ def test_missing_inputs_are_rejected(folder: ModelFolder, tmp_path: Path):
     [sent] = tune.read_inputs(folder, [tmp_path / "a.json"])
     assert sent.headers == {"Content-Type": "application/json"}
     unsampled = ModelFolder(MODELS / "imagenet")
-    with pytest.raises(BundleError, match="no sample of its own. Name what to send: --input"):
+    with pytest.raises(BundleError, match="imagenet has no sample. Name a file to send: --input"):
         tune.read_inputs(unsampled, [])
 
 
 def test_report_is_json_with_every_measurement():
-    lost = Point(NOW, "round 1", 4, Load(1.0, 0, 3, 0.0, *(math.inf,) * 4))
+    lost = Point(NOW, "round 1", 4, LoadResult(1.0, 0, 3, 0.0, *(math.inf,) * 4))
     other = replace(NOW, batch_size=32)
     final = {NOW: [{1: load(100, 0.02)}], other: [{1: load(121, 0.02)}]}
     verdict = search.decide(final, {}, NOW, TARGET)

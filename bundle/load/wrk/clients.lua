@@ -1,6 +1,6 @@
--- What closed.lua and open.lua share: the clock, the body, a common start, and the end of the run.
--- wrk gives every thread a Lua state of its own and calls setup() and done() in another, the main one; what all of them
--- see is a piece of C memory, whose address setup() hands round.
+-- Shared by closed.lua and open.lua: the clock, the request's body, a common start, and the end of the run.
+-- Each of wrk's threads has its own Lua state; setup() and done() run in another one, the main state. All of them share
+-- a block of C memory, whose address setup() gives to the threads.
 
 local ffi = require("ffi")
 ffi.cdef [[
@@ -13,9 +13,9 @@ void *calloc(size_t count, size_t size);
 int getpid(void);
 int kill(int pid, int signal);
 typedef struct {
-  union { char bytes[64]; long align; } mutex; // all zero is an unlocked one
-  double start;                                // seconds on the clock; 0 until every thread is there
-  int finished, taken;                         // threads; arrivals
+  union { char bytes[64]; long align; } mutex; // all zeros: unlocked
+  double start;                                // seconds on the clock; 0 until every thread exists
+  int finished, taken;                         // number of threads that are done; of arrivals that were taken
   double due[];                                // open loop: seconds after the start, in order
 } shared_t;
 ]]
@@ -24,7 +24,7 @@ local C, clock = ffi.C, ffi.new("duration_t")
 
 local clients = {
   threads = tonumber(os.getenv("LOAD_THREADS")),
-  seconds = tonumber(os.getenv("LOAD_SECONDS")), -- no client sends after them; all wait for what is on its way
+  seconds = tonumber(os.getenv("LOAD_SECONDS")), -- no client sends after this time; all wait for the requests in flight
   timeout = tonumber(os.getenv("LOAD_TIMEOUT")),
   all = {},                                      -- the threads, in the main state
 }
@@ -42,14 +42,14 @@ function clients.sleep_until(time)
   end
 end
 
--- main state: `arrivals` are the times at which requests are due
+-- main state: allocate the shared memory; `arrivals` are the times at which requests are due
 function clients.share(arrivals)
   local shared = ffi.cast("shared_t *", C.calloc(1, ffi.sizeof("shared_t") + 8 * #arrivals))
   for i, time in ipairs(arrivals) do shared.due[i - 1] = time end
   clients.shared = shared
 end
 
--- main state: one more thread
+-- main state: add a thread; the last one sets the time of the start
 function clients.add(thread)
   table.insert(clients.all, thread)
   thread:set("address", tonumber(ffi.cast("intptr_t", clients.shared)))
@@ -57,15 +57,15 @@ function clients.add(thread)
   if #clients.all == clients.threads then clients.shared.start = clients.now() + 0.3 end
 end
 
--- main state: the sum of a global of the threads
+-- main state: return the sum of a global variable over the threads
 function clients.sum(name)
   local sum = 0
   for _, thread in ipairs(clients.all) do sum = sum + thread:get(name) end
   return sum
 end
 
--- a thread: the time of the start, when it has come. Hundreds of threads that looked more often would keep the others
--- from starting; all have looked by the time that `add` sets.
+-- a thread: wait for the start, and return its time. If hundreds of threads checked more often, they would keep the
+-- others from starting. By the time that `add` sets, all of them have checked.
 function clients.start()
   local shared = clients.shared
   while shared.start == 0 do clients.sleep_until(clients.now() + 0.05) end
@@ -73,7 +73,7 @@ function clients.start()
   return shared.start
 end
 
--- a thread: the index of the next arrival, which nobody else has
+-- a thread: take the index of the next arrival; no other thread gets it
 function clients.take()
   C.pthread_mutex_lock(clients.shared)
   local index = clients.shared.taken
@@ -82,7 +82,7 @@ function clients.take()
   return index
 end
 
--- a thread: it is done; the last one ends wrk, which would sleep to the end of its time
+-- a thread: finish; the last one ends wrk, which would otherwise wait until the end of its duration
 function clients.finish()
   C.pthread_mutex_lock(clients.shared)
   clients.shared.finished = clients.shared.finished + 1
@@ -92,7 +92,7 @@ function clients.finish()
   if all then C.kill(C.getpid(), SIGINT) end
 end
 
--- main state: the result, as one line
+-- main state: print the result as one line
 function clients.report(result)
   local fields = {}
   for name, value in pairs(result) do table.insert(fields, string.format('"%s": %.9g', name, value)) end
@@ -109,8 +109,8 @@ end
 
 local message
 
--- what to send: the whole request. wrk asks for it once before the run, in the first thread, to look at it; then the
--- second value is true
+-- a thread: return the whole request, and whether it is wrk's trial: before the run, wrk calls request() once in the
+-- first thread without sending the result
 function clients.message()
   if not message then
     message, wrk.body = wrk.request(), nil

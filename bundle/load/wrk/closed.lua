@@ -1,5 +1,6 @@
--- Clients that each wait for their answer before they ask again. A thread has many of them, for few threads leave the
--- server most of the CPU; so only wrk knows which answer belongs to which request, and latencies are wrk's.
+-- Closed loop: each client waits for its answer before it sends the next request. A thread has many clients, because
+-- few threads leave most of the CPU to the server. Only wrk knows which answer belongs to which request, so the latencies
+-- are measured by wrk.
 
 local clients = dofile(debug.getinfo(1, "S").source:match("^@(.*/)") .. "clients.lua")
 local in_a_thread = tonumber(os.getenv("LOAD_CLIENTS")) / clients.threads
@@ -22,7 +23,7 @@ function request()
   end
   silent = silent + 1
   if silent == in_a_thread then clients.finish() end
-  return "" -- nothing is sent, and wrk asks this client no more
+  return "" -- nothing is sent, and wrk no longer calls request() for this client
 end
 
 function response(status)
@@ -34,8 +35,9 @@ function response(status)
   end
 end
 
--- wrk has added to its histogram {microseconds -> answers} what clients would have seen that ask at a constant rate:
--- under each latency of twice the mean or more, others at intervals of the mean. These clients wait: it is undone.
+-- wrk corrects its histogram {microseconds -> answers} for clients that send at a constant rate: for each latency of
+-- twice the mean or more, it adds smaller ones at intervals of the mean. These clients wait for their answers instead,
+-- so the correction is removed.
 local function seen_latencies(latency, mean)
   local counts, order = {}, {}
   for i = 1, #latency do
@@ -63,7 +65,7 @@ function done(summary, latency)
   local unanswered = math.max(0, clients.sum("sent") - replies - broken)
   local unconnected = math.max(0, clients.threads * in_a_thread - clients.sum("silent") - unanswered)
   local good_in_all = clients.sum("good")
-  result.answered = math.max(0, good_in_all - errors.timeout) -- wrk's timeouts are answers that came too late
+  result.answered = math.max(0, good_in_all - errors.timeout) -- wrk counts answers that came too late as timeouts
   result.in_time = clients.sum("in_time")
   result.failed = replies - good_in_all + errors.timeout + errors.connect + broken + unanswered + unconnected
 

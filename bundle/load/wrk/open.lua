@@ -1,12 +1,12 @@
--- Requests that are due at random times, drawn beforehand (a Poisson process). Whichever client is free takes the next
--- one. Latency counts from when it was due, not from when a client got round to sending it.
--- Every client has a thread of its own, so it knows which request it waits for, and may sleep until the next is due.
+-- Open loop: requests are due at random times, drawn before the run (a Poisson process). The next free client takes the
+-- next request. Latency counts from the time when the request was due, not from when it was sent.
+-- Each client has its own thread, so it knows which request it waits for, and can sleep until the next one is due.
 
 local ffi = require("ffi")
 local clients = dofile(debug.getinfo(1, "S").source:match("^@(.*/)") .. "clients.lua")
 ffi.cdef "void *realloc(void *memory, size_t size);"
 
-local IDLE = 1     -- seconds after which a server may have closed a connection that nobody used
+local IDLE = 1     -- seconds after which a server may have closed an unused connection
 local PAUSE = 0.01 -- seconds that a client waits after a failure
 
 answered, failed, last, in_flight, latencies_address = 0, 0, 0, false, 0
@@ -34,7 +34,7 @@ function setup(thread)
   thread:set("in_all", in_all)
 end
 
--- when the next request is due; nil where there is none
+-- return when the next request is due; nil if there are no more
 local function take()
   local index = clients.take()
   return index < in_all and start + clients.shared.due[index] or nil
@@ -57,9 +57,9 @@ function request()
     start = clients.start()
     due, idle_since = take(), start
   end
-  if in_flight then -- the connection broke before there was an answer
+  if in_flight then -- the connection broke before the answer
     if not is_repeated and sent - idle_since > IDLE then
-      is_repeated = true -- the server had closed it as idle: HTTP clients send such a request again
+      is_repeated = true -- the server closed an idle connection: HTTP clients repeat such a request
       return message
     end
     failed, in_flight = failed + 1, false
@@ -97,7 +97,7 @@ function done()
     for i = 0, thread:get("answered") - 1 do table.insert(seen, values[i]) end
   end
   result.answered = #seen
-  result.failed = result.failed + math.max(0, in_all - clients.shared.taken) -- no client was ever free for them
+  result.failed = result.failed + math.max(0, in_all - clients.shared.taken) -- no client was free to send them
   table.sort(seen)
   for name, share in pairs({ p50 = 0.50, p95 = 0.95, p99 = 0.99, longest = 1 }) do
     result[name] = seen[math.max(1, math.ceil(share * #seen))]

@@ -23,7 +23,7 @@ def first(answer: bytes) -> tuple[int, float]:
         best = None
     if best is None:
         raise ValueError(f"The answer is not a ranking: {answer[:200]!r}")
-    return best.index, best.probability
+    return best.class_index, best.probability
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""Import a user's Python files from wherever they are, together with the modules that they import."""
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+
+def import_file(name: str, file: Path) -> ModuleType:
+    """Import a file as a module of this name, without adding it to `sys.modules`.
+
+    Raises:
+        Exception: the file's code raised it.
+    """
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def imports_from(paths: Iterable[Path]) -> Iterator[None]:
+    """Make these modules and packages importable in the block, each by its file's name, as in a fresh worker.
+
+    They take precedence over modules of the same name, which come back after the block.
+    """
+    paths = list(paths)
+    names = {path.stem for path in paths}
+    folders = list(dict.fromkeys(str(path.parent) for path in paths))
+
+    def withdraw() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
+
+    before, path = withdraw(), sys.path[:]
+    sys.path[:0] = folders
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        withdraw()
+        sys.modules.update(before)
