@@ -12,6 +12,7 @@ import requests
 from bundle.catalog import select
 from bundle.paths import ROOT
 from bundle.samples import first
+from bundle.server.ports import free_ports
 from bundle.signing import seal
 from tests.altered import REFUSED, every_refusal, one_bit, without_manifest
 from tests.server.conftest import Place
@@ -54,7 +55,8 @@ def test_a_start_is_refused(place: Place, trusting: Place, good: Path, tmp_path:
     wrong(good, store / "mnist.mar")
     keys = {name: trusting.environment[name] for name in ("SIGNING_KEY", "TRUSTED_KEY")}
     place.environment.update(keys, TS_MODEL_STORE=str(store))
-    failed = place.bundle(command, "mnist", *(["--address", "127.0.0.1:0"] if command == "run" else []))
+    address = ["--address", f"127.0.0.1:{free_ports(1)[0]}"] if command == "run" else []
+    failed = place.bundle(command, "mnist", *address)
     assert failed.returncode == 1, failed.stdout
     assert "mnist.mar is refused: " in failed.stderr.strip().splitlines()[-1]
     assert REFUSED[wrong] in failed.stderr
@@ -90,4 +92,4 @@ def test_make_keygen(tmp_path: Path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.key", "a.key.pub"]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode != 0
-    assert "exists, and keys are never overwritten" in again.stderr
+    assert "exists already, and keys are never overwritten" in again.stderr

@@ -130,7 +130,7 @@ def test_shell_completion_offers_commands_and_models():
         (["add-model", "x", "--serialized", "nonesuch.pt", "--labels", SAMPLE], "'nonesuch.pt' does not exist"),
         (["add-model", "x", "--serialized", SAMPLE, "--labels", SAMPLE, "--mean", "0.5,x"], "is not a list of numbers"),
         (["add-model", "-x", "--serialized", SAMPLE, "--labels", SAMPLE], "No such option"),
-        (["add-model", "+x", "--serialized", SAMPLE, "--labels", SAMPLE], "'+x' is not a valid name for a model"),
+        (["add-model", "+x", "--serialized", SAMPLE, "--labels", SAMPLE], "Invalid model name '+x'"),
         (["--models-dir", "nonesuch", "status"], "'nonesuch' does not exist"),
     ],
 )
