@@ -151,9 +151,10 @@ soak: dev .venv/loadtest.done  ## load all models at 70 % for a long time and me
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .PHONY: check
-check: lint  ## lint, and run the fast unit tests
+check: lint  ## lint, check types, and run the fast unit tests
 	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
 
 lock: dev  ## update requirements/*.txt to the newest versions

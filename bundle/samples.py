@@ -3,6 +3,7 @@
 This module needs the standard library only: the Docker image of the load test has it without the bundle's packages.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,21 @@ class Ranked(NamedTuple):
 def headers(file: Path) -> dict[str, str]:
     """Return the headers to send a file with: JSON needs its content type, other files need none."""
     return {"Content-Type": "application/json"} if file.suffix.lower() == ".json" else {}
+
+
+def grpc_fields(file: Path) -> dict[str, bytes]:
+    """Return the fields that carry a file over gRPC, where no header says that it is JSON.
+
+    A JSON object is sent field by field: strings as they are, other values as JSON. All else is the field "data".
+
+    Raises:
+        ValueError: the file's name ends in .json and its content is not JSON.
+    """
+    content = file.read_bytes()
+    body = json.loads(content) if headers(file) else None
+    if not isinstance(body, dict):
+        return {"data": content}
+    return {name: (value if isinstance(value, str) else json.dumps(value)).encode() for name, value in body.items()}
 
 
 def ranking(answer: object) -> list[Ranked]:

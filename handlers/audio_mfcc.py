@@ -1,4 +1,4 @@
-"""Sound classification: WAV, FLAC, OGG or MP3 -> the k most probable classes."""
+"""Classify a sound file (WAV, FLAC, OGG or MP3): the k most probable classes."""
 
 from typing import Annotated
 
@@ -14,28 +14,30 @@ from handlers.core.sounds import SoundLimits, loudest_window, read_sound, resamp
 
 
 class AudioMFCCHandler(ClassifierHandler):
-    """Model: waveforms float32 [N, window] (mono, in [-1, 1]) -> logits [N, classes]; it computes its MFCC by itself.
+    """Model: waveforms float32 [N, window] (mono, in [-1, 1]) -> logits [N, classes]. It computes the MFCC itself.
 
-    A clip shorter than the model's window stands in the middle of silence. Of a longer clip, the loudest window is
-    heard: the answer is one word, and its cost does not grow with the clip.
+    A clip shorter than the model's window is padded with silence on both sides. Of a longer clip, only the loudest
+    window is classified: the answer is one word, and its cost does not grow with the length of the clip.
     """
 
     class Settings(ClassifierHandler.Settings, SoundLimits):
         sample_rate: PositiveInt = 16_000  # Hz, of the model
         window_seconds: Annotated[float, Field(gt=0)] = 1.0  # of the model
 
+    settings: Settings
+
     class Inputs(inputs.Inputs):
         data: Sound
 
     def decode(self, inputs: Inputs) -> Sample:
-        """Make a waveform, float32 [window]."""
+        """Decode a sound file into a waveform, float32 [window]."""
         waveform = resample(*read_sound(inputs.data, self.settings), self.settings.sample_rate)
-        waveform = waveform - waveform.mean()  # a microphone's constant offset is no sound
+        waveform = waveform - waveform.mean()  # a constant offset of the microphone is not sound
         return Sample(torch.from_numpy(loudest_window(waveform, self.window)))
 
     @property
     def window(self) -> int:
-        """The model's window, in samples."""
+        """The length of the model's window, in samples."""
         return round(self.settings.window_seconds * self.settings.sample_rate)
 
     def example(self) -> Sample:

@@ -1,4 +1,4 @@
-"""Image classification: an image file -> the k most probable classes."""
+"""Classify an image file: the k most probable classes."""
 
 from typing import Annotated, Literal
 
@@ -16,25 +16,30 @@ from handlers.core.inputs import Image
 
 
 class ImageTopKHandler(ClassifierHandler):
-    """Model: uint8 [N, 3, crop, crop] (RGB; it normalises by itself) -> logits or probabilities [N, classes]."""
+    """Model: uint8 [N, 3, crop, crop] (RGB; it normalises itself) -> logits or probabilities [N, classes]."""
 
     class Settings(ClassifierHandler.Settings, ImageLimits):
-        """The geometry of the weights' own transforms, as torchvision's presets name it."""
+        """The geometry of the transforms that belong to the weights, with the names of torchvision's presets."""
 
         resize: Annotated[int, Field(gt=0)] = 256  # pixels of the shorter side
-        crop: Annotated[int, Field(gt=0)] = 224  # pixels of the square out of the middle
+        crop: Annotated[int, Field(gt=0)] = 224  # side of the central square, in pixels
         interpolation: Literal["bilinear", "bicubic"] = "bilinear"
         channels: Literal[1, 3] = 3
+
+    settings: Settings
 
     class Inputs(inputs.Inputs):
         data: Image
 
     def decode(self, inputs: Inputs) -> Sample:
-        """Make pixels, uint8 [channels, crop, crop]."""
+        """Decode an image file into pixels, uint8 [channels, crop, crop]."""
         image = flatten(open_image(inputs.data, self.settings, enough=self.settings.resize))
         width, height = resized(image.size, self.settings.resize)
         if width * height > self.settings.max_pixels:
-            raise ImageTooLarge(f"The image is too long: resized, it would have {width} x {height} pixels.")
+            raise ImageTooLarge(
+                f"The image is too elongated: resized for the model, it would have {width} x {height} pixels; at most "
+                f"{self.settings.max_pixels} pixels (width x height) are accepted."
+            )
         if self.settings.channels == 1:
             image = image.convert("L")
         image = resize_and_crop(image, self.settings.resize, self.settings.crop, self.settings.interpolation)
@@ -46,8 +51,9 @@ class ImageTopKHandler(ClassifierHandler):
 
 
 def resize_and_crop(image: PillowImage.Image, resize: int, crop: int, interpolation: str) -> PillowImage.Image:
-    """As torchvision's `ImageClassification` preset does on Pillow images: the shorter side to `resize` pixels, then
-    the `crop` x `crop` pixels of the middle, black outside.
+    """Resize the shorter side to `resize` pixels, and cut out the central `crop` x `crop` pixels, black outside.
+
+    The result is that of torchvision's `ImageClassification` preset on Pillow images.
     """
     size = resized(image.size, resize)
     if size != image.size:
@@ -57,11 +63,11 @@ def resize_and_crop(image: PillowImage.Image, resize: int, crop: int, interpolat
 
 
 def resized(size: tuple[int, int], resize: int) -> tuple[int, int]:
-    """Width and height, once the shorter of them is `resize`."""
+    """Return width and height after the shorter side is resized to `resize` pixels."""
     width, height = size
     return (resize, int(resize * height / width)) if width <= height else (int(resize * width / height), resize)
 
 
 def corner(side: int, crop: int) -> int:
-    """Where the crop starts. As torchvision rounds: a middle to even, half of what is padded down."""
+    """Return where the crop starts along one side, rounded as torchvision does: a half to even, half a padding down."""
     return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)

@@ -1,4 +1,4 @@
-"""Handwritten digits: an image of one digit -> the three most probable classes."""
+"""Classify an image of one handwritten digit: the three most probable classes."""
 
 from collections.abc import Sequence
 
@@ -16,44 +16,46 @@ from handlers.core.inputs import Image
 
 TOP_K = 3
 
-SIDE, BOX = 28, 20  # MNIST: the digit fits a box of 20 x 20, its centre of mass in the middle of 28 x 28
-WORKING_BOX = 4 * BOX  # resolution, at the least, at which strokes are measured and thickened
-LARGEST = 512  # pixels of the longer side of what is looked at; more shows nothing new of a digit
+SIDE, BOX = 28, 20  # pixels; in MNIST a digit fits a box of 20 x 20, and its centre of mass is that of 28 x 28
+WORKING_BOX = 4 * BOX  # pixels; the lowest resolution at which strokes are measured and thickened
+MAX_SIDE = 512  # pixels; larger images are reduced, because they show no more of a digit
 MIN_CONTRAST = 20  # of 255, between ink and background
-FAINT, FIRM = 0.04, 0.2  # of the strongest ink: what is ink in MNIST's own pixels, and in all other pictures
+FAINT, FIRM = 0.04, 0.2  # thresholds of ink, as a share of the strongest ink: in MNIST's images, and in all others
 MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
 
-# of the 28 x 28 pixels: mass, and mass by distance down and across. Sums of uint8 are exact in float32.
+# [784, 3]; pixels @ MOMENTS = mass, and its first moments down and across. Sums of uint8 are exact in float32.
 MOMENTS = numpy.stack([numpy.ones(SIDE**2), *numpy.indices((SIDE, SIDE)).reshape(2, -1)], axis=1, dtype=numpy.float32)
 
 
 class MNISTHandler(ClassifierHandler):
-    """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises by itself) -> logits [N, 10].
+    """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises itself) -> logits [N, 10].
 
-    Answers {"top_3_classes": [...], "top_3_probabilities": [...]}.
+    The answer is {"top_3_classes": [...], "top_3_probabilities": [...]}.
     """
 
     class Settings(ClassifierHandler.Settings, ImageLimits):
         pass
 
+    settings: Settings
+
     class Inputs(inputs.Inputs):
         data: Image
 
     def decode(self, inputs: Inputs) -> Sample:
-        """Make pixels, uint8 [1, 28, 28]."""
-        image = open_image(inputs.data, self.settings, enough=LARGEST)
-        image.thumbnail((LARGEST, LARGEST))
+        """Decode an image file into pixels as in MNIST, uint8 [1, 28, 28]."""
+        image = open_image(inputs.data, self.settings, enough=MAX_SIDE)
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
         image = grey(image)
         if is_mnist(image):
             return Sample(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE))
-        return Sample(torch.from_numpy(as_mnist(numpy.asarray(image))).unsqueeze(0))
+        return Sample(torch.from_numpy(to_mnist(numpy.asarray(image))).unsqueeze(0))
 
-    def check_top_k(self, asked: int | None) -> None:
-        if asked not in (None, TOP_K):
-            raise InvalidOption(f"This model always answers its top {TOP_K}.")
+    def check_top_k(self, top_k: int) -> None:
+        if top_k != TOP_K:
+            raise InvalidOption(f"top_k must be {TOP_K}: this model always returns its {TOP_K} most probable classes.")
 
     def encode(self, row: Tensor, info: object, options: ClassifierHandler.Options) -> dict:
-        best = topk.ranking(row, TOP_K, self.labels)
+        best = topk.best_classes(row, TOP_K, self.labels)
         return {
             "top_3_classes": [entry["class"] for entry in best],
             "top_3_probabilities": [entry["probability"] for entry in best],
@@ -64,7 +66,7 @@ class MNISTHandler(ClassifierHandler):
 
 
 def grey(image: PillowImage.Image) -> PillowImage.Image:
-    """-> mode "L". Transparent pixels become a background that the ink stands out from."""
+    """Convert to mode "L", with transparent pixels as a background that contrasts with the ink."""
     if image.mode == "RGBA":
         alpha = numpy.asarray(image.getchannel("A"), dtype=numpy.float32)
         ink = numpy.asarray(image.convert("L"), dtype=numpy.float32)
@@ -74,7 +76,10 @@ def grey(image: PillowImage.Image) -> PillowImage.Image:
 
 
 def is_mnist(image: PillowImage.Image) -> bool:
-    """Whether an image of mode "L" is as `as_mnist` makes it: most of what is sent, by those who have MNIST."""
+    """Return whether an image of mode "L" already has the form that `to_mnist` makes.
+
+    Clients that have MNIST send such images; recognising them saves the work of `to_mnist`.
+    """
     box = image.getbbox()
     if image.size != (SIDE, SIDE) or box is None:
         return False
@@ -86,11 +91,11 @@ def is_mnist(image: PillowImage.Image) -> bool:
     return corner(((down - top * mass) / mass, (across - left * mass) / mass), size) == (top, left)
 
 
-def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
-    """Makes of any picture of a digit what MNIST was made of (LeCun et al. 1998, section III.A).
+def to_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
+    """Convert any image of a digit to the form of MNIST's images (LeCun et al. 1998, section III.A).
 
-    Finds the background, turns the ink bright, crops to it, fits it into the box without distortion, and puts its
-    centre of mass into the middle. An image of MNIST itself comes out as it went in.
+    This finds the background, makes the ink bright, crops to the ink, fits it into the box without distortion, and
+    moves its centre of mass to the middle. An image of MNIST is returned unchanged.
 
     Args:
         pixels: uint8 [H, W], dark on light or light on dark.
@@ -99,15 +104,17 @@ def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
         uint8 [28, 28].
 
     Raises:
-        BlankImage: nothing stands out from the background.
+        BlankImage: the contrast with the background is too low.
     """
     ink, noise = separate_ink(pixels.astype(numpy.float32))
     peak = ink.max()
     if peak < max(MIN_CONTRAST, 2 * noise):
-        raise BlankImage("The image is blank: no digit stands out from its background.")
+        raise BlankImage(
+            "The image is blank: no digit stands out from the background. Send an image with more contrast."
+        )
     ink = numpy.clip((ink - noise) / (peak - noise), 0, 1) if noise else ink / peak
     digit = crop(ink, FAINT)
-    if not BOX - 1 <= max(digit.shape) <= BOX:  # not MNIST's: its faint pixels are blur, noise, or JPEG's
+    if not BOX - 1 <= max(digit.shape) <= BOX:  # not an MNIST image: faint pixels are blur, noise, or JPEG artefacts
         digit = crop(ink, FIRM)
         if max(digit.shape) < WORKING_BOX:
             digit = fit(digit, WORKING_BOX)
@@ -116,20 +123,23 @@ def as_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
 
 
 def crop(ink: numpy.ndarray, threshold: float) -> numpy.ndarray:
-    """The part of [H, W] that holds all that is above the threshold."""
+    """Cut out of [H, W] the smallest part that has all values above the threshold."""
     rows, columns = (numpy.flatnonzero(ink.max(axis=axis) > threshold) for axis in (1, 0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def separate_ink(pixels: numpy.ndarray) -> tuple[numpy.ndarray, float]:
-    """-> ink float32 [H, W] (0 on the background), and the background's noise in the same units.
+    """Subtract the background from float32 [H, W].
 
-    The background is a plane through the image's frame, so that a shadow across the paper is not ink.
+    The background is a plane fitted to the image's edges, so that a shadow across the paper does not count as ink.
+
+    Returns:
+        the ink, float32 [H, W], which is 0 on the background; and the noise of the background, in the same units.
     """
     height, width = pixels.shape
     depth = max(1, min(height, width) // 25)
     if not any(edge.any() for edge in (pixels[:depth], pixels[-depth:], pixels[:, :depth], pixels[:, -depth:])):
-        return pixels, 0.0  # black, as MNIST's own: the plane through it is known
+        return pixels, 0.0  # black edges, as in MNIST: no plane has to be fitted
     x, y = numpy.linspace(-1, 1, width), numpy.linspace(-1, 1, height)
     frame = numpy.ones_like(pixels, dtype=bool)
     frame[depth:-depth, depth:-depth] = False
@@ -149,7 +159,7 @@ def separate_ink(pixels: numpy.ndarray) -> tuple[numpy.ndarray, float]:
 
 
 def fit(ink: numpy.ndarray, box: int) -> numpy.ndarray:
-    """float32 [H, W] in [0, 1] -> the same, its longer side `box` pixels."""
+    """Resize ink, float32 [H, W] in [0, 1], so that its longer side has `box` pixels."""
     height, width = ink.shape
     scale = box / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -159,9 +169,9 @@ def fit(ink: numpy.ndarray, box: int) -> numpy.ndarray:
 
 
 def thicken(ink: numpy.ndarray) -> numpy.ndarray:
-    """Widens strokes that would vanish in the box: a fine pen on a large sheet.
+    """Widen strokes that would disappear in the box, such as those of a fine pen on a large sheet.
 
-    A stroke's width is its area over half its outline.
+    The width of a stroke is its area divided by half the length of its outline.
     """
     mask = numpy.pad(ink > 0.5 * ink.max(), 1)
     inside = mask[1:-1, 1:-1]
@@ -177,7 +187,7 @@ def thicken(ink: numpy.ndarray) -> numpy.ndarray:
 
 
 def centre(ink: numpy.ndarray) -> numpy.ndarray:
-    """[H, W], 0 to 255, at most 20 x 20 -> uint8 [28, 28], the centre of mass in the middle."""
+    """Place ink, [H, W] of at most 20 x 20, 0 to 255, in uint8 [28, 28], with its centre of mass in the middle."""
     canvas = numpy.zeros((SIDE, SIDE), dtype=numpy.uint8)
     mass = ink.sum()
     middle = [(ink.sum(axis=1 - axis) @ numpy.arange(length)) / mass for axis, length in enumerate(ink.shape)]
@@ -187,7 +197,11 @@ def centre(ink: numpy.ndarray) -> numpy.ndarray:
 
 
 def corner(middle: Sequence[float], size: Sequence[int]) -> tuple[int, int]:
-    """Top and left of what has its centre of mass at `middle` of its `size` (both down, across), where that is in the
-    middle of the canvas, or as near to it as the canvas allows.
+    """Return the top and left at which a digit's centre of mass is in the middle of the canvas, or as near as possible.
+
+    Args:
+        middle: the centre of mass within the digit, down and across.
+        size: of the digit, down and across.
     """
-    return tuple(min(max(round(SIDE / 2 - at), 0), SIDE - length) for at, length in zip(middle, size, strict=True))
+    top, left = (min(max(round(SIDE / 2 - at), 0), SIDE - length) for at, length in zip(middle, size, strict=True))
+    return top, left

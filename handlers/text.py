@@ -1,6 +1,7 @@
-"""Text classification: a text -> the k most probable classes."""
+"""Classify a text: the k most probable classes."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
@@ -16,14 +17,16 @@ from handlers.core.texts import TextLimits, check_text
 
 
 class TextHandler(ClassifierHandler):
-    """Model: token ids int64 [N, T], attention mask int64 [N, T] (1 a token, 0 padding) -> logits [N, classes].
+    """Model: token ids int64 [N, T], attention mask int64 [N, T] (1 token, 0 padding) -> logits [N, classes].
 
-    The vocabulary is the archive's tokenizer.json, as Hugging Face's `tokenizers` saves it.
+    The tokenizer is the archive's tokenizer.json, in the format of Hugging Face's `tokenizers`.
     """
 
     class Settings(ClassifierHandler.Settings, TextLimits):
-        max_tokens: PositiveInt = 64  # what is beyond is cut off
+        max_tokens: PositiveInt = 64  # longer texts are truncated
         pad_id: int = 0
+
+    settings: Settings
 
     class Inputs(inputs.Inputs):
         data: Text
@@ -34,16 +37,16 @@ class TextHandler(ClassifierHandler):
         self.tokenizer.enable_truncation(self.settings.max_tokens)
 
     def decode(self, inputs: Inputs) -> Sample:
-        """Make token ids, int64 [T], 1 <= T <= max_tokens."""
+        """Encode a text as token ids, int64 [T], 1 <= T <= max_tokens."""
         check_text(inputs.data, self.settings)
         ids = self.tokenizer.encode(inputs.data).ids
         if not ids:
-            raise EmptyInput("The text has no words. Send at least one.")
+            raise EmptyInput("The text has no words. Send at least one word.")
         return Sample(torch.tensor(ids))
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
-        """Pad to the longest text of the batch."""
-        texts = [sample.tensors for sample in samples]
+        """Pad the token ids to the longest text of the batch, and make the attention mask."""
+        texts = cast("list[Tensor]", [sample.tensors for sample in samples])  # as `decode` makes them
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.settings.pad_id)
         lengths = torch.tensor([len(text) for text in texts])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()

@@ -1,4 +1,4 @@
-"""What an answer must be."""
+"""Check the answer to a load test's request."""
 
 import json
 
@@ -6,20 +6,24 @@ from bundle.samples import first
 
 
 class Failure(Exception):
-    """An answer that does not count: its message names the kind, in few different words, for it is counted by them."""
+    """An answer that counts as failed.
+
+    Failures are counted by their messages: a message names a kind of failure and has few variants.
+    """
 
 
 class WrongAnswer(Failure):
-    """Status 200, and not the right answer."""
+    """A wrong answer with status 200."""
 
 
 def fault(status: int, text: str | None, expect: str | None, error: Exception | None = None) -> Failure | None:
-    """What is wrong with an answer; None for a right one.
+    """Return what is wrong with an answer; None if it is right.
 
     Args:
-        status: HTTP's; 0 where there was no answer.
-        expect: what it must rank first; None where any JSON will do.
-        error: why there was none.
+        status: the HTTP status; 0 if there was no answer.
+        text: the answer's body.
+        expect: the label that the answer must rank first; None if any JSON is right.
+        error: why there was no answer.
     """
     if status == 0:
         return Failure(f"no answer: {type(error).__name__}" if error else "no answer")

@@ -1,18 +1,17 @@
-"""When one user of a constant arrival rate sends its requests."""
+"""The times at which one user sends its requests at a constant arrival rate."""
 
 import random
 
 
 class Schedule:
-    """Due times at a constant distance, from a random phase on, so that users do not arrive in volleys.
+    """Due times at constant intervals. The first one is random, so that users do not all send at the same moment.
 
-    A user whose answer is late is behind its schedule and sends what is overdue at once; the wait of such a request
-    counts into its response time, as it does for clients who do not know of each other. So a slow server does not make
-    its own load lighter, nor its own figures better.
+    A user that waited for a late answer sends its overdue requests at once. Their delay counts as response time, as it
+    does for independent clients. Otherwise a slow server would get fewer requests and better figures.
 
     Args:
-        period: seconds between two arrivals.
-        now: of the same clock as the later ones.
+        period: seconds between two requests.
+        now: seconds, by the same clock as in the methods.
     """
 
     def __init__(self, period: float, now: float):
@@ -20,14 +19,14 @@ class Schedule:
         self.due = now + random.uniform(0, period)
 
     def wait(self, now: float) -> float:
-        """Seconds until the next arrival is due."""
+        """Return the seconds until the next request is due."""
         return max(0.0, self.due - now)
 
     def arrive(self, now: float) -> float:
-        """Takes the arrival that is due.
+        """Move on to the next due time.
 
         Returns:
-            how many seconds it is overdue.
+            the seconds by which the request that was due is late.
         """
         overdue = max(0.0, now - self.due)
         self.due += self.period

@@ -1,4 +1,4 @@
-"""Load tests of what `make serve` serves: locust with a shape, thresholds, and a folder of results."""
+"""Load tests of the running server: locust with load shapes, thresholds, and a folder of results."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ import typer
 
 from bundle.cli import console
 from bundle.cli.console import note
-from bundle.cli.parameters import choice, duration
+from bundle.cli.parameters import choice
 from bundle.errors import BundleError, NotRunning, UsageError
 from bundle.server.process import Server
 from bundle.server.settings import Settings
@@ -22,8 +22,8 @@ from loadtest.errors import LoadTestError
 
 LOCUSTFILE = Path(__file__).resolve().parent / "locustfile.py"
 RESULTS = Path("build/loadtest")
-SECONDS = 30  # for the first answer of a model
-STOP_SECONDS = 30  # for answers that are on their way when the run ends: as long as a user waits for one
+SECONDS = 30  # limit for the first answer of a model
+STOP_SECONDS = 30  # limit for the last answers when the run ends; locustfile.py has the same limit for every answer
 
 app = console.program(__doc__)
 
@@ -31,7 +31,7 @@ Models = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="MODEL[=WEIGHT]",
-        help="Folders in models/ and their weights, `mnist=4 text`. By default, all but those served on request.",
+        help="Model folders with weights: `mnist=4 text`. By default, all except those served on request.",
     ),
 ]
 Host = Annotated[str | None, typer.Option("--host", "-H", help="The server's URL. By default, that of `make serve`.")]
@@ -42,20 +42,26 @@ Shape = Annotated[
 Users = Annotated[
     int | None,
     typer.Option(
-        "--users", "-u", min=1, help="Most users at the same time. By default, 64, or one for each arrival a second."
+        "--users",
+        "-u",
+        min=1,
+        help="Maximum number of simultaneous users. By default 64, or for `rate` one per request a second.",
     ),
 ]
 Duration = Annotated[
-    float, typer.Option("--duration", "-d", parser=duration, metavar="DURATION", help="Of the run: 90s, 5m, 1h30m.")
+    str, typer.Option("--duration", "-d", metavar="DURATION", help="Length of the run: 90s, 5m, 1h30m.")
 ]
-Rate = Annotated[float | None, typer.Option("--rate", "-r", help="Arrivals a second, for the shape `rate`.")]
+Rate = Annotated[float | None, typer.Option("--rate", "-r", help="Requests a second, for the shape `rate`.")]
 Workers = Annotated[
     int,
     typer.Option(
-        "--workers", "-w", min=0, help="Processes that send requests, beside one that counts. 0: one process does both."
+        "--workers",
+        "-w",
+        min=0,
+        help="Number of processes that send requests, besides the one that counts. 0: one process does both.",
     ),
 ]
-Locust = Annotated[str, typer.Option(help="Further options of locust, as one string.")]
+Locust = Annotated[str, typer.Option(help="More options for locust, as one string.")]
 
 
 @app.command(
@@ -73,20 +79,23 @@ def run(
     limits: Annotated[
         Path,
         typer.Option(
-            "--thresholds", exists=True, dir_okay=False, help="File of limits. If the run misses one, it exits with 1."
+            "--thresholds",
+            exists=True,
+            dir_okay=False,
+            help="YAML file of thresholds. A missed one makes the run exit with 1.",
         ),
     ] = thresholds.FILE,
     results: Annotated[
-        Path | None, typer.Option(help=f"Folder of the results; by default, a new one in {RESULTS}.")
+        Path | None, typer.Option(help=f"Folder for the results. By default, a new one in {RESULTS}.")
     ] = None,
     locust: Locust = "",
 ) -> None:
-    """Run without a browser: a progress line, a verdict, and results in a folder.
+    """Run in the terminal: show progress and a verdict, and write the results into a folder.
 
     Exit with 0 if every threshold is met, 1 if one is missed, 2 for an invalid argument, 3 if no server answers with
     these models, 130 after Ctrl-C.
     """
-    environment = settings(models, shape=shape, users=users, duration=f"{duration}s", rate=rate, thresholds=limits)
+    environment = settings(models, shape=shape, users=users, duration=duration, rate=rate, thresholds=limits)
     url = served(environment, host)
     results = results or RESULTS / datetime.now().strftime("%Y%m%d-%H%M%S")
     if results.exists() and any(results.iterdir()):
@@ -111,61 +120,62 @@ def ui(
     rate: Rate = None,
     workers: Workers = 0,
     host: Host = None,
-    port: Annotated[int, typer.Option(help="Port of the web interface, on loopback.")] = 8089,
+    port: Annotated[int, typer.Option(help="Port of the web interface on 127.0.0.1.")] = 8089,
     locust: Locust = "",
 ) -> None:
-    """Start locust's web interface; without a shape, it asks for the number of users."""
-    environment = settings(models, shape=shape, users=users, duration=f"{duration}s", rate=rate)
+    """Start locust's web interface. Without a shape, set the number of users there."""
+    environment = settings(models, shape=shape, users=users, duration=duration, rate=rate)
     url = served(environment, host)
-    note(f"Open http://127.0.0.1:{port} (Ctrl-C ends it).")
+    note(f"Open http://127.0.0.1:{port} (press Ctrl-C to stop).")
     web = ("--web-host", "127.0.0.1", "--web-port", f"{port}", "--stop-timeout", f"{STOP_SECONDS}")
     start(environment, "--host", url, *web, *distribution(workers), *shlex.split(locust))
 
 
 @app.command(epilog="Example: `python -m loadtest plot build/loadtest/20260101-120000`")
-def plot(results: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of results.")]) -> None:
-    """Draw the picture of a run again, from its record."""
+def plot(results: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with the results of a run.")]) -> None:
+    """Redraw the chart of a run from its record."""
     from loadtest import plot as drawing
     from loadtest.record import Record
 
     file = results / "run_record.json"
     if not file.is_file():
-        raise UsageError(f"There is no {file}. Name a folder of results in {RESULTS}.")
+        raise UsageError(f"{file} is missing. Name a folder in {RESULTS} that has the results of a run.")
     for written in drawing.write(Record.load(file), results / "run"):
         print(written)
 
 
-def settings(models: list[str] | None, **wishes: object) -> dict[str, str]:
-    """Return the environment that the locustfile reads, once it is checked.
+def settings(models: list[str] | None, **options: object) -> dict[str, str]:
+    """Check the options and return them as the environment variables that the locustfile reads.
 
     Raises:
         UsageError: a value is invalid.
     """
-    wished = {name.upper(): "" if value is None else str(value) for name, value in wishes.items()}
-    wished["MODELS"] = " ".join(models or [])
+    environment = {name.upper(): "" if value is None else str(value) for name, value in options.items()}
+    environment["MODELS"] = " ".join(models or [])
     try:
-        chosen = targets.choose(wished["MODELS"])
-        shapes.Load.parse(wished, len(chosen))
-        if "THRESHOLDS" in wished:
-            thresholds.read(Path(wished["THRESHOLDS"]), set(targets.sections()))
+        chosen = targets.choose(environment["MODELS"])
+        shapes.Load.parse(environment, len(chosen))
+        if "THRESHOLDS" in environment:
+            thresholds.read(Path(environment["THRESHOLDS"]), targets.known_models())
     except LoadTestError as exc:
         raise UsageError(f"{exc}.") from exc
-    return wished
+    return environment
 
 
 def served(environment: dict[str, str], host: str | None) -> str:
-    """Return the server's URL, once every model to ask has answered there.
+    """Return the server's URL after every model to test has answered there.
 
     Raises:
-        NotRunning: no server answers, or it does not serve a model.
+        NotRunning: no server answers, or it does not serve one of the models.
+        UsageError: the server requires tokens.
         BundleError: a model does not answer.
     """
     running = Server().running()
     url = (host or (running.inference if running else Settings().url("inference_address"))).rstrip("/")
     if running and url == running.inference and running.key_file:
-        raise UsageError("The server asks for tokens, which locust does not send. Serve without tokens.")
+        raise UsageError("The server requires tokens, which locust does not send. Start the server without tokens.")
     with requests.Session() as session:
-        session.trust_env = False  # a proxy for the internet knows nothing of this machine's loopback
+        session.trust_env = False  # a proxy set in the environment does not reach this machine's loopback
         for target in targets.choose(environment["MODELS"]):
             try:
                 answer = session.post(f"{url}/predictions/{target.name}", data=target.sample, timeout=SECONDS)
@@ -175,14 +185,14 @@ def served(environment: dict[str, str], host: str | None) -> str:
                 raise BundleError(f"{target.name} does not answer at {url}: {exc}") from exc
             if answer.status_code == 404:
                 raise NotRunning(
-                    f"{target.name} is not served at {url}. Serve it (make serve MODELS=...), "
-                    "or name those that are (make loadtest MODELS=...)"
+                    f"{target.name} is not served at {url}. Serve it (make serve MODELS={target.name}), "
+                    "or test other models (make loadtest MODELS=...)"
                 )
     return url
 
 
 def distribution(workers: int) -> list[str]:
-    """Return locust's options for processes on this machine, which meet on a free port of loopback."""
+    """Return locust's options for worker processes, which reach their master on a free port of 127.0.0.1."""
     if not workers:
         return []
     with socket.socket() as probe:
@@ -193,7 +203,7 @@ def distribution(workers: int) -> list[str]:
 
 
 def start(environment: dict[str, str], *options: str) -> NoReturn:
-    """Become locust, which handles signals and sets the exit status itself."""
+    """Replace this process with locust, which handles signals and sets the exit status itself."""
     command = [sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), *options]
     os.execve(sys.executable, command, os.environ | environment)
 

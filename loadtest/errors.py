@@ -1,5 +1,5 @@
-"""What a load test says when it cannot do what was asked."""
+"""The error that a load test reports to its user."""
 
 
 class LoadTestError(Exception):
-    """A fault that the user can mend: what is wrong and what to do, printed as one line."""
+    """An error that the user can fix. The message says what is wrong and what to do, in one line."""

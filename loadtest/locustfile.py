@@ -1,12 +1,12 @@
-"""Load on the served models: a user sends one model its own sample again and again, and checks what comes first.
+"""The locustfile: each user sends the sample of one model repeatedly, and checks the answers.
 
-There is one class of users for each folder in models/ that has a sample: MnistUser, ImageUser, ...
-The environment says the rest, and must be the same for master and workers:
-  BUNDLE_MODELS    the folder of the model folders: models/
-  MODELS    which models, and their weights: "mnist text", "mnist=4 text=1"
-  SHAPE     steps, spike, soak or rate; without it, locust's own --users, --spawn-rate and --run-time
-  USERS, DURATION, RATE    of the shape: 64, 60s, and arrivals a second
-  THRESHOLDS    the file of what a headless run must hold: loadtest/thresholds.yaml
+There is one class of users for each model folder that has a sample: MnistUser, ImageUser, ...
+Environment variables, which must be the same for the master and its workers:
+  BUNDLE_MODELS  the folder with the model folders; by default models/
+  MODELS         the models to test, with weights: "mnist text", "mnist=4 text=1"
+  SHAPE          steps, spike, soak or rate; if unset, locust's own --users, --spawn-rate and --run-time apply
+  USERS, DURATION, RATE  settings of the shape: users (64), duration (60s), requests a second
+  THRESHOLDS     the file of thresholds for a headless run; by default loadtest/thresholds.yaml
 """
 
 import os
@@ -25,16 +25,16 @@ from loadtest.errors import LoadTestError  # noqa: E402
 try:
     TARGETS = targets.choose(os.environ.get("MODELS", ""))
     LOAD = shapes.Load.parse(os.environ, len(TARGETS))
-    THRESHOLDS = thresholds.read(Path(os.environ.get("THRESHOLDS") or thresholds.FILE), set(targets.sections()))
+    THRESHOLDS = thresholds.read(Path(os.environ.get("THRESHOLDS") or thresholds.FILE), targets.known_models())
 except LoadTestError as error:
-    sys.exit(f"error: {error}")
+    sys.exit(f"error: {error}.")
 
 
 class ModelUser(FastHttpUser):
-    """Asks as soon as it is answered; with an arrival rate, when the next arrival is due."""
+    """Send the next request after the last answer or, at a constant arrival rate, at its due time."""
 
     abstract = True
-    network_timeout = connection_timeout = 30.0  # what takes longer is a failure: "no answer"
+    network_timeout = connection_timeout = 30.0  # seconds; later answers count as "no answer"
     target: targets.Target
     schedule: Schedule | None = None
 
@@ -53,23 +53,24 @@ class ModelUser(FastHttpUser):
     def predict(self) -> None:
         overdue = self.schedule.arrive(time.perf_counter()) if self.schedule else 0
         path = f"/predictions/{self.target.name}"
-        with self.client.post(
-            path, data=self.target.sample, headers=self.target.headers, catch_response=True
-        ) as answer:
+        arguments = {"headers": self.target.headers, "catch_response": True}
+        body = self.target.sample  # bytes, which the annotation of `post` leaves out
+        with self.client.post(path, data=body, **arguments) as answer:  # type: ignore[arg-type]
             meta = answer.request_meta
             meta["response_time"] += 1000 * overdue
             if wrong := answers.fault(answer.status_code, answer.text, self.target.expect, meta["exception"]):
                 answer.failure(wrong)
 
 
-# locust takes every class of users, and the one shape, that it finds in this module
-for found in TARGETS:
-    globals()[found.user] = type(found.user, (ModelUser,), {"weight": found.weight, "target": found})
+# locust runs the user classes and the shape class that this module defines
+for each in TARGETS:
+    globals()[each.user] = type(each.user, (ModelUser,), {"weight": each.weight, "target": each})
 if LOAD:
+    users_at = LOAD.tick
 
     class Shape(LoadTestShape):
         def tick(self) -> tuple[int, float] | None:
-            return LOAD.tick(self.get_run_time())
+            return users_at(self.get_run_time())
 
 
 report.Report(TARGETS, LOAD, THRESHOLDS).listen(events)

@@ -1,6 +1,7 @@
-"""The picture of a run: each model's latency against its throughput, a point for each step."""
+"""The chart of a run: latency against throughput for each model, with a point for each step."""
 
 import csv
+import math
 from pathlib import Path
 
 import matplotlib
@@ -15,20 +16,20 @@ from loadtest.record import Point, Record  # noqa: E402
 PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 COLOURS = {"p50": "#1b7f5c", "p95": "#d98a00", "p99": "#b3261e"}
 MARKERS = {"p50": "o", "p95": "s", "p99": "^"}
-HEADS = ("model", "users", "seconds", "throughput", *(f"{name}_ms" for name in PERCENTILES), "failed", "wrong")
+COLUMNS = ("model", "users", "seconds", "throughput", *(f"{name}_ms" for name in PERCENTILES), "failed", "wrong")
 
 
 def write(record: Record, prefix: Path) -> list[Path]:
-    """Writes PREFIX_points.csv, and PREFIX_latency.png and .svg where there is a point to draw.
+    """Write PREFIX_points.csv, and if there are points to draw, PREFIX_latency.png and PREFIX_latency.svg.
 
     Returns:
-        the files.
+        the files that were written.
     """
     points = {model: record.points(model) for model in sorted({model for _, model in record.tallies})}
     table = prefix.with_name(f"{prefix.name}_points.csv")
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(HEADS)
+        writer.writerow(COLUMNS)
         writer.writerows(row(model, point) for model, of in points.items() for point in of)
     drawn = {model: [point for point in of if point.tally.right] for model, of in points.items()}
     drawn = {model: of for model, of in drawn.items() if of}
@@ -42,7 +43,7 @@ def write(record: Record, prefix: Path) -> list[Path]:
     return [table, *pictures]
 
 
-def row(model: str, point: Point) -> list[str | int]:
+def row(model: str, point: Point) -> list[str | int | float]:
     times = (point.tally.percentile(share) for share in PERCENTILES.values())
     shown = ["" if time is None else f"{time:.2f}" for time in times]
     rate = f"{point.throughput:.2f}"
@@ -50,7 +51,7 @@ def row(model: str, point: Point) -> list[str | int]:
 
 
 def draw(points: dict[str, list[Point]]) -> pyplot.Figure:
-    """A panel for each model."""
+    """Draw a panel for each model."""
     columns = min(2, len(points))
     rows = -(-len(points) // columns)
     figure, panels = pyplot.subplots(
@@ -74,8 +75,14 @@ def draw(points: dict[str, list[Point]]) -> pyplot.Figure:
 
 
 def numbered(points: list[Point]) -> bool:
-    """Whether the number of users tells one point from another."""
+    """Return whether the points differ in their numbers of users, so that these can label them."""
     return len(points) < 2 * len({point.users for point in points})
+
+
+def milliseconds(point: Point, share: float) -> float:
+    """Return a percentile of a point; NaN, which is not drawn, if it has no right answers."""
+    time = point.tally.percentile(share)
+    return math.nan if time is None else time
 
 
 def draw_panel(panel: Axes, model: str, points: list[Point]) -> None:
@@ -83,17 +90,17 @@ def draw_panel(panel: Axes, model: str, points: list[Point]) -> None:
     users = [point.users for point in points]
     stepped = users == sorted(set(users))
     for name, share in PERCENTILES.items():
-        times = [point.tally.percentile(share) for point in points]
-        line = "-" if stepped else "none"  # where users come and go, or stay, there is no curve
+        times = [milliseconds(point, share) for point in points]
+        line = "-" if stepped else "none"  # only increasing numbers of users make a curve
         panel.plot(rates, times, linestyle=line, marker=MARKERS[name], color=COLOURS[name], label=name, markersize=5)
     if numbered(points):
         for point, rate in zip(points, rates, strict=True):
-            place = (rate, point.tally.percentile(0.99))
+            place = (rate, milliseconds(point, 0.99))
             panel.annotate(f"{point.users}", place, (0, 6), textcoords="offset points", ha="center", fontsize=8)
     failed = [point for point in points if point.tally.failed]
     if failed:
-        places = [point.throughput for point in failed], [point.tally.percentile(0.99) for point in failed]
-        panel.plot(*places, "x", color="black", markersize=11, label="with failures")
+        marks = [point.throughput for point in failed], [milliseconds(point, 0.99) for point in failed]
+        panel.plot(*marks, "x", color="black", markersize=11, label="with failures")
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,7 +1,7 @@
-"""What happened in a run: answers of each model in each window of time, from all processes together.
+"""The record of a run: the answers of each model in each time window, from all processes.
 
-Locust rounds response times and keeps percentiles of the whole run only; a plot over the steps of a run needs them by
-step, and a threshold must not be missed by a rounding.
+Locust rounds response times, and keeps percentiles of the whole run only. The chart needs percentiles of each step, and
+rounding must not make a run miss a threshold.
 """
 
 import json
@@ -11,18 +11,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GROWTH = 1.01  # from one class of response times to the next: a percentile is told up to 1 % too low, never too high
-SETTLE_SECONDS = 1.0  # after the number of users has changed
+GROWTH = 1.01  # ratio of two neighbouring bins of response times: percentiles are up to 1 % too low, never too high
+SETTLE_SECONDS = 1.0  # left out after the number of users has changed
 
 
 @dataclass
 class Tally:
-    """Requests of one model.
+    """The counted answers of one model.
 
     Attributes:
-        times: right answers by class of their response time: k from GROWTH**k ms on.
-        faults: all others by their kind.
-        wrong: how many of these were of status 200.
+        times: right answers by bin of their response time; bin k begins at GROWTH**k ms.
+        faults: failed requests by kind.
+        wrong: number of failed requests with status 200.
     """
 
     times: Counter[int] = field(default_factory=Counter)
@@ -57,8 +57,9 @@ class Tally:
         self.wrong += other.wrong
 
     def percentile(self, share: float) -> float | None:
-        """Milliseconds that this share of the right answers did not exceed, rounded down to the edge of a class; None
-        without any.
+        """Return the response time in ms that this share of the right answers did not exceed.
+
+        It is rounded down to the beginning of its bin, and None if there are no right answers.
         """
         rank, seen = math.ceil(share * self.right), 0
         for time in sorted(self.times):
@@ -77,11 +78,11 @@ def total(tallies: Iterable[Tally]) -> Tally:
 
 @dataclass(frozen=True)
 class Point:
-    """One model over a part of a run with a constant number of users.
+    """One model in a part of a run with a constant number of users.
 
     Attributes:
-        users: of all models together.
-        seconds: how long it was.
+        users: number of users of all models together.
+        seconds: length of the part.
     """
 
     users: int
@@ -100,14 +101,14 @@ def cut(windows: range, parts: int) -> list[range]:
 
 
 class Record:
-    """A run.
+    """The answers of a run by time window.
 
     Args:
-        width: seconds of one window.
+        width: length of a window in seconds.
 
     Attributes:
-        tallies: by window (its time, in widths since the epoch) and model.
-        users: (time, users) whenever the number of users was changed.
+        tallies: by window and model; a window is the number of widths since the epoch.
+        users: (time, number of users) for every change of the number of users.
         started, stopped: seconds since the epoch.
     """
 
@@ -126,7 +127,7 @@ class Record:
         self.started = now
 
     def seconds(self, now: float) -> float:
-        """How long the run has taken, or took."""
+        """Return how long the run took, or has taken so far."""
         return (self.stopped or now) - self.started if self.started else 0.0
 
     def add(self, now: float, model: str, milliseconds: float, fault: str | None = None, wrong: bool = False) -> None:
@@ -140,26 +141,26 @@ class Record:
             self.users.append((now, users))
 
     def of(self, model: str, windows: Iterable[int] | None = None) -> Tally:
-        """All that one model did, or what it did in some windows."""
+        """Return the answers of one model, of the whole run or of some windows."""
         if windows is None:
             return total(tally for (_, name), tally in self.tallies.items() if name == model)
         return total(self.tallies[window, model] for window in windows if (window, model) in self.tallies)
 
     def packed(self) -> list[list]:
-        """The tallies as lists: what JSON and locust's messages can carry."""
+        """Return the tallies as lists, which JSON and locust's messages can carry."""
         return [
             [window, model, list(tally.times.items()), list(tally.faults.items()), tally.wrong]
             for (window, model), tally in self.tallies.items()
         ]
 
     def unpack(self, rows: list[list]) -> None:
-        """Adds what another record has packed."""
+        """Add the packed tallies of another record."""
         for window, model, times, faults, wrong in rows:
             other = Tally(Counter(dict(times)), Counter(dict(faults)), wrong)
             self._tally(window, model).merge(other)
 
     def drain(self) -> list[list]:
-        """Packs the tallies and forgets them."""
+        """Return the packed tallies and clear them."""
         rows = self.packed()
         self.tallies = {}
         return rows
@@ -178,9 +179,10 @@ class Record:
         return record
 
     def stretches(self, parts: int = 12) -> list[tuple[int, range]]:
-        """The parts of the run with a constant number of users, without their beginnings: (users, windows).
+        """Return the parts of the run with a constant number of users: (users, windows).
 
-        One that takes most of the run (a constant load, a soak after its ramp) is cut into `parts`.
+        The first second of each part is left out. A part that takes most of the run (a constant load, a soak after its
+        ramp) is cut into `parts`.
         """
         changes = [*self.users, (self.stopped or self.started or 0.0, 0)]
         found = []
@@ -192,5 +194,5 @@ class Record:
         return [(users, part) for users, windows in found for part in cut(windows, parts if len(windows) > most else 1)]
 
     def points(self, model: str) -> list[Point]:
-        """One model's stretches, in the order of time."""
+        """Return one model's point for each stretch, in the order of time."""
         return [Point(users, len(windows) * self.width, self.of(model, windows)) for users, windows in self.stretches()]

@@ -1,14 +1,16 @@
-"""What a run shows while it lasts and leaves when it ends: a progress line, the verdict, files beside locust's CSV."""
+"""The output of a run: a progress line, the verdict, and files beside locust's own CSV files."""
 
 import itertools
 import signal
 import time
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
 import gevent
 from locust import runners
 from locust.env import Environment
+from locust.event import Events
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,33 +21,39 @@ from loadtest.answers import WrongAnswer
 from loadtest.record import Record
 from loadtest.shapes import Load
 from loadtest.targets import Target
-from loadtest.thresholds import Outcome, Thresholds
+from loadtest.thresholds import ModelResult, Thresholds
 
-WINDOWS = 600  # of a long run
-SHORTEST_SECONDS = 0.25  # of a window
-OPEN_END_SECONDS = 5  # a window's length where no shape says when the run ends: all processes must know
-REPORT_SECONDS = 1.0  # between a worker's reports: locust's 3 would make the progress line late
-WORKER_SECONDS = 2.0  # that a worker has left after a Ctrl-C, unless its master ends it
+WINDOWS = 600  # number of time windows of a long run
+SHORTEST_SECONDS = 0.25  # length of the shortest window
+OPEN_END_SECONDS = 5  # length of a window without a shape, which is what gives all processes the run's length
+REPORT_SECONDS = 1.0  # between a worker's reports: with locust's 3 the progress line would be late
+WORKER_SECONDS = 2.0  # a worker ends itself this long after Ctrl-C, unless its master has ended it before
 
 
 def interrupt() -> None:
-    """Ends locust as Ctrl-C does, without gevent's traceback of whatever greenlet the signal happened to meet."""
+    """End locust as Ctrl-C does, without gevent's traceback of the greenlet that the signal interrupted."""
     hub = gevent.get_hub()
     hub.loop.run_callback(hub.parent.throw, KeyboardInterrupt)
 
 
 def width(load: Load | None) -> float:
-    """Seconds of a window."""
+    """Return the length of a window in seconds."""
     return max(SHORTEST_SECONDS, load.seconds // WINDOWS) if load else OPEN_END_SECONDS
 
 
-def row(outcome: Outcome) -> list[str]:
-    tally = outcome.tally
+def options_of(environment: Environment) -> Namespace:
+    """Return locust's command-line options, which every process of a run has."""
+    assert environment.parsed_options is not None
+    return environment.parsed_options
+
+
+def row(result: ModelResult) -> list[str]:
+    tally = result.tally
     times = [tally.percentile(share) for share in (0.5, 0.95, 0.99)]
     return [
-        outcome.model,
+        result.model,
         f"{tally.requests}",
-        f"{outcome.throughput:.1f}",
+        f"{result.throughput:.1f}",
         *("-" if time is None else f"{time:.1f}" for time in times),
         f"{tally.failed}",
         f"{tally.wrong}",
@@ -53,12 +61,12 @@ def row(outcome: Outcome) -> list[str]:
 
 
 class Report:
-    """Listens to a run of locust, in each of its processes.
+    """A listener to the events of locust, in each of its processes.
 
     Args:
-        targets: the models that are asked.
-        load: None where locust's own options say how many users there are.
-        limits: what a headless run must hold.
+        targets: the models that are tested.
+        load: None if locust's own options set the number of users.
+        limits: the thresholds of a headless run.
     """
 
     def __init__(self, targets: list[Target], load: Load | None, limits: Thresholds):
@@ -67,15 +75,15 @@ class Report:
         self.load = load
         self.limits = limits
         self.record = Record(width(load))
-        self.classes: dict[str, int] = {}  # users by class
-        self.received = signal.SIGINT  # the signal that interrupted the run, if one did
+        self.classes: dict[str, int] = {}  # number of users by class
+        self.received: int = signal.SIGINT  # the signal that interrupted the run, if one did
         self.console = Console(highlight=False, soft_wrap=True)
         columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self.progress = Progress(
             *columns, console=self.console, auto_refresh=False, transient=True, disable=not self.console.is_terminal
         )
 
-    def listen(self, events) -> None:
+    def listen(self, events: Events) -> None:
         events.init.add_listener(self.on_init)
         events.test_start.add_listener(lambda **_: self.record.start(time.time()))
         events.test_stopping.add_listener(self.on_test_stopping)
@@ -86,19 +94,19 @@ class Report:
 
     def on_init(self, environment: Environment, **_: object) -> None:
         runners.WORKER_REPORT_INTERVAL = REPORT_SECONDS
+        options = options_of(environment)
         worker = isinstance(environment.runner, runners.WorkerRunner)
-        if environment.parsed_options.headless and self.load:
+        if options.headless and self.load:
             self.listen_to_signals(worker)
         if worker:
             return
-        options = environment.parsed_options
         gevent.spawn(self.watch_users, environment.runner)
         if options.headless:
             gevent.spawn(self.show_progress, self.load.seconds if self.load else options.run_time)
 
     def listen_to_signals(self, worker: bool) -> None:
-        """Until a shape has ended, locust does not listen to SIGTERM: it would die and leave its workers running."""
-        if worker:  # Ctrl-C reaches it together with the master, which will end it in order
+        """Handle signals during a shape, when locust does not: SIGTERM would end it and leave its workers running."""
+        if worker:  # Ctrl-C reaches the master, too, which then ends its workers in order
             gevent.signal_handler(signal.SIGINT, gevent.spawn_later, WORKER_SECONDS, interrupt)
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -112,7 +120,7 @@ class Report:
         self.record.stopped = self.record.stopped or time.time()
 
     def on_request(self, response_time: float, exception: Exception | None, context: dict, **_: object) -> None:
-        fault = exception and (str(exception) or type(exception).__name__)
+        fault = (str(exception) or type(exception).__name__) if exception else None
         self.record.add(time.time(), context["model"], response_time, fault, isinstance(exception, WrongAnswer))
 
     def watch_users(self, runner: runners.Runner) -> None:
@@ -123,7 +131,7 @@ class Report:
             gevent.sleep(0.2)
 
     def show_progress(self, seconds: float | None) -> None:
-        """One line, drawn again each second; where output is no terminal, a line every ten."""
+        """Redraw a progress line each second; if the output is not a terminal, print a line every ten seconds."""
         with self.progress:
             task = self.progress.add_task("waiting for the first answers", total=seconds)
             for tick in itertools.count(1):
@@ -136,7 +144,7 @@ class Report:
                     self.console.print(f"{passed:.0f} s: {self.state()}")
 
     def state(self) -> str:
-        """Users now, throughput and p99 of the last seconds, failures so far."""
+        """Return the progress line: users, throughput and p99 of the last three seconds, failures so far."""
         width = self.record.width
         last = int(time.time() // width)
         windows = range(last - max(1, int(3 // width)), last)
@@ -152,28 +160,28 @@ class Report:
             return
         self.on_test_stopping()
         self.progress.stop()
-        if environment.parsed_options.headless:
+        options = options_of(environment)
+        if options.headless:
             environment.process_exit_code = self.verdict()
-        if prefix := environment.parsed_options.csv_prefix:
+        if prefix := options.csv_prefix:
             self.save(Path(prefix))
 
     def verdict(self) -> int:
-        """Prints what each model did and what it had to.
+        """Print the figures of each model and the thresholds that were missed.
 
         Returns:
-            the exit status: 0 when every threshold was met, 1 when not, 130 (Ctrl-C) or 143 (SIGTERM) when the run was
-            interrupted.
+            the exit status: 0 if every threshold was met, 1 if one was missed, 130 (Ctrl-C) or 143 (SIGTERM) if the run
+            was interrupted.
         """
         table = Table("model", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for head in ("requests", "right/s", "p50 ms", "p95 ms", "p99 ms", "failed", "wrong"):
             table.add_column(head, justify="right")
         table.add_column("verdict")
         missed = []
-        for outcome in self.outcomes():
-            limits = self.limits.of(outcome.model)
-            faults = thresholds.misses(outcome, limits)
-            missed += [f"{outcome.model}: {fault}" for fault in faults]
-            table.add_row(*row(outcome), "[red]missed" if faults else "[green]met")
+        for result in self.results():
+            faults = thresholds.misses(result, self.limits.of(result.model))
+            missed += [f"{result.model}: {fault}" for fault in faults]
+            table.add_row(*row(result), "[red]missed" if faults else "[green]met")
         self.console.print(table)
         for model in self.models:
             for kind, count in Counter(self.record.of(model).faults).most_common(5):
@@ -181,28 +189,30 @@ class Report:
         for line in missed:
             self.console.print(f"missed: {line}", style="red", markup=False)
         if self.load and self.record.seconds(time.time()) < self.load.seconds - 1:
-            self.console.print("The run was interrupted: this is what it had seen until then.")
+            self.console.print("The run was interrupted. These are the results until then.")
             return 128 + self.received
         return 1 if missed else 0
 
-    def outcomes(self) -> list[Outcome]:
+    def results(self) -> list[ModelResult]:
         seconds = self.record.seconds(time.time())
-        return [Outcome(model, self.record.of(model), seconds, self.asked(model, seconds)) for model in self.models]
+        return [ModelResult(model, self.record.of(model), seconds, self.due(model, seconds)) for model in self.models]
 
-    def asked(self, model: str, seconds: float) -> float | None:
-        """The requests that an arrival rate would have made of one model's users."""
+    def due(self, model: str, seconds: float) -> float | None:
+        """Return the number of requests due for one model at a constant arrival rate; None for other shapes."""
         if not self.load or not self.load.rate:
             return None
         users = self.classes.get(self.users[model], 0)
         return users / self.load.period * seconds
 
     def save(self, prefix: Path) -> None:
-        """Writes PREFIX_record.json, PREFIX_points.csv, PREFIX_latency.png and .svg."""
-        from loadtest import plot  # imports matplotlib: a second that no worker needs to wait
+        """Write PREFIX_record.json, PREFIX_points.csv, PREFIX_latency.png and PREFIX_latency.svg."""
+        from loadtest import plot  # imports matplotlib, which takes a second and no worker needs
 
         self.record.save(prefix.with_name(f"{prefix.name}_record.json"))
         files = plot.write(self.record, prefix)
         for file in files:
             self.console.print(f"  {file}", markup=False)
         if len(files) == 1:
-            self.console.print("No picture: no number of users stayed for two seconds. Run for longer: DURATION=60s")
+            self.console.print(
+                "No chart: the number of users never stayed the same for two seconds. Run longer: DURATION=60s"
+            )

@@ -1,4 +1,4 @@
-"""What a load test asks: the models in models/, or where BUNDLE_MODELS says, that have a sample."""
+"""The models that a load test sends requests to: those with a sample, in models/ or the folder BUNDLE_MODELS."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 def models_dir() -> Path:
     """Return the folder of the model folders: the one that BUNDLE_MODELS names, else the one beside this package.
 
-    The bundle's rule, written again: the load generator's image carries no bundle.
+    This repeats the rule of bundle/paths.py, which the load generator's image does not contain.
 
     Raises:
         LoadTestError: there is no such folder.
@@ -27,19 +27,19 @@ def models_dir() -> Path:
 
 
 def place(folders: Path) -> str:
-    """Return the folder as messages name it."""
+    """Return the folder's name for messages."""
     return "models" if folders == MODELS else str(folders)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One model to ask.
+    """One model to test.
 
     Attributes:
-        sample: the request's body.
-        headers: to send it with.
-        expect: the label (for MNIST the class) that must come first in the answer; None where any may.
-        weight: its share of the users, relative to those of other models.
+        sample: the body of every request.
+        headers: the headers of every request.
+        expect: the label (for MNIST the class) that the answer must rank first; None if any JSON answer is right.
+        weight: its share of the users, relative to the weights of other models.
     """
 
     name: str
@@ -50,37 +50,42 @@ class Target:
 
     @property
     def user(self) -> str:
-        """The name of its class of users, as locust's reports show it."""
+        """The name of its user class in locust's reports."""
         return f"{self.name.title().replace('-', '').replace('.', '')}User"
 
 
-def choose(wish: str = "", folders: Path | None = None) -> list[Target]:
-    """The models to ask.
+def choose(wanted: str = "", folders: Path | None = None) -> list[Target]:
+    """Return the models to test.
 
     Args:
-        wish: names and weights: "mnist text", "mnist=4 text=1"; "" is all that are always served, alike.
-        folders: where the model folders are; by default, see `models_dir`.
+        wanted: names and weights: "mnist text", "mnist=4 text=1"; "" selects all models that are always served, with
+            equal weights.
+        folders: the folder of the model folders; by default that of `models_dir`.
 
     Raises:
-        LoadTestError: there is no such model with a sample, or a weight is not a whole number above 0.
+        LoadTestError: a model is unknown or has no sample, or a weight is not a whole number above 0.
     """
     folders = folders or models_dir()
     usable = {name: section for name, section in sections(folders).items() if section.get("sample")}
-    weights = parse_weights(wish) or {
+    weights = parse_weights(wanted) or {
         name: 1 for name, section in usable.items() if section.get("served", "always") == "always"
     }
     if unknown := [name for name in weights if name not in usable]:
-        there = ", ".join(usable) or "none"
-        raise LoadTestError(f"there is no model {unknown[0]!r} with a sample in {place(folders)}/; there are: {there}")
+        known = ", ".join(usable) or "none"
+        raise LoadTestError(f"there is no model {unknown[0]!r} with a sample in {place(folders)}/; there are: {known}")
     if not weights:
         raise LoadTestError(
-            f"no model in {place(folders)}/ has a sample to send: name one in its model-config.yaml, bundle.sample"
+            f"no model in {place(folders)}/ has a sample to send. Name a file as bundle.sample in a model-config.yaml"
         )
     return [target(folders / name, usable[name], weight) for name, weight in weights.items()]
 
 
 def sections(folders: Path | None = None) -> dict[str, dict]:
-    """What each model folder says of itself (`bundle:` in its model-config.yaml), by its name."""
+    """Return the `bundle` section of each model folder's model-config.yaml, by the folder's name.
+
+    Raises:
+        LoadTestError: a file is not valid YAML.
+    """
     folders = folders or models_dir()
     found = {}
     for file in sorted(folders.glob("*/model-config.yaml")):
@@ -92,10 +97,15 @@ def sections(folders: Path | None = None) -> dict[str, dict]:
     return found
 
 
-def parse_weights(wish: str) -> dict[str, int]:
-    """ "mnist=4 text" -> {"mnist": 4, "text": 1}"""
+def known_models() -> set[str]:
+    """Return the models that thresholds may name: those of `models_dir` and, for the shipped thresholds, of MODELS."""
+    return {*sections(), *sections(MODELS)}
+
+
+def parse_weights(wanted: str) -> dict[str, int]:
+    """Parse "mnist=4 text" as {"mnist": 4, "text": 1}."""
     weights = {}
-    for item in wish.split():
+    for item in wanted.split():
         name, equals, weight = item.partition("=")
         if equals and not (weight.isdecimal() and int(weight)):
             raise LoadTestError(f"the weight of {name} is {weight!r}, and must be a whole number of at least 1")

@@ -1,4 +1,4 @@
-"""What a run must hold: the limits of thresholds.yaml, and whether they were met."""
+"""The thresholds that a run must meet, and the check whether it met them."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +13,7 @@ FILE = Path(__file__).resolve().parent / "thresholds.yaml"
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one model; None is not checked. What each means is said in thresholds.yaml."""
+    """The thresholds of one model; None is not checked. thresholds.yaml explains each."""
 
     p99_ms: float | None = None
     failures: float | None = None
@@ -36,18 +36,18 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one model did in a run.
+class ModelResult:
+    """The answers of one model in a run.
 
     Attributes:
-        seconds: how long the run took.
-        asked: requests that an arrival rate would have made in that time; None for other shapes.
+        seconds: length of the run.
+        due: number of requests that were due at a constant arrival rate; None for other shapes.
     """
 
     model: str
     tally: Tally
     seconds: float
-    asked: float | None = None
+    due: float | None = None
 
     @property
     def throughput(self) -> float:
@@ -56,13 +56,14 @@ class Outcome:
 
 
 def read(file: Path, models: set[str]) -> Thresholds:
-    """A file of thresholds.
+    """Read a file of thresholds.
 
     Args:
-        models: the names that it may have.
+        file: YAML, as in thresholds.yaml.
+        models: the known models.
 
     Raises:
-        LoadTestError: it cannot be read, or says what there is not.
+        LoadTestError: the file cannot be read, names an unknown model or threshold, or has an invalid value.
     """
     try:
         content = yaml.safe_load(file.read_text()) or {}
@@ -72,11 +73,11 @@ def read(file: Path, models: set[str]) -> Thresholds:
         raise LoadTestError(f"{file} is not valid YAML: {exc}") from exc
     content = mapping(content, f"{file}")
     if unknown := content.keys() - {"defaults", "models"}:
-        raise LoadTestError(f"{file}: there is no {unknown.pop()!r}; there are defaults and models")
+        raise LoadTestError(f"{file}: unknown section {unknown.pop()!r}; the sections are defaults and models")
     defaults = limits(content.get("defaults"), f"{file}, defaults")
     own = mapping(content.get("models"), f"{file}, models")
     if unknown := own.keys() - models:
-        raise LoadTestError(f"{file}: there is no model {unknown.pop()!r}; there are: {', '.join(models)}")
+        raise LoadTestError(f"{file}: unknown model {unknown.pop()!r}; the models are: {', '.join(sorted(models))}")
     return Thresholds(
         Limits(**defaults), {name: Limits(**defaults | limits(of, f"{file}, {name}")) for name, of in own.items()}
     )
@@ -84,7 +85,7 @@ def read(file: Path, models: set[str]) -> Thresholds:
 
 def mapping(content: object, place: str) -> dict:
     if not isinstance(content, dict | None):
-        raise LoadTestError(f"{place}: {content!r} is no mapping")
+        raise LoadTestError(f"{place}: {content!r} is not a mapping")
     return content or {}
 
 
@@ -92,7 +93,7 @@ def limits(content: object, place: str) -> dict[str, float | None]:
     section = mapping(content, place)
     for key, value in section.items():
         if key not in KEYS:
-            raise LoadTestError(f"{place}: there is no threshold {key!r}; there are: {', '.join(KEYS)}")
+            raise LoadTestError(f"{place}: unknown threshold {key!r}; the thresholds are: {', '.join(KEYS)}")
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
@@ -102,32 +103,32 @@ def limits(content: object, place: str) -> dict[str, float | None]:
     return section
 
 
-def misses(outcome: Outcome, limits: Limits) -> list[str]:
-    """The thresholds that were not met, each as a sentence; nothing when all were."""
-    tally = outcome.tally
-    if not tally.right:
-        return ["not one right answer"]
-    found = []
+def misses(result: ModelResult, limits: Limits) -> list[str]:
+    """Return a description of each threshold that was missed; [] if all were met."""
+    tally = result.tally
     p99 = tally.percentile(0.99)
+    if p99 is None:
+        return ["no right answer"]
+    found = []
     if limits.p99_ms is not None and p99 > limits.p99_ms:
         found.append(f"p99 was {p99:.0f} ms, and must be at most {limits.p99_ms:g} ms")
     if limits.failures is not None and tally.share(tally.failed) > limits.failures:
-        found.append(f"{tally.share(tally.failed):.2%} failed, and at most {limits.failures:.2%} may")
+        found.append(f"{tally.share(tally.failed):.2%} of the requests failed; at most {limits.failures:.2%} may")
     if limits.wrong is not None and tally.share(tally.wrong) > limits.wrong:
-        found.append(f"{tally.share(tally.wrong):.2%} were answered wrongly, and at most {limits.wrong:.2%} may be")
-    floor = throughput_floor(outcome, limits)
-    if floor is not None and outcome.throughput < floor:
-        found.append(f"{outcome.throughput:.1f} right answers a second, and at least {floor:.1f} must be")
-    if limits.arrivals is not None and outcome.asked and tally.requests < limits.arrivals * outcome.asked - 1:
-        came = tally.requests / outcome.asked
+        found.append(f"{tally.share(tally.wrong):.2%} of the answers were wrong; at most {limits.wrong:.2%} may be")
+    floor = throughput_floor(result, limits)
+    if floor is not None and result.throughput < floor:
+        found.append(f"throughput was {result.throughput:.1f} right answers a second, and must be at least {floor:.1f}")
+    if limits.arrivals is not None and result.due and tally.requests < limits.arrivals * result.due - 1:
         found.append(
-            f"{came:.1%} of the arrivals came to be, and at least {limits.arrivals:.1%} must: all users waited"
+            f"{tally.requests / result.due:.1%} of the due requests were sent and answered, and at least "
+            f"{limits.arrivals:.1%} must be: all users were waiting for answers"
         )
     return found
 
 
-def throughput_floor(outcome: Outcome, limits: Limits) -> float | None:
-    """The limit, but no more than an arrival rate makes possible."""
-    if limits.throughput is None or outcome.asked is None or not outcome.seconds:
+def throughput_floor(result: ModelResult, limits: Limits) -> float | None:
+    """Return the lowest allowed throughput, which is not above what a constant arrival rate can reach."""
+    if limits.throughput is None or result.due is None or not result.seconds:
         return limits.throughput
-    return min(limits.throughput, 0.95 * outcome.asked / outcome.seconds)
+    return min(limits.throughput, 0.95 * result.due / result.seconds)

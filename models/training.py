@@ -1,6 +1,6 @@
-"""What the models' training runs share: the loop (Lightning), the figures (TorchMetrics), and the files a run leaves.
+"""The common part of all training runs: the loop (Lightning), the metrics (TorchMetrics), and the files of a run.
 
-A model's own `train.py` says what is its own: where the data comes from, how it is augmented, and the recipe.
+The `train.py` of a model has the rest: the data, its augmentation, and the recipe.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Augmentation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyper-parameters of a run; all of them end up in metrics.json."""
+    """The hyper-parameters of a run; metrics.json records them."""
 
     epochs: int
     batch_size: int
@@ -34,17 +34,18 @@ class Recipe:
     weight_decay: float
     label_smoothing: float = 0.0
     warmup: float = 0.2  # share of the steps in which the learning rate rises
-    floor: float = 4e-6  # learning rate at the end, as a share of the highest
-    averaging: float = 0.0  # decay per step of the moving average of the weights that is kept; 0: the last weights are
+    floor: float = 4e-6  # final learning rate, as a share of the highest
+    averaging: float = 0.0  # decay per step of the moving average of the weights; 0: no average, the last weights
     optimizer: str = "sgd"  # "sgd" (Nesterov momentum 0.9) or "adamw"
 
 
 class Batches:
-    """Shuffled batches out of tensors that fit in memory: one index operation a batch, no worker processes.
+    """Batches of tensors that fit in memory: one index operation per batch, no worker processes.
 
     Args:
         tensors: inputs first, targets (int64 [N]) last; all have N as their first dimension.
-        shuffle: a new order every epoch, and a last batch that is not full is dropped.
+        batch_size: rows in a batch.
+        shuffle: use a new order in every epoch, and drop the last batch if it is not full.
     """
 
     def __init__(self, *tensors: Tensor, batch_size: int, shuffle: bool):
@@ -63,11 +64,12 @@ class Batches:
 
 
 class Classifier(lightning.LightningModule):
-    """Cross-entropy training of `model` under a one-cycle learning rate (Smith and Topin 2018).
+    """Train a model with cross-entropy and a one-cycle learning rate (Smith and Topin 2018).
 
     Args:
         model: takes the batch's inputs, returns logits float32 [N, classes].
-        augment: is given the batch's first input on the device and returns what the model is given in its place.
+        recipe: the hyper-parameters.
+        augment: maps the first input of a batch, on the device, to the input of the model.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, augment: Augmentation | None = None):
@@ -109,8 +111,8 @@ class Classifier(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def figures(classes: int) -> MetricCollection:
-    """Accuracy, macro F1 and the confusion matrix (rows: truth, columns: prediction) over `classes` classes."""
+def metric_collection(classes: int) -> MetricCollection:
+    """Return accuracy, macro F1 and the confusion matrix (rows: truth, columns: prediction)."""
     return MetricCollection(
         {
             "accuracy": MulticlassAccuracy(classes, average="micro"),
@@ -121,22 +123,22 @@ def figures(classes: int) -> MetricCollection:
 
 
 def arguments(description: str, recipe: Recipe, resumable: bool = False) -> argparse.Namespace:
-    """The options that every train.py has; `--resume` where it knows how to."""
+    """Parse the options of a train.py, and apply `--threads` and `--seed`; `resumable` adds `--resume`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("DATA_DIR", "data")),
-        help="where the data set is, or is put",
+        help="folder of the data set; it is downloaded if it is missing",
     )
     parser.add_argument("--epochs", type=int, default=recipe.epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder for weights and metrics; the model's own by default"
+        "--out", type=Path, default=None, help="folder for weights and metrics; default: the model's folder"
     )
     if resumable:
-        parser.add_argument("--resume", action="store_true", help="go on from the weights that are there")
+        parser.add_argument("--resume", action="store_true", help="continue from the present weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lightning.seed_everything(options.seed, verbose=False)
@@ -144,7 +146,7 @@ def arguments(description: str, recipe: Recipe, resumable: bool = False) -> argp
 
 
 def fit(classifier: Classifier, batches: Iterable[tuple[Tensor, ...]]) -> float:
-    """Trains, on a GPU where there is one, and returns the seconds it took."""
+    """Train, on a GPU if there is one, and return the seconds it took."""
     recipe = classifier.recipe
     trainer = lightning.Trainer(
         max_epochs=recipe.epochs,
@@ -160,8 +162,8 @@ def fit(classifier: Classifier, batches: Iterable[tuple[Tensor, ...]]) -> float:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Batches, classes: int) -> dict:
-    """{"accuracy", "macro_f1", "confusion_matrix"} of `model` on `batches`, as plain numbers."""
-    collection = figures(classes)
+    """Return {"accuracy", "macro_f1", "confusion_matrix"} of `model` on `batches`, as plain numbers."""
+    collection = metric_collection(classes)
     model.eval()
     for *inputs, target in batches:
         collection.update(model(*inputs), target)
@@ -174,23 +176,28 @@ def evaluate(model: nn.Module, batches: Batches, classes: int) -> dict:
 
 
 def measure(model: nn.Module, test: tuple[Tensor, Tensor], altered: dict[str, Tensor], classes: int) -> dict:
-    """`evaluate` on a test split, and as "accuracy_under" the accuracy on its inputs altered.
+    """Evaluate a model on the test split, and on altered inputs.
 
     Args:
-        test: inputs and targets.
-        altered: the same inputs, each under the name of what was done to them.
+        model: to evaluate.
+        test: inputs and targets of the test split.
+        altered: {name of the alteration: the altered inputs}.
+        classes: the number of classes.
+
+    Returns:
+        what `evaluate` returns for the test split, and as "accuracy_under" the accuracy for each alteration.
     """
 
-    def figures_of(inputs: Tensor) -> dict:
+    def evaluate_on(inputs: Tensor) -> dict:
         return evaluate(model, Batches(inputs, test[1], batch_size=200, shuffle=False), classes)
 
-    return figures_of(test[0]) | {
-        "accuracy_under": {name: figures_of(inputs)["accuracy"] for name, inputs in altered.items()}
+    return evaluate_on(test[0]) | {
+        "accuracy_under": {name: evaluate_on(inputs)["accuracy"] for name, inputs in altered.items()}
     }
 
 
 def commit() -> str:
-    """The commit of the code that runs, with "+changes" if code under version control differs from it."""
+    """Return the commit of the running code, with "+changes" if a Python file under version control differs from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -204,7 +211,7 @@ def commit() -> str:
         return "unknown"
 
 
-COMMIT = commit()  # now: while a model trains, the working tree may move on
+COMMIT = commit()  # at import, because the working tree may change while a model trains
 
 
 def save(
@@ -216,8 +223,16 @@ def save(
     seconds: float,
     report: dict,
 ) -> None:
-    """Writes weights.safetensors, index_to_name.json and metrics.json into `--out`, or else into the model's `folder`,
-    and prints the figures in `report`, which must have been measured after `round_weights`.
+    """Write weights.safetensors, index_to_name.json and metrics.json, and print the metrics.
+
+    Args:
+        options: `--out` is the folder to write to, if it is given.
+        folder: the folder of the model.
+        model: after `round_weights`.
+        labels: of the classes, in their order.
+        recipe: of the run.
+        seconds: of training.
+        report: the metrics, measured after `round_weights`.
     """
     folder = options.out or folder
     folder.mkdir(parents=True, exist_ok=True)

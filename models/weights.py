@@ -1,4 +1,4 @@
-"""Weights on disk: float16 safetensors, half the bytes in git and never code. All that serving needs of training."""
+"""Load and save weights as float16 safetensors: half the size of float32, and a format that cannot contain code."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -11,22 +11,23 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_weights(model: Model, file: Path) -> Model:
-    """Loads float16 safetensors into `model` (float32), which is returned in evaluation mode."""
+    """Load float16 safetensors into `model` (float32), and return it in evaluation mode."""
     state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(file).items()}
     model.load_state_dict(state)
     return model.eval()
 
 
 def save_weights(model: nn.Module, file: Path) -> None:
-    """Writes `model`'s weights as float16; see `round_weights`."""
+    """Write the weights of `model` as float16; see `round_weights`."""
     state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     save_file({name: t.contiguous() for name, t in state.items()}, file)
-    file.chmod(0o644)  # safetensors writes for the owner alone
+    file.chmod(0o644)  # safetensors makes the file readable for its owner only
 
 
 def round_weights(model: Model) -> Model:
-    """Rounds every floating-point weight to what float16 holds: done before a model is measured, so that the figures
-    are those of the weights that are stored.
+    """Round every floating-point weight to a value of float16.
+
+    Call this before a model is measured, so that the figures are those of the stored weights.
     """
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:

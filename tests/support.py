@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 from bundle import mar
 from bundle.signing import UNSEALED, seal
@@ -32,6 +33,21 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"the condition was still false after {seconds:g} s"
         time.sleep(0.2)
+
+
+def batches(metrics: str, model: str) -> tuple[float, float]:
+    """How many batches a model has answered, and how many requests were in them.
+
+    Args:
+        metrics: URL of the metrics API.
+    """
+    exposed = requests.get(f"{metrics}/metrics", timeout=30).text
+    samples = [sample for family in text_string_to_metric_families(exposed) for sample in family.samples]
+
+    def total(name: str) -> float:
+        return sum(one.value for one in samples if one.name == name and one.labels["ModelName"] == model)
+
+    return total("bundle_batch_size_count"), total("bundle_batch_size_sum")
 
 
 class Traffic:

@@ -17,7 +17,7 @@ from bundle.build.quantize import Batch, load, quantize, run
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import relative
-from handlers.core.precision import INT8_NAME, Wanted, attempt
+from handlers.core.precision import INT8_NAME, RequestedPrecision, freeze_checked
 from handlers.core.topk import rank
 
 BATCH = 16  # examples in a batch
@@ -89,7 +89,7 @@ class Judge:
         inputs = self.batches[0]
         expected = self.expected[: len(inputs[0])]
         try:
-            accuracy = self.accuracy(attempt(self.module, precision, torch.device("cpu"), inputs, expected))
+            accuracy = self.accuracy(freeze_checked(self.module, precision, torch.device("cpu"), inputs, expected))
         except RuntimeError as exc:
             return False, str(exc).strip().splitlines()[-1]
         return accuracy.good, str(accuracy)
@@ -138,7 +138,7 @@ def drop_inaccurate_precisions(
     return lines
 
 
-def choices(folder: ModelFolder, config: Path) -> tuple[Wanted, list[str]]:
+def choices(folder: ModelFolder, config: Path) -> tuple[RequestedPrecision, list[str]]:
     """Return the setting `precision` of a model-config.yaml, and the precisions that it allows; float32 always is."""
     wanted = (yaml.safe_load(config.read_text()).get("handler") or {}).get("precision", "auto")
     if wanted == "auto":

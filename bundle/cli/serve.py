@@ -171,7 +171,7 @@ def predict(
 ) -> None:
     """Send one input to a model, and print its answer."""
     from bundle import catalog
-    from bundle.samples import headers
+    from bundle.samples import grpc_fields, headers
     from bundle.server.process import Server
 
     if file is None:
@@ -181,6 +181,10 @@ def predict(
         file = folder.sample_file
     with opening(file):
         content = file.read_bytes()
+    try:
+        fields = grpc_fields(file) if grpc else {}
+    except ValueError as exc:
+        raise UsageError(f"{file} is not valid JSON: {exc}") from exc
     running = Server().running()
     if running is None:
         raise NotRunning(NOT_RUNNING)
@@ -189,12 +193,17 @@ def predict(
 
         try:
             authorization = keys.header("inference") if (keys := running.keys()) else None
-            answer = json.loads(grpc_client.predict(running.grpc, model, content, authorization=authorization))
+            body = grpc_client.predict(running.grpc, model, fields, authorization=authorization)
         except grpc_client.GrpcError as exc:
             raise BundleError(str(exc)) from exc
     else:
-        answer = running.client().predict(model, content, headers=headers(file)).json()
-    if "code" in answer:  # over gRPC, TorchServe keeps the body of an error and drops its status
+        body = running.client().predict(model, content, headers=headers(file)).content
+    try:
+        answer = json.loads(body)
+    except ValueError as exc:
+        raise BundleError(f"{model} answered {len(body)} bytes that are not JSON.") from exc
+    # over gRPC, TorchServe keeps the body of an error and drops its status
+    if isinstance(answer, dict) and answer.keys() >= {"code", "type", "message"}:
         raise BundleError(f"{model} answered {answer['code']} {answer['type']}: {answer['message']}")
     console.print_json(data=answer)
 

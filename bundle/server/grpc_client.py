@@ -29,7 +29,7 @@ class GrpcError(Exception):
 def predict(
     address: str,
     model: str,
-    data: bytes,
+    data: bytes | dict[str, bytes],
     version: str | None = None,
     timeout: float = 30.0,
     authorization: str | None = None,
@@ -40,6 +40,7 @@ def predict(
     the status of a request over gRPC.
 
     Args:
+        data: the field "data", or all fields by name; over HTTP they would be the fields of a form.
         version: by default, the default version.
         timeout: in seconds; required, because a call to a worker that never answers would not end.
         authorization: the header of that name, for a server that requires tokens.
@@ -48,8 +49,8 @@ def predict(
         GrpcError: the call failed.
     """
     messages, _ = _stubs()
-    # The handler's row has the key "data", as a multipart field of that name has over HTTP.
-    request = messages.PredictionsRequest(model_name=model, model_version=version or "", input={"data": data})
+    fields = data if isinstance(data, dict) else {"data": data}
+    request = messages.PredictionsRequest(model_name=model, model_version=version or "", input=fields)
     metadata = [("authorization", authorization)] if authorization else []
     return _call(address, "Predictions", request, timeout, metadata).prediction
 

@@ -1,4 +1,4 @@
-"""Which requests are begun: not those that waited too long, nor those that the batch has no time to decode."""
+"""Reject requests that waited too long, and those that the batch has no time left to decode."""
 
 import time
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from handlers.core.errors import Overloaded
 
 @dataclass(frozen=True)
 class Deadline:
-    """The moment after which a batch decodes no further input.
+    """The time after which a batch decodes no further input.
 
-    Limits bound what one input takes to decode. This bounds the batch, which may hold hundreds at the limit.
+    The limits of a handler bound the time to decode one input. This bounds the time of a batch, which may hold hundreds
+    of inputs that are just within those limits.
 
     Attributes:
         at: time.monotonic() seconds.
@@ -32,11 +33,11 @@ def check_wait(arrival: float | None, longest: float | None) -> None:
     """Reject a request that waited too long: work on late requests delays the others, until all are late.
 
     Args:
-        arrival: when the request reached the proxy (s since the epoch); None where that does not count.
-        longest: seconds that a request may wait; None for any time.
+        arrival: when the request reached the proxy (s since the epoch); None if it is unknown or does not matter.
+        longest: the longest wait in seconds; None for no limit.
 
     Raises:
-        Overloaded: it has waited longer.
+        Overloaded: the request waited longer.
     """
     if longest is not None and arrival is not None and time.time() - arrival > longest:
         raise Overloaded(

@@ -1,12 +1,12 @@
-"""The template that every handler of the bundle fills in: a batch of requests in, one answer a request out.
+"""The template of every handler: it takes a batch of requests and returns one response per request.
 
-A request's way: row -> `read` (inputs, options) -> `decode` (one input -> one `Sample`) -> `collate` (one batch) -> one
-copy to the device -> the module -> `reduce` on the device -> one copy back -> `encode` (one row -> one JSON value) ->
-its slot. The template knows neither what the inputs are nor what an answer looks like.
+The path of a request: row -> `read` (inputs, options) -> `decode` (one input -> one `Sample`) -> `collate` (one batch)
+-> one copy to the device -> the module -> `reduce` on the device -> one copy back -> `encode` (one row -> one JSON
+value) -> its slot. The template knows neither the inputs nor the format of an answer.
 
-A request that cannot be served takes its own slot out of the batch, with its own status; its neighbours are untouched.
-An unexpected exception is a bug. Its traceback is logged, and it is answered 500: to one request where that can be
-told, else to the batch. (TorchServe's own answer, 503, would read as "overloaded, retry".) After a fault of the
+A request that fails is rejected in its own slot, with its own status. The other requests of the batch are unaffected.
+An unexpected exception is a bug. Its traceback is logged, and the response is 500: for one request if it belongs to
+one, otherwise for the batch. (TorchServe's own response, 503, would mean "overloaded, retry".) After a fault of the
 accelerator itself the worker exits, and TorchServe starts another one.
 """
 
@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -34,18 +35,18 @@ from handlers.core.errors import (
 )
 from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_verb
 from handlers.core.metrics import HandlerMetrics
-from handlers.core.outputs import Outputs, rows, to_host
+from handlers.core.outputs import Outputs, split_rows, to_host
 from handlers.core.request import Request, RequestReader
 from handlers.core.slots import Sample, Slot
 
 logger = logging.getLogger(__name__)
 
-Part = tuple[Outputs, int]  # what `reduce` returned, and for how many samples
+Part = tuple[Outputs, int]  # what `reduce` returned, and the number of samples that it was for
 
-LARGEST_TRIAL = 8  # inputs on which precisions are compared,
-TRIAL_SECONDS = 0.5  # or as many as take so long
+MAX_TRIAL_SIZE = 8  # samples in the batch on which precisions are compared,
+TRIAL_SECONDS = 0.5  # or as many as run in this time, if that is fewer
 WARM_UP_SECONDS = 2.0
-TO_WRITE = """{handler} must define `{method}`. The least that a handler writes:
+MISSING_METHOD = """{handler} must define `{method}`. A minimal handler:
 
     class {handler}(BatchHandler):
         class Inputs(inputs.Inputs):
@@ -63,53 +64,57 @@ TO_WRITE = """{handler} must define `{method}`. The least that a handler writes:
 
 
 class BatchHandler(BaseHandler):
-    """Serves a TorchScript module. A subclass declares `Inputs`, fills in `decode`, `example` and `encode`, and
-    overrides whatever else differs.
+    """Serve a TorchScript module.
+
+    A subclass declares `Inputs`, defines `decode`, `example` and `encode`, and overrides other methods as needed. The
+    type of a parameter that is `Any` here is defined by the subclass: its `Inputs`, `Options`, rows and `info`.
     """
 
-    Settings: type[settings.Settings] = settings.Settings
+    Settings: type[settings.Settings] = settings.Settings  # a subclass with its own also declares `settings: Settings`
     Inputs: type[inputs.Inputs] = inputs.Inputs
     Options: type[inputs.Options] = inputs.Options
 
+    model: torch.jit.ScriptModule
+
     def __init__(self):
         super().__init__()
-        del self.explain  # a flag of BaseHandler, which would hide the method
+        del self.explain  # BaseHandler sets a flag of this name, which would hide the method
 
-    # --- what a subclass fills in ------------------------------------------------------------------------------
+    # --- what a subclass defines -------------------------------------------------------------------------------
 
     def load_assets(self, folder: Path) -> None:
-        """Load what the archive carries beside the module (a tokenizer, say) from the unpacked `folder`."""
+        """Load the other files of the archive, such as a tokenizer, from the unpacked `folder`."""
 
-    def decode(self, inputs: inputs.Inputs) -> Sample:
+    def decode(self, inputs: Any) -> Sample:
         """Decode the inputs of one sample.
 
         Raises:
-            RequestError: an input cannot be decoded. The error is answered to this request alone.
+            RequestError: an input cannot be decoded. Only this request is rejected.
         """
-        raise NotImplementedError(TO_WRITE.format(handler=type(self).__name__, method="decode"))
+        raise NotImplementedError(MISSING_METHOD.format(handler=type(self).__name__, method="decode"))
 
     def example(self) -> Sample:
-        """Return a sample of typical shape, to warm the model up with."""
-        raise NotImplementedError(TO_WRITE.format(handler=type(self).__name__, method="example"))
+        """Return a sample of typical shape, for warming up the model."""
+        raise NotImplementedError(MISSING_METHOD.format(handler=type(self).__name__, method="example"))
 
-    def encode(self, row: object, info: object, options: inputs.Options) -> JsonValue:
-        """Make the JSON value of an answer.
+    def encode(self, row: Any, info: Any, options: Any) -> JsonValue:
+        """Return the JSON value of an answer.
 
         Args:
-            row: of `reduce`, on the host.
-            info: the sample's.
-            options: the request's.
+            row: one row of what `reduce` returned, on the host.
+            info: `Sample.info` of the sample.
+            options: the options of the request.
         """
-        raise NotImplementedError(TO_WRITE.format(handler=type(self).__name__, method="encode"))
+        raise NotImplementedError(MISSING_METHOD.format(handler=type(self).__name__, method="encode"))
 
     # --- what a subclass may override --------------------------------------------------------------------------
 
     def read(self, row: dict, headers: Mapping) -> Request:
-        """Read one row of a batch. By default, as `Inputs` and `Options` declare it.
+        """Read one row of a batch; by default, as `Inputs` and `Options` declare it.
 
         Args:
-            row: {field: value}, as TorchServe hands it over.
-            headers: the request's own, as its client sent them.
+            row: {field: value}, as TorchServe passes it.
+            headers: the headers of this request, as its client sent them.
 
         Raises:
             RequestError: the request is malformed.
@@ -117,15 +122,15 @@ class BatchHandler(BaseHandler):
         return self.reader.read(row, headers)
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
-        """Make the module's inputs, the batch as first dimension. By default, samples of one shape are stacked."""
+        """Make the module's inputs, with the batch as first dimension; by default, stack samples of equal shape."""
         tensors = (s.tensors if isinstance(s.tensors, tuple) else (s.tensors,) for s in samples)
         return tuple(torch.stack(column) for column in zip(*tensors, strict=True))
 
     def reduce(self, outputs: Outputs) -> Outputs:
-        """Reduce the module's outputs, on the device, to what is copied to the host: exactly one row a sample.
+        """Reduce the module's outputs, on the device, to what is copied to the host: exactly one row per sample.
 
         A row is one of a tensor [N, ...], of a tuple or dict of such tensors, or of a list with N entries. By default,
-        the outputs as they are. Pad ragged outputs here, and cut them in `encode`.
+        the outputs are returned unchanged. Pad ragged outputs here, and cut them in `encode`.
         """
         return outputs
 
@@ -133,31 +138,32 @@ class BatchHandler(BaseHandler):
         """Run the samples in batches of at most the configured size.
 
         Returns:
-            a row of `reduce` for each sample, on the host; or the ServingError that its request is answered.
+            for each sample, its row of `reduce`, on the host; or the ServingError of a sample that failed.
         """
         size = self.batch_size
+        # every batch is started before the first one is fetched, because fetching waits for the device
         parts = [part for start in range(0, len(samples), size) for part in self.run(samples[start : start + size])]
         return [row for part in parts for row in ([part] if isinstance(part, ServingError) else self.fetch(*part))]
 
-    def explain(self, sample: Sample, options: inputs.Options) -> JsonValue:
-        """Make the JSON value of an explanation."""
-        raise UnsupportedOperation("This model gives no explanations. Use /predictions.")
+    def explain(self, sample: Sample, options: Any) -> JsonValue:
+        """Return the JSON value of an explanation."""
+        raise explanation_unsupported()
 
     def describe(self) -> dict:
         """Return what `GET /models/NAME/VERSION?customized=true` shows."""
         return {
             "handler": type(self).__name__,
             "precision": self.precision,
-            "settings": self.settings.model_dump(),
+            "settings": self.settings.model_dump(mode="json"),
         }
 
-    # --- the stages of BaseHandler, once for all -----------------------------------------------------------------
+    # --- the methods that TorchServe and BaseHandler call ------------------------------------------------------
 
     def initialize(self, context: Context) -> None:
-        """Load the model onto the worker's device, and run it at the batch sizes that it will see.
+        """Load the model onto the worker's device, and run it at the batch sizes that it will get.
 
         Raises:
-            pydantic.ValidationError: the `handler:` section of model-config.yaml is wrong.
+            pydantic.ValidationError: the `handler:` section of model-config.yaml is invalid.
             TypeError: `Inputs` or `Options` is declared wrongly.
         """
         self.settings = self.Settings.model_validate((context.model_yaml_config or {}).get("handler") or {})
@@ -174,44 +180,44 @@ class BatchHandler(BaseHandler):
         self.optimize()
         self.warm_up()
         wire.buffer_reads()
-        memory.settle()
+        memory.freeze_objects()
 
     @torch.inference_mode()
     def optimize(self) -> None:
-        """Put the fastest equivalent in the model's place."""
+        """Replace the model by its fastest equivalent."""
         for _ in range(3):  # TorchScript profiles the first run, and optimises in the second
             start = time.perf_counter()
-            self.model(*self.trial(1))
+            self.model(*self.example_batch(1))
         affordable = int(TRIAL_SECONDS / (time.perf_counter() - start))
-        batch = self.trial(max(1, min(self.batch_size, LARGEST_TRIAL, affordable)))
+        batch = self.example_batch(max(1, min(self.batch_size, MAX_TRIAL_SIZE, affordable)))
         folder = Path(self.context.system_properties["model_dir"])
-        wanted = self.settings.precision
-        self.precision, self.model = precision.fastest(self.model, wanted, self.device, batch, folder)
+        self.precision, self.model = precision.fastest(self.model, self.settings.precision, self.device, batch, folder)
         logger.info("%s computes in %s", self.context.model_name, self.precision)
 
-    def trial(self, size: int) -> tuple[Tensor, ...]:
+    def example_batch(self, size: int) -> tuple[Tensor, ...]:
         return tuple(map(self.to_device, self.collate([self.example()] * size)))
 
     def warm_up(self) -> None:
-        """Run the batch sizes that there is time for: TorchScript and oneDNN specialise in the first runs of each.
+        """Run as many batch sizes as time allows: TorchScript and oneDNN specialise in the first runs of each.
 
         Raises:
-            Exception: whatever the model or `reduce` raises: such a model does not start.
+            RuntimeError: the model fails on the handler's example. Such a worker must not start.
         """
         deadline = time.monotonic() + WARM_UP_SECONDS
         for size in dict.fromkeys([1, self.batch_size, *range(2, self.batch_size)]):
             for _ in range(3):
-                for row in self.predict([self.example()] * size):
-                    if isinstance(row, InternalError):
-                        raise RuntimeError(f"{self.context.model_name} fails on its own example: see above")
+                if any(isinstance(row, InternalError) for row in self.predict([self.example()] * size)):
+                    raise RuntimeError(f"{self.context.model_name} fails on the handler's `example`: see the log above")
                 if time.monotonic() > deadline:
                     return
 
     def handle(self, data: list[dict], context: Context) -> list[str]:
-        """Answer a batch: one entry of `data` a request -> one JSON text a request, in the same order."""
+        """Serve a batch: one row per request -> one JSON text per request, in the same order."""
         self.context = context
         headers = [context.get_all_request_header(index) for index in range(len(data))]
-        arrivals = [proxy_arrival(each) for each in headers] if self.behind_proxy else [None] * len(data)
+        arrivals: list[float | None] = [None] * len(data)
+        if self.behind_proxy:
+            arrivals = [proxy_arrival(each) for each in headers]
         first_arrival = min(filter(None, arrivals), default=None)
         if first_arrival is not None:
             self.metrics.observe("queue", time.time() - first_arrival)
@@ -219,22 +225,22 @@ class BatchHandler(BaseHandler):
         try:
             slots = self.serve(data, headers, arrivals)
         except MemoryError:
-            raise  # TorchServe has a status for it: 507
+            raise  # TorchServe's worker responds 507
         except Exception as exc:
             if device.is_broken(exc):
                 logger.exception("the device failed under %s: this worker exits", self.context.model_name)
                 raise SystemExit(1) from exc
             logger.exception("a bug failed a batch of %s", self.context.model_name)
             slots = [Slot(error=internal_error("this batch of requests")) for _ in data]
-        answers = self.postprocess(slots)
+        bodies = self.postprocess(slots)
         if first_arrival is not None:
             self.metrics.observe("request", time.time() - first_arrival)
         self.metrics.emit()
         memory.trim()
-        return answers
+        return bodies
 
     def serve(self, data: list[dict], headers: list[Mapping], arrivals: list[float | None]) -> list[Slot]:
-        """Run the stages, each timed: the predictions as one batch, then the explanations, one after the other."""
+        """Run the stages, each timed: the predictions as one batch, then the explanations one by one."""
         with self.metrics.timed("decode"):
             slots = self.preprocess(data, headers, arrivals)
         predicted = [slot for slot in slots if slot.samples and not slot.explained]
@@ -250,17 +256,17 @@ class BatchHandler(BaseHandler):
         return slots
 
     def preprocess(self, data: list[dict], headers: list[Mapping], arrivals: list[float | None]) -> list[Slot]:
-        """Read and decode each request by itself."""
+        """Read and decode each request separately."""
         slots = [Slot() for _ in data]
         deadline = admission.Deadline.after(self.settings.max_decode_seconds)
         if len(data) < self.batch_size:
-            arrivals = [None] * len(data)  # nobody waits behind this batch
-        for slot, row, own, arrival in zip(slots, data, headers, arrivals, strict=True):
-            self.isolate(slot, self.open_slot, row, own, deadline, arrival)
+            arrivals = [None] * len(data)  # in a batch that is not full, no request waits for a late one
+        for slot, row, own_headers, arrival in zip(slots, data, headers, arrivals, strict=True):
+            self.isolate(slot, self.open_slot, row, own_headers, deadline, arrival)
         return slots
 
     def isolate(self, slot: Slot, stage: Callable[..., None], *arguments: object) -> None:
-        """Run a stage of one request. What goes wrong is this request's error alone."""
+        """Run a stage of one request. If it fails, only this request fails."""
         try:
             stage(slot, *arguments)
         except MemoryError:
@@ -283,19 +289,19 @@ class BatchHandler(BaseHandler):
             return
         slot.explained = verb is Verb.EXPLAIN
         if slot.explained and type(self).explain is BatchHandler.explain:
-            BatchHandler.explain(self, None, None)  # says so before anything is decoded
+            raise explanation_unsupported()  # before anything is decoded
         request = self.read(row, headers)
         slot.options, slot.many = request.options, request.many
         slot.key = self.cache.key(request.inputs, request.options, request.many, verb)
-        if known := self.cache.get(slot.key):
-            slot.body = known
+        if cached := self.cache.get(slot.key):
+            slot.body = cached
             return
         for each in request.inputs:
             deadline.check()
             slot.samples.append(self.decode(each))
 
     def run(self, samples: list[Sample]) -> list[Part | ServingError]:
-        """Run one batch. Where it fails, run its halves, so that only the inputs that it fails with are lost.
+        """Run one batch. If it fails, run its halves, so that only the samples at fault are lost.
 
         Raises:
             Exception: the device is broken.
@@ -312,44 +318,44 @@ class BatchHandler(BaseHandler):
                 logger.warning("%d inputs of %s do not fit: %s", len(samples), self.context.model_name, exc)
             elif len(samples) == 1:
                 logger.exception("a bug failed one input of %s", self.context.model_name)
-        # out of the `except`: the exception holds the frames, and they hold the tensors
+        # outside the `except` block: the exception refers to the frames, and they refer to the tensors
         if exhausted:
             torch.cuda.empty_cache()
         if len(samples) == 1:
-            too_large = "The device has not enough memory for this input. Send a smaller one."
+            too_large = "The device does not have enough memory for this input. Send a smaller input."
             return [InsufficientMemory(too_large) if exhausted else internal_error("this input")]
         middle = len(samples) // 2
         return self.run(samples[:middle]) + self.run(samples[middle:])
 
     def fetch(self, reduced: Outputs, count: int) -> list[object]:
-        """Copy what `reduce` returned to the host, and split it into a row a sample.
+        """Copy what `reduce` returned to the host, and split it into one row per sample.
 
         Raises:
-            RuntimeError: the number of rows is another: requests would get each other's answers.
+            RuntimeError: the number of rows differs from `count`. Requests would get each other's answers.
         """
-        fetched = rows(to_host(reduced))
+        fetched = split_rows(to_host(reduced))
         if len(fetched) != count:
             raise RuntimeError(
                 f"{type(self).__name__}.reduce returned {len(fetched)} rows for {count} samples. It must return "
-                "exactly one row a sample: pad what differs in length, and cut it in `encode`."
+                "exactly one row per sample: pad rows that differ in length, and cut them in `encode`."
             )
         return fetched
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy without waiting, where there is a GPU: only pinned memory is copied while the CPU goes on."""
+        """Copy without waiting if the device is a GPU: only pinned memory is copied while the CPU continues."""
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
     def scatter(self, slots: list[Slot], predictions: list[object]) -> None:
-        """Encode the rows into the slots that they came from.
+        """Encode each slot's share of the predictions.
 
         Raises:
-            RuntimeError: there are not as many rows as samples.
+            RuntimeError: the number of predictions differs from the number of samples.
         """
-        wanted = sum(len(slot.samples) for slot in slots)
-        if len(predictions) != wanted:
-            raise RuntimeError(f"{type(self).__name__}.predict returned {len(predictions)} rows for {wanted} samples.")
+        expected = sum(len(slot.samples) for slot in slots)
+        if len(predictions) != expected:
+            raise RuntimeError(f"{type(self).__name__}.predict returned {len(predictions)} rows for {expected} samples")
         remaining = iter(predictions)
         for slot in slots:
             self.isolate(slot, self.encode_slot, [next(remaining) for _ in slot.samples])
@@ -358,8 +364,7 @@ class BatchHandler(BaseHandler):
         for row in rows:
             if isinstance(row, ServingError):
                 raise row
-        answers = [self.encode(row, sample.info, slot.options) for row, sample in zip(rows, slot.samples, strict=True)]
-        slot.finish(answers)
+        slot.finish([self.encode(row, s.info, slot.options) for row, s in zip(rows, slot.samples, strict=True)])
         self.cache.put(slot.key, slot.body)
 
     def explain_slot(self, slot: Slot) -> None:
@@ -367,14 +372,14 @@ class BatchHandler(BaseHandler):
         self.cache.put(slot.key, slot.body)
 
     def postprocess(self, slots: list[Slot]) -> list[str]:
-        """Set each request's status and content type, and return its body."""
-        answers, statuses, rejections = [], [], []
+        """Set each request's status and content type, and return the bodies."""
+        bodies, statuses, rejections = [], [], []
         for index, slot in enumerate(slots):
             self.context.set_response_content_type(index, "application/json")
             error = slot.error
             if error is None:
                 statuses.append(200)
-                answers.append(slot.body)
+                bodies.append(slot.body)
                 continue
             if isinstance(error, RequestError):
                 rejections.append(type(error).__name__)
@@ -382,10 +387,14 @@ class BatchHandler(BaseHandler):
                 logger.error("%s returned a number that is not finite", self.context.model_name)
             statuses.append(error.code)
             self.context.set_response_status(error.code, type(error).__name__, index)
-            answers.append(json.dumps(error.body()))
+            bodies.append(json.dumps(error.body()))
         self.metrics.count_answers(statuses, rejections)
-        return answers
+        return bodies
 
 
 def internal_error(failed: str) -> InternalError:
     return InternalError(f"The handler failed on {failed}. The server's log has the traceback.")
+
+
+def explanation_unsupported() -> UnsupportedOperation:
+    return UnsupportedOperation("This model does not support explanations. Use /predictions.")

@@ -1,4 +1,4 @@
-"""Answers to inputs that come again: a bounded cache inside a worker, off unless the settings say how large."""
+"""A bounded cache of responses to repeated inputs. It is inside a worker, and off unless the settings give a size."""
 
 import hashlib
 from collections import OrderedDict
@@ -8,12 +8,12 @@ from pydantic import BaseModel
 
 
 class AnswerCache:
-    """Keeps the answers that were asked for last.
+    """Keep the most recently used answers.
 
-    It lives in one worker, which serves one version of one model, so a new version starts with none.
+    A worker serves one version of one model, so a new version starts with an empty cache.
 
     Args:
-        entries: how many answers; 0 for none.
+        entries: the number of answers; 0 turns the cache off.
     """
 
     def __init__(self, entries: int):
@@ -21,16 +21,20 @@ class AnswerCache:
         self.answers: OrderedDict[bytes, str] = OrderedDict()
 
     def key(self, inputs: Iterable[BaseModel], *options: object) -> bytes | None:
-        """Return a digest of a request's inputs and of all else that decides its answer; None if the cache is off.
+        """Return a digest of everything that determines the answer to a request; None if the cache is off.
 
-        A digest, so that an entry's size does not grow with its input.
+        It is a digest, so that the size of an entry does not depend on the input.
+
+        Args:
+            inputs: the inputs of the request.
+            options: everything else that determines the answer.
         """
         if not self.entries:
             return None
         digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
         for each in inputs:
             for name, value in each:
-                digest.update(part(name) + part(value))
+                digest.update(encode_part(name) + encode_part(value))
             digest.update(b".")
         return digest.digest()
 
@@ -49,8 +53,8 @@ class AnswerCache:
             self.answers.popitem(last=False)
 
 
-def part(value: object) -> bytes:
-    """Encode a value so that no two sequences of values have the same bytes."""
+def encode_part(value: object) -> bytes:
+    """Encode a value, with its type and length, so that different sequences of values have different bytes."""
     if isinstance(value, bytes):
         kind, encoded = b"b", value
     elif isinstance(value, str):

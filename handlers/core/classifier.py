@@ -1,4 +1,4 @@
-"""Classifiers: labels, and the most probable of them as the answer."""
+"""Classifiers: the answer is a list of the most probable classes, with their labels."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,18 +18,20 @@ LABELS = "index_to_name.json"
 
 
 class ClassifierHandler(BatchHandler):
-    """Serves a TorchScript module that returns [N, classes], or a tuple that begins with it.
+    """Serve a TorchScript module that returns [N, classes], or a tuple that begins with it.
 
-    Answers {"top_k": [{"label", "class", "probability"}, ...]}, best first. A subclass fills in `Inputs`, `decode` and
-    `example`.
+    The answer is {"top_k": [{"label", "class", "probability"}, ...]}, best class first. A subclass declares `Inputs`,
+    and defines `decode` and `example`.
     """
 
     class Settings(settings.Settings):
-        top_k: PositiveInt = 5  # classes in an answer, unless the request says how many
+        top_k: PositiveInt = 5  # classes in an answer, unless the request has the option `top_k`
         outputs: Literal["logits", "probabilities"] = "logits"  # what the model returns
 
     class Options(inputs.Options):
         top_k: PositiveInt | None = None
+
+    settings: Settings
 
     def initialize(self, context: Context) -> None:
         """Load the labels with the model.
@@ -44,25 +46,26 @@ class ClassifierHandler(BatchHandler):
 
     def read(self, row: dict, headers: Mapping) -> Request:
         request = super().read(row, headers)
-        self.check_top_k(request.options.top_k)
+        if isinstance(request.options, ClassifierHandler.Options) and request.options.top_k is not None:
+            self.check_top_k(request.options.top_k)
         return request
 
-    def check_top_k(self, asked: int | None) -> None:
-        """Check the number of classes that a request asks for, None where it does not.
+    def check_top_k(self, top_k: int) -> None:
+        """Check the number of classes that a request asks for.
 
         Raises:
-            InvalidOption: the model has fewer.
+            InvalidOption: the model has fewer classes.
         """
-        if asked is not None and asked > len(self.labels):
+        if top_k > len(self.labels):
             raise InvalidOption(f"top_k must be between 1 and {len(self.labels)}, the number of classes.")
 
     def reduce(self, outputs: Outputs) -> Tensor:
-        """Rank the classes: [N, classes] -> float32 [N, 2, classes], probabilities and classes, best first."""
+        """Rank the classes: [N, classes] -> float32 [N, 2, classes], probabilities and class indices, best first."""
         return topk.rank(main_output(outputs), self.settings.outputs)
 
     def encode(self, row: Tensor, info: object, options: Options) -> dict:
         top_k = options.top_k or min(self.settings.top_k, len(self.labels))
-        return {"top_k": topk.ranking(row, top_k, self.labels)}
+        return {"top_k": topk.best_classes(row, top_k, self.labels)}
 
     def describe(self) -> dict:
         return {**super().describe(), "labels": self.mapping}

@@ -1,20 +1,20 @@
-"""Faults of a device, by what PyTorch raises: a plain RuntimeError with the text of it, out of a TorchScript module."""
+"""Recognise the faults of a device. Inside a TorchScript module, PyTorch raises them as a plain RuntimeError."""
 
 import torch
 
-NO_ROOM = ("CUDA out of memory", "CUDA error: out of memory")
-BROKEN = "CUDA error:"
+OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory")
+DEVICE_FAULT = "CUDA error:"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A smaller batch may fit."""
+    """Return whether a smaller batch may succeed."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_ROOM)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def is_broken(error: BaseException) -> bool:
-    """Whatever this process asks of the device from now on fails, too."""
+    """Return whether every further call of this process to the device will fail, too."""
     if is_out_of_memory(error):
         return False
-    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and BROKEN in str(error))
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and DEVICE_FAULT in str(error))

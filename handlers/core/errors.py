@@ -1,8 +1,8 @@
-"""Every fault that a handler answers for one request of a batch, drawn once.
+"""The errors that a handler returns for one request of a batch.
 
     ServingError
-    ├── RequestError            4xx: the request's own fault
-    │   ├── MalformedRequest        how the input is wrapped: JSON, fields, base64, options
+    ├── RequestError            4xx: the request is at fault
+    │   ├── MalformedRequest        the form of the request: JSON, fields, base64, options
     │   │   ├── EmptyInput
     │   │   ├── InvalidJSON
     │   │   ├── InvalidBase64
@@ -11,7 +11,7 @@
     │   │   ├── UnknownField
     │   │   ├── UnsupportedInput
     │   │   └── UnsupportedOperation
-    │   ├── UndecodableInput        what is in it
+    │   ├── UndecodableInput        the content of an input
     │   │   ├── UndecodableImage
     │   │   ├── UndecodableAudio
     │   │   ├── UndecodableText
@@ -21,26 +21,27 @@
     │       ├── AudioTooLong
     │       ├── TextTooLong
     │       └── TooManyInstances
-    ├── Overloaded              429: it waited too long, or others of its batch took the time; to be sent again
-    ├── InsufficientMemory      507: by itself, too large for the device
-    ├── NonFiniteOutput         500: the model answered NaN or infinity
-    └── InternalError           500: anything else that was raised is a bug
+    ├── Overloaded              429: the request waited too long, or its batch took too long to decode; retry
+    ├── InsufficientMemory      507: this input alone is too large for the device
+    ├── NonFiniteOutput         500: the model returned NaN or infinity
+    └── InternalError           500: a bug: any other exception
 
-A request error's message is for its client; InternalError's own text stays in the log.
+All messages are sent to the client. The text of a bug's exception, which may quote the input, stays in the log.
 """
 
 
 class ServingError(Exception):
-    """Base of the errors that are answered to the one request that caused them.
+    """Base class: an error that is returned for one request, without affecting the others of its batch.
 
     Args:
-        message: what was wrong, and what is accepted. It is sent to the client: no paths, no input content.
+        message: what was wrong, and what is accepted. It is sent to the client, so it contains no path and no content
+            of the input.
     """
 
     code = 500
 
     def body(self) -> dict:
-        """The JSON body of the answer."""
+        """Return the JSON body of the response."""
         return {"code": self.code, "type": type(self).__name__, "message": str(self)}
 
 
@@ -137,6 +138,6 @@ class NonFiniteOutput(ServingError):
 
 
 class InternalError(ServingError):
-    """A bug. Its own text, which may quote the input, is not the message."""
+    """A bug. The message does not contain the text of the exception, which may quote the input."""
 
     code = 500

@@ -1,8 +1,7 @@
-"""A request's headers: which of them TorchServe or a trusted proxy set, and what the others say.
+"""Read the headers of a request: those that TorchServe or a trusted proxy set, and those of the client.
 
-TorchServe (0.12.0) hands a client's headers to the worker as they were sent, beside its own, in one mapping in which
-names differ by case. So a name that is searched without regard to case finds what a client wrote, and a header that
-TorchServe did not set may be a client's.
+TorchServe (0.12.0) passes the client's headers to the worker unchanged, in one case-sensitive mapping with its own. So
+a search that ignores case may find the client's header, and a header that TorchServe did not set may be the client's.
 """
 
 import os
@@ -23,16 +22,16 @@ class Verb(Enum):
 
 
 def requested_verb(row: Mapping, headers: Mapping) -> Verb:
-    """Read the verb from what TorchServe itself sets.
+    """Read the verb from the headers that TorchServe itself sets.
 
-    - A description: the management APIs, HTTP and gRPC, set `describe: True` over a client's header of that name, and
-      send no input. The inference API gives every request an input, called "body", unless it parses the body as a form:
-      that takes a Content-Type, which a client cannot hide from the worker. A request for a description has none.
-    - An explanation: on /predictions, /explanations, /v1 and /v2, TorchServe sets `explain` over a client's header of
-      that name. On its older routes (/invocations, /models/NAME/invoke, /NAME/predict) it does not: a client that sends
-      exactly `explain: True` there asks for an explanation, as it could on /explanations.
+    - Description: the management APIs, HTTP and gRPC, replace a client's `describe` header by `describe: True`, and
+      send no input. The inference API gives every request an input named "body", unless it parses the body as a form.
+      That needs a Content-Type, which a client cannot hide from the worker. A request for a description has none.
+    - Explanation: on /predictions, /explanations, /v1 and /v2, TorchServe replaces a client's `explain` header. On its
+      older routes (/invocations, /models/NAME/invoke, /NAME/predict) it does not: a client that sends exactly
+      `explain: True` there asks for an explanation, as it could on /explanations.
 
-    gRPC hands no headers of a client over. A field that is called "describe" or "explain" is a mapping here, not a str.
+    gRPC passes no headers of the client. A field named "describe" or "explain" is a mapping here, not a str.
     """
     if headers.get("describe") == "True" and not row and not any(name.lower() == "content-type" for name in headers):
         return Verb.DESCRIBE
@@ -40,7 +39,12 @@ def requested_verb(row: Mapping, headers: Mapping) -> Verb:
 
 
 def header(headers: Mapping, name: str) -> str:
-    """Return the value of a client's header, whatever the case of its name; "" if it is missing."""
+    """Return the value of a client's header, ignoring the case of its name; "" if it is missing.
+
+    Args:
+        headers: the headers of the request.
+        name: in lower case.
+    """
     for key, value in headers.items():
         if key.lower() == name and isinstance(value, str):
             return value
@@ -68,7 +72,7 @@ def proxy_arrival(headers: Mapping) -> float | None:
     """Return when the proxy took the request (s since the epoch): X-Request-Start, as nginx's "t=${msec}" writes it.
 
     None if the header is missing or invalid, or if its time is not within the last hour: then the clocks differ. Call
-    it only `behind_proxy`; elsewhere a client may have written the header.
+    this only if `behind_proxy()`; otherwise the client may have set the header.
     """
     text = header(headers, "x-request-start").removeprefix("t=")
     if not re.fullmatch(r"\d{1,12}(\.\d{1,9})?", text, re.ASCII):

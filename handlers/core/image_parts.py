@@ -1,7 +1,7 @@
-"""Bound the parts of an image file: segments, chunks, blocks, tags. A few bytes of each cost microseconds of Python.
+"""Limit the number of parts of an image file: segments, chunks, blocks, tags.
 
-Pillow reads the head of a file part by part, in Python, before any limit of pixels applies. A file of 16 MiB may hold
-millions of parts, and takes tens of seconds to open.
+Pillow reads the head of a file part by part, in Python, before a limit on pixels applies. A part may have only a few
+bytes, and takes microseconds. So a file of 16 MiB may have millions of parts, and takes tens of seconds to open.
 """
 
 import io
@@ -18,18 +18,18 @@ PLAIN_PPM = (b"P1", b"P2", b"P3")  # pixels as text
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG: those with a segment, and the end of the image
 START_OF_SCAN, END_OF_IMAGE, TABLES, PHOTOSHOP = b"\xff\xda", b"\xff\xd9", b"\xff\xdb", b"\xff\xed"
 BYTES_OF_TABLE = 65  # of quantization
-PARTS_OF_PROFILE = 1000  # a colour profile of a PNG inflates to as much as 1 MiB, which takes as long as 1,000 chunks
-LISTS = (  # tags whose values Pillow walks
+PARTS_OF_PROFILE = 1000  # a PNG's colour profile decompresses to up to 1 MiB, which takes as long as 1,000 chunks
+LIST_TAGS = (  # Pillow iterates over their values
     TiffImagePlugin.BITSPERSAMPLE,
     TiffImagePlugin.COLORMAP,
     TiffImagePlugin.EXTRASAMPLES,
     TiffImagePlugin.SAMPLEFORMAT,
 )
-STRIPS = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS)  # likewise, unless compressed: then libtiff does
+STRIP_TAGS = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS)  # so too, if the pixels are not compressed
 
 
 class PartReader(io.BytesIO):
-    """A file in memory whose number of reads is limited: Pillow reads every part by itself."""
+    """A file in memory with a limited number of reads: Pillow reads each part separately."""
 
     def __init__(self, content: bytes, limit: int) -> None:
         super().__init__(content)
@@ -39,7 +39,7 @@ class PartReader(io.BytesIO):
         """Read as `io.BytesIO` does.
 
         Raises:
-            ImageTooLarge: `limit` reads are used up.
+            ImageTooLarge: the file has been read `limit` times.
         """
         self.left -= 1
         if self.left < 0:
@@ -47,25 +47,27 @@ class PartReader(io.BytesIO):
         return io.BytesIO.read(self, size)
 
 
-def check_parts(content: bytes, most_parts: int, most_scans: int) -> None:
-    """Check the parts that no read shows, because one read brings them all or a C library walks them.
+def check_parts(content: bytes, max_parts: int, max_scans: int) -> None:
+    """Check the parts that `PartReader` cannot count: one read returns many of them, or a C library reads them.
 
     Raises:
-        ImageTooLarge: more than `most_parts` parts, or a JPEG of more than `most_scans` scans.
+        ImageTooLarge: the file has more than `max_parts` parts, or is a JPEG with more than `max_scans` scans.
     """
     parts = 0
     if content.startswith(JPEG):
-        parts, scans = count_segments(content, most_parts)
-        if scans > most_scans:
-            raise ImageTooLarge(f"The image has too many scans; at most {most_scans} are accepted.")
+        parts, scans = count_segments(content, max_parts)
+        if scans > max_scans:
+            raise ImageTooLarge(
+                f"The image has too many scans; at most {max_scans} are accepted. Save it again as a baseline JPEG."
+            )
     elif content.startswith(PNG):
-        parts = count_chunks(content, most_parts)
+        parts = count_chunks(content, max_parts)
     elif content.startswith(TIFF):
-        parts = count_values(content, most_parts)
+        parts = count_values(content, max_parts)
     elif content.startswith(PLAIN_PPM):
-        parts = content.count(b"#")  # Pillow copies up to 1 MiB to remove a comment
-    if parts > most_parts:
-        raise too_many_parts(most_parts)
+        parts = content.count(b"#")  # to remove a comment, Pillow copies up to 1 MiB
+    if parts > max_parts:
+        raise too_many_parts(max_parts)
 
 
 def too_many_parts(limit: int) -> ImageTooLarge:
@@ -75,14 +77,15 @@ def too_many_parts(limit: int) -> ImageTooLarge:
     )
 
 
-def count_segments(jpeg: bytes, most: int) -> tuple[int, int]:
-    """Count segments and scans up to the end of the image (ITU T.81, B.1.1), or until there are more than `most`.
+def count_segments(jpeg: bytes, limit: int) -> tuple[int, int]:
+    """Count segments and scans up to the end of the image (ITU T.81, B.1.1), or until there are more than `limit`.
 
-    What follows the end, such as a phone's video, is not decoded. Tables and Photoshop's resources count by themselves.
+    Data after the end, such as a phone's video, is not decoded. Every table and Photoshop resource in a segment counts
+    as a part.
     """
     parts = scans = 0
     found = MARKER.search(jpeg, 2)
-    while found and found[0] != END_OF_IMAGE and parts <= most:
+    while found and found[0] != END_OF_IMAGE and parts <= limit:
         length = max(2, int.from_bytes(jpeg[found.end() : found.end() + 2], "big"))
         end = found.end() + length
         parts += 1
@@ -96,13 +99,13 @@ def count_segments(jpeg: bytes, most: int) -> tuple[int, int]:
     return parts, scans
 
 
-def count_chunks(png: bytes, most: int) -> int:
-    """Count chunks up to the end of the image, or until there are more than `most`.
+def count_chunks(png: bytes, limit: int) -> int:
+    """Count chunks up to the end of the image, or until there are more than `limit`.
 
-    A colour profile counts as the number of chunks that take as long.
+    A colour profile counts as the number of chunks that take as long as it.
     """
     parts, at = 0, len(PNG)
-    while at < len(png) and parts <= most:
+    while at < len(png) and parts <= limit:
         name = png[at + 4 : at + 8]
         if name == b"IEND":
             break
@@ -111,16 +114,16 @@ def count_chunks(png: bytes, most: int) -> int:
     return parts
 
 
-def count_values(tiff: bytes, most: int) -> int:
+def count_values(tiff: bytes, limit: int) -> int:
     """Count the values of the longest list in the first directory.
 
     Raises:
-        ImageTooLarge: it takes more than `most` reads to find out.
+        ImageTooLarge: the directory takes more than `limit` reads.
     """
-    reader = PartReader(tiff, most)
+    reader = PartReader(tiff, limit)
     directory = TiffImagePlugin.ImageFileDirectory_v2(tiff[: 16 if tiff[2] == 43 else 8])
     reader.seek(directory.next)
     directory.load(reader)
     compressed = directory.get(TiffImagePlugin.COMPRESSION, 1) != 1
-    values = (directory.get(tag) for tag in (LISTS if compressed else LISTS + STRIPS))
+    values = (directory.get(tag) for tag in (LIST_TAGS if compressed else LIST_TAGS + STRIP_TAGS))
     return max(len(value) if isinstance(value, Sized) else 1 for value in values)

@@ -12,15 +12,15 @@ from pydantic import BaseModel, Field
 from handlers.core.errors import ImageTooLarge, UndecodableImage
 from handlers.core.image_parts import PartReader, check_parts
 
-# of broken metadata Pillow warns in words of its own for each file: Python would keep every one of them, and log it
+# Pillow's warnings about broken metadata differ from file to file: Python would log and keep every one of them
 warnings.filterwarnings("ignore", module=r"PIL\.")
 Image.init()
-# The formats that people send, the common ones first, because Pillow tries one after the other. JPEG includes MPO; TGA,
-# which has no signature, is last. Pillow's other formats belong to icons, games and old programs. Some of them contain
-# a file of another format (ICO, ICNS, BLP, IPTC), which would pass the limits unseen, and EPS starts Ghostscript.
+# Common formats first, because Pillow tries one after the other. JPEG includes MPO; TGA is last, because it has no
+# signature. Pillow's other formats are used by icons, games and old programs. Some of them contain a file of another
+# format (ICO, ICNS, BLP, IPTC), to which the limits would not apply, and EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
 
-# what turns the pixels of each EXIF orientation upright
+# EXIF orientation -> the operation that turns the image upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,7 +31,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# what Pillow raises on broken files, as its source and fuzzing show; SystemError, where a read fails within its C code
+# what Pillow raises on broken files, as its source and fuzzing show; SystemError if a read fails within its C code
 DECODE_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -51,30 +51,32 @@ DECODE_ERRORS = (
 
 class ImageLimits(BaseModel):
     max_pixels: Annotated[int, Field(gt=0)] = 50_000_000  # width x height; a 48-megapixel photograph passes
-    # likewise, of what Pillow decodes in Python (run-length BMP, PPM of other than 8 bits), a microsecond a pixel
+    # the same for formats that Pillow decodes in Python, at 1 us per pixel: run-length BMP, PPM of other than 8 bits
     max_slow_pixels: Annotated[int, Field(gt=0)] = 2_000_000
-    max_scans: Annotated[int, Field(gt=0)] = 100  # of a JPEG: each goes over all pixels again, and may have 95 bytes
-    # reads of a file, of which a part takes up to four: a PNG of 16 MiB in chunks of 4 KiB takes 12,300
+    max_scans: Annotated[int, Field(gt=0)] = 100  # of a JPEG: 95 bytes can be a scan, and each visits all pixels
+    # reads of a file; a part takes up to four. A PNG of 16 MiB in chunks of 4 KiB takes 12,300
     max_parts: Annotated[int, Field(gt=0)] = 20_000
     min_side: Annotated[int, Field(gt=0)] = 8  # pixels
 
 
 def open_image(content: bytes, settings: ImageLimits, enough: int | None = None) -> Image.Image:
-    """Decode the first frame, turned upright as its EXIF orientation says.
+    """Decode the first frame, and turn it upright as its EXIF orientation says.
 
     Args:
-        enough: pixels of the shorter side that will be used. A JPEG of at least twice as many is decoded at a half, a
-            quarter or an eighth of its size (libjpeg's scaled inverse DCT), never at less than what is enough.
+        content: the bytes of the file.
+        settings: the limits.
+        enough: the pixels of the shorter side that the caller needs. A JPEG of at least twice as many is decoded at a
+            half, a quarter or an eighth of its size (libjpeg's scaled inverse DCT), never with fewer than `enough`.
 
     Returns:
-        an image of mode "L", "RGB" or "RGBA", all its pixels decoded; 16-bit and floating-point pixels are scaled to
+        an image of mode "L", "RGB" or "RGBA", with all pixels decoded; 16-bit and floating-point pixels are scaled to
         8 bits.
 
     Raises:
-        UndecodableImage: not an image, or a broken one, or one smaller than `min_side`.
-        ImageTooLarge: more than `max_pixels`, `max_slow_pixels`, `max_scans` or `max_parts`.
+        UndecodableImage: the file is not an image, is broken, or is smaller than `min_side`.
+        ImageTooLarge: the image exceeds `max_pixels`, `max_slow_pixels`, `max_scans` or `max_parts`.
     """
-    Image.MAX_IMAGE_PIXELS = settings.max_pixels  # Pillow's own limit, for the sizes that show late: a GIF's frame
+    Image.MAX_IMAGE_PIXELS = settings.max_pixels  # Pillow checks sizes that are known late, such as a GIF's frame
     problem = "The input is not an image in a supported format (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF, ...)."
     try:
         check_parts(content, settings.max_parts, settings.max_scans)
@@ -83,12 +85,12 @@ def open_image(content: bytes, settings: ImageLimits, enough: int | None = None)
         problem = "The image is truncated or corrupt."
         check_size(image, settings)
         if decodes_in_python(image):
-            reader.left += 4 * image.width * image.height  # more than a pixel takes
+            reader.left += 4 * image.width * image.height  # more reads than the pixels take
         if enough is not None:
             image.draft(None, (enough, enough))
         image.load()
-        check_pixels(image, settings.max_pixels)  # again: a format may tell the size of what it contains only now
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        check_pixels(image, settings.max_pixels)  # again: in some formats the size is known only now
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return to_8_bit(image if turn is None else image.transpose(turn))
     except Image.DecompressionBombError as exc:
         raise too_many_pixels(settings.max_pixels) from exc
@@ -97,30 +99,30 @@ def open_image(content: bytes, settings: ImageLimits, enough: int | None = None)
 
 
 def check_size(image: Image.Image, settings: ImageLimits) -> None:
-    """Check the size that the head of the file says, before its pixels are decoded.
+    """Check the size in the head of the file, before its pixels are decoded.
 
     Raises:
-        UndecodableImage: smaller than `min_side`.
-        ImageTooLarge: more than `max_pixels` or `max_slow_pixels`.
+        UndecodableImage: the image is smaller than `min_side`.
+        ImageTooLarge: the image exceeds `max_pixels` or `max_slow_pixels`.
     """
     check_pixels(image, settings.max_pixels)
     if decodes_in_python(image):
-        more = f" of {image.format} files like this one. JPEG or PNG may be larger"
-        check_pixels(image, settings.max_slow_pixels, more)
+        note = f" in {image.format} files of this kind. JPEG and PNG files may be larger"
+        check_pixels(image, settings.max_slow_pixels, note)
     if min(image.size) < settings.min_side:
         raise UndecodableImage(
-            f"The image has {image.width} x {image.height} pixels; at least {settings.min_side} x {settings.min_side} "
-            "are needed."
+            f"The image is too small: it has {image.width} x {image.height} pixels; at least {settings.min_side} x "
+            f"{settings.min_side} are required."
         )
 
 
-def check_pixels(image: Image.Image, most: int, files: str = "") -> None:
-    if image.width * image.height > most:
-        raise too_many_pixels(most, files)
+def check_pixels(image: Image.Image, limit: int, note: str = "") -> None:
+    if image.width * image.height > limit:
+        raise too_many_pixels(limit, note)
 
 
-def too_many_pixels(most: int, files: str = "") -> ImageTooLarge:
-    return ImageTooLarge(f"The image is too large; at most {most} pixels (width x height) are accepted{files}.")
+def too_many_pixels(limit: int, note: str = "") -> ImageTooLarge:
+    return ImageTooLarge(f"The image is too large; at most {limit} pixels (width x height) are accepted{note}.")
 
 
 def decodes_in_python(image: Image.Image) -> bool:
@@ -128,7 +130,7 @@ def decodes_in_python(image: Image.Image) -> bool:
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes -> "L", "RGB" or "RGBA"."""
+    """Convert an image of any mode to "L", "RGB" or "RGBA"."""
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(scale_to_8_bit(numpy.asarray(image)))
     if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
@@ -139,9 +141,9 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def scale_to_8_bit(pixels: numpy.ndarray) -> numpy.ndarray:
-    """uint16, int32 or float32 [H, W] -> uint8 [H, W].
+    """Scale uint16, int32 or float32 [H, W] to uint8 [H, W].
 
-    The white point is that of the smallest customary range that holds the values: 1.0, 255 or 65535.
+    White is the smallest of 1.0, 255 and 65535 that is not below the values; 1.0 for float32 only, 65535 for uint16.
     """
     values = numpy.nan_to_num(pixels.astype(numpy.float32))
     if pixels.dtype.kind == "u":  # of either byte order
@@ -155,7 +157,7 @@ def scale_to_8_bit(pixels: numpy.ndarray) -> numpy.ndarray:
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The image as "RGB", what is transparent shown on `background`."""
+    """Convert to "RGB", with transparent pixels on `background`."""
     if image.mode != "RGBA":
         return image if image.mode == "RGB" else image.convert("RGB")
     canvas = Image.new("RGB", image.size, background)

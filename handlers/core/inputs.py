@@ -1,12 +1,12 @@
-"""What a handler declares that it takes: inputs, each of a kind, and options.
+"""Declare the inputs and options of a handler.
 
     class Inputs(inputs.Inputs):
-        data: Image                      # a field of this name; also the raw body, as it is the only one
+        data: Image                      # a field of this name; as the only input, it may also be the raw body
 
     class Options(inputs.Options):
         score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
 
-These two classes are the only place that spells the fields. Reading, error messages and the cache's key come from them.
+The fields are defined only here. Reading, error messages and the cache's key are derived from these two classes.
 """
 
 import base64
@@ -23,23 +23,27 @@ from handlers.core.errors import EmptyInput, InvalidBase64, UndecodableText
 
 
 class Inputs(BaseModel):
-    """The inputs of one sample. A field without a `Kind` takes JSON of its type: `dict[str, float]`, or a model."""
+    """The inputs of one sample.
+
+    A field with a `Kind` is sent as bytes or as a string. Any other field is sent as JSON of its type, such as
+    `dict[str, float]` or a pydantic model.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Options(BaseModel):
-    """What a request can ask for beside its inputs. Every option has a default."""
+    """The options of a request. Every option has a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def binary(value: bytes | str) -> bytes:
-    """Return the bytes of an input that is binary by nature: as they were sent, or out of base64 (also a data: URL).
+    """Return the bytes of a binary input: sent as bytes, or as base64, also within a data: URL.
 
     Raises:
-        InvalidBase64: `value` is text and not base64.
-        EmptyInput: the base64 text holds no bytes.
+        InvalidBase64: `value` is a string, but not base64.
+        EmptyInput: the base64 string encodes no bytes.
     """
     if isinstance(value, bytes):
         return value
@@ -47,29 +51,30 @@ def binary(value: bytes | str) -> bytes:
     try:
         decoded = base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as exc:
-        raise InvalidBase64("The input is text and not base64. Send the file's bytes, or base64 of them.") from exc
+        raise InvalidBase64("The input is a string, but not base64. Send the file's bytes, or base64 of them.") from exc
     if not decoded:
-        raise EmptyInput("The base64 text holds no bytes.")
+        raise EmptyInput("The base64 string encodes no bytes. Send the file's bytes, or base64 of them.")
     return decoded
 
 
 def text(value: bytes | str) -> str:
-    """Return a text as a str that can be encoded.
+    r"""Return a text as a str that can be encoded.
 
     Raises:
-        UndecodableText: the bytes are not UTF-8, or the str holds lone surrogates, as JSON's \\ud800 makes them.
+        UndecodableText: the bytes are not UTF-8, or the str has lone surrogates, which JSON can contain as \ud800.
     """
     try:
         return value.decode() if isinstance(value, bytes) else value.encode().decode()
     except UnicodeError as exc:
-        raise UndecodableText("The text is not valid UTF-8.") from exc
+        raise UndecodableText("The text is not valid UTF-8. Encode it as UTF-8.") from exc
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a field that is sent as bytes or as a string is read.
+    """A kind of input that is sent as bytes or as a string.
 
     Attributes:
+        name: of the kind.
         read: (bytes or str, never empty) -> the field's value; raises a RequestError.
     """
 
@@ -84,12 +89,12 @@ Text = Annotated[str, Kind("text", text)]
 
 def kind_of(field: FieldInfo) -> Kind | None:
     """Return the kind that a field of `Inputs` declares, or None for JSON."""
-    within = [entry for each in get_args(field.annotation) for entry in get_args(each)]  # of `Image | None`
-    return next((entry for entry in [*field.metadata, *within] if isinstance(entry, Kind)), None)
+    nested = [entry for each in get_args(field.annotation) for entry in get_args(each)]  # of `Image | None`
+    return next((entry for entry in [*field.metadata, *nested] if isinstance(entry, Kind)), None)
 
 
-def describe(field: FieldInfo) -> str:
-    """Return what an option takes, for an error message: "a whole number of at least 1"."""
+def describe_option(field: FieldInfo) -> str:
+    """Return which values an option accepts, for an error message: "a whole number of at least 1"."""
     return describe_type(field.annotation, field.metadata)
 
 
@@ -102,12 +107,12 @@ def describe_type(annotation: object, metadata: list | tuple) -> str:
         return " or ".join(describe_type(each, metadata) for each in arguments if each is not NoneType)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    names: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     return names.get(annotation, "valid") + describe_bounds(metadata, whole=annotation is int)
 
 
 def describe_bounds(metadata: list | tuple, whole: bool) -> str:
-    """Return " of at least 1", " from 0 to 1" and the like, out of annotated_types' constraints."""
+    """Return the constraints of annotated_types in words: " of at least 1", " from 0 to 1"."""
     bounds = {
         name: getattr(entry, name) for entry in metadata for name in ("ge", "gt", "le", "lt") if hasattr(entry, name)
     }

@@ -1,22 +1,22 @@
-"""Memory that a worker has used once stays its own, and what it does not need goes back."""
+"""Memory of a worker: keep what the next batch needs, and return the rest to the system."""
 
 import ctypes
 import gc
 import time
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-# bytes: the tensors of a batch, not the 16 MiB blocks that Pillow unpacks photographs into
+# bytes: more than the tensors of a batch, less than the 16 MiB blocks that Pillow decodes photographs into
 LARGEST_FROM_HEAP = 12 << 20
-KEPT_FREE = 64 << 20  # bytes that may be free at the top of a heap before they go back to the system
+KEPT_FREE = 64 << 20  # free bytes at the top of the heap that are not returned to the system
 TRIM_SECONDS = 10.0
-trimmed = time.monotonic()  # when it was last done
+trimmed = time.monotonic()  # when `trim` last returned memory
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what a batch has freed for the next one.
+    """Make glibc keep the memory that a batch frees, for the next batch.
 
-    It would give large blocks back to the system at once, and the next batch would page them in again, zeroed: a third
-    of the time of a worker that computes MFCC (BENCHMARKS.md). Where the C library is another, nothing happens.
+    By default it returns large blocks to the system at once, and the system maps and zeroes them again for the next
+    batch: a third of the time of a worker that computes MFCC (BENCHMARKS.md). Does nothing with another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -27,9 +27,10 @@ def keep_freed_memory() -> None:
 
 
 def trim() -> None:
-    """Gives back, every ten seconds at most, what is free below the top of the heap, which glibc does not do by itself.
+    """Return free memory below the top of the heap, at most every ten seconds; glibc does not do so by itself.
 
-    Inputs of all sizes leave holes: workers that got broken sounds of up to 16 MiB grew by a third in ten minutes.
+    Inputs of different sizes leave holes: workers that got broken sounds of up to 16 MiB grew by a third in ten
+    minutes.
     """
     global trimmed
     if time.monotonic() - trimmed < TRIM_SECONDS:
@@ -41,9 +42,11 @@ def trim() -> None:
     trimmed = time.monotonic()
 
 
-def settle() -> None:
-    """Takes all that is there now for permanent: a full collection would walk the hundred thousands of objects that
-    importing torch makes, for 0.2 s, in a request's way.
+def freeze_objects() -> None:
+    """Exempt all present objects from garbage collection.
+
+    Importing torch creates hundreds of thousands of objects. A full collection visits them all, which would delay a
+    request by 0.2 s.
     """
     gc.collect()
     gc.freeze()

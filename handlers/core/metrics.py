@@ -1,7 +1,7 @@
-"""The bundle's own metrics, on TorchServe's `/metrics` beside its own (declared in bundle/config/metrics.yaml).
+"""The handlers' metrics. TorchServe's `/metrics` shows them beside its own (bundle/config/metrics.yaml declares them).
 
-Each observation is a line that the worker prints and the frontend parses, so nothing here is observed per request, and
-a batch's lines are printed at once (BENCHMARKS.md).
+The worker prints each observation as a line, and the frontend parses it. So nothing is observed per request, and the
+lines of a batch are printed at once (BENCHMARKS.md).
 """
 
 import logging
@@ -24,12 +24,12 @@ DIMENSIONS = ["ModelName", "ModelVersion"]
 
 
 class HandlerMetrics:
-    """Histograms of batch size (requests) and of the seconds of each stage; counters of answers and of rejections.
+    """Histograms of the batch size and of the seconds of each stage; counters of responses and of rejections.
 
-    "queue" is the time from a proxy's X-Request-Start until the batch begins, "request" until its answers are encoded;
-    each of the request in the batch that waited longest, which is an upper bound for the others.
+    "queue" is the time from the proxy's X-Request-Start until the batch starts, "request" until its responses are
+    encoded. Both are those of the request that waited longest, and so an upper bound for the other requests.
 
-    The objects are taken from the worker's cache once: a look-up per batch would log and lock.
+    The metrics are looked up in the worker's cache once: a look-up per batch would log and lock.
     """
 
     def __init__(self, context: Context):
@@ -43,7 +43,7 @@ class HandlerMetrics:
         self.lines: list[str] = []
 
     def add(self, metric: CachingMetric, value: float, *dimensions: str) -> None:
-        """In the notation of `CachingMetric.emit_metrics`, which the frontend parses."""
+        """Add a line in the format of `CachingMetric.emit_metrics`, which the frontend parses."""
         names = zip(metric.dimension_names, [*self.identity, *dimensions], strict=True)
         described = ",".join(f"{name}:{dimension}" for name, dimension in names)
         self.lines.append(
@@ -52,7 +52,7 @@ class HandlerMetrics:
         )
 
     def emit(self) -> None:
-        """Prints what has been added."""
+        """Print the added lines, and forget them."""
         logger.info("\n".join(self.lines))
         self.lines.clear()
 
@@ -60,7 +60,7 @@ class HandlerMetrics:
         self.add(self.batch_size, requests)
 
     def count_answers(self, statuses: list[int], rejections: list[str]) -> None:
-        """Counts a batch's HTTP statuses, and the types of error of those that were the request's own fault."""
+        """Count the HTTP statuses of a batch, and the error types of the requests that were rejected as invalid."""
         for status, requests in Counter(statuses).items():
             self.add(self.answered, requests, str(status))
         for error_type, requests in Counter(rejections).items():
@@ -87,7 +87,7 @@ def counter(cache: MetricsCacheYamlImpl, name: str, dimension: str) -> CachingMe
 def metric(
     cache: MetricsCacheYamlImpl, name: str, unit: str, dimensions: list[str], kind: MetricTypes
 ) -> CachingMetric:
-    """The metric as metrics.yaml declares it; where the server has another metrics.yaml, one that it will ignore."""
+    """Return the metric that metrics.yaml declares; if the server's metrics.yaml lacks it, one that it will ignore."""
     try:
         return cache.get_metric(name, kind)
     except MetricsCacheKeyError:

@@ -14,31 +14,32 @@ def to_host(outputs: Outputs) -> Outputs:
     if isinstance(outputs, dict):
         return {key: to_host(value) for key, value in outputs.items()}
     if isinstance(outputs, (list, tuple)):
-        return type_of(outputs)(to_host(value) for value in outputs)
+        return sequence_type(outputs)(to_host(value) for value in outputs)
     return outputs
 
 
-def rows(outputs: Outputs) -> list:
-    """Split the outputs of a batch into those of each sample.
+def split_rows(outputs: Outputs) -> list:
+    """Split the outputs of a batch into one row per sample.
 
     Args:
         outputs: a tensor, [N, ...]; a tuple or a dict of such tensors, whose rows are tuples or dicts; or a list with
-            an entry a sample, as TorchVision's detectors return it.
+            one entry per sample, as TorchVision's detectors return it.
 
     Raises:
-        TypeError: the outputs are something else, or hold different numbers of rows.
+        TypeError: the outputs have another type, or their numbers of rows differ.
     """
     if isinstance(outputs, list):
         return outputs
     if isinstance(outputs, Tensor) and outputs.dim():
         return list(outputs.unbind())
     if isinstance(outputs, (tuple, dict)) and outputs:
-        columns = [rows(value) for value in (outputs.values() if isinstance(outputs, dict) else outputs)]
+        columns = [split_rows(value) for value in (outputs.values() if isinstance(outputs, dict) else outputs)]
         if len({len(column) for column in columns}) > 1:
-            raise TypeError(f"the outputs hold {' and '.join(str(len(column)) for column in columns)} rows")
+            counts = " and ".join(str(len(column)) for column in columns)
+            raise TypeError(f"the outputs have different numbers of rows: {counts}. Override `reduce`")
         split = list(zip(*columns, strict=True))
         return [dict(zip(outputs, row, strict=True)) for row in split] if isinstance(outputs, dict) else split
-    raise TypeError(f"a {type(outputs).__name__} cannot be split into one row a sample: override `reduce`")
+    raise TypeError(f"a {type(outputs).__name__} cannot be split into one row per sample: override `reduce`")
 
 
 def tensors(outputs: object) -> Iterator[Tensor]:
@@ -51,10 +52,10 @@ def tensors(outputs: object) -> Iterator[Tensor]:
 
 
 def main_output(outputs: object) -> Tensor:
-    """Return the tensor that a classifier's outputs are about: models with auxiliary outputs return the main one first.
+    """Return a classifier's scores: models with auxiliary outputs return a tuple that begins with them.
 
     Raises:
-        TypeError: it is not a tensor.
+        TypeError: the main output is not a tensor.
     """
     main = outputs[0] if isinstance(outputs, tuple) else outputs
     if not isinstance(main, Tensor):
@@ -64,6 +65,6 @@ def main_output(outputs: object) -> Tensor:
     return main
 
 
-def type_of(values: list | tuple) -> type:
-    """A named tuple cannot be made of an iterable: its values alone are kept."""
+def sequence_type(values: list | tuple) -> type:
+    """Return `list` or `tuple`: a named tuple, which cannot be made from an iterable, becomes a plain one."""
     return list if isinstance(values, list) else tuple

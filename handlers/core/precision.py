@@ -1,8 +1,8 @@
-"""A TorchScript module -> the same, frozen, in the number format that is fastest on this machine.
+"""Freeze a TorchScript module in the precision that is fastest on this machine.
 
-Which formats are right for a model is decided on its examples, when its archive is built
-(bundle/build/precision.py); without examples there is only the guard here, against what cannot be right. Which of those
-is fast is decided here, by measurement on the worker's own device.
+Which precisions are accurate enough for a model is decided on its examples when its archive is built
+(bundle/build/precision.py). Without examples, only the check against `MAX_ERROR` here applies. Which of them is fastest
+is measured here, on the worker's own device.
 """
 
 import logging
@@ -20,43 +20,54 @@ from handlers.core.outputs import Outputs, tensors
 logger = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
-Wanted = Literal["auto"] | Precision | list[Precision]  # the fastest; this one; the fastest of these
+RequestedPrecision = Literal["auto"] | Precision | list[Precision]  # the fastest; this one; the fastest of these
 INT8_NAME = "model.int8.pt"  # in an archive whose model was quantized
-WORTHWHILE = 0.9  # of float32's time: a smaller gain is not worth coarser numbers
-LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05, "int8": 0.3}  # of the outputs' norm
+WORTHWHILE = 0.9  # of float32's time: a smaller gain does not justify the rounding
+MAX_ERROR = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05, "int8": 0.3}  # relative to the outputs' norm
 WARM_UP_RUNS, MEASURED_RUNS = 2, 5
-MEASURED_SECONDS = 1.0  # after which no further run begins
+MEASURED_SECONDS = 1.0  # after this time no further run starts
 
 Modules = dict[str, torch.jit.ScriptModule]
 
 
 def fastest(
-    model: torch.jit.ScriptModule, wanted: Wanted, device: torch.device, inputs: tuple[Tensor, ...], folder: Path
+    model: torch.jit.ScriptModule,
+    requested: RequestedPrecision,
+    device: torch.device,
+    inputs: tuple[Tensor, ...],
+    folder: Path,
 ) -> tuple[str, torch.jit.ScriptModule]:
-    """The wanted precision, or the fastest of those that are wanted and that the device computes by itself, and the
-    module in it. float32 always is one of them, and takes the place, with a warning, of one that does not work here.
+    """Freeze the model in the requested precision, or in the fastest one of several.
+
+    Of several, only those that the device supports natively are tried, and float32. If a single requested precision
+    does not work here, a warning is logged, and the model computes in float32.
 
     Args:
-        model: takes and returns float32, as scripted. Its outputs may come back in the reduced dtype.
-        inputs: a batch on the device, to measure with.
-        folder: the unpacked archive, which may hold an int8 module.
+        model: scripted in float32.
+        requested: the setting `precision`.
+        device: of the worker.
+        inputs: a batch on the device, for the measurement.
+        folder: the unpacked archive, which may contain an int8 module.
+
+    Returns:
+        the precision, and the module. Its outputs may have the reduced dtype.
 
     Raises:
-        FileNotFoundError: int8 is wanted, and the archive has no such module.
+        FileNotFoundError: int8 is requested, but the archive has no int8 module.
     """
-    if wanted == "int8" and not (folder / INT8_NAME).is_file():
+    if requested == "int8" and not (folder / INT8_NAME).is_file():
         raise FileNotFoundError(f"the archive has no {INT8_NAME}: build it with `bundle: int8: true`")
-    native = natively(device, folder)
-    fixed = isinstance(wanted, str) and wanted != "auto"
-    tried = [wanted] if fixed else [name for name in native if wanted == "auto" or name in wanted]
+    native = native_precisions(device, folder)
+    fixed = isinstance(requested, str) and requested != "auto"
+    tried = [requested] if fixed else [name for name in native if requested == "auto" or name in requested]
     expected = model(*inputs)
     modules: Modules = {}
-    for precision in dict.fromkeys([*tried, "float32"]):  # float32 last: trying leaves the model in its layout
+    for precision in dict.fromkeys([*tried, "float32"]):  # float32 last: a trial changes the layout of the model
         try:
             if precision == "int8" and "int8" not in native:
-                raise RuntimeError("the device has no instructions for it")  # it would run, and saturate
+                raise RuntimeError("the device has no instructions for it")  # it would run, but saturate
             source = torch.jit.load(folder / INT8_NAME).eval() if precision == "int8" else model
-            modules[precision] = attempt(source, precision, device, inputs, expected)
+            modules[precision] = freeze_checked(source, precision, device, inputs, expected)
         except RuntimeError as exc:
             logger.warning("the model is not frozen in %s: %s", precision, exc)
         if fixed and modules:
@@ -64,16 +75,16 @@ def fastest(
     modules.setdefault("float32", model)
     if fixed:
         [chosen, *_] = modules
-        if chosen != wanted:
-            logger.warning("precision is %s, which does not work here: the model computes in %s", wanted, chosen)
+        if chosen != requested:
+            logger.warning("precision is %s, which does not work here: the model computes in %s", requested, chosen)
         return chosen, modules[chosen]
     seconds = measure(modules, inputs, device)
-    best = min(seconds, key=seconds.get)
+    best = min(seconds, key=lambda name: seconds[name])
     return (best, modules[best]) if seconds[best] < WORTHWHILE * seconds["float32"] else ("float32", modules["float32"])
 
 
-def natively(device: torch.device, folder: Path) -> list[str]:
-    """The reduced precisions that the device has instructions for, and the archive a module."""
+def native_precisions(device: torch.device, folder: Path) -> list[str]:
+    """Return the reduced precisions that the device has instructions for; int8 only if the archive has a module."""
     if device.type == "cuda":
         return ["bfloat16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["float16"]
     precisions = []
@@ -85,24 +96,27 @@ def natively(device: torch.device, folder: Path) -> list[str]:
     return precisions
 
 
-def attempt(
+def freeze_checked(
     model: torch.jit.ScriptModule,
     precision: str,
     device: torch.device,
     inputs: tuple[Tensor, ...],
     expected: Outputs,
 ) -> torch.jit.ScriptModule:
-    """The frozen module, in a layout that it runs in.
+    """Freeze a model in a memory layout in which it runs, and check its outputs.
 
-    Channels last first, which convolutions are fastest in. A module that takes its tensors' layout for granted (`view`
-    after a convolution) does not run in it.
+    Channels last is tried first, because convolutions are fastest in it. A module that depends on the contiguous layout
+    (`view` after a convolution) does not run in it.
 
     Args:
+        model: left in the contiguous layout if it cannot be frozen.
+        precision: to compute in.
+        device: of the worker.
         inputs: a batch on the device.
-        expected: the model's outputs for it in float32.
+        expected: the model's outputs for `inputs` in float32.
 
     Raises:
-        RuntimeError: it does not run, or does not compute what it should; the message says so in one line.
+        RuntimeError: the frozen module does not run, or its outputs are wrong. The message is one line.
     """
     problem = ""
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -112,10 +126,10 @@ def attempt(
         except RuntimeError as exc:
             problem = f"it does not run: {str(exc).strip().splitlines()[-1]}"
             continue
-        if error <= LARGEST_ERROR[precision]:
+        if error <= MAX_ERROR[precision]:
             return module
         problem = f"its outputs differ from float32's by {error:.0%} of their norm"
-    model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's types lack it
     raise RuntimeError(problem)
 
 
@@ -125,11 +139,12 @@ def freeze(
     device: torch.device,
     layout: torch.memory_format = torch.channels_last,
 ) -> torch.jit.ScriptModule:
-    """Weights as constants, batch norms folded into convolutions; the model itself is left in `layout`.
+    """Freeze a model: weights become constants, and batch norms are folded into convolutions.
 
-    Freezing under autocast writes the casts into the graph, and rounds the weights once instead of in every run.
+    Freezing under autocast writes the casts into the graph, and rounds the weights once instead of in every run. The
+    model itself is left in `layout`.
     """
-    model = model.to(memory_format=layout)
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's types lack it
     reduced = precision in ("bfloat16", "float16")
     autocast = torch.autocast(device.type, getattr(torch, precision) if reduced else None, enabled=reduced)
     with autocast, warnings.catch_warnings():
@@ -138,8 +153,9 @@ def freeze(
 
 
 def relative_error(actual: Outputs, expected: Outputs) -> float:
-    """Return the norm of the difference, as a share of the norm: the largest of the floating-point tensors; infinite
-    where a number is not finite, or where the outputs differ in their shapes.
+    """Return the largest relative error of the floating-point outputs: norm of the difference / norm.
+
+    It is infinite if a number is not finite, or if the outputs differ in number or shape.
     """
     pairs = list(zip_longest(tensors(actual), tensors(expected)))
     if any(one is None or other is None or one.shape != other.shape for one, other in pairs):
@@ -153,7 +169,7 @@ def relative_error(actual: Outputs, expected: Outputs) -> float:
 
 
 def measure(modules: Modules, inputs: tuple[Tensor, ...], device: torch.device) -> dict[str, float]:
-    """Seconds of each module's shortest run. They take turns, so that what else runs on the machine is fair to all."""
+    """Return the seconds of each module's fastest run. The modules take turns, so that other load affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in modules}
     deadline = time.monotonic() + MEASURED_SECONDS
     for turn in range(WARM_UP_RUNS + MEASURED_RUNS):

@@ -1,13 +1,13 @@
-"""One TorchServe row -> the inputs of one request and its options.
+"""Read one row of TorchServe: the inputs and the options of one request.
 
-TorchServe 0.12.0 hands over a raw body as {"body": value} and a form as {field: value, ...}. JSON arrives parsed and
-text/* as str, unless they do not parse: then, like everything else, as bytearray.
+TorchServe 0.12.0 passes a raw body as {"body": value}, and a form as {field: value, ...}. A value is parsed JSON or, of
+text/*, a str. Whatever does not parse, and every other type, is a bytearray.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,19 +22,19 @@ from handlers.core.errors import (
     UnsupportedInput,
 )
 from handlers.core.headers import content_type
-from handlers.core.inputs import Inputs, Options, describe, kind_of
+from handlers.core.inputs import Inputs, Options, describe_option, kind_of
 
-INSTANCES = "instances"
+BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
 
 
 @dataclass(slots=True)  # not frozen: that doubles the time that making one takes
 class Request:
-    """What one request asks for.
+    """The content of one request.
 
     Attributes:
-        inputs: one entry a sample.
-        options: of the request, for all of its samples.
-        many: whether the inputs came as {"instances": [...]}, to be answered as {"predictions": [...]}.
+        inputs: one entry per sample.
+        options: for all samples of the request.
+        many: whether the inputs came as {"instances": [...]}; then the response is {"predictions": [...]}.
     """
 
     inputs: list[Inputs]
@@ -43,37 +43,40 @@ class Request:
 
 
 class RequestReader:
-    """Reads requests as a handler's declarations say.
+    """Read requests with the inputs and options that a handler declares.
 
     Args:
         inputs: the handler's inputs.
         options: the handler's options.
-        max_instances: how many samples one request may bring.
+        max_instances: the most samples that one request may have.
 
     Raises:
-        TypeError: a declaration cannot be read: no input, an option without a default, one name for two fields.
+        TypeError: a declaration is invalid: no input, an option without a default, or a name that is used twice.
     """
 
     def __init__(self, inputs: type[Inputs], options: type[Options], max_instances: int):
         self.inputs, self.options, self.max_instances = inputs, options, max_instances
         self.validate = inputs.__pydantic_validator__.validate_python  # half the time of model_validate
         self.kinds = {name: kind_of(field) for name, field in inputs.model_fields.items()}
+        self.optional = {name for name, field in inputs.model_fields.items() if not field.is_required()}
         fields = options.model_fields
         self.option_types = {name: option_type(field) for name, field in fields.items()}
         if not self.kinds:
             raise TypeError(f"{inputs.__qualname__} declares no field: a model needs at least one input")
-        if wrong := [name for name, field in fields.items() if field.is_required()]:
-            raise TypeError(f"{options.__qualname__}.{wrong[0]} has no default: every option needs one")
-        if twice := ({INSTANCES, "body"} & self.kinds.keys()) | (self.kinds.keys() & fields.keys()):
-            raise TypeError(f"{inputs.__qualname__}.{twice.pop()} is the name of another field")
+        if required := [name for name, field in fields.items() if field.is_required()]:
+            raise TypeError(f"{options.__qualname__}.{required[0]} has no default: every option needs one")
+        names = [BODY, INSTANCES, *self.kinds, *fields]
+        if taken := [name for name in self.kinds.keys() | fields.keys() if names.count(name) > 1]:
+            raise TypeError(f"{inputs.__qualname__} or {options.__qualname__}: the name {taken[0]} is taken; rename it")
         self.defaults = options()
-        [self.only] = self.kinds if len(self.kinds) == 1 else [None]
+        self.only_input: str | None = next(iter(self.kinds)) if len(self.kinds) == 1 else None
         self.accepted = self.describe_accepted()
 
     def describe_accepted(self) -> str:
-        """Return what a request may look like, for error messages."""
-        if self.only:
-            ways = f'the input as raw body, as form field "{self.only}", or as JSON {{"{self.only}": ...}}'
+        """Return the accepted forms of a request, for error messages."""
+        if self.only_input:
+            name = self.only_input
+            ways = f'the input as raw body, as form field "{name}", or as JSON {{"{name}": ...}}'
         else:
             names = ", ".join(f'"{name}"' for name in self.kinds)
             fields = ", ".join(f'"{name}": ...' for name in self.kinds)
@@ -87,25 +90,30 @@ class RequestReader:
         """Read one row of a batch.
 
         Args:
-            row: {field: value}, as TorchServe's worker gives it.
-            headers: the request's own, as its client sent them.
+            row: {field: value}, as TorchServe passes it.
+            headers: the headers of this request, as its client sent them.
 
         Raises:
-            MalformedRequest: the request is not wrapped as `accepted` says, or a value is not of its field's kind.
+            MalformedRequest: the request does not have a form that `accepted` describes, or a value is not of its
+                field's kind.
+            UndecodableText: a text is not UTF-8.
             TooManyInstances: more than `max_instances` samples.
         """
-        if row.keys() == {"body"}:
-            body = row["body"]
+        if row.keys() == {BODY}:
+            body = row[BODY]
             if isinstance(body, (bytes, bytearray)) and content_type(headers) == "application/json":
                 body = self.parse_json(body)
             if isinstance(body, dict):
                 return self.read_fields(body)
-            if self.only is None:
-                raise UnsupportedInput(f"The model takes several inputs, which a raw body cannot hold. {self.accepted}")
-            return Request([self.read_inputs({self.only: body})], self.defaults)
+            if self.only_input is None:
+                raise UnsupportedInput(f"The model has several inputs, so a raw body is not accepted. {self.accepted}")
+            return Request([self.read_inputs({self.only_input: body})], self.defaults)
         if not row and content_type(headers) == "application/x-www-form-urlencoded":
-            # what curl -d sends by itself
-            raise UnsupportedInput(f"The request is sent as a form and holds no fields. {self.accepted}")
+            # curl -d sends this type by default
+            raise UnsupportedInput(
+                "The body has Content-Type application/x-www-form-urlencoded, but no form fields. Set its own "
+                f"Content-Type. {self.accepted}"
+            )
         if not row:
             raise EmptyInput(f"The request has no body. {self.accepted}")
         return self.read_fields(row, form=True)
@@ -113,12 +121,12 @@ class RequestReader:
     def read_fields(self, fields: Mapping, form: bool = False) -> Request:
         known = self.kinds.keys() | self.option_types.keys() | {INSTANCES}
         if unknown := [name for name in fields if name not in known]:
-            raise UnknownField(f"Unknown field {shorten(unknown[0])}. {self.accepted}")
+            raise UnknownField(f"Unknown field {quote(unknown[0])}. {self.accepted}")
         given = {name: value for name, value in fields.items() if name in self.kinds}
-        if self.only and (self.only in given) == (INSTANCES in fields):
-            raise MissingField(f'Exactly one of the fields "{self.only}" and "instances" is needed. {self.accepted}')
+        if self.only_input and (self.only_input in given) == (INSTANCES in fields):
+            raise MissingField(f'Send exactly one of the fields "{self.only_input}" and "instances". {self.accepted}')
         if given and INSTANCES in fields:
-            raise MissingField(f'"instances" and the fields of one input exclude each other. {self.accepted}')
+            raise MissingField(f'Send either "instances" or the fields of one sample, not both. {self.accepted}')
         options = self.read_options({name: value for name, value in fields.items() if name in self.option_types})
         if INSTANCES not in fields:
             return Request([self.read_inputs(given, form)], options)
@@ -126,35 +134,36 @@ class RequestReader:
         if isinstance(instances, (bytes, bytearray)) or (form and isinstance(instances, str)):
             instances = self.parse_json(instances)
         if not isinstance(instances, list) or not instances:
-            raise UnsupportedInput('"instances" must be a list of at least one input.')
+            raise UnsupportedInput(f'"instances" must be a list of at least one input. {self.accepted}')
         if len(instances) > self.max_instances:
             raise TooManyInstances(
-                f"{len(instances)} instances in one request; at most {self.max_instances} are accepted."
+                f"The request has {len(instances)} instances; at most {self.max_instances} are accepted. "
+                "Send several requests."
             )
         return Request([self.read_instance(instance) for instance in instances], options, many=True)
 
     def read_instance(self, instance: object) -> Inputs:
         """Read an object of the inputs' fields or, where there is only one field, its value."""
-        if isinstance(instance, dict) and (self.only is None or instance.keys() == self.kinds.keys()):
+        if isinstance(instance, dict) and (self.only_input is None or instance.keys() == self.kinds.keys()):
             if unknown := [name for name in instance if name not in self.kinds]:
-                raise UnknownField(f"Unknown field {shorten(unknown[0])} in an instance. {self.accepted}")
+                raise UnknownField(f"Unknown field {quote(unknown[0])} in an instance. {self.accepted}")
             return self.read_inputs(instance)
-        if self.only is None:
+        if self.only_input is None:
             raise UnsupportedInput(f"An instance must be an object with the fields {', '.join(self.kinds)}.")
-        if isinstance(instance, dict) and self.kinds[self.only]:
-            raise UnknownField(f'An instance is an input, or an object with the one field "{self.only}".')
-        return self.read_inputs({self.only: instance})
+        if isinstance(instance, dict) and self.kinds[self.only_input]:
+            raise UnknownField(f'An instance must be an input, or an object with the one field "{self.only_input}".')
+        return self.read_inputs({self.only_input: instance})
 
     def read_inputs(self, given: Mapping, form: bool = False) -> Inputs:
+        """Read the inputs of one sample; `form` says that the values are the text of form fields."""
         values = {name: self.read_value(name, value, form) for name, value in given.items()}
         try:
             return self.validate(values)
         except ValidationError as exc:
             error = exc.errors(include_url=False)[0]
-            name = ".".join(map(str, error["loc"]))
             if error["type"] == "missing" and len(error["loc"]) == 1:
-                raise MissingField(f'The field "{name}" is missing. {self.accepted}') from exc
-            raise UnsupportedInput(f'"{shorten(name)[1:-1]}" is invalid: {error["msg"]}.') from exc
+                raise MissingField(f'The field "{error["loc"][0]}" is missing. {self.accepted}') from exc
+            raise UnsupportedInput(describe_invalid(exc, "inputs")) from exc
 
     def read_value(self, name: str, value: object, form: bool) -> object:
         if isinstance(value, (bytearray, memoryview)):
@@ -162,44 +171,55 @@ class RequestReader:
         kind = self.kinds[name]
         if kind is None:
             return self.parse_json(value) if isinstance(value, bytes) or (form and isinstance(value, str)) else value
+        if value is None and name in self.optional:
+            return None
         if not isinstance(value, (bytes, str)):
             raise UnsupportedInput(
-                f"An input must be bytes or a string, not a JSON {json_type(value)}. {self.accepted}"
+                f'The input "{name}" must be bytes or a string, not a JSON {json_type(value)}. {self.accepted}'
             )
         if not value:
-            raise EmptyInput(f"The input is empty. {self.accepted}")
+            raise EmptyInput(f'The input "{name}" is empty. {self.accepted}')
         return kind.read(value)
 
     def read_options(self, given: Mapping) -> Options:
-        """Options come as JSON values, or as the text of form fields."""
         if not given:
             return self.defaults
-        values = {}
-        for name, value in given.items():
-            if isinstance(value, (bytes, bytearray)):
-                value = value.decode("utf-8", "replace")
-            validate = (
-                self.option_types[name].validate_strings
-                if isinstance(value, str)
-                else self.option_types[name].validate_python
-            )
-            try:
-                values[name] = None if value is None else validate(value, strict=True)
-            except ValidationError:
-                values[name] = None
-            if values[name] is None:
-                raise InvalidOption(f"{name} must be {describe(self.options.model_fields[name])}.")
-        return self.options(**values)
+        try:
+            return self.options(**{name: self.read_option(name, value) for name, value in given.items()})
+        except ValidationError as exc:
+            raise InvalidOption(describe_invalid(exc, "options")) from exc
+
+    def read_option(self, name: str, value: object) -> object:
+        """Read an option: a JSON value other than null, or the text of a form field."""
+        if isinstance(value, (bytes, bytearray)):
+            value = value.decode("utf-8", "replace")
+        option = self.option_types[name]
+        try:
+            if isinstance(value, str):
+                return option.validate_strings(value, strict=True)
+            if value is not None:
+                return option.validate_python(value, strict=True)
+        except ValidationError:
+            pass
+        raise InvalidOption(f"{name} must be {describe_option(self.options.model_fields[name])}.")
 
     def parse_json(self, text: bytes | bytearray | str) -> object:
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as exc:
-            raise InvalidJSON(f"The request says that it is JSON and does not parse as JSON. {self.accepted}") from exc
+            raise InvalidJSON(f"The request contains invalid JSON. {self.accepted}") from exc
 
 
 def option_type(field: FieldInfo) -> TypeAdapter:
-    return TypeAdapter(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
+    annotation: Any = Annotated[field.annotation, field]  # known at run time only
+    return TypeAdapter(annotation)
+
+
+def describe_invalid(error: ValidationError, fields: str) -> str:
+    """Return pydantic's first finding, for an error message; one about the whole model has no location."""
+    first = error.errors(include_url=False)[0]
+    subject = f"{quote('.'.join(map(str, first['loc'])))} is" if first["loc"] else f"The {fields} are"
+    return f"{subject} invalid: {first['msg'].removeprefix('Value error, ')}."
 
 
 def json_type(value: object) -> str:
@@ -207,6 +227,7 @@ def json_type(value: object) -> str:
     return names.get(type(value), "value")
 
 
-def shorten(name: object, limit: int = 40) -> str:
+def quote(name: object, limit: int = 40) -> str:
+    """Return a name that the client sent, for an error message: shortened, and without control characters."""
     text = str(name)
-    return repr(text if len(text) <= limit else text[:limit] + "...")
+    return json.dumps(text if len(text) <= limit else text[:limit] + "...", ensure_ascii=False)

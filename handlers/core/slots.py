@@ -1,4 +1,4 @@
-"""What a batch is made of: requests in their slots, each with its decoded samples."""
+"""The slots of a batch: each holds one request and its decoded samples."""
 
 import json
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 from handlers.core.errors import NonFiniteOutput, ServingError
 from handlers.core.inputs import Options
 
-encode = json.JSONEncoder(allow_nan=False).encode
+encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 @dataclass(slots=True)
@@ -17,8 +17,8 @@ class Sample:
     """One decoded input.
 
     Attributes:
-        tensors: what the batch is collated of, on the CPU.
-        info: anything about the input that `encode` needs: an image's original size, a graph's node names.
+        tensors: the input of `collate`, on the CPU.
+        info: anything else about the input that `encode` needs: an image's original size, a graph's node names.
     """
 
     tensors: Tensor | tuple[Tensor, ...]
@@ -30,13 +30,13 @@ class Slot:
     """One request of a batch, on its way through the stages.
 
     Attributes:
-        options: of the request.
-        many: whether it is answered as {"predictions": [...]}.
-        samples: its decoded inputs.
-        explained: whether it asks for an explanation rather than for a prediction.
-        key: of its answer in the cache, where one is kept.
-        body: the JSON text that it is answered.
-        error: why it is answered an error instead.
+        options: the request's options.
+        many: whether the body has the form {"predictions": [...]}.
+        samples: the decoded inputs.
+        explained: whether the request asks for an explanation instead of a prediction.
+        key: the key of the body in the cache; None if the cache is off.
+        body: the JSON text of the response.
+        error: the error to respond with instead of `body`.
     """
 
     options: Options | None = None
@@ -48,14 +48,14 @@ class Slot:
     error: ServingError | None = None
 
     def finish(self, answers: list[JsonValue]) -> None:
-        """Encode an answer a sample.
+        """Encode the body: one answer per sample.
 
         Raises:
-            NonFiniteOutput: there is NaN or infinity in it, which JSON cannot carry.
+            NonFiniteOutput: an answer contains NaN or infinity, which JSON does not have.
         """
         try:
-            # as text, because TorchServe would indent it, which is longer and takes Python's slow encoder
-            self.body = encode({"predictions": answers} if self.many else answers[0])
+            # encoded here, because TorchServe would indent it, which is longer and uses Python's slow encoder
+            self.body = encode_json({"predictions": answers} if self.many else answers[0])
         except ValueError as exc:
             if "JSON compliant" not in str(exc):
                 raise

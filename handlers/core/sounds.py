@@ -1,4 +1,4 @@
-"""Bytes of a sound file -> a mono waveform. Lengths are checked before a sample is decoded."""
+"""Decode the bytes of a sound file into a mono waveform. The length is checked before a sample is decoded."""
 
 import io
 from typing import Annotated
@@ -16,11 +16,14 @@ class SoundLimits(BaseModel):
     max_seconds: Annotated[float, Field(gt=0)] = 60.0  # longer clips are rejected
     min_sample_rate: PositiveInt = 1_000  # Hz, of the input
     max_sample_rate: PositiveInt = 384_000
-    max_values: PositiveInt = 32_000_000  # samples x channels: what a small file may unpack to
+    max_values: PositiveInt = 32_000_000  # samples x channels; a small file may decompress to very many
 
 
 class SoundBytes(io.BytesIO):
-    """libsndfile seeks before the start of some broken files; soundfile prints a traceback for each error of a seek."""
+    """A file in memory that ignores invalid seeks.
+
+    libsndfile seeks before the start of some broken files, and soundfile prints a traceback for every failed seek.
+    """
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         try:
@@ -36,9 +39,10 @@ def read_sound(content: bytes, limits: SoundLimits) -> tuple[numpy.ndarray, int]
         mono float32 [samples] in [-1, 1], and the sample rate in Hz.
 
     Raises:
-        UndecodableAudio: not a sound file that libsndfile reads, a broken one, or one with NaN or infinity in it.
-        AudioTooLong: longer than `max_seconds`, which is checked before the samples are decoded.
-        EmptyInput: a sound file without samples.
+        UndecodableAudio: libsndfile cannot read the file, its sample rate is outside the limits, or a sample is NaN
+            or infinite.
+        AudioTooLong: the clip is longer than `max_seconds`, or has more than `max_values` samples.
+        EmptyInput: the file has no samples.
     """
     try:
         with soundfile.SoundFile(SoundBytes(content)) as file:
@@ -58,11 +62,11 @@ def read_sound(content: bytes, limits: SoundLimits) -> tuple[numpy.ndarray, int]
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as exc:
         raise UndecodableAudio("The input is not a readable sound file. Accepted: WAV, FLAC, OGG, MP3.") from exc
     if not len(samples):
-        raise EmptyInput("The sound file holds no samples.")
-    with numpy.errstate(over="ignore", invalid="ignore"):  # what is not finite in a channel, or in the sum of them
+        raise EmptyInput("The sound file has no samples. Send a recording.")
+    with numpy.errstate(over="ignore", invalid="ignore"):  # a channel, or the sum of channels, may not be finite
         mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     if not numpy.isfinite(mono).all():
-        raise UndecodableAudio("The sound holds samples that are not finite numbers.")
+        raise UndecodableAudio("The sound file has samples that are not finite numbers.")
     return mono.clip(-1, 1), sample_rate
 
 
@@ -70,21 +74,21 @@ def resample(waveform: numpy.ndarray, sample_rate: int, target: int) -> numpy.nd
     """Resample a mono waveform, float32 [samples], to the target rate in Hz.
 
     Raises:
-        EmptyInput: nothing is left, as of a few samples at a high rate.
+        EmptyInput: the result has no samples, because the waveform is shorter than one at the target rate.
     """
     if sample_rate == target:
         return waveform
     resampled = soxr.resample(waveform, sample_rate, target)
     if not len(resampled):
-        raise EmptyInput("The sound is shorter than one sample at the model's rate.")
+        raise EmptyInput("The sound is shorter than one sample at the model's rate. Send a longer recording.")
     return resampled
 
 
 def loudest_window(waveform: numpy.ndarray, window: int) -> numpy.ndarray:
     """Cut or pad a waveform to the model's window: float32 [samples] -> float32 [window].
 
-    Shorter clips are padded with silence on both sides. In longer ones, the loudness of a window is its power under a
-    Hann curve, so that a word that fits several windows is put in the middle of the one that is taken.
+    Shorter clips are padded with silence on both sides. Of a longer clip, the loudest window is returned. The loudness
+    of a window is its power, weighted by a Hann window, so that a short word is in the middle of the result.
     """
     missing = window - len(waveform)
     if missing == 0:

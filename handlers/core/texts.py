@@ -1,4 +1,4 @@
-"""Limits of texts."""
+"""Limits of text inputs."""
 
 from pydantic import BaseModel
 
@@ -14,8 +14,8 @@ def check_text(text: str, limits: TextLimits) -> None:
     """Check that a text is neither too long nor blank.
 
     Raises:
-        TextTooLong: it has more than `max_characters`.
-        EmptyInput: it has nothing but white space.
+        TextTooLong: it has more than `max_characters` characters.
+        EmptyInput: it has only white space.
     """
     if len(text) > limits.max_characters:
         raise TextTooLong(f"The text is too long; at most {limits.max_characters} characters are accepted.")

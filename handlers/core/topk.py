@@ -1,4 +1,4 @@
-"""Outputs of a classifier -> ranked classes: on the device for the whole batch, then one copy to the host."""
+"""Rank the outputs of a classifier: on the device for the whole batch, then per sample on the host."""
 
 import torch
 from torch import Tensor
@@ -12,18 +12,24 @@ def rank(outputs: Tensor, outputs_are: str) -> Tensor:
         outputs_are: "logits" or "probabilities".
 
     Returns:
-        float32 [N, 2, classes] on the same device: probabilities, and their classes. Both in one tensor, so that one
-        copy brings them to the host; float32 holds every class index up to 2**24.
+        float32 [N, 2, classes] on the same device: probabilities and class indices. Both are in one tensor, so that
+        they need one copy to the host; float32 represents every class index up to 2**24.
     """
     scores = outputs.float()
     probabilities = scores.softmax(dim=1) if outputs_are == "logits" else scores
-    # all of them, stable: the order of equals must not depend on how many classes a neighbour asks for
+    # all classes, and a stable sort: the order of equal classes must not depend on the `top_k` of other requests
     values, classes = probabilities.sort(dim=1, descending=True, stable=True)
     return torch.stack((values, classes.float()), dim=1)
 
 
-def ranking(row: Tensor, k: int, labels: list[str]) -> list[dict]:
-    """Make [{"label", "class", "probability"}, ...] of the k best classes in one row of `rank` on the host."""
+def best_classes(row: Tensor, k: int, labels: list[str]) -> list[dict]:
+    """Return [{"label", "class", "probability"}, ...] of the k best classes.
+
+    Args:
+        row: one row of `rank`, float32 [2, classes], on the host.
+        k: the number of classes to return.
+        labels: of the classes, by class index.
+    """
     probabilities, classes = row.narrow(1, 0, k).tolist()
     return [
         {"label": labels[index], "class": index, "probability": probability}

@@ -1,8 +1,8 @@
-"""Reading requests off the frontend's socket through a buffer.
+"""Read the requests from the frontend's socket through a buffer.
 
-TorchServe's worker takes every length and every value with a system call of its own, some twenty a request: a tenth of
-the time of a worker whose model is small (BENCHMARKS.md). Upstream ended with the version that this knows, so that what
-is replaced here will not change underneath.
+TorchServe's worker makes a system call for every length and every value, about twenty per request: a tenth of the time
+of a worker with a small model (BENCHMARKS.md). 0.12.0 is the last version of TorchServe, so the function that is
+replaced here will not change.
 """
 
 import io
@@ -13,21 +13,24 @@ from socket import socket
 
 from ts.protocol import otf_message_handler
 
-KNOWN = "0.12.0"
+SUPPORTED_VERSION = "0.12.0"
 BUFFER = 64 << 10  # bytes
-readers: dict[socket, io.BufferedReader] = {}  # one in a worker's life
+readers: dict[socket, io.BufferedReader] = {}  # a worker has one connection
 
 
 def buffer_reads() -> None:
-    """From the next message on. To be called between two messages, as when the frontend waits for a model to load."""
-    if version("torchserve") == KNOWN:
+    """Read through a buffer, starting with the next message.
+
+    Call this between two messages, such as while the frontend waits for the model to load.
+    """
+    if version("torchserve") == SUPPORTED_VERSION:
         otf_message_handler._retrieve_buffer = retrieve_buffer
 
 
 def retrieve_buffer(connection: socket, length: int) -> bytearray:
-    """The next `length` bytes. Ends the worker where the frontend has gone, as TorchServe's own does."""
+    """Return the next `length` bytes. Exit if the frontend has closed the connection, as TorchServe's function does."""
     if connection not in readers:
-        readers[connection] = connection.makefile("rb", buffering=BUFFER)
+        readers[connection] = io.BufferedReader(connection.makefile("rb", buffering=0), BUFFER)
     data = bytearray(length)
     if length and readers[connection].readinto(data) < length:
         logging.info("Frontend disconnected.")

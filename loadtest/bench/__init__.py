@@ -1,1 +1,1 @@
-"""The bundle measured side by side with other servers of the same models: `make bench`."""
+"""A benchmark of the bundle and other servers with the same models: `make bench`."""

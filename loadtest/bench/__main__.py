@@ -1,4 +1,4 @@
-"""Measures the bundle side by side with its peers, on this machine, in one interleaved run."""
+"""Measure the bundle and its peers on this machine, in one interleaved run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,21 +23,21 @@ app = terminal.program()
 
 OUTPUT = ROOT / "BENCHMARKS.md"
 CHART = ROOT / "loadtest" / "bench" / "throughput.png"
-RESULTS = WORK / "results.json"  # behind these two
-PARTIAL = WORK / "partial.md"  # of a run that measures less than everything, or is ended early
-WARM_UP = 10.0  # seconds: TorchServe's frontend, stock or the bundle's, is compiled while it runs
-INTERRUPTED = 130  # the exit status; run() makes it 143 after SIGTERM
+RESULTS = WORK / "results.json"  # of the run that these two files show
+PARTIAL = WORK / "partial.md"  # the report of a run that is interrupted, or measures a part only
+WARM_UP = 10.0  # seconds; the JVM compiles TorchServe's frontend while it runs
+INTERRUPTED = 130  # exit status; run() changes it to 143 after SIGTERM
 
 
 class Bar:
-    """The runner's progress as a bar that moves with the planned seconds."""
+    """A progress bar of the planned seconds."""
 
     def __init__(self, bars: Progress):
         self.bars = bars
         self.task = bars.add_task("", total=None)
 
     def plan(self, seconds: float) -> None:
-        note(f"This takes about {max(1, round(seconds / 60))} min. Ctrl-C ends it with a report of what was measured.")
+        note(f"This takes about {max(1, round(seconds / 60))} min. Ctrl-C stops it; what was measured is reported.")
         self.bars.update(self.task, total=seconds)
 
     def doing(self, what: str) -> None:
@@ -51,22 +51,22 @@ class Bar:
 
 
 def chosen(names: tuple[str, ...] | None, known: dict, what: str) -> list:
-    """Return the entries of these names, in their order; without names, all.
+    """Return the entries with these names, in the order of the names; without names, all entries.
 
     Raises:
         UsageError: one of them is unknown.
     """
-    asked = names or known
-    if unknown := [name for name in asked if name not in known]:
+    wanted = names or known
+    if unknown := [name for name in wanted if name not in known]:
         raise UsageError(f"There is no {what} {unknown[0]!r}; there are: {', '.join(known)}.")
-    return [known[name] for name in dict.fromkeys(asked)]
+    return [known[name] for name in dict.fromkeys(wanted)]
 
 
 def clients(text: str) -> int:
     """Parse a number of clients.
 
     Raises:
-        ValueError: it is not a whole number of at least 1.
+        ValueError: the text is not a whole number of at least 1.
     """
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(text)
@@ -87,7 +87,7 @@ Cases = Annotated[
 )
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="How often each system is started and measured.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.5, help="Of each run of the load generator.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Length of each run of the load generator, in seconds.")] = 3,
     cases: Cases = None,
     systems: Annotated[
         tuple | None, typer.Option(parser=comma_list(str, "systems"), metavar="NAME,...", help="By default, all.")
@@ -108,17 +108,17 @@ def main(
         typer.Option(
             "--output",
             "-o",
-            help="The Markdown file whose marked part is written; by default BENCHMARKS.md once everything is measured,"
-            " build/bench/partial.md otherwise.",
+            help="Markdown file whose marked section is written. By default BENCHMARKS.md if everything was measured,"
+            " else build/bench/partial.md.",
             show_default=False,
         ),
     ] = None,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Report the results of the last run again.")
+        bool, typer.Option("--report-only", help="Write the report of the last results again, without measuring.")
     ] = False,
 ) -> None:
     output = output and output.resolve()
-    # an invalid document must be reported before minutes of measuring
+    # fail before minutes of measuring if the document is invalid
     around_section(output or OUTPUT, report.SECTION, report.TITLE)
     if report_only:
         target, interrupted = output or OUTPUT, False
@@ -150,7 +150,7 @@ def chosen_plan(
     Raises:
         UsageError: a case or a system is unknown.
     """
-    from loadtest.bench.systems import SYSTEMS  # imports torch: seconds that --help need not wait
+    from loadtest.bench.systems import SYSTEMS  # not at the top: it imports torch, which --help does not need
 
     return Plan(
         cases=chosen(cases, CASES, "case"),
@@ -163,22 +163,25 @@ def chosen_plan(
 
 
 def is_everything(plan: Plan) -> bool:
-    """Whether all cases are measured with all systems at all their numbers of clients."""
+    """Return whether all cases are measured with all systems at all their numbers of clients."""
     from loadtest.bench.systems import SYSTEMS
 
     return len(plan.cases) == len(CASES) and len(plan.systems) == len(SYSTEMS) and plan.concurrencies is None
 
 
 def results_file(output: Path) -> Path:
-    """The results behind a report."""
+    """Return the file with the results of a report."""
     return RESULTS if output == OUTPUT else output.with_suffix(".json")
 
 
 def measure(results: Results, file: Path, plan: Plan) -> bool:
-    """Measures the plan; returns whether it was ended early: by Ctrl-C, SIGTERM or SIGHUP.
+    """Measure the plan.
+
+    Returns:
+        whether the run was interrupted, by Ctrl-C, SIGTERM or SIGHUP.
 
     Raises:
-        BundleError: the load generator is missing, or may not open as many files as it needs.
+        BundleError: the load generator is missing, or the limit of open files is too low.
     """
     wrk()
     allow_open_files()
@@ -187,16 +190,16 @@ def measure(results: Results, file: Path, plan: Plan) -> bool:
         try:
             Runner(plan, results, file, Bar(bars)).run()
         except KeyboardInterrupt:
-            note("Interrupted: this is what was measured until then.")
+            note("Interrupted. The report has what was measured until then.")
             return True
     return False
 
 
 def show(results: Results, output: Path) -> None:
-    """Prints the tables, draws the chart, writes the file.
+    """Print the tables, draw the chart and write the report.
 
     Raises:
-        BundleError: there is nothing to show.
+        BundleError: the results hold no measurement.
     """
     if results.measurements:
         for table in report.terminal_tables(results):
@@ -205,7 +208,7 @@ def show(results: Results, output: Path) -> None:
     for failure in results.failures:
         console.print(report.failure_text(failure), markup=False, soft_wrap=True)
     if not results.measurements:
-        raise BundleError("Nothing was measured, so nothing is written.")
+        raise BundleError("Nothing was measured, so no report was written.")
     chart = CHART if output == OUTPUT else output.with_suffix(".png")
     drawn = draw(results, chart)
     text = report.markdown(results, report.relative_to(chart, output.parent) if drawn else None)
@@ -217,7 +220,7 @@ def draw(results: Results, chart: Path) -> bool:
     try:
         from loadtest.bench.chart import draw as draw_chart
     except ImportError:
-        note("No chart: matplotlib is missing. pip install -r requirements/loadtest.txt")
+        note("No chart: matplotlib is missing. Install it: pip install -r requirements/loadtest.txt")
         return False
     draw_chart(results, chart)
     return True

@@ -1,4 +1,4 @@
-"""Results -> a picture: requests a second by number of clients, a panel a case, a line a system."""
+"""The chart of the results: requests a second by number of clients, with a panel for each case."""
 
 from pathlib import Path
 
@@ -15,11 +15,12 @@ COLUMNS = 3
 LIMIT = "in-process limit of the peers' pipeline"
 OUR_COLOUR = "#d1495b"
 INK, FAINT = "#333333", "#bbbbbb"
-# colours that those who see few of them tell apart too, and a shape each
+# distinguishable with colour blindness; each system also has a marker of its own
 PEERS = (("#0072b2", "s"), ("#56b4e9", "D"), ("#009e73", "^"), ("#e69f00", "v"), ("#7f5ba8", "P"), ("#8c8c8c", "X"))
 
 
 def draw(results: Results, file: Path) -> None:
+    """Write the chart as PNG."""
     cases = measured_cases(results)
     columns = min(COLUMNS, len(cases))
     lines = -(-len(cases) // columns)

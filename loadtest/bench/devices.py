@@ -1,8 +1,8 @@
-"""What the handlers do on a GPU, beside the CPU of the same machine: `make bench-gpu`.
+"""Measure the handlers on a GPU and on the CPU of the same machine: `make bench-gpu`.
 
-Whole batches of the benchmark's inputs through TorchServe's worker code, one worker a device, without frontend and
-sockets; the devices in turns, medians of all turns. Every batch ends with the copy of its answers to the host, so a
-time is never that of a launch alone.
+TorchServe's worker code answers whole batches of the benchmark's inputs, with one worker for each device, without
+frontend and sockets. The devices take turns; the report has the medians of all turns. Each batch ends when its answers
+are copied to the host, so that a time is never that of a kernel launch alone.
 """
 
 import os
@@ -32,8 +32,9 @@ from loadtest.bench.paths import WORK
 from loadtest.bench.report import markdown_table, number
 
 CPU = "cpu"
-SIZES = (1, 8, max(BATCHES))  # of batches
-TURNS = 5
+DEVICES = (CPU, "0")
+SIZES = (1, 8, max(BATCHES))  # batch sizes
+TURNS = 5  # turns of each device
 OUTPUT = WORK / "gpu.md"
 TITLE = "# Devices"
 METHOD = (
@@ -47,13 +48,13 @@ app = terminal.program()
 
 @dataclass(frozen=True)
 class Timing:
-    """One worker with batches of one size.
+    """The times of one worker at one batch size.
 
     Attributes:
         device: "cpu", or the number of the GPU.
-        precision: what the worker chose to compute in.
-        batch_seconds: of a whole batch, from bytes to JSON.
-        inference_seconds: of its collation, the copies to and from the device and the model between them.
+        precision: the precision that the worker chose.
+        batch_seconds: time of a whole batch, from bytes to JSON.
+        inference_seconds: time of collation, of the copies to and from the device, and of the model.
     """
 
     case: str
@@ -74,26 +75,31 @@ def known(device: str) -> str:
     Raises:
         UsageError: PyTorch cannot use it.
     """
-    # without the first, this counts GPUs that the driver is too old for
+    # device_count alone also counts GPUs whose driver is too old
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == CPU:
         return device
     if device.isdecimal() and int(device) < count:
         return str(int(device))
     seen = (
-        f"{count}, numbered from 0." if count else "none: does nvidia-smi list one, and is this PyTorch built for CUDA?"
+        f"{count}, numbered from 0."
+        if count
+        else "none. Check that nvidia-smi lists one and that this PyTorch is built for CUDA."
     )
-    raise UsageError(f"There is no GPU {device!r} here. PyTorch sees {seen} DEVICES=cpu measures the CPU alone.")
+    raise UsageError(f"There is no GPU {device!r}. GPUs that PyTorch sees: {seen} To measure the CPU only: DEVICES=cpu")
 
 
 def measure_case(case: Case, devices: list[str], sizes: tuple[int, ...], seconds: float) -> Iterator[Timing]:
-    """Batches that would take a device longer than `LONGEST` are left out.
+    """Measure a case on each device at each batch size; skip batches that would take longer than `LONGEST`.
 
     Args:
-        seconds: of each batch size on each device.
+        case: the case.
+        devices: "cpu" and numbers of GPUs.
+        sizes: batch sizes.
+        seconds: length of the measurement of each batch size on each device.
 
     Raises:
-        BundleError: a worker does not compute on its device, or does not answer every request.
+        BundleError: a worker does not use its device, or rejects a request.
     """
     with ExitStack() as stack:
         workers = {
@@ -102,7 +108,7 @@ def measure_case(case: Case, devices: list[str], sizes: tuple[int, ...], seconds
         for device, worker in workers.items():
             if str(worker.handler.device) != (CPU if device == CPU else f"cuda:{device}"):
                 raise BundleError(
-                    f"The worker of {case.model} computes on {worker.handler.device}, not on {name(device)}."
+                    f"The worker of {case.model} uses the device {worker.handler.device} instead of {name(device)}."
                 )
         rates: dict[str, float] = {}
         for size in sizes:
@@ -114,17 +120,17 @@ def measure_case(case: Case, devices: list[str], sizes: tuple[int, ...], seconds
                 for _ in range(TURNS)
             ]
             for device, worker in able.items():
-                medians = map(statistics.median, zip(*(turn[device] for turn in turns), strict=True))
-                timing = Timing(case.name, device, worker.handler.precision, size, *medians)
+                batch, infer = (statistics.median(turn[device][part] for turn in turns) for part in (0, 1))
+                timing = Timing(case.name, device, worker.handler.precision, size, batch, infer)
                 rates[device] = timing.rate
                 yield timing
 
 
 def settle(worker: DryRun, case: Case, size: int) -> None:
-    """Lets TorchScript specialise.
+    """Run the first batches, during which TorchScript compiles.
 
     Raises:
-        BundleError: a request is not answered 200.
+        BundleError: an answer has another status than 200.
     """
     for _ in range(SETTLED):
         statuses = {status for status, _ in worker.predict([{"body": content(case)}] * size)}
@@ -142,7 +148,7 @@ def inference(worker: DryRun, case: Case, size: int, seconds: float) -> float:
 
 
 def timed(batch: Callable[[], object], seconds: float) -> float:
-    """Seconds of one, by the median of those that go into so many seconds."""
+    """Return the median time of a batch in seconds, measured for `seconds` and at least once."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while not taken or time.perf_counter() < end:
@@ -174,16 +180,16 @@ def rows(timings: list[Timing]) -> list[tuple[str, ...]]:
 
 
 def writable(output: Path) -> None:
-    """Makes the folder of the report.
+    """Make the folder of the report, and check that the report can be written.
 
     Raises:
-        BundleError: it cannot be written there, or something else would be lost.
+        UsageError: the file cannot be written, or is not a report of this command.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        held = output.read_text() if output.exists() else ""  # "": a run that ended before its first timing
+        held = output.read_text() if output.exists() else ""  # empty after a run that ended before its first timing
         if held and not held.startswith(TITLE):
-            raise UsageError(f"{output} is not a report of this command, and is left as it is. Name another file.")
+            raise UsageError(f"{output} is not a report of this command and was not changed. Name another file.")
         output.touch()
     except (OSError, UnicodeDecodeError) as exc:
         raise UsageError(f"{output} cannot be written: {exc}") from exc
@@ -207,30 +213,36 @@ def report(timings: list[Timing], devices: list[str], output: Path) -> None:
 )
 def main(
     devices: Annotated[
-        tuple,
-        typer.Option(parser=comma_list(str, "devices"), metavar="DEVICE,...", help="cpu, and numbers of GPUs: cpu,0,1"),
-    ] = f"{CPU},0",
+        tuple | None,
+        typer.Option(
+            parser=comma_list(str, "devices"),
+            metavar="DEVICE,...",
+            help=f"cpu and numbers of GPUs: cpu,0,1. By default, {','.join(DEVICES)}.",
+        ),
+    ] = None,
     cases: Cases = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each batch size on each device.")] = 4,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Length of the measurement of each batch size on each device.")
+    ] = 4,
     output: Annotated[Path, typer.Option("--output", "-o", help="The Markdown file to write.")] = OUTPUT,
 ) -> None:
-    asked = list(dict.fromkeys(known(device) for device in devices))
-    wanted = chosen(cases, CASES, "case")
+    wanted_devices = list(dict.fromkeys(known(device) for device in devices or DEVICES))
+    wanted_cases = chosen(cases, CASES, "case")
     writable(output)
     timings: list[Timing] = []
     try:
-        for case in track(wanted, "measuring", console=errors):
+        for case in track(wanted_cases, "measuring", console=errors):
             with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a worker prints its metrics
-                for timing in measure_case(case, asked, SIZES, seconds):
+                for timing in measure_case(case, wanted_devices, SIZES, seconds):
                     timings.append(timing)
     except KeyboardInterrupt:
-        note("Interrupted: this is what was measured until then.")
+        note("Interrupted. The report has what was measured until then.")
         raise
-    except SystemExit as exc:  # of a worker that its device fails
+    except SystemExit as exc:  # a worker exits if its device fails
         raise RuntimeError(f"A worker ended: {exc}") from exc
     finally:
         if timings:
-            report(timings, asked, output)
+            report(timings, wanted_devices, output)
 
 
 if __name__ == "__main__":

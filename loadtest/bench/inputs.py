@@ -1,9 +1,10 @@
-"""Draws the inputs of the cases into build/bench/made-*/inputs; the same bytes each time, by the same Pillow and NumPy.
+"""Draw the inputs of the cases into build/bench/made-*/inputs.
 
     python -m loadtest.bench.inputs
 
-A scene is a landscape of fractal noise in the colours of its kind, with flat shapes on it: it compresses about as well
-as a photograph does, and pictures of one kind resemble each other.
+The same versions of Pillow and NumPy draw the same bytes each time. A scene is a landscape of fractal noise in the
+colours of its kind, with flat shapes on it. It compresses about as well as a photograph, and scenes of one kind look
+alike.
 """
 
 import io
@@ -17,16 +18,16 @@ from bundle.files import write_atomically
 from loadtest.bench import paths
 from models.mnist import make_sample
 
-KINDS = 20  # of scenes
-SHAPES = 12  # on a scene
-GRAIN = 11  # of 255
-PHOTO_KIND, PHOTO_VARIATION = 7, 1_000  # of no picture that the model of the photographs was fitted on
+KINDS = 20  # number of kinds of scene
+SHAPES = 12  # number of flat shapes on a scene
+GRAIN = 11  # amplitude of the noise in each pixel, of 255
+PHOTO_KIND, PHOTO_VARIATION = 7, 1_000  # a scene that the model for photographs was not fitted on
 SENTENCE = "please could you move two hundred dollars from checking to my savings"
 
 
-def made(name: str) -> Path:
-    """The input's file, drawn where it is not there yet."""
-    file = paths.made() / "inputs" / name
+def generated(name: str) -> Path:
+    """Return the file of an input; draw it if it does not exist."""
+    file = paths.generated() / "inputs" / name
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, DRAW[name]())
@@ -34,7 +35,7 @@ def made(name: str) -> Path:
 
 
 def digit() -> bytes:
-    """PNG, 28x28, 8-bit grey, laid out as MNIST's: bright ink that fits 20x20, its centre of mass in the middle."""
+    """Draw a PNG, 28x28, 8-bit grey, like those of MNIST: bright ink in 20x20 pixels, centred by its centre of mass."""
     paper = numpy.asarray(make_sample.draw().convert("L"), dtype=numpy.float32)
     ink = Image.fromarray(((paper.max() - paper) * (255 / numpy.ptp(paper))).round().astype(numpy.uint8))
     ink = ink.crop(ink.point(lambda value: 255 * (value > 40)).getbbox())
@@ -56,15 +57,17 @@ def photo_12mp() -> bytes:
 
 
 def scene(kind: int, variation: int, width: int, height: int) -> Image.Image:
-    """RGB. The kind decides the colours and how rough the landscape is; the variation decides where everything lies."""
+    """Draw an RGB scene. The kind sets the colours and the roughness; the variation sets where everything lies."""
     style, place = numpy.random.default_rng(kind), numpy.random.default_rng([kind, variation])
     colours = style.integers(20, 236, size=(4, 3))
-    persistence = style.uniform(0.45, 0.7)  # how much of the amplitude is left when details are half as large
-    stretch = style.choice([0.25, 1.0, 4.0])  # of the details, sideways
+    persistence = style.uniform(0.45, 0.7)  # ratio of the amplitudes of an octave and the one before it
+    stretch = style.choice([0.25, 1.0, 4.0])  # ratio of a detail's width to its height
     field = landscape(place, width, height, persistence, stretch)
     levels = numpy.linspace(0, 1, len(colours))
     channels = [numpy.interp(field, levels, colours[:, channel]) for channel in range(3)]
-    grain = place.integers(-GRAIN, GRAIN + 1, size=(height, width, 1))  # a sensor's, which no JPEG packs well
+    grain = place.integers(
+        -GRAIN, GRAIN + 1, size=(height, width, 1)
+    )  # like a sensor's noise, which JPEG compresses badly
     image = Image.fromarray((numpy.stack(channels, axis=-1) + grain).clip(0, 255).astype(numpy.uint8))
     pen = ImageDraw.Draw(image)
     outline = pen.ellipse if style.random() < 0.5 else pen.rectangle
@@ -78,7 +81,7 @@ def scene(kind: int, variation: int, width: int, height: int) -> Image.Image:
 def landscape(
     place: numpy.random.Generator, width: int, height: int, persistence: float, stretch: float
 ) -> numpy.ndarray:
-    """Fractal noise, float32 [H, W] in [0, 1]: octaves of random numbers, each with details half as large."""
+    """Return fractal noise, float32 [H, W] in [0, 1]: octaves of random numbers, each with details half as large."""
     field, amplitude, details = numpy.zeros((height, width), dtype=numpy.float32), 1.0, 4
     while details <= max(width, height):
         across = max(2, min(width, round(details / stretch)))
@@ -91,14 +94,14 @@ def landscape(
     return ((field - low) / (high - low)).clip(0, 1)
 
 
-def encoded(image: Image.Image, **options: object) -> bytes:
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     file = io.BytesIO()
-    image.save(file, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
 def word() -> bytes:
-    """WAV: one second at 16 kHz, mono, 16 bits, spoken by a synthesiser."""
+    """Return a WAV file: one second at 16 kHz, mono, 16 bits, spoken by a synthesiser."""
     return (paths.MODELS / "audio" / "sample.wav").read_bytes()
 
 
@@ -112,5 +115,5 @@ DRAW: dict[str, Callable[[], bytes]] = {
 
 if __name__ == "__main__":
     for name in DRAW:
-        file = made(name)
+        file = generated(name)
         print(f"{file.relative_to(paths.ROOT)}: {file.stat().st_size} bytes")

@@ -1,7 +1,7 @@
-"""What this machine can do without a server: the most requests a second that a plain loop answers.
+"""The in-process limit: the highest rate of requests that a loop without a server answers on this machine.
 
-`python -m loadtest.bench.limit CASE` prints one line of JSON. Two loops: the reference pipeline, which is what the
-peers run, and the bundle's own handler out of its archive, run by TorchServe's worker code.
+`python -m loadtest.bench.limit CASE` prints one line of JSON. It measures two loops: the reference pipeline, which the
+peers run, and the bundle's handler from its archive, run by TorchServe's worker code.
 """
 
 import json
@@ -25,12 +25,12 @@ from loadtest.bench.results import Limit
 from loadtest.bench.systems.base import first
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-SECONDS = 0.5  # a batch size is tried for so long
-SETTLED = 3  # runs before it counts: TorchScript specialises in the first ones
-LONGEST = 1.5  # seconds of a batch that is still tried
+SECONDS = 0.5  # length of the measurement of a batch size
+SETTLED = 3  # batches before the measurement: TorchScript compiles during the first ones
+LONGEST = 1.5  # seconds; batch sizes that take longer are left out
 STORE = WORK / "store"
 
-Loop = Callable[[int], Callable[[], object]]  # batch size -> what answers one batch
+Loop = Callable[[int], Callable[[], object]]  # batch size -> function that answers one batch
 
 
 def pipeline_loop(case: Case, threads: int) -> Loop:
@@ -41,7 +41,7 @@ def pipeline_loop(case: Case, threads: int) -> Loop:
 
 
 def handler_loop(case: Case, threads: int) -> Loop:
-    """The handler with the archive's model, and TorchServe's own code around it as in a worker, sockets excepted."""
+    """Return the loop of the handler in TorchServe's worker code, without sockets."""
     import torch
 
     handler = dry_run(case)
@@ -50,24 +50,24 @@ def handler_loop(case: Case, threads: int) -> Loop:
 
 
 def dry_run(case: Case, gpu: int | None = None) -> DryRun:
-    """A worker of the case's model, on the CPU or on the GPU of this number."""
+    """Return a worker of the case's model, on the CPU or on the GPU with this number."""
     return DryRun(archived(case), batch_size=max(BATCHES), gpu=gpu)
 
 
 def archived(case: Case) -> Path:
-    """The archive of the case's model; it is made the first time."""
+    """Return the archive of the case's model, which is built the first time."""
     if case.model == resnet.NAME:
         resnet.make()
     return archive(ModelFolder(case.folder), STORE).path
 
 
 def content(case: Case) -> bytes | str:
-    """The input as TorchServe hands it to a handler: text as text."""
+    """Return the input as TorchServe passes it to a handler: text as str, everything else as bytes."""
     return case.body.decode() if case.content_type.startswith("text/") else case.body
 
 
 def requests(case: Case, size: int) -> list[dict]:
-    """A batch, as a worker reads it off its socket."""
+    """Return a batch of requests, as a worker reads it from its socket."""
     row = {"body": content(case)}
     return [request(index, row, {"Content-Type": case.content_type}) for index in range(size)]
 
@@ -76,7 +76,10 @@ LOOPS = {"pipeline": pipeline_loop, "handler": handler_loop}
 
 
 def worker(pipe: Connection, kind: str, case: str, threads: int) -> None:
-    """Says when it is ready; then for each (batch size, time of the start): answers, and how long they took."""
+    """Measure the rate of a loop in a process of its own.
+
+    It sends "ready", then for each batch size received: "settled", and after a start time received, requests a second.
+    """
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a worker prints its metrics
         loop = LOOPS[kind](CASES[case], threads)
         pipe.send("ready")
@@ -98,7 +101,7 @@ def worker(pipe: Connection, kind: str, case: str, threads: int) -> None:
 
 
 def find_limit(kind: str, case: str, processes: int, threads: int) -> Limit:
-    """The best batch size of so many processes with so many threads each."""
+    """Return the limit at the best batch size, for this number of processes and of threads in each."""
     context = multiprocessing.get_context("spawn")
     pipes = []
     for _ in range(processes):
@@ -133,7 +136,7 @@ def limits(case: str) -> dict[str, Limit]:
 
 
 def reference(case: str) -> tuple[int, float]:
-    """The reference pipeline's answer: its first class and that one's probability."""
+    """Return the first class of the reference pipeline's answer, and its probability."""
     from loadtest.bench.pipeline import Pipeline
 
     pipeline = Pipeline(case, threads=1)
@@ -142,7 +145,7 @@ def reference(case: str) -> tuple[int, float]:
 
 
 def main(case: str) -> None:
-    archived(CASES[case])  # once, before several processes look for it
+    archived(CASES[case])  # once, before several processes need it
     measured = {kind: asdict(limit) for kind, limit in limits(case).items()}
     print(json.dumps({"expected": reference(case), "limits": measured}))
 

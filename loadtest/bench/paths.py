@@ -1,4 +1,4 @@
-"""Where the benchmark finds and keeps its files."""
+"""The benchmark's folders."""
 
 import functools
 import hashlib
@@ -6,9 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
-WORK = ROOT / "build" / "bench"  # all that the benchmark makes
-# of the inputs and of the model of the photographs
-INGREDIENTS = (
+WORK = ROOT / "build" / "bench"  # everything that the benchmark writes
+GENERATED_FROM = (
     "loadtest/bench/inputs.py",
     "loadtest/bench/resnet.py",
     "models/mnist/make_sample.py",
@@ -17,9 +16,10 @@ INGREDIENTS = (
 
 
 @functools.cache
-def made() -> Path:
-    """Return the folder of the inputs and of the model of the photographs. Each version of their ingredients has its
-    own.
+def generated() -> Path:
+    """Return the folder of the generated inputs and of the generated model for photographs.
+
+    Its name depends on the files that they are generated from, so that a change of these generates them again.
     """
-    contents = b"".join((ROOT / file).read_bytes() for file in INGREDIENTS)
+    contents = b"".join((ROOT / file).read_bytes() for file in GENERATED_FROM)
     return WORK / f"made-{hashlib.sha256(contents).hexdigest()[:8]}"

@@ -1,11 +1,11 @@
-"""What a competent user of any server writes for these models: the code that all peers run, and the limit, too.
+"""The reference pipeline: what a competent user of any server writes for these models. All peers run it.
 
-Decoding per request by the usual libraries, the eager float32 module on the batch, the bundle's own form of answer.
+It decodes each request with the usual libraries, runs the eager float32 module on the batch, and answers in the form of
+the bundle. `limit.py` measures it without a server.
 """
 
 import io
 import json
-from collections.abc import Callable
 
 import soundfile
 import torch
@@ -24,36 +24,40 @@ MAX_TOKENS = 64
 
 
 class Pipeline:
-    """Decodes and answers the requests of one case.
+    """A decoder and a model for the requests of one case.
 
     Args:
         case: the case's name.
-        threads: that torch may use for one operation.
+        threads: number of threads that torch uses for one operation.
     """
 
     def __init__(self, case: str, threads: int):
         torch.set_num_threads(threads)
         steps = STEPS[CASES[case].model]()
-        self.decode: Callable[[bytes], Tensor] = steps.decode
-        self.collate: Callable[[list[Tensor]], tuple[Tensor, ...]] = steps.collate
-        self.answer: Callable[[list[float], list[int]], dict] = steps.answer
-        self.model: nn.Module = steps.model
-        self.top_k: int = steps.top_k
+        self.decode = steps.decode
+        self.collate = steps.collate
+        self.answer = steps.answer
+        self.model = steps.model
+        self.top_k = steps.top_k
 
     @torch.inference_mode()
     def predict(self, samples: list[Tensor]) -> list[dict]:
-        """What `decode` has made of each request of one batch -> an answer for each."""
+        """Return an answer for each decoded request of one batch."""
         logits = self.model(*self.collate(samples))
         probabilities, classes = logits.softmax(dim=1).topk(self.top_k)
         return list(map(self.answer, probabilities.tolist(), classes.tolist()))
 
 
 class Steps:
-    """What differs between the models; `decode` makes one CPU tensor of one request."""
+    """The steps that differ between the models."""
 
     model: nn.Module
     labels: list[str]
     top_k: int
+
+    def decode(self, body: bytes) -> Tensor:
+        """Decode one request into one tensor on the CPU."""
+        raise NotImplementedError
 
     def collate(self, samples: list[Tensor]) -> tuple[Tensor, ...]:
         return (torch.stack(samples),)
@@ -70,7 +74,7 @@ class Digits(Steps):
         self.model = mnist.build()
 
     def decode(self, body: bytes) -> Tensor:
-        """-> uint8 [1, 28, 28]."""
+        """Decode an image: uint8 [1, 28, 28]."""
         return v2.functional.pil_to_tensor(Image.open(io.BytesIO(body)).convert("L").resize((mnist.SIZE, mnist.SIZE)))
 
     def answer(self, probabilities: list[float], classes: list[int]) -> dict:
@@ -81,7 +85,7 @@ class Photos(Steps):
     top_k = 5
 
     def __init__(self):
-        from loadtest.bench import resnet  # imports the bundle, which the peers of the other cases need not
+        from loadtest.bench import resnet  # not at the top: it imports the bundle, which the other cases do not need
 
         self.model = resnet.build()
         self.labels = json.loads(resnet.fitted(resnet.LABELS).read_text())
@@ -96,7 +100,7 @@ class Photos(Steps):
         )
 
     def decode(self, body: bytes) -> Tensor:
-        """-> float32 [3, 224, 224], normalised."""
+        """Decode an image: float32 [3, 224, 224], normalised."""
         return self.transform(Image.open(io.BytesIO(body)).convert("RGB"))
 
 
@@ -108,7 +112,7 @@ class Words(Steps):
         self.labels = labels_of("audio")
 
     def decode(self, body: bytes) -> Tensor:
-        """-> float32 [16000]; the case's sound has the model's rate and length."""
+        """Decode a sound, which has the model's rate and length: float32 [16000]."""
         samples, _ = soundfile.read(io.BytesIO(body), dtype="float32")
         return torch.from_numpy(samples)
 
@@ -123,11 +127,11 @@ class Texts(Steps):
         self.tokenizer.enable_truncation(MAX_TOKENS)
 
     def decode(self, body: bytes) -> Tensor:
-        """-> token ids int64 [T]."""
+        """Tokenize a text: int64 [T]."""
         return torch.tensor(self.tokenizer.encode(body.decode()).ids)
 
     def collate(self, samples: list[Tensor]) -> tuple[Tensor, ...]:
-        """Pads to the longest text of the batch."""
+        """Pad to the longest text of the batch: token ids and mask, int64 [N, T]."""
         ids = nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=text.PADDING)
         lengths = torch.tensor([len(sample) for sample in samples])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()

@@ -1,4 +1,4 @@
-"""Results -> tables, for the terminal and for BENCHMARKS.md."""
+"""The report: tables of the results for the terminal and for BENCHMARKS.md."""
 
 import math
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from loadtest.bench.cases import CASES
@@ -24,11 +25,11 @@ from loadtest.bench.results import (
     Results,
 )
 
-SECTION, TITLE = "bench", "# Benchmarks\n"  # of the document: its part that is generated, and a new one's beginning
-DISTURBED = 0.05  # share of the CPU that something else used: above it, numbers are doubtful
-WRONG = "†"  # marks a system whose answer is not the reference's
-CROWDED = "‡"  # marks an open loop that kept many of the load generator's connections busy
-CROWD = 0.5  # of the connections, by the median latency: in a bad moment all of them are
+SECTION, TITLE = "bench", "# Benchmarks\n"  # name of the generated section, and the first line of a new document
+DISTURBED = 0.05  # share of the CPU that other processes used; above it, the numbers are not reliable
+WRONG = "†"  # marks a system whose answer differs from the reference's
+CROWDED = "‡"  # marks an open loop that used many of the load generator's connections
+CROWD = 0.5  # share of the connections in use, by the median latency; during peaks all are
 
 METHOD = """\
 {rounds}, {seconds:g} s for each number of clients, after {warm_up:g} s of warm-up with the most clients.{medians}
@@ -67,13 +68,12 @@ OPEN = (
 
 @dataclass(frozen=True)
 class Row:
-    """One system at one number of clients: medians over the rounds, the sum of the failures, the most memory.
+    """One system at one number of clients: medians over the rounds, sum of failures, largest memory.
 
     Attributes:
-        spread: the lowest and the highest throughput of a round; None: there was one round only.
-        to_best_peer: its throughput as a multiple of the best peer's at the same number of clients; None: no peer.
-        to_limit: its throughput as a share of what its code does in a loop without a server; None: that was not
-            measured.
+        spread: lowest and highest throughput of the rounds; None if there was only one.
+        to_best_peer: ratio of the throughput to the best peer's at the same number of clients; None without a peer.
+        to_limit: ratio of the throughput to the system's in-process limit; None if the limit was not measured.
     """
 
     system: str
@@ -91,7 +91,7 @@ class Row:
 
 
 def closed_rows(results: Results, case: str) -> list[Row]:
-    """By number of clients; in each, the fastest first."""
+    """Return the rows of a case by number of clients, the fastest system first."""
     groups: dict[tuple[int, str], list[Measurement]] = defaultdict(list)
     for one in results.measurements:
         if one.case == case and one.clients is not None:
@@ -135,7 +135,7 @@ def spread(seen: list[Measurement]) -> tuple[float, float] | None:
 
 
 def wrong_systems(results: Results, case: str) -> dict[str, str]:
-    """The systems whose answer is not the reference's -> in which way."""
+    """Return the systems whose answer differs from the reference's, each with a description."""
     return {
         answer.system: "answers class {} with {:.3f}; the reference answers {} with {:.3f}".format(
             *answer.seen, *answer.expected
@@ -165,14 +165,14 @@ def closed_table(results: Results, case: str) -> list[tuple[str, ...]]:
 
 
 def unmeasured(results: Results, case: str) -> list[str]:
-    """The systems that were asked for and have no row: why not is in the list of failures."""
+    """Return the systems that failed without a measurement; the list of failures has the reasons."""
     seen = {one.system for one in results.measurements if one.case == case}
     failed = [one.system for one in results.failures if one.case in (case, None) and one.system != LIMIT]
     return [system for system in dict.fromkeys(failed) if system not in seen]
 
 
 def open_table(results: Results, case: str) -> list[tuple[str, ...]]:
-    """By system, the bundle first; its second row is the one at the best peer's rate."""
+    """Return the rows of the open loops, the bundle first; its second row is at the best peer's rate."""
     wrong = wrong_systems(results, case)
     groups: dict[tuple[str, bool], list[Measurement]] = defaultdict(list)
     for one in results.measurements:
@@ -181,7 +181,7 @@ def open_table(results: Results, case: str) -> list[tuple[str, ...]]:
     return [
         (
             system + (WRONG if system in wrong else "") + (CROWDED if is_crowded(seen) else ""),
-            number(median([one.rate for one in seen])),
+            number(median([one.rate for one in seen if one.rate is not None])),
             "best peer" if at_a_peers_rate else "itself",
             number(throughput(seen)),
             *(milliseconds(median([getattr(one.load, name) for one in seen])) for name in ("p50", "p95", "p99")),
@@ -193,12 +193,12 @@ def open_table(results: Results, case: str) -> list[tuple[str, ...]]:
 
 
 def is_crowded(seen: list[Measurement]) -> bool:
-    """Whether so many requests were on their way at once that some may have waited for a connection."""
-    return any(one.rate * one.load.p50 >= CROWD * CONNECTIONS for one in seen)
+    """Return whether some requests may have waited for a connection, because many were in flight."""
+    return any((one.rate or 0) * one.load.p50 >= CROWD * CONNECTIONS for one in seen)
 
 
 def best_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
-    """What each system answers at the number of clients where it is fastest: a row a system, a column a case."""
+    """Return the best throughput of each system: a row for each system, a column for each case."""
     cases = measured_cases(results)
     rows = {case: closed_rows(results, case) for case in cases}
     systems = [name for name in results.versions if any(row.system == name for held in rows.values() for row in held)]
@@ -232,7 +232,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def rounds_done(results: Results) -> str:
-    """How often each system was measured with each case; where that differs, the fewest and the most."""
+    """Return the number of rounds as text; if it differs between systems, the lowest and the highest."""
     groups: dict[tuple[str, str], set[int]] = defaultdict(set)
     for one in results.measurements:
         groups[one.case, one.system].add(one.round)
@@ -242,22 +242,24 @@ def rounds_done(results: Results) -> str:
 
 
 def limit_line(limits: dict[str, Limit]) -> str:
-    told = [
+    parts = [
         f"{LOOPS[kind]} {number(limit.rate)} requests/s (batch {limit.batch}, "
         f"{limit.processes} {'process' if limit.processes == 1 else 'processes'} × {limit.threads} "
         f"{'thread' if limit.threads == 1 else 'threads'})"
         for kind, limit in limits.items()
     ]
-    return "In-process limit: " + "; ".join(told) + "."
+    return "In-process limit: " + "; ".join(parts) + "."
 
 
 def disturbance(results: Results) -> str:
-    """What else the machine was doing."""
+    """Return a sentence on the CPU that other processes used."""
     shares = [one.others for one in results.measurements]
-    told = f"During the run, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
+    sentence = (
+        f"During the run, other processes used {median(shares):.0%} of the CPU (median), at most {max(shares):.0%}."
+    )
     if median(shares) > DISTURBED:
-        told += " The machine was not idle, so these numbers are not reliable."
-    return told
+        sentence += " The machine was not idle, so these numbers are not reliable."
+    return sentence
 
 
 # --- the terminal ------------------------------------------------------------------------------------------------
@@ -278,12 +280,12 @@ def terminal_tables(results: Results) -> list[Table]:
 def rich_table(
     title: str, header: list[str] | tuple[str, ...], rows: list[tuple[str, ...]], caption: str = ""
 ) -> Table:
-    # no edges: in 80 columns, the range of several rounds needs their two
+    # without edges, the range of several rounds fits into 80 columns
     table = Table(
         title=title, caption=caption or None, header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False
     )
     for index, name in enumerate(header):
-        justify = "right" if index else "left"
+        justify: JustifyMethod = "right" if index else "left"
         table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=not index, overflow="fold")
     for row in rows:
         table.add_row(*row, style="bold" if row[0].rstrip(WRONG + CROWDED) == OURS else "")
@@ -294,10 +296,11 @@ def rich_table(
 
 
 def markdown(results: Results, chart: str | None) -> str:
-    """The generated part.
+    """Return the generated section of the document.
 
     Args:
-        chart: path of the picture, from the file's own folder.
+        results: the results.
+        chart: path of the chart, relative to the document; None without a chart.
     """
     parts = ["\n".join(f"- {name}: {value}" for name, value in results.about.items())]
     parts.append("Systems: " + ", ".join(f"{name} {version}" for name, version in results.versions.items()) + ".")
@@ -332,10 +335,10 @@ def case_section(results: Results, case: str) -> list[str]:
         parts.append(limit_line(limits))
     parts.append(markdown_table(CLOSED, closed_table(results, case)))
     if wrong := wrong_systems(results, case):
-        told = "; ".join(f"{system} {how}" for system, how in wrong.items())
+        descriptions = "; ".join(f"{system} {how}" for system, how in wrong.items())
         parts.append(
             f"{WRONG} The answer differs from the reference's, in its first class or by more than {TOLERANCE:g} in its "
-            f"probability: {told}."
+            f"probability: {descriptions}."
         )
     if rows := open_table(results, case):
         parts.append(

@@ -1,16 +1,16 @@
-"""Makes the model of the photographs: a ResNet-18 with weights of its own, whose answers depend on the picture.
+"""Generate the model for photographs: a ResNet-18 that classifies the scenes of `inputs.py`.
 
     python -m loadtest.bench.resnet
 
-No weights are downloaded. The convolutions are torchvision's random initialisation with a fixed seed. What makes the
-answers depend on the picture is fitted on scenes that `inputs.py` draws:
+No weights are downloaded. The convolutions have torchvision's random initialisation with a fixed seed. Two parts are
+fitted on scenes:
 
-- the statistics of each batch normalisation are those of the scenes, so that signals keep their size on their way;
-- the last layer is a ridge regression on the whitened features, which tells the 20 kinds of scenes apart. The other 980
-  classes are there because ImageNet's models have 1,000 outputs; they never win.
+- The batch normalisations have the statistics of the scenes, so that activations keep their scale from layer to layer.
+- The last layer is a ridge regression on the features, which separates the 20 kinds of scene. The other 980 classes
+  exist because ImageNet's models have 1,000 outputs; they never rank first.
 
-A new picture of a known kind is then recognised with a probability near 1, far from where a rounding error or
-another decoder of JPEG could turn the answer.
+The model recognises a new scene of a known kind with a probability near 1. Rounding errors or another JPEG decoder do
+not change that answer.
 """
 
 import json
@@ -28,31 +28,31 @@ from torchvision.models import resnet18
 
 from bundle.files import replacing
 from loadtest.bench import paths
-from loadtest.bench.inputs import KINDS, made, scene
+from loadtest.bench.inputs import KINDS, generated, scene
 
 NAME = "resnet18"
 STORE = paths.WORK / "store"
-WEIGHTS, TORCHSCRIPT, LABELS = "weights.safetensors", "model.pt", "labels.json"  # what `fit` writes
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
+WEIGHTS, TORCHSCRIPT, LABELS = "weights.safetensors", "model.pt", "labels.json"  # the files that `fit` writes
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in [0, 1]
 CLASSES = 1000
-VARIATIONS = 24  # scenes of each kind that the model is fitted on
-EXAMPLES = 22  # further ones, on which int8 is calibrated and compared
+VARIATIONS = 24  # scenes of each kind for fitting the model
+EXAMPLES = 22  # other scenes of each kind, for calibrating and checking int8
 SETTINGS = {"minWorkers": 2, "maxWorkers": 2, "batchSize": 8, "maxBatchDelay": 2}
 SIDE = 224
-RIDGE = 0.1  # of the features' mean variance
-SHARPNESS = 24.0  # logits between a kind that is recognised and the others
-NEVER = -2.0  # before sharpening: what the classes get that no scene belongs to
+RIDGE = 0.1  # the penalty, as a share of the features' mean variance
+SHARPNESS = 24.0  # difference in logits between the recognised kind and the others
+NEVER = -2.0  # logit, before sharpening, of the classes without scenes
 
 
 def build() -> nn.Module:
-    """The fitted model, on the CPU, in evaluation mode: normalised float32 [N, 3, 224, 224] -> logits [N, 1000]."""
+    """Return the fitted model in evaluation mode: normalised float32 [N, 3, 224, 224] -> logits [N, 1000]."""
     model = resnet18(weights=None)
     model.load_state_dict(load_file(fitted(WEIGHTS)))
     return model.eval()
 
 
 def make() -> None:
-    """Fits the model and makes its folder as a user would, each where it is not there yet."""
+    """Fit the model and add its folder, as a user would; skip what exists."""
     if not fitted(WEIGHTS).is_file():
         fit()
     if not folder().is_dir():
@@ -60,7 +60,7 @@ def make() -> None:
 
 
 def fit() -> None:
-    """Writes the weights, and the same model with its labels as a user of the bundle would bring it."""
+    """Fit the model, and write its weights and the TorchScript and label files that a user would bring."""
     torch.manual_seed(0)
     model = resnet18(weights=None)
     pictures, kinds = scenes()
@@ -77,22 +77,20 @@ def fit() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         torch.jit.script(model).save(fitted(TORCHSCRIPT))
-    with replacing(fitted(WEIGHTS)) as partial:  # last and whole: the file says that all is there
+    with replacing(fitted(WEIGHTS)) as partial:  # last and atomically: this file marks the rest as complete
         save_file(model.state_dict(), partial)
 
 
 def add() -> None:
-    """`make add-model NAME=resnet18 SERIALIZED=model.pt LABELS=labels.json SAMPLE=photo.jpg`, in folders of its own;
-    then examples for int8, and settings for a model that has the machine to itself.
-    """
-    from bundle.build.add_model import NewModel, add_model  # what the peers need not import
+    """Add the model's folder as `make add-model` does, then examples for int8 and settings for a machine of its own."""
+    from bundle.build.add_model import NewModel, add_model  # not at the top: the peers do not need the bundle
     from bundle.catalog import CONFIG_NAME
 
     folder().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".add-", dir=paths.made()) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".add-", dir=paths.generated()) as temporary:
         place = Path(temporary)
-        image = made("photo.jpg")
-        # the archive that it makes knows nothing of the examples: it goes with the temporary folder
+        image = generated("photo.jpg")
+        # the archive is built without the examples, so it is discarded with the temporary folder
         new = NewModel(NAME, fitted(TORCHSCRIPT), fitted(LABELS), sample=image)
         add_model(new, models_dir=place, store=place / ".store")
         examples = place / NAME / "examples"
@@ -104,11 +102,11 @@ def add() -> None:
         config = yaml.safe_load(file.read_text()) | SETTINGS
         config["bundle"] |= {"examples": examples.name, "int8": True}
         file.write_text(yaml.safe_dump(config, sort_keys=False))
-        (place / NAME).rename(folder())  # last and whole: the folder says that all is there
+        (place / NAME).rename(folder())  # last and atomically: this folder marks the model as complete
 
 
 def scenes() -> tuple[Tensor, Tensor]:
-    """Normalised float32 [N, 3, 224, 224] and their kinds, int64 [N]."""
+    """Draw the scenes for fitting: normalised float32 [N, 3, 224, 224], and their kinds, int64 [N]."""
     kinds = [kind for kind in range(KINDS) for _ in range(VARIATIONS)]
     images = [
         numpy.asarray(scene(kind, index % VARIATIONS, SIDE * 2, SIDE * 2).resize((SIDE, SIDE)))
@@ -120,7 +118,7 @@ def scenes() -> tuple[Tensor, Tensor]:
 
 
 def calibrate(model: nn.Module, pictures: Tensor) -> None:
-    """Sets the batch normalisations' statistics to those of the pictures, and the model to evaluation mode."""
+    """Give the batch normalisations the statistics of the pictures, and set the model to evaluation mode."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean over all batches
@@ -132,7 +130,7 @@ def calibrate(model: nn.Module, pictures: Tensor) -> None:
 
 
 def features_of(model: nn.Module, pictures: Tensor) -> Tensor:
-    """-> float32 [N, 512]: what the last layer sees."""
+    """Return the inputs of the last layer, float32 [N, 512]."""
     head, model.fc = model.fc, nn.Identity()
     try:
         return model(pictures)
@@ -141,9 +139,12 @@ def features_of(model: nn.Module, pictures: Tensor) -> Tensor:
 
 
 def ridge(features: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
-    """The last layer's weight [1000, 512] and bias [1000]: features [N, 512] -> SHARPNESS for their kind, 0 for others.
+    """Fit the last layer: features [N, 512] -> the logit SHARPNESS for their kind, 0 for other kinds.
 
-    Ridge regression on centred features whitens them by itself: it divides by their covariance.
+    Ridge regression divides by the covariance of the centred features, which whitens them.
+
+    Returns:
+        the weight [1000, 512] and the bias [1000].
     """
     features = features.double()
     mean = features.mean(0)
@@ -159,13 +160,13 @@ def ridge(features: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fitted(name: str) -> Path:
-    return paths.made() / NAME / name
+    return paths.generated() / NAME / name
 
 
 def folder() -> Path:
-    return paths.made() / "models" / NAME
+    return paths.generated() / "models" / NAME
 
 
 if __name__ == "__main__":
     make()
-    print(f"{fitted(WEIGHTS)} and {folder()} are there")
+    print(f"Generated: {fitted(WEIGHTS)}, {folder()}")

@@ -1,4 +1,4 @@
-"""What the benchmark has measured, kept as JSON: the report is made of it, at any time."""
+"""The results of the benchmark, kept as JSON. The report is generated from them, at any time."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from bundle.errors import BundleError
 from bundle.files import write_atomically
 from bundle.load.generator import LoadResult
 
-OURS = "bundle"  # the system that the others are compared with
+OURS = "bundle"  # the system that is compared with its peers
 LIMIT = "in-process limit"
-UTILISATION = 0.7  # of the best throughput just seen: the rate of an open loop
-CONNECTIONS = 512  # of an open loop, at most: each is a thread of wrk's, and with more it hardly starts on two cores
-TOLERANCE = 0.05  # by which the probability of the first class may differ from the reference's
-TOLERATED = 0.01  # share of failed requests above which a system is nobody's best peer
+UTILISATION = 0.7  # rate of an open loop, as a share of the best throughput just measured
+CONNECTIONS = 512  # maximum for an open loop: each is a thread of wrk, which hardly starts with more on two cores
+TOLERANCE = 0.05  # largest difference between the first class's probability and the reference's
+TOLERATED = 0.01  # largest share of failed requests of a best peer
 LATENCIES = ("p50", "p95", "p99", "longest")
 
 
@@ -23,12 +23,12 @@ class Measurement:
     """One run of the load generator.
 
     Attributes:
-        clients: of a closed loop; None: it was an open one.
-        rate: requests a second of an open loop; None: it was a closed one.
-        rate_of: the system whose best throughput the rate is a share of.
-        cpu_seconds: of the server's processes during the run.
-        others: share of the machine's CPU that neither they nor the load generator used then.
-        memory: their proportional set size right after it, in bytes.
+        clients: number of clients of a closed loop; None for an open loop.
+        rate: requests a second of an open loop; None for a closed loop.
+        rate_of: the system whose best throughput the rate is a share of; None for a closed loop.
+        cpu_seconds: CPU time of the server's processes during the run.
+        others: share of the machine's CPU that neither the server nor the load generator used during the run.
+        memory: proportional set size of the server's processes right after the run, in bytes.
     """
 
     case: str
@@ -48,8 +48,8 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came first in a system's answer, and in the reference's: (class, probability)."""
+class ComparedAnswer:
+    """The first class and its probability in a system's answer, and in that of the reference."""
 
     case: str
     system: str
@@ -64,7 +64,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be measured, and why. Without a case: the system could not be installed."""
+    """A failed measurement. `case` is None if the system could not be installed."""
 
     system: str
     case: str | None
@@ -75,10 +75,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that a loop without a server does with one case.
+    """The highest rate of a loop without a server for one case.
 
     Attributes:
         rate: requests a second.
+        batch: requests in a batch.
+        processes: number of processes that run the loop.
+        threads: torch threads of each process.
     """
 
     rate: float
@@ -89,12 +92,14 @@ class Limit:
 
 @dataclass
 class Results:
-    """Attributes:
-    about: machine, date and commit, in words.
-    seconds: of each run of the load generator.
-    warm_up: seconds of load before the first of them, for each system.
-    versions: of every system that was asked for.
-    limits: case -> "pipeline" or "handler" -> Limit.
+    """The results of a run of the benchmark.
+
+    Attributes:
+        about: machine, date and commit, as text.
+        seconds: length of each run of the load generator.
+        warm_up: seconds of load before the first of these, for each system.
+        versions: version of every measured system.
+        limits: case -> "pipeline" or "handler" -> Limit.
     """
 
     about: dict[str, str]
@@ -102,15 +107,15 @@ class Results:
     warm_up: float
     versions: dict[str, str] = field(default_factory=dict)
     limits: dict[str, dict[str, Limit]] = field(default_factory=dict)
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[ComparedAnswer] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
-    def wrong_answers(self, case: str) -> list[Answer]:
+    def wrong_answers(self, case: str) -> list[ComparedAnswer]:
         return [answer for answer in self.answers if answer.case == case and not answer.is_right]
 
     def is_sound(self, case: str, system: str, seen: list[Measurement]) -> bool:
-        """Whether one system's measurements count: it answers right, and failed few of these requests."""
+        """Return whether the measurements of a system count: its answers are right, and few requests failed."""
         return few_failed([one.load for one in seen]) and all(
             answer.system != system for answer in self.wrong_answers(case)
         )
@@ -121,27 +126,32 @@ class Results:
 
     @staticmethod
     def read(file: Path) -> "Results":
-        """Raises:
-        BundleError: there is none, or it is of another form.
+        """Read the results of an earlier run.
+
+        Raises:
+            BundleError: the file is missing, or not a file of results.
         """
         if not file.is_file():
-            raise BundleError(f"There are no results in {file}. Measure first: make bench")
+            raise BundleError(f"{file} is missing: there are no results yet. Measure first: make bench")
         try:
-            held = json.loads(file.read_text())
-            held["limits"] = {
-                case: {kind: Limit(**limit) for kind, limit in kinds.items()} for case, kinds in held["limits"].items()
+            content = json.loads(file.read_text())
+            content["limits"] = {
+                case: {kind: Limit(**limit) for kind, limit in kinds.items()}
+                for case, kinds in content["limits"].items()
             }
-            held["answers"] = [
-                Answer(**answer | {key: tuple(answer[key]) for key in ("seen", "expected")})
-                for answer in held["answers"]
+            content["answers"] = [
+                ComparedAnswer(**answer | {key: tuple(answer[key]) for key in ("seen", "expected")})
+                for answer in content["answers"]
             ]
-            held["measurements"] = [
-                Measurement(**one | {"load": read_load(one["load"])}) for one in held["measurements"]
+            content["measurements"] = [
+                Measurement(**one | {"load": read_load(one["load"])}) for one in content["measurements"]
             ]
-            held["failures"] = [Failure(**failure) for failure in held["failures"]]
-            return Results(**held)
+            content["failures"] = [Failure(**failure) for failure in content["failures"]]
+            return Results(**content)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise BundleError(f"{file} is not what this benchmark writes ({exc}). Measure again: make bench") from exc
+            raise BundleError(
+                f"{file} is not a results file of this version ({exc}). Measure again: make bench"
+            ) from exc
 
 
 def few_failed(loads: list[LoadResult]) -> bool:
@@ -150,7 +160,7 @@ def few_failed(loads: list[LoadResult]) -> bool:
 
 
 def finite(value: object) -> object:
-    """JSON has no infinity: null stands for it."""
+    """Replace infinity and NaN, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -158,5 +168,5 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_load(held: dict) -> LoadResult:
-    return LoadResult(**held | {name: math.inf for name in LATENCIES if held[name] is None})
+def read_load(content: dict) -> LoadResult:
+    return LoadResult(**content | {name: math.inf for name in LATENCIES if content[name] is None})

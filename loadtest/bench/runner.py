@@ -1,4 +1,4 @@
-"""The measurement itself: every system with every case, interleaved, one at a time."""
+"""The measurement: every system with every case, interleaved, one at a time."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from loadtest.bench.results import (
     LIMIT,
     OURS,
     UTILISATION,
-    Answer,
+    ComparedAnswer,
     Failure,
     Limit,
     Measurement,
@@ -32,34 +32,35 @@ from loadtest.bench.results import (
 )
 from loadtest.bench.systems.base import Endpoint, System
 
-OPEN_FILES = 4096  # that wrk and each server may need: wrk has two for a connection of an open loop
-START_GUESS = 20.0  # seconds to start and stop a system, before one has been seen
-LIMIT_GUESS = 45.0  # seconds to measure a case's limit
-LOG_LINES = 20
+OPEN_FILES = 4096  # enough for wrk and for each server; wrk opens two for each connection of an open loop
+START_GUESS = 20.0  # seconds to start and stop a system
+LIMIT_GUESS = 45.0  # seconds to measure the limit of a case
+LOG_LINES = 20  # last lines of a log that a failure keeps
 
 
 class Progress(Protocol):
-    """What the runner tells of itself."""
+    """A display of the runner's progress."""
 
     def plan(self, seconds: float) -> None:
-        """So many seconds are still to come."""
+        """Show how many seconds the whole plan takes."""
 
     def doing(self, what: str) -> None: ...
 
     def done(self, seconds: float) -> None:
-        """So many seconds of the plan are done."""
+        """Show that this many more seconds of the plan are done."""
 
     def say(self, line: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The plan of the measurements.
 
     Attributes:
-        concurrencies: numbers of clients; None: each case's own.
-        seconds: of each run of the load generator.
-        warm_up: seconds of load before the first of them.
+        rounds: how often each system is started and measured.
+        seconds: length of each run of the load generator.
+        warm_up: seconds of load before the first of these.
+        concurrencies: numbers of clients; None for those of each case.
     """
 
     cases: list[Case]
@@ -74,29 +75,36 @@ class Plan:
 
     @property
     def compares(self) -> bool:
-        """Whether the bundle is measured beside others."""
+        """Whether the bundle and at least one peer are measured."""
         return len(self.systems) > 1 and any(system.name == OURS for system in self.systems)
 
-    def visit_seconds(self, case: Case) -> float:
+    def system_seconds(self, case: Case) -> float:
         return START_GUESS + self.warm_up + self.seconds * (len(self.clients(case)) + 1)
 
     @property
     def guess(self) -> float:
-        """Seconds that all of it takes."""
-        visits = sum((len(self.systems) + self.compares) * self.visit_seconds(case) for case in self.cases)
-        return len(self.cases) * LIMIT_GUESS + self.rounds * visits
+        """The estimated seconds of the whole plan."""
+        systems = sum((len(self.systems) + self.compares) * self.system_seconds(case) for case in self.cases)
+        return len(self.cases) * LIMIT_GUESS + self.rounds * systems
 
 
 @dataclass
 class Runner:
-    """Measures a plan. `results` has what there is, at any time, and is saved to `file` after every measurement."""
+    """A runner of a plan.
+
+    Attributes:
+        results: the results so far.
+        file: where `results` is saved after every measurement.
+        expected: the reference's first class and its probability, by case.
+        missing: names of the systems that could not be installed.
+    """
 
     plan: Plan
     results: Results
     file: Path
     progress: Progress
     expected: dict[str, tuple[int, float]] = field(default_factory=dict)
-    missing: set[str] = field(default_factory=set)  # systems that could not be installed
+    missing: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         self.progress.plan(self.plan.guess)
@@ -107,12 +115,12 @@ class Runner:
                 for round_ in range(1, self.plan.rounds + 1):
                     self.measure_round(case, round_)
         finally:
-            self.results.save(self.file)  # with the failures since the last measurement
+            self.results.save(self.file)  # includes the failures since the last measurement
 
     def install(self) -> None:
         for system in self.plan.systems:
             self.progress.doing(f"install {system.name}")
-            with self.noting(system.name, None, None):
+            with self.record_failures(system.name, None, None):
                 system.install()
                 self.results.versions[system.name] = system.version
                 continue
@@ -120,34 +128,35 @@ class Runner:
 
     def measure_limit(self, case: Case) -> None:
         self.progress.doing(f"{case.name}: in-process limit")
-        with self.noting(LIMIT, case.name, None):
+        with self.record_failures(LIMIT, case.name, None):
             command = [sys.executable, "-m", "loadtest.bench.limit", case.name]
             run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             if run.returncode:
                 raise BundleError("The limit could not be measured.", last_lines(run.stderr))
-            said = json.loads(run.stdout.splitlines()[-1])
-            self.expected[case.name] = tuple(said["expected"])
-            self.results.limits[case.name] = {kind: Limit(**limit) for kind, limit in said["limits"].items()}
-            told = ", ".join(f"{kind} {limit['rate']:,.0f}/s" for kind, limit in said["limits"].items())
-            self.progress.say(f"{case.name}: in-process limit: {told}")
+            output = json.loads(run.stdout.splitlines()[-1])
+            self.expected[case.name] = tuple(output["expected"])
+            self.results.limits[case.name] = {kind: Limit(**limit) for kind, limit in output["limits"].items()}
+            rates = ", ".join(f"{kind} {limit['rate']:,.0f}/s" for kind, limit in output["limits"].items())
+            self.progress.say(f"{case.name}: in-process limit: {rates}")
         self.progress.done(LIMIT_GUESS)
 
     def measure_round(self, case: Case, round_: int) -> None:
         systems = [system for system in self.plan.systems if system.name not in self.missing]
         shift = (round_ - 1) % max(1, len(systems))
         for system in systems[shift:] + systems[:shift]:
-            with self.noting(system.name, case.name, round_):
-                self.visit(system, case, round_)
-            self.progress.done(self.plan.visit_seconds(case))
+            with self.record_failures(system.name, case.name, round_):
+                self.measure_system(system, case, round_)
+            self.progress.done(self.plan.system_seconds(case))
         if self.plan.compares:
             ours = [system for system in systems if system.name == OURS and self.is_measured(system, case, round_)]
             for system in ours:
-                self.revisit(system, case, round_)
-            self.progress.done(self.plan.visit_seconds(case))
+                self.measure_at_peer_rate(system, case, round_)
+            self.progress.done(self.plan.system_seconds(case))
 
-    def visit(self, system: System, case: Case, round_: int) -> None:
-        """Every number of clients, and the open loop at a share of the best throughput that was reached without many
-        failures.
+    def measure_system(self, system: System, case: Case, round_: int) -> None:
+        """Measure a system at every number of clients, then in an open loop.
+
+        The rate of the open loop is a share of the best throughput that had few failures.
         """
         where = f"{case.name}: {system.name}, round {round_}"
         self.progress.doing(f"{where}: start")
@@ -158,17 +167,17 @@ class Runner:
             best = 0.0
             for count in clients:
                 self.progress.doing(f"{where}: {count} clients")
-                with self.noting(system.name, case.name, round_):
+                with self.record_failures(system.name, case.name, round_):
                     load = self.measure(system, case, round_, endpoint, clients=count)
                     best = max(best, load.throughput if few_failed([load]) else 0)
             if best:
                 self.progress.doing(f"{where}: open loop")
-                with self.noting(system.name, case.name, round_):
+                with self.record_failures(system.name, case.name, round_):
                     self.measure(system, case, round_, endpoint, rate=UTILISATION * best, rate_of=system.name)
             self.progress.say(f"{where}: {best:,.0f} requests/s")
 
-    def revisit(self, system: System, case: Case, round_: int) -> None:
-        """The bundle at the rate of the best peer's open loop: latencies compare at equal rates only."""
+    def measure_at_peer_rate(self, system: System, case: Case, round_: int) -> None:
+        """Measure the bundle at the rate of the best peer's open loop: latencies compare at equal rates only."""
         where = f"{case.name}: {system.name} at the best peer's rate, round {round_}"
         peers = [
             (one.rate, one.system)
@@ -179,8 +188,8 @@ class Runner:
         if peers:
             rate, peer = max(peers)
             self.progress.doing(where)
-            with self.noting(system.name, case.name, round_), system.serve(case) as endpoint:
-                # what the JVM has compiled by then tells: as much load goes before as before the peer's open loop
+            with self.record_failures(system.name, case.name, round_), system.serve(case) as endpoint:
+                # the JVM compiles while it runs: the bundle gets as much load before its open loop as the peer did
                 seconds = self.plan.warm_up + self.plan.seconds * len(self.plan.clients(case))
                 self.warm_up(where, endpoint, max(self.plan.clients(case)), seconds)
                 self.measure(system, case, round_, endpoint, rate=rate, rate_of=peer)
@@ -201,7 +210,7 @@ class Runner:
             session.trust_env = False
             answer = session.post(endpoint.url, data=endpoint.body, headers=endpoint.headers, timeout=60)
         seen = endpoint.top(answer.content)
-        self.results.answers.append(Answer(case.name, system.name, round_, seen, self.expected[case.name]))
+        self.results.answers.append(ComparedAnswer(case.name, system.name, round_, seen, self.expected[case.name]))
 
     def measure(
         self,
@@ -216,7 +225,8 @@ class Runner:
         roots = (endpoint.pid, *endpoint.pids)
         meter = usage.Meter(roots)
         target = (endpoint.url, endpoint.body, endpoint.headers)
-        if clients:
+        if rate is None:
+            assert clients is not None
             load = closed_loop(*target, clients, self.plan.seconds)
         else:
             load = open_loop(*target, rate, self.plan.seconds, connections(rate * self.plan.seconds))
@@ -228,8 +238,8 @@ class Runner:
         return load
 
     @contextmanager
-    def noting(self, system: str, case: str | None, round_: int | None) -> Iterator[None]:
-        """Whatever goes wrong in the block is reported with the results; the rest of the plan goes on."""
+    def record_failures(self, system: str, case: str | None, round_: int | None) -> Iterator[None]:
+        """Record an exception of the block as a failure in the results; the rest of the plan continues."""
         try:
             yield
         except Exception as exc:
@@ -240,21 +250,27 @@ class Runner:
 
 
 def connections(requests: float) -> int:
-    """Of an open loop of so many requests on average, one for each of them: none waits in the load generator."""
-    at_most = requests + 5 * math.sqrt(requests)  # they come at random: five standard deviations more
+    """Return a number of connections with which no request of an open loop waits in the load generator.
+
+    Args:
+        requests: average number of requests of the loop.
+    """
+    at_most = requests + 5 * math.sqrt(requests)  # they are due at random times: five standard deviations more
     return min(CONNECTIONS, math.ceil(at_most))
 
 
 def allow_open_files() -> None:
-    """Lets this process, and what it starts, open as many files as the connections need.
+    """Raise the limit of open files, for this process and its children, to what the connections need.
 
     Raises:
-        BundleError: it is not allowed to.
+        BundleError: the hard limit is too low.
     """
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if now != resource.RLIM_INFINITY and now < OPEN_FILES:
         if most != resource.RLIM_INFINITY and most < OPEN_FILES:
-            raise BundleError(f"The benchmark needs {OPEN_FILES:,} open files, and {most:,} are allowed: ulimit -n.")
+            raise BundleError(
+                f"The benchmark needs {OPEN_FILES:,} open files, and {most:,} are allowed. Raise the limit: ulimit -n"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, most))
 
 

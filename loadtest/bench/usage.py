@@ -1,4 +1,4 @@
-"""CPU time and memory of a server: of all its processes. And what everything else on the machine used meanwhile."""
+"""CPU time and memory of all processes of a server, and the CPU time of everything else on the machine."""
 
 import resource
 import time
@@ -8,8 +8,8 @@ import psutil
 
 
 def processes(roots: tuple[int, ...]) -> list[psutil.Process]:
-    """The processes with these PIDs and all below them."""
-    found = {}
+    """Return the processes with these PIDs and all their descendants."""
+    found: dict[int, psutil.Process] = {}
     for pid in roots:
         try:
             root = psutil.Process(pid)
@@ -20,17 +20,18 @@ def processes(roots: tuple[int, ...]) -> list[psutil.Process]:
 
 
 def total(roots: tuple[int, ...], read: Callable[[psutil.Process], float]) -> float:
-    sum_ = 0.0
+    """Sum a value over all processes of a server."""
+    result = 0.0
     for process in processes(roots):
         try:
-            sum_ += read(process)
+            result += read(process)
         except psutil.Error:
-            pass  # it has ended, or is not ours to look at
-    return sum_
+            pass  # the process has ended, or belongs to another user
+    return result
 
 
 def cpu_seconds(roots: tuple[int, ...]) -> float:
-    """User and system time since they started, that of their ended children included."""
+    """Return the user and system time of the processes since their start, including that of ended children."""
 
     def read(process: psutil.Process) -> float:
         times = process.cpu_times()
@@ -40,15 +41,15 @@ def cpu_seconds(roots: tuple[int, ...]) -> float:
 
 
 def memory(roots: tuple[int, ...]) -> int:
-    """Bytes of memory. A page that several processes share counts as one (proportional set size)."""
+    """Return the memory in bytes. A page that several processes share is counted once (proportional set size)."""
     return int(total(roots, lambda process: process.memory_full_info().pss))
 
 
 class Meter:
-    """CPU time from here on.
+    """A meter of CPU time since its creation.
 
     Args:
-        roots: the server's processes.
+        roots: PIDs of the server's root processes.
     """
 
     def __init__(self, roots: tuple[int, ...]):
@@ -56,14 +57,17 @@ class Meter:
         self.begin = self.now()
 
     def now(self) -> tuple[float, float, float, float]:
-        """Seconds: on the clock; CPU time of the server, of this process and its ended children, of the machine."""
+        """Return seconds of the clock, and seconds of CPU time of the server, of this process and of the machine.
+
+        The time of this process includes that of its ended children.
+        """
         mine = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
-        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # user and nice count them, too
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # already counted in user and nice
         return time.monotonic(), cpu_seconds(self.roots), mine, sum(times) - guests - idle
 
     def read(self) -> tuple[float, float]:
-        """CPU seconds of the server, and the share of the machine's CPU that neither it nor the client used."""
+        """Return the server's CPU seconds, and the share of the machine's CPU that neither it nor the client used."""
         clock, server, mine, machine = (end - begin for begin, end in zip(self.begin, self.now(), strict=True))
         return server, max(0.0, machine - server - mine) / (clock * (psutil.cpu_count() or 1))

@@ -1,4 +1,4 @@
-"""Makes sample.wav: a word spoken by the eSpeak NG synthesiser, so that no recording of a person is in the repository.
+"""Make sample.wav: a word spoken by the eSpeak NG synthesiser, so that the repository has no recording of a person.
 
 python -m models.audio.make_sample
 """
@@ -20,7 +20,7 @@ VOICE = "en-us"
 
 def main() -> None:
     if shutil.which("espeak-ng") is None:
-        raise SystemExit("espeak-ng is not installed: apt-get install espeak-ng")
+        raise SystemExit("espeak-ng is not installed. Install it: apt-get install espeak-ng")
     speech = subprocess.run(["espeak-ng", "-v", VOICE, "--stdout", WORD], capture_output=True, check=True).stdout
     samples, rate = soundfile.read(io.BytesIO(speech), dtype="float32")
     waveform = resample(torch.from_numpy(samples), rate, SAMPLE_RATE)

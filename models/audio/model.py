@@ -19,19 +19,18 @@ WIDTHS = (16, 32, 64, 64, 128)
 
 
 class KeywordNet(nn.Module):
-    """Residual classifier (after Tang and Lin, arXiv 1710.10361) of the spectral envelopes that cepstra describe.
+    """Residual classifier of spectral envelopes (after Tang and Lin, arXiv 1710.10361).
 
-    Loudness, cepstra and envelopes are computed in here, so that waveforms travel to the device and a whole batch is
-    transformed at once.
+    The model computes loudness, cepstra and envelopes itself: on the device, for a whole batch at once.
     """
 
     cosines: Tensor
 
     def __init__(self):
         super().__init__()
-        self.faintest = 1e-4  # root mean square (-80 dB of full scale) under which a clip is not made as loud as others
+        self.min_loudness = 1e-4  # root mean square (-80 dB of full scale); quieter clips are not amplified fully
         spectrum = {"n_fft": 512, "win_length": 480, "hop_length": 160, "n_mels": 64, "f_min": 20.0, "f_max": 7600.0}
-        # decibels would be cut off relative to the loudest of the batch; logarithms keep clips independent
+        # logarithms, because decibels are limited relative to the loudest clip of the batch
         self.mfcc = MFCC(SAMPLE_RATE, n_mfcc=CEPSTRA, log_mels=True, melkwargs=spectrum)
         self.register_buffer("cosines", create_dct(CEPSTRA, BANDS, norm="ortho"))
         self.standardise = nn.BatchNorm1d(BANDS)
@@ -42,19 +41,19 @@ class KeywordNet(nn.Module):
         self.classify = nn.Linear(WIDTHS[-1] * 3, CLASSES)
 
     def envelopes(self, waveforms: Tensor) -> Tensor:
-        """float32 [N, T] -> float32 [N, 40, T // 160 + 1]: 40 bands of 30 ms windows, 10 ms apart, whatever the gain.
+        """Compute 40 bands of 30 ms windows, 10 ms apart: float32 [N, T] -> float32 [N, 40, T // 160 + 1].
 
-        The higher cepstra, which hold the voice's pitch, are left out; turning the others back into bands gives
-        convolutions the neighbourhoods along frequency that cepstra lack.
+        They do not depend on the gain. The higher cepstra, which describe the pitch of the voice, are left out. The
+        others are turned back into bands, because convolutions need neighbouring frequencies, which cepstra are not.
         """
         loudness = waveforms.square().mean(dim=-1, keepdim=True).sqrt()
-        return self.cosines @ self.cepstra(waveforms / (loudness + self.faintest))
+        return self.cosines @ self.cepstra(waveforms / (loudness + self.min_loudness))
 
     def cepstra(self, waveforms: Tensor) -> Tensor:
-        """float32 [N, T] -> float32 [N, 40, T // 160 + 1]: what `self.mfcc` computes, in half the time.
+        """Compute the cepstra as `self.mfcc` does, in half the time: float32 [N, T] -> float32 [N, 40, T // 160 + 1].
 
-        It takes the root of each number's power and squares it again. Here the squares of real and imaginary parts
-        stand side by side, and the filter bank sums them.
+        `self.mfcc` takes the magnitude of each complex number and squares it. Here the squares of the real and the
+        imaginary parts are separate columns, and the filter bank adds them up.
         """
         spectrogram = self.mfcc.MelSpectrogram.spectrogram
         spectrum = torch.stft(
@@ -70,14 +69,14 @@ class KeywordNet(nn.Module):
         return (torch.log(bands + 1e-6) @ self.mfcc.dct_mat).transpose(1, 2)
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """waveforms: float32 [N, 16000], mono, 16 kHz, in [-1, 1] -> logits float32 [N, 12]."""
+        """Classify waveforms, float32 [N, 16000], mono, 16 kHz, in [-1, 1] -> logits float32 [N, 12]."""
         features = self.standardise(self.envelopes(waveforms)).unsqueeze(1)
         features = self.blocks(self.stem(features))
         return self.classify(features.mean(dim=-1).flatten(1))
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; halves the resolution where it changes the width."""
+    """Two 3x3 convolutions beside a shortcut; they halve the resolution if they change the width."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -100,11 +99,11 @@ class Residual(nn.Module):
 
 
 def build() -> nn.Module:
-    """The trained model, on the CPU, in evaluation mode."""
+    """Return the trained model, on the CPU, in evaluation mode."""
     return load_weights(KeywordNet(), FOLDER / "weights.safetensors")
 
 
 def example_inputs(batch_size: int) -> tuple[Tensor, ...]:
-    """Inputs of the served shape, for comparing an export with the eager model."""
+    """Return inputs of the served shape, to compare an export with the eager model."""
     generator = torch.Generator().manual_seed(0)
     return (torch.rand(batch_size, SAMPLES, generator=generator) * 2 - 1,)

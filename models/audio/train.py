@@ -1,7 +1,7 @@
-"""Trains the keyword spotter on Speech Commands (Warden 2018): ten words, silence, and any other word.
+"""Train the keyword spotter on Speech Commands (Warden 2018): ten words, silence, and any other word.
 
-Reads `speech-commands-12.zip` (<class>/<speaker>_nohash_<n>.flac) in the data directory, some of whose speakers are
-the test; downloads the full data set with torchaudio where there is none.
+This reads `speech-commands-12.zip` (<class>/<speaker>_nohash_<n>.flac) in the data directory, and tests on some of its
+speakers. If the file is missing, the full data set is downloaded with torchaudio.
 
     make train MODEL=audio
     python -m models.audio.train --data-dir data --epochs 80
@@ -31,24 +31,24 @@ RECIPE = training.Recipe(
 )
 WORDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]
 LABELS = [*WORDS, "_silence_", "_unknown_"]
-PADDED = SAMPLES * 3 // 2  # room for reverberation to die away in, instead of wrapping around
+PADDED = SAMPLES * 3 // 2  # samples; longer than a clip, so that reverberation ends instead of wrapping around
 
 
 def load(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """float32 [N, 16000] in [-1, 1] and int64 [N] of "train" or "test"."""
+    """Load the split "train" or "test": float32 [N, 16000] in [-1, 1], and int64 [N]."""
     archive = data_dir / "speech-commands-12.zip"
-    clips = packed(archive, split) if archive.exists() else downloaded(data_dir, split)
+    clips = archived_clips(archive, split) if archive.exists() else downloaded_clips(data_dir, split)
     waveforms, labels = zip(*clips, strict=True)
     return torch.stack(waveforms), torch.tensor([LABELS.index(label) for label in labels])
 
 
 def read(file: str | Path | io.BytesIO) -> Tensor:
-    """float32 [T], whatever the length of the recording."""
+    """Read a recording of any length: float32 [T]."""
     return torch.from_numpy(soundfile.read(file, dtype="float32")[0])
 
 
-def packed(archive: Path, split: str) -> Iterator[tuple[Tensor, str]]:
-    """The clips and labels of the archive's speakers that belong to the split; of equal clips only the first."""
+def archived_clips(archive: Path, split: str) -> Iterator[tuple[Tensor, str]]:
+    """Yield the clips of the split's speakers and their labels; of equal clips only the first."""
     seen = set()
     with zipfile.ZipFile(archive) as files:
         names = sorted(name for name in files.namelist() if name.endswith(".flac"))
@@ -62,13 +62,13 @@ def packed(archive: Path, split: str) -> Iterator[tuple[Tensor, str]]:
 
 
 def held_out(clip: str) -> bool:
-    """Whether the clip's speaker is one of those tested on, a fifth by hash; a clip of silence is its own speaker."""
+    """Return whether the speaker is in the test split: a fifth, by hash. A clip of silence is its own speaker."""
     speaker = clip.split("_nohash_")[0].split("_")[-1]  # [<word>_]<speaker>_nohash_<n>.flac
     return zlib.crc32(speaker.encode()) % 5 == 0
 
 
-def downloaded(data_dir: Path, split: str) -> Iterator[tuple[Tensor, str]]:
-    """The same twelve classes out of the full data set, under its own list of test clips."""
+def downloaded_clips(data_dir: Path, split: str) -> Iterator[tuple[Tensor, str]]:
+    """Yield clips of the same twelve classes from the full data set, with its own list of test clips."""
     dataset = SPEECHCOMMANDS(data_dir, download=True, subset={"train": "training", "test": "testing"}[split])
     metadata = [dataset.get_metadata(n) for n in range(len(dataset))]
     words = [(path, word) for path, _, word, *_ in metadata if word in WORDS]
@@ -86,29 +86,29 @@ def downloaded(data_dir: Path, split: str) -> Iterator[tuple[Tensor, str]]:
 
 
 def rms(waveforms: Tensor) -> Tensor:
-    """[N, T] -> [N, 1], the root mean square, never zero."""
+    """Return the root mean square, never zero: [N, T] -> [N, 1]."""
     return waveforms.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-5)
 
 
 def uniform(rows: int, low: float, high: float) -> Tensor:
-    """float32 [rows, 1] in [low, high)."""
+    """Draw float32 [rows, 1] from [low, high)."""
     return torch.empty(rows, 1).uniform_(low, high)
 
 
 def some(rows: int, share: float) -> Tensor:
-    """Bool [rows, 1], true for about `share` of them."""
+    """Draw bool [rows, 1], which is true with probability `share`."""
     return torch.rand(rows, 1) < share
 
 
 def coloured_noise(rows: int) -> Tensor:
-    """float32 [rows, 16000]: noise whose power falls by 0 to 6 dB an octave, from white through pink to brown."""
+    """Make noise, float32 [rows, 16000], between white and brown: its power falls by 0 to 6 dB per octave."""
     spectrum = torch.fft.rfft(torch.randn(rows, SAMPLES))
     frequency = torch.arange(1, spectrum.shape[-1] + 1)
     return torch.fft.irfft(spectrum * frequency ** -uniform(rows, 0, 1), SAMPLES)
 
 
 def warped(waveforms: Tensor, speed: Tensor | float = 1.0, delay: Tensor | float = 0.0) -> Tensor:
-    """[N, 16000] -> [N, 16000], `speed` times as fast and high ([N, 1]) and `delay` seconds ([N, 1]) later."""
+    """Resample [N, 16000]: `speed` times as fast and as high, and `delay` seconds later, each a number or [N, 1]."""
     n = len(waveforms)
     position = torch.linspace(-1, 1, SAMPLES) * speed - delay * 2 * SAMPLE_RATE / (SAMPLES - 1)
     grid = torch.stack([position.expand(n, -1), torch.zeros(n, SAMPLES)], dim=-1)
@@ -116,11 +116,12 @@ def warped(waveforms: Tensor, speed: Tensor | float = 1.0, delay: Tensor | float
 
 
 def room(rows: int, decay: Tensor | float, level: Tensor | float) -> Tensor:
-    """float32 [rows, 8000], impulse responses.
+    """Make impulse responses of rooms, float32 [rows, 8000].
 
     Args:
+        rows: the number of rooms.
         decay: seconds in which the echoes lose 60 dB, [rows, 1].
-        level: amplitude of all echoes together, beside a direct sound of 1, [rows, 1].
+        level: amplitude of all echoes together, relative to the direct sound, [rows, 1].
     """
     time = torch.arange(PADDED - SAMPLES) / SAMPLE_RATE
     echoes = torch.randn(rows, len(time)) * 10 ** (-3 * time / decay)
@@ -130,9 +131,9 @@ def room(rows: int, decay: Tensor | float, level: Tensor | float) -> Tensor:
 
 
 def channels(rows: int) -> Tensor:
-    """complex64 [rows, PADDED // 2 + 1]: frequency responses of as many microphones, each in a room.
+    """Make frequency responses of microphones, each in a room: complex64 [rows, PADDED // 2 + 1].
 
-    A microphone's response is uneven; some miss a band, some have the narrow range of a telephone.
+    The response of a microphone is uneven. Some lack a band, and some have the narrow range of a telephone.
     """
     frequency = torch.linspace(0, SAMPLE_RATE / 2, PADDED // 2 + 1)
     bands = melscale_fbanks(len(frequency), 20, SAMPLE_RATE / 2, 12, SAMPLE_RATE).T
@@ -146,17 +147,17 @@ def channels(rows: int) -> Tensor:
 
 
 def filtered(waveforms: Tensor, channel: Tensor) -> Tensor:
-    """[N, 16000] -> [N, 16000], through frequency responses [N, PADDED // 2 + 1]."""
+    """Apply frequency responses [N, PADDED // 2 + 1] to [N, 16000]."""
     return torch.fft.irfft(torch.fft.rfft(waveforms, PADDED) * channel, PADDED)[:, :SAMPLES]
 
 
 class Augment(nn.Module):
-    """What recordings from elsewhere differ in: timing, tempo and pitch, microphone, room, noise, clipping, level.
+    """Vary what differs between recordings: timing, tempo and pitch, microphone, room, noise, clipping, level.
 
-    A module, so that what it mixes in travels to the device with the model.
+    It is a module, so that its noises and responses are moved to the device with the model.
 
     Args:
-        noises: float32 [M, 16000], recordings without speech to mix in.
+        noises: float32 [M, 16000], recordings without speech, to add as noise.
     """
 
     noises: Tensor
@@ -169,24 +170,24 @@ class Augment(nn.Module):
         self.register_buffer("channels", torch.cat([channels(100) for _ in range(8)]))
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """float32 [N, 16000] -> float32 [N, 16000], in [-1, 1]."""
+        """Augment clips, float32 [N, 16000] -> float32 [N, 16000], in [-1, 1]."""
         with waveforms.device:
             for step in (self.shifted, self.recorded, self.erased, self.noisy, self.digitised):
                 waveforms = step(waveforms)
             return waveforms
 
     def shifted(self, waveforms: Tensor) -> Tensor:
-        """Up to 150 ms early or late, at 0.85 to 1.15 times the speed."""
+        """Shift clips by up to 150 ms, and play some at 0.85 to 1.15 times the speed."""
         n = len(waveforms)
         speed = torch.where(some(n, 0.7), uniform(n, 0.85, 1.15), 1.0)
         return warped(waveforms, speed, uniform(n, -0.15, 0.15))
 
     def recorded(self, waveforms: Tensor) -> Tensor:
-        """Through another microphone in another room."""
+        """Record clips through another microphone in another room."""
         return filtered(waveforms, self.channels[torch.randint(len(self.channels), (len(waveforms),))])
 
     def erased(self, waveforms: Tensor) -> Tensor:
-        """Up to 120 ms missing."""
+        """Erase up to 120 ms of some clips."""
         n = len(waveforms)
         start = uniform(n, 0, SAMPLES)
         length = torch.where(some(n, 0.3), uniform(n, 0, 0.12) * SAMPLE_RATE, 0.0)
@@ -194,14 +195,14 @@ class Augment(nn.Module):
         return waveforms * ((time < start) | (time > start + length))
 
     def noisy(self, waveforms: Tensor) -> Tensor:
-        """At a signal-to-noise ratio of 0 to 30 dB."""
+        """Add noise to some clips, at a signal-to-noise ratio of 0 to 30 dB."""
         n = len(waveforms)
         noise = self.noises[torch.randint(len(self.noises), (n,))]
         ratio = torch.where(some(n, 0.7), 10 ** (-uniform(n, 0, 30) / 20), 0.0)
         return waveforms + noise * ratio * rms(waveforms)
 
     def digitised(self, waveforms: Tensor) -> Tensor:
-        """At another level, some of them clipped, in 16 bits."""
+        """Change the level, clip some, and round to 16 bits."""
         n = len(waveforms)
         peak = waveforms.abs().amax(-1, keepdim=True)
         limit = peak * torch.where(some(n, 0.2), uniform(n, 0.1, 0.6), 1.0)
@@ -210,7 +211,7 @@ class Augment(nn.Module):
 
 
 def conditions(waveforms: Tensor) -> dict[str, Tensor]:
-    """The test clips (float32 [N, 16000]) as they might have been recorded elsewhere."""
+    """Return the test clips (float32 [N, 16000]) as under other recording conditions."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         white = torch.randn(waveforms.shape)

@@ -1,4 +1,4 @@
-"""Draws sample.jpg: an airplane in the sky, as a child might cut it out of paper.
+"""Draw sample.jpg: a simple airplane in the sky.
 
 python -m models.image.make_sample
 """
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from models.image.model import FOLDER
 
-SCALE = 4  # drawn larger than saved, for smooth edges
+SCALE = 4  # the picture is drawn larger and then reduced, for smooth edges
 
 
 def draw(width: int = 320, height: int = 240) -> Image.Image:

@@ -1,4 +1,4 @@
-"""A small residual-free convolutional network for 32x32 photographs."""
+"""A small convolutional network, without residual connections, for 32x32 photographs."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ WIDTHS = (64, 160, 224)
 class ImageNet32(nn.Module):
     """Convolutional classifier after Jordan, "94% on CIFAR-10 in 3.29 Seconds" (arXiv 2404.00498), made narrower.
 
-    A fixed whitening convolution, three blocks that halve the resolution, a global maximum, a linear layer.
-    Normalisation is in here, so that images travel to the device as bytes.
+    It has a fixed whitening convolution, three blocks that halve the resolution, a global maximum, and a linear layer.
+    The model normalises the images itself, so that they are copied to the device as bytes.
     """
 
     mean: Tensor
@@ -35,20 +35,20 @@ class ImageNet32(nn.Module):
         self.classify = nn.Linear(WIDTHS[-1], CLASSES, bias=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> float32, zero mean and unit variance over the training set."""
+        """Scale uint8 [N, 3, H, W] to float32, with zero mean and unit variance over the training set."""
         return (images.float() / 255 - self.mean) / self.std
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Normalised float32 [N, 3, 32, 32] -> float32 [N, 10]."""
+        """Classify normalised images, float32 [N, 3, 32, 32] -> float32 [N, 10]."""
         features = self.blocks(self.whiten(pixels))
         return self.classify(features.amax(dim=(2, 3))) / 8
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: uint8 [N, 3, 32, 32] (RGB) -> logits float32 [N, 10]."""
+        """Classify images, uint8 [N, 3, 32, 32] (RGB) -> logits float32 [N, 10]."""
         pixels = self.normalise(images)
         if self.training:
             return self.logits(pixels)
-        # with its mirror image, as the paper evaluates (its section 3.5): a point of accuracy for twice the work
+        # averaged over an image and its mirror image, as in the paper's section 3.5: 1 % more accurate, twice the work
         return (self.logits(pixels) + self.logits(pixels.flip(3))) / 2
 
 
@@ -70,11 +70,11 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def build() -> nn.Module:
-    """The trained model, on the CPU, in evaluation mode."""
+    """Return the trained model, on the CPU, in evaluation mode."""
     return load_weights(ImageNet32(), FOLDER / "weights.safetensors")
 
 
 def example_inputs(batch_size: int) -> tuple[Tensor, ...]:
-    """Inputs of the served shape, for comparing an export with the eager model."""
+    """Return inputs of the served shape, to compare an export with the eager model."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(0, 256, (batch_size, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator),)

@@ -1,10 +1,10 @@
-"""Trains the image classifier on CIFAR-10.
+"""Train the image classifier on CIFAR-10.
 
-Reads `cifar10-images.zip` ({train,test}/<class>/NNNN.jpg) in the data directory; downloads CIFAR-10 with torchvision
-where there is none.
+This reads `cifar10-images.zip` ({train,test}/<class>/NNNN.jpg) in the data directory. If the file is missing, CIFAR-10
+is downloaded with torchvision.
 
     make train MODEL=image
-    make train MODEL=image ARGS=--resume     # only the last stage, on the weights there are
+    make train MODEL=image ARGS=--resume     # only the last stage, from the present weights
 """
 
 import io
@@ -26,16 +26,16 @@ from models.weights import load_weights, round_weights
 RECIPE = training.Recipe(
     epochs=20, batch_size=256, learning_rate=0.3, weight_decay=1e-3, label_smoothing=0.2, warmup=0.2
 )
-# then with little augmentation, as He et al. refine (2019, "Data Augmentation Revisited", arXiv 1909.09148)
+# second stage: little augmentation (He et al. 2019, "Data Augmentation Revisited", arXiv 1909.09148)
 REFINEMENT = replace(RECIPE, epochs=14, learning_rate=0.15, warmup=0.1)
-# and at last a walk around what was found, of which the average is kept: Izmailov et al. (2018, arXiv 1803.05407)
+# last stage: the average of the weights along the way (Izmailov et al. 2018, arXiv 1803.05407)
 AVERAGING = replace(RECIPE, epochs=8, learning_rate=0.06, warmup=0.05, floor=0.5, averaging=0.999)
-GENTLE = 0.3
+GENTLE = 0.3  # strength of the augmentation in the second and last stage
 LABELS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def load(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """uint8 [N, 3, 32, 32] and int64 [N] of "train" or "test"."""
+    """Load the split "train" or "test": uint8 [N, 3, 32, 32], and int64 [N]."""
     archive = data_dir / "cifar10-images.zip"
     if not archive.exists():
         from torchvision.datasets import CIFAR10
@@ -51,26 +51,27 @@ def load(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(targets)
 
 
-def whitening(patches_of: Tensor, epsilon: float = 5e-4) -> Tensor:
-    """[24, 3, 2, 2]: the eigenvectors of the covariance of 2x2 patches, scaled to unit variance, with both signs.
+def whitening(images: Tensor, epsilon: float = 5e-4) -> Tensor:
+    """Compute whitening filters [24, 3, 2, 2]: the eigenvectors of the covariance of 2x2 patches, with both signs.
 
     Args:
-        patches_of: float32 [N, 3, H, W], normalised images.
+        images: float32 [N, 3, H, W], normalised.
+        epsilon: added to the variances before the filters are scaled to unit variance.
     """
-    patches = nn.functional.unfold(patches_of, 2).transpose(1, 2).reshape(-1, 12).double()
+    patches = nn.functional.unfold(images, 2).transpose(1, 2).reshape(-1, 12).double()
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (vectors / (values + epsilon).sqrt()).T.reshape(12, 3, 2, 2)
     return torch.cat([filters, -filters]).float()
 
 
 class Augment:
-    """What photographs from elsewhere differ in: framing, light, sharpness, noise, resolution; and an erased patch.
+    """Vary what differs between photographs: framing, light, sharpness, noise, resolution; and erase a patch.
 
-    Every image is mirrored or not and moved by whole pixels, which leaves it sharp; the other operations, most of which
-    blur 32 pixels visibly, act on a random part of the batch, each image with its own amount.
+    Every image is mirrored at random, and moved by whole pixels, which keeps it sharp. The other operations act on a
+    random part of the batch, because most of them visibly blur an image of 32 pixels. Each image has its own amounts.
 
     Args:
-        strength: factor of how often the other operations act.
+        strength: factor of the probability of the other operations.
     """
 
     def __init__(self, strength: float = 1.0):
@@ -91,7 +92,7 @@ class Augment:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, 32, 32] -> uint8 [N, 3, 32, 32]."""
+        """Augment images, uint8 [N, 3, 32, 32] -> uint8 [N, 3, 32, 32]."""
         with torch.no_grad():
             altered = self.geometry(images.float() / 255)
             altered = low_resolution(altered, share=0.05 * self.strength)
@@ -99,7 +100,7 @@ class Augment:
 
 
 def low_resolution(images: Tensor, share: float, size: int = 22) -> Tensor:
-    """A random `share` of the images, shrunk to `size` pixels and enlarged again."""
+    """Shrink a random `share` of the images to `size` pixels, and enlarge them again, in place."""
     chosen = torch.rand(len(images), device=images.device) < share
     small = nn.functional.interpolate(images[chosen], size=size, mode="bilinear", antialias=True)
     images[chosen] = nn.functional.interpolate(small, size=images.shape[-1], mode="bilinear")
@@ -107,7 +108,7 @@ def low_resolution(images: Tensor, share: float, size: int = 22) -> Tensor:
 
 
 def conditions(images: Tensor) -> dict[str, Tensor]:
-    """The test images (uint8 [N, 3, 32, 32]) as other cameras might have taken them."""
+    """Return the test images (uint8 [N, 3, 32, 32]) as under other conditions of light and camera."""
     from torchvision.io import decode_jpeg, encode_jpeg
     from torchvision.transforms import functional as F
 
@@ -142,7 +143,7 @@ def main() -> None:
         kept = ("accuracy", "recipe", "seconds", "commit", "resumed_from")
         report["resumed_from"] = {key: earlier[key] for key in kept if key in earlier}
     else:
-        some = torch.randperm(len(images))[:5000]  # the files are in the order of their classes
+        some = torch.randperm(len(images))[:5000]  # random, because the files are sorted by class
         model.whiten.weight.data = whitening(model.normalise(images[some]))
     seconds = 0.0
     for recipe, augment in stages:

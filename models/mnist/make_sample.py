@@ -1,6 +1,6 @@
-"""Draws sample.png: a 3 in blue ink on white paper, 200x200.
+"""Draw sample.png: a 3 in blue ink on white paper, 200x200.
 
-A little tilted, as a person might have written it; no font and no image of the data set is in it.
+It is slightly tilted, like handwriting. It contains no font and no image of a data set.
 
     python -m models.mnist.make_sample
 """
@@ -16,7 +16,7 @@ OVERSAMPLING = 4
 PAPER, INK = (252, 251, 247), (28, 44, 120)
 TILT = math.radians(7)  # clockwise
 PEN = (0.042, 0.058)  # width at the start and at the end of the stroke
-# cubic Bezier curves, one after the other, in a unit square with y downwards
+# successive cubic Bezier curves in the unit square; y points down
 STROKE = (
     ((0.30, 0.27), (0.38, 0.14), (0.68, 0.12), (0.66, 0.30)),
     ((0.66, 0.30), (0.65, 0.42), (0.54, 0.47), (0.43, 0.48)),
@@ -26,7 +26,7 @@ STROKE = (
 
 
 def pen_positions(steps: int = 200) -> Iterator[tuple[float, float, float]]:
-    """(x, y, width) along the stroke, tilted about the centre of the unit square."""
+    """Yield (x, y, width) along the stroke, tilted about the centre of the unit square."""
     for i, (a, b, c, d) in enumerate(STROKE):
         for step in range(steps):
             t = step / steps
@@ -41,7 +41,7 @@ def pen_positions(steps: int = 200) -> Iterator[tuple[float, float, float]]:
 
 
 def draw() -> Image.Image:
-    """RGB, 200x200, with smooth edges: drawn larger and shrunk."""
+    """Draw the digit, RGB, 200x200: larger first, then reduced, for smooth edges."""
     side = SIDE * OVERSAMPLING
     image = Image.new("RGB", (side, side), PAPER)
     pen = ImageDraw.Draw(image)

@@ -14,9 +14,9 @@ WIDTHS = (24, 48, 96)
 
 
 class DigitNet(nn.Module):
-    """Three blocks that halve the resolution, 28 to 3, and a linear layer: 7 M multiplications an image.
+    """Three blocks that halve the resolution, from 28 to 3, and a linear layer: 7 million multiplications per image.
 
-    Normalisation is in here, so that images travel to the device as bytes.
+    The model normalises the images itself, so that they are copied to the device as bytes.
     """
 
     mean: Tensor
@@ -32,11 +32,11 @@ class DigitNet(nn.Module):
         self.classify = nn.Linear(WIDTHS[-1] * 3 * 3, CLASSES)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [N, 1, H, W] -> float32, zero mean and unit variance over the training set."""
+        """Scale uint8 [N, 1, H, W] to float32, with zero mean and unit variance over the training set."""
         return (images.float() / 255 - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: uint8 [N, 1, 28, 28] (bright ink on dark ground) -> logits float32 [N, 10]."""
+        """Classify images, uint8 [N, 1, 28, 28] (bright ink on black) -> logits float32 [N, 10]."""
         return self.classify(self.blocks(self.normalise(images)).flatten(1))
 
 
@@ -53,11 +53,11 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def build() -> nn.Module:
-    """The trained model, on the CPU, in evaluation mode."""
+    """Return the trained model, on the CPU, in evaluation mode."""
     return load_weights(DigitNet(), FOLDER / "weights.safetensors")
 
 
 def example_inputs(batch_size: int) -> tuple[Tensor, ...]:
-    """Inputs of the served shape, for comparing an export with the eager model."""
+    """Return inputs of the served shape, to compare an export with the eager model."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(0, 256, (batch_size, 1, SIZE, SIZE), dtype=torch.uint8, generator=generator),)

@@ -1,6 +1,6 @@
-"""Trains the digit classifier on MNIST.
+"""Train the digit classifier on MNIST.
 
-Reads `MNIST/raw` in the data directory; torchvision downloads it there where there is none.
+This reads `MNIST/raw` in the data directory. If it is missing, torchvision downloads it there.
 
     make train MODEL=mnist
     python -m models.mnist.train --data-dir data --epochs 16
@@ -24,16 +24,16 @@ LABELS = [str(digit) for digit in range(CLASSES)]
 
 
 def load(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """uint8 [N, 1, 28, 28] and int64 [N] of "train" or "test"."""
+    """Load the split "train" or "test": uint8 [N, 1, 28, 28], and int64 [N]."""
     dataset = MNIST(data_dir, train=split == "train", download=True)
     return dataset.data.unsqueeze(1), dataset.targets
 
 
 class Augment:
-    """What other people's digits differ in: the hand, the pen, the camera.
+    """Vary what differs between images of digits: the handwriting, the pen, the camera.
 
-    Digits arrive cropped to their ink, fitted into 20x20 and centred by mass, as MNIST's were: size and place vary
-    little, the width and the strength of the strokes much. Every image gets its own amounts.
+    The handler crops digits to their ink, fits them into 20x20 and centres them by mass, as in MNIST. So size and
+    position vary little here, and the width and the darkness of the strokes vary much. Each image has its own amounts.
     """
 
     def __init__(self):
@@ -57,7 +57,7 @@ class Augment:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, 1, 28, 28] -> uint8 [N, 1, 28, 28]."""
+        """Augment images, uint8 [N, 1, 28, 28] -> uint8 [N, 1, 28, 28]."""
         with torch.no_grad():
             digits = self.hand(images.float() / 255)
             digits = self.camera(restroke(digits, share=0.5))
@@ -65,7 +65,7 @@ class Augment:
 
 
 def restroke(digits: Tensor, share: float) -> Tensor:
-    """A random `share` of the digits (float32 [N, 1, H, W]), their strokes up to two pixels thinner or thicker."""
+    """Make the strokes of a random `share` of the digits, float32 [N, 1, H, W], up to two pixels thinner or thicker."""
     from kornia.morphology import dilation, erosion
 
     pen = torch.ones(3, 3, device=digits.device)
@@ -76,7 +76,7 @@ def restroke(digits: Tensor, share: float) -> Tensor:
 
 
 def conditions(images: Tensor) -> dict[str, Tensor]:
-    """The test images (uint8 [N, 1, 28, 28]) as other hands, pens and cameras might have made them."""
+    """Return the test images (uint8 [N, 1, 28, 28]) as from other handwriting, pens and cameras."""
     from kornia.morphology import dilation, erosion
     from torchvision.transforms import functional as F
 

@@ -1,4 +1,4 @@
-"""A small ensemble of bags of tokens and token pairs, for the intent of a short text."""
+"""A small ensemble that classifies the intent of a short text from its tokens and pairs of tokens."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ FOLDER = Path(__file__).parent
 VOCABULARY = 5120
 INTENTS = 150
 WIDTH = 96
-BUCKETS = (4001, 4003, 4007)  # one number for each member, so that no two confuse the same pairs of tokens
+BUCKETS = (4001, 4003, 4007)  # a different number per member, so that different pairs of tokens collide in each
 PADDING = 0
 
 
 class Bag(nn.Module):
-    """Embeddings of the tokens and of the hashed pairs of neighbours, averaged, then a linear layer.
+    """The mean of the embeddings of all tokens and of all hashed pairs of neighbours, then a linear layer.
 
-    fastText (Joulin et al. 2016, "Bag of Tricks for Efficient Text Classification") over subword tokens.
+    This is fastText (Joulin et al. 2016, "Bag of Tricks for Efficient Text Classification") on subword tokens.
 
     Args:
-        buckets: how many embeddings the pairs share; a prime number, which spreads them evenly.
+        buckets: the number of embeddings for pairs; a prime number, which distributes them evenly.
     """
 
     def __init__(self, buckets: int):
@@ -36,7 +36,7 @@ class Bag(nn.Module):
         self.classify = nn.Linear(2 * WIDTH, INTENTS)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """int64 [N, T] twice -> float32 [N, 150]."""
+        """Compute logits: ids and mask, int64 [N, T] -> float32 [N, 150]."""
         ids = input_ids * attention_mask
         following = nn.functional.pad(ids[:, 1:], [0, 1])
         pair_buckets = (ids * self.tokens.num_embeddings + following) % self.pairs.num_embeddings
@@ -47,22 +47,22 @@ class Bag(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """The mean of the logits of bags that were trained apart."""
+    """The mean of the logits of bags that were trained separately."""
 
     def __init__(self):
         super().__init__()
         self.members = nn.ModuleList(Bag(buckets) for buckets in BUCKETS)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """int64 [N, T] twice -> float32 [N, 150]."""
+        """Compute logits: ids and mask, int64 [N, T] -> float32 [N, 150]."""
         return torch.stack([member(input_ids, attention_mask) for member in self.members]).mean(0)
 
 
 class IntentNet(nn.Module):
-    """150 intents, and a 151st class for the texts that none of them reaches.
+    """Classify texts into 150 intents and a 151st class, "out of scope".
 
-    The out-of-scope logit is a constant, the score that an intent has to beat ("max logit", Hendrycks et al. 2022,
-    arXiv 1911.11132). `train.py` fits it and the temperature on the validation split.
+    The out-of-scope logit is a constant: the threshold that the score of an intent must exceed ("max logit", Hendrycks
+    et al. 2022, arXiv 1911.11132). `train.py` fits the threshold and the temperature on the validation split.
     """
 
     threshold: Tensor
@@ -75,26 +75,26 @@ class IntentNet(nn.Module):
         self.register_buffer("temperature", torch.ones(1))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits of texts, each the same whatever it is padded to.
+        """Compute the logits of texts. They do not depend on the padding.
 
         Args:
             input_ids: int64 [N, T], from tokenizer.json.
             attention_mask: int64 [N, T], 1 for a token, 0 for padding.
 
         Returns:
-            float32 [N, 151], where the last one is "oos".
+            float32 [N, 151]; the last class is "oos".
         """
         logits = self.intents(input_ids, attention_mask)
         return torch.cat([logits, self.threshold.expand(len(logits), 1)], dim=1) / self.temperature
 
 
 def build() -> nn.Module:
-    """The trained model, on the CPU, in evaluation mode."""
+    """Return the trained model, on the CPU, in evaluation mode."""
     return load_weights(IntentNet(), FOLDER / "weights.safetensors")
 
 
 def example_inputs(batch_size: int) -> tuple[Tensor, ...]:
-    """Inputs of the served shape, for comparing an export with the eager model: texts of 1 to 24 tokens, padded."""
+    """Return inputs of the served shape, to compare an export with the eager model: 1 to 24 tokens, padded."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 25, (batch_size, 1), generator=generator)
     attention_mask = (torch.arange(int(lengths.max())) < lengths).long()

@@ -1,6 +1,6 @@
-"""Trains the intent classifier on CLINC150 (Larson et al. 2019), its tokenizer first.
+"""Train the tokenizer and the intent classifier on CLINC150 (Larson et al. 2019).
 
-Reads `clinc150/data_full.json` in the data directory; downloads it where it is missing.
+This reads `clinc150/data_full.json` in the data directory. If the file is missing, it is downloaded.
 
     make train MODEL=text
     python -m models.text.train --data-dir data --epochs 20
@@ -28,7 +28,7 @@ RECIPE = training.Recipe(
 SOURCE = "https://raw.githubusercontent.com/clinc/oos-eval/master/data/data_full.json"
 OUT_OF_SCOPE = "oos"
 MAX_TOKENS = 64
-KEPT = 0.95  # the share of in-scope texts that the out-of-scope threshold lets pass
+KEPT = 0.95  # the share of in-scope texts that the out-of-scope threshold accepts
 
 KEY_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 OPENINGS = ("hello", "hi", "hey", "hey there", "good morning", "excuse me", "ok", "so", "um", "well", "please",
@@ -37,21 +37,21 @@ CLOSINGS = ("please", "thanks", "thank you", "thank you very much", "cheers", "f
 
 
 def load(data_dir: Path) -> dict[str, list[tuple[str, str]]]:
-    """(text, intent) pairs of the splits "train", "val", "test", "oos_train", "oos_val" and "oos_test"."""
+    """Load the (text, intent) pairs of the splits "train", "val", "test", "oos_train", "oos_val" and "oos_test"."""
     file = data_dir / "clinc150" / "data_full.json"
     if not file.exists():
         try:
             response = requests.get(SOURCE, timeout=60)
             response.raise_for_status()
         except requests.RequestException as exc:
-            raise SystemExit(f"{file} is missing, and cannot be downloaded from {SOURCE}: {exc}") from exc
+            raise SystemExit(f"{file} is missing, and the download from {SOURCE} failed: {exc}") from exc
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(response.content)
     return {split: [(text, intent) for text, intent in rows] for split, rows in json.loads(file.read_text()).items()}
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-pair encoding of what is left of a text without case, accents, apostrophes and punctuation."""
+    """Train a byte-pair encoding. It ignores case, accents, apostrophes and punctuation."""
     tokenizer = Tokenizer(BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -73,13 +73,13 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, int64 [N, T], padded to the longest of `texts`."""
+    """Return input_ids and attention_mask, int64 [N, T], padded to the longest of `texts`."""
     encodings = tokenizer.encode_batch(texts)
     return torch.tensor([e.ids for e in encodings]), torch.tensor([e.attention_mask for e in encodings])
 
 
 def typo(text: str, rng: random.Random) -> str:
-    """`text` with one letter dropped, doubled, swapped with the next, or hit on the key beside it."""
+    """Drop, double or replace one letter, or swap it with the next one; a replacement is a neighbouring key."""
     i = rng.randrange(len(text))
     before, letter, after = text[:i], text[i], text[i + 1 :]
     row = next((row for row in KEY_ROWS if letter in row), letter)
@@ -88,15 +88,15 @@ def typo(text: str, rng: random.Random) -> str:
 
 
 class AlteredTexts:
-    """Batches of the training texts as other people would have typed them, altered anew every epoch.
+    """Batches of the training texts with typical variations, which differ in every epoch.
 
-    Half-and-half texts of two intents join the out-of-scope ones. Token boundaries vary too (BPE dropout, Provilkov et
-    al. 2020), so that the pieces of a misspelt word have been seen before; its generator cannot be seeded, which is
-    why two runs with one seed differ a little.
+    Mixtures of two texts with different intents are added to the out-of-scope texts. Token boundaries vary too (BPE
+    dropout, Provilkov et al. 2020), so that the model knows the pieces of misspelt words. The generator of BPE dropout
+    cannot be seeded, so two runs with the same seed differ slightly.
 
     Yields:
-        input_ids and attention_mask, int64 [N, T], and targets, float32 [N, 150]: one intent, or for a text that is
-        out of scope all of them alike (outlier exposure, Hendrycks et al. 2019).
+        input_ids and attention_mask, int64 [N, T], and targets, float32 [N, 150]: one-hot, or uniform for a text that
+        is out of scope (outlier exposure, Hendrycks et al. 2019).
     """
 
     def __init__(
@@ -104,24 +104,24 @@ class AlteredTexts:
         tokenizer: Tokenizer,
         texts: list[str],
         intents: Tensor,
-        strangers: list[str],
+        out_of_scope: list[str],
         batch_size: int,
         rng: random.Random,
     ):
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.model.dropout = 0.1
         self.texts, self.intents, self.batch_size, self.rng = texts, intents, batch_size, rng
-        self.strangers = strangers * 3
-        self.crossings = len(texts) // 8
+        self.out_of_scope = out_of_scope * 3
+        self.mixtures = len(texts) // 8
         one_hot = nn.functional.one_hot(intents, INTENTS).float()
-        alike = torch.full((len(self.strangers) + self.crossings, INTENTS), 1 / INTENTS)
-        self.targets = torch.cat([one_hot, alike])
+        uniform = torch.full((len(self.out_of_scope) + self.mixtures, INTENTS), 1 / INTENTS)
+        self.targets = torch.cat([one_hot, uniform])
 
     def __len__(self) -> int:
         return len(self.targets) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        texts = self.texts + self.strangers + [self.crossing() for _ in range(self.crossings)]
+        texts = self.texts + self.out_of_scope + [self.mixture() for _ in range(self.mixtures)]
         epoch = (*encode(self.tokenizer, [self.alter(text) for text in texts]), self.targets)
         for ids, mask, targets in training.Batches(*epoch, batch_size=self.batch_size, shuffle=True):
             longest = int(mask.sum(1).max())
@@ -136,17 +136,17 @@ class AlteredTexts:
             text = typo(text, self.rng)
         return text
 
-    def crossing(self) -> str:
-        """The first half of a text and the second half of one with another intent."""
+    def mixture(self) -> str:
+        """Join the first half of a text and the second half of a text with another intent."""
         first, second = self.rng.sample(range(len(self.texts)), 2)
         if self.intents[first] == self.intents[second]:
-            return self.crossing()
+            return self.mixture()
         head, tail = self.texts[first].split(), self.texts[second].split()
         return " ".join(head[: len(head) // 2] + tail[len(tail) // 2 :])
 
 
 class WordDropout:
-    """Replaces a tenth of the tokens with [UNK], so that no intent hangs on a single word."""
+    """Replace a tenth of the tokens by [UNK], so that no intent depends on a single word."""
 
     def __init__(self, unknown: int):
         self.unknown = unknown
@@ -156,7 +156,7 @@ class WordDropout:
 
 
 def conditions(texts: list[str]) -> dict[str, list[str]]:
-    """The test texts as they may also have been typed; the polite words are among those that training adds."""
+    """Return the test texts with typical variations; the polite words are among those that training adds."""
     rng = random.Random(0)
     return {
         "typo": [typo(text, rng) for text in texts],
@@ -168,10 +168,13 @@ def conditions(texts: list[str]) -> dict[str, list[str]]:
 
 @torch.inference_mode()
 def calibrate(model: IntentNet, ids: Tensor, mask: Tensor, targets: Tensor) -> None:
-    """Fits the out-of-scope threshold and the temperature (Guo et al. 2017) to the validation split.
+    """Fit the out-of-scope threshold and the temperature (Guo et al. 2017) to the validation split.
 
     Args:
-        targets: int64 [N], 150 where the text is out of scope.
+        model: to calibrate.
+        ids: int64 [N, T].
+        mask: int64 [N, T].
+        targets: int64 [N]; 150 for a text that is out of scope.
     """
     model.eval()
     model.threshold.copy_(scores(model, ids, mask)[targets < INTENTS].quantile(1 - KEPT))
@@ -182,7 +185,7 @@ def calibrate(model: IntentNet, ids: Tensor, mask: Tensor, targets: Tensor) -> N
 
 
 def scores(model: IntentNet, ids: Tensor, mask: Tensor) -> Tensor:
-    """float32 [N]: how surely each text is in scope."""
+    """Return the score of each text, float32 [N]: the higher, the more certainly the text is in scope."""
     return model.intents(ids, mask).amax(1)
 
 
@@ -190,7 +193,7 @@ def scores(model: IntentNet, ids: Tensor, mask: Tensor) -> Tensor:
 def out_of_scope_figures(
     model: IntentNet, inside: tuple[Tensor, Tensor], targets: Tensor, outside: tuple[Tensor, Tensor]
 ) -> dict:
-    """Recall of out-of-scope texts: with the threshold that the in-scope test texts call for, and as served."""
+    """Measure the recall of out-of-scope texts: with a threshold fitted to the in-scope test texts, and as served."""
     threshold = scores(model, *inside).quantile(1 - KEPT)
     answers, answers_outside = model(*inside).argmax(1), model(*outside).argmax(1)
     return {

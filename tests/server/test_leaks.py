@@ -158,7 +158,7 @@ def test_answers_to_malformed_http(leaky: Place, address, sent):
 @pytest.mark.parametrize(
     ("path", "sent", "echoed"),
     [
-        ("/predictions/text", {"json": {"a-field": 1}}, "Unknown field 'a-field'"),
+        ("/predictions/text", {"json": {"a-field": 1}}, 'Unknown field "a-field"'),
         ("/predictions/a-model", {"data": ""}, "Model not found: a-model"),
         (
             "/predictions/text",

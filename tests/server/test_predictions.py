@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from prometheus_client.parser import text_string_to_metric_families
 
 from bundle.catalog import ModelFolder, select
 from bundle.samples import first
 from bundle.server import grpc_client
+from tests.support import batches
 
 MODELS = {folder.name: folder for folder in select(["mnist", "image", "audio", "text"])}
 pytestmark = pytest.mark.parametrize("model", MODELS)
@@ -83,17 +83,6 @@ def test_grpc(served, model):
 ROUNDING = 0.02  # bfloat16 rounds otherwise in batches of another size, and each worker chooses its own precision
 
 
-def batches(served, model: str) -> tuple[float, float]:
-    """How many batches the model has answered, and how many requests were in them."""
-    exposed = requests.get(f"{served.url('metrics_address')}/metrics", timeout=30).text
-    samples = [sample for family in text_string_to_metric_families(exposed) for sample in family.samples]
-
-    def total(name: str) -> float:
-        return sum(one.value for one in samples if one.name == name and one.labels["ModelName"] == model)
-
-    return total("bundle_batch_size_count"), total("bundle_batch_size_sum")
-
-
 def test_a_poisoned_neighbour_changes_nothing(served, model):
     """Good and bad requests at the same time share batches: the good ones are answered as they are alone."""
     folder = MODELS[model]
@@ -103,11 +92,11 @@ def test_a_poisoned_neighbour_changes_nothing(served, model):
         return requests.post(url, data=content, timeout=30)
 
     alone = send(sample(folder)).json()
-    batches_before, requests_before = batches(served, model)
+    batches_before, requests_before = batches(served.url("metrics_address"), model)
     poison = b"\xff\xfe\xfd not an input \xff"
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(send, [sample(folder), poison] * 32))
-    batches_after, requests_after = batches(served, model)
+    batches_after, requests_after = batches(served.url("metrics_address"), model)
     assert requests_after - requests_before == len(answers)
     assert batches_after - batches_before <= len(answers) / 2, "too few requests shared a batch"
     for good, bad in zip(answers[::2], answers[1::2], strict=True):

@@ -77,7 +77,7 @@ def test_better_settings_are_found_and_written(
     assert new["handler"]["threads"] == best["threads"]
     tuned = ("batchSize", "maxBatchDelay", "minWorkers", "maxWorkers", "handler")
     assert {key: new[key] for key in new if key not in tuned} == {key: old[key] for key in old if key not in tuned}
-    assert "# requests that wait before further ones get 503" in (folder.path / "model-config.yaml").read_text()
+    assert "# maximum number of requests in the queue" in (folder.path / "model-config.yaml").read_text()
     assert b"<svg" in (folder.path / "tuning.svg").read_bytes()
     assert files(folder).keys() - before.keys() == {"tuning.json", "tuning.svg"}
 

@@ -32,6 +32,14 @@ def four_colours(width: int = 48, height: int = 32) -> Image.Image:
     return image
 
 
+def white_box(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
+    """A black PNG with one white box: x1, y1, x2, y2 in sixteenths of the sides."""
+    image = Image.new("L", (width, height))
+    x1, y1, x2, y2 = (share * side / 16 for share, side in zip(box, (width, height) * 2, strict=True))
+    ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), fill=255)
+    return encode_image(image, "PNG")
+
+
 def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 

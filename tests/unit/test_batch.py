@@ -146,7 +146,7 @@ def test_reduce_with_a_wrong_number_of_rows_fails_the_batch_and_logs_the_fix(
     answers = worker.predict([row(0), row(1)])
     assert [(status, body["type"]) for status, body in answers] == [(500, "InternalError")] * 2
     assert f"NumbersHandler.reduce returned {2 + change} rows for 2 samples" in caplog.text
-    assert "exactly one row a sample" in caplog.text
+    assert "exactly one row per sample" in caplog.text
 
 
 def test_predict_with_a_wrong_number_of_rows_fails_the_batch(

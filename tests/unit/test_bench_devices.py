@@ -1,25 +1,76 @@
 """`make bench-gpu`, on the CPU, which every machine has."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from bundle.build.dryrun import DryRun
+from handlers.core.batch import BatchHandler
 from loadtest.bench import devices
 from loadtest.bench.cases import CASES
 from loadtest.bench.devices import Timing, app, measure_case, rows
+from loadtest.bench.limit import dry_run
 from tests.programs import run
 
 
+class Watched(dict[str, list[int]]):
+    """How many samples each call of a worker's `decode` and `collate` had."""
+
+    def __init__(self, worker: DryRun):
+        super().__init__(decode=[], collate=[])
+        for name, samples in (("decode", lambda _: 1), ("collate", len)):
+            self.watch(worker.handler, name, samples)
+
+    def watch(self, handler: BatchHandler, name: str, samples: Callable[[object], int]) -> None:
+        method = getattr(handler, name)
+
+        def watched(argument: object) -> object:
+            self[name].append(samples(argument))
+            return method(argument)
+
+        setattr(handler, name, watched)
+
+    def clear(self) -> None:
+        for calls in self.values():
+            calls.clear()
+
+
+@pytest.fixture(scope="module")
+def text_worker() -> Iterator[DryRun]:
+    with dry_run(CASES["text"]) as worker:
+        yield worker
+
+
 @pytest.mark.slow
-def test_measure_case_on_the_cpu_times_each_batch_size():
-    timings = list(measure_case(CASES["text"], ["cpu"], (1, 8), seconds=0.5))
-    assert [(timing.batch, timing.device) for timing in timings] == [(1, "cpu"), (8, "cpu")]
-    for timing in timings:
-        assert 0 < timing.inference_seconds < timing.batch_seconds
-    alone, together = timings
-    assert together.rate > alone.rate  # otherwise nothing was batched
+def test_measure_case_on_the_cpu_times_whole_batches_of_each_size(monkeypatch: pytest.MonkeyPatch):
+    watched: list[Watched] = []
+
+    def watched_worker(*arguments: object) -> DryRun:
+        worker = dry_run(*arguments)
+        watched.append(Watched(worker))
+        return worker
+
+    monkeypatch.setattr(devices, "dry_run", watched_worker)
+    timings = []
+    for timing in measure_case(CASES["text"], ["cpu"], (1, 8), seconds=0.5):
+        timings.append((timing.batch, timing.device))
+        assert set(watched[0]["collate"]) == {timing.batch}, "the worker did not answer whole batches"
+        watched[0].clear()
+        assert timing.inference_seconds > 0
+        assert timing.batch_seconds > 0
+    assert timings == [(1, "cpu"), (8, "cpu")]
+
+
+@pytest.mark.slow
+def test_whole_batch_is_timed_with_decoding_and_inference_without(text_worker: DryRun):
+    watched = Watched(text_worker)
+    assert devices.whole(text_worker, CASES["text"], 8, seconds=0.1) > 0
+    assert len(watched["decode"]) == sum(watched["collate"])
+    watched.clear()
+    assert devices.inference(text_worker, CASES["text"], 8, seconds=0.1) > 0
+    assert (len(watched["decode"]), set(watched["collate"])) == (1, {8})
 
 
 def test_rows_compare_a_gpu_with_the_cpu_at_the_same_batch_size():
@@ -76,7 +127,7 @@ def test_run_after_one_that_measured_nothing_succeeds(tmp_path: Path):
 def test_run_without_a_gpu_names_the_alternative():
     ended = run(app)
     assert ended.status == 2
-    assert "There is no GPU '0' here" in ended.stderr
+    assert "There is no GPU '0'" in ended.stderr
     assert "DEVICES=cpu" in ended.stderr
 
 

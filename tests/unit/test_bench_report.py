@@ -11,7 +11,7 @@ from bundle import machine
 from bundle.errors import BundleError
 from bundle.load.generator import LoadResult
 from loadtest.bench import report
-from loadtest.bench.results import CONNECTIONS, Answer, Failure, Limit, Measurement, Results
+from loadtest.bench.results import CONNECTIONS, ComparedAnswer, Failure, Limit, Measurement, Results
 from loadtest.bench.runner import connections
 
 
@@ -113,9 +113,9 @@ def test_peer_that_fails_requests_is_not_the_best():
 
 def test_system_with_wrong_answers_is_marked_and_not_the_best():
     answers = [
-        Answer("text", "litserve", 1, (7, 0.9), (130, 0.99)),
-        Answer("text", "bentoml", 1, (130, 0.975), (130, 0.99)),
-        Answer("text", "bundle", 1, (130, 0.93), (130, 0.99)),
+        ComparedAnswer("text", "litserve", 1, (7, 0.9), (130, 0.99)),
+        ComparedAnswer("text", "bentoml", 1, (130, 0.975), (130, 0.99)),
+        ComparedAnswer("text", "bundle", 1, (130, 0.93), (130, 0.99)),
     ]
     held = results(
         measurement("bundle", 1000), measurement("litserve", 900), measurement("bentoml", 500), answers=answers
@@ -212,7 +212,7 @@ def test_results_read_back_are_equal(tmp_path: Path):
         measurement("bundle", 1000),
         measurement("litserve", 0, failed=3),
         measurement("bundle", 349, None, rate=350, rate_of="litserve"),
-        answers=[Answer("text", "litserve", 1, (7, 0.9), (130, 0.99))],
+        answers=[ComparedAnswer("text", "litserve", 1, (7, 0.9), (130, 0.99))],
         failures=[Failure("mlserver", None, None, "no", "log")],
     )
     held.save(tmp_path / "results.json")

@@ -222,8 +222,8 @@ def test_best_peers_rate_ignores_peers_with_wrong_answers(tmp_path: Path):
     other = {"top_k": [{"label": "balance", "class": 6, "probability": 0.99}]}
     run = runner(tmp_path, Small("bundle"), Small("right"), Small("wrong", other))
     run.measure_round(CASE, 1)
-    [revisit] = [one for one in run.results.measurements if one.rate and one.rate_of != one.system]
-    assert (revisit.system, revisit.rate_of) == ("bundle", "right")
+    [again] = [one for one in run.results.measurements if one.rate and one.rate_of != one.system]
+    assert (again.system, again.rate_of) == ("bundle", "right")
     assert any(one.rate_of == "wrong" for one in run.results.measurements)
 
 
@@ -235,7 +235,7 @@ def test_best_peers_rate_ignores_peers_that_fail_requests(tmp_path: Path):
     seen.remove(opened)
     seen.append(replace(opened, load=replace(opened.load, failed=opened.load.answered)))
     before = len(seen)
-    run.revisit(run.plan.systems[0], CASE, 1)
+    run.measure_at_peer_rate(run.plan.systems[0], CASE, 1)
     assert len(seen) == before
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from bundle.build.add_model import NewModel
 from loadtest.bench import paths, resnet
 from loadtest.bench.cases import CASES
-from loadtest.bench.paths import INGREDIENTS, ROOT
+from loadtest.bench.paths import GENERATED_FROM, ROOT
 from loadtest.bench.peers import Task, task
 from loadtest.bench.systems.base import Batching, batching
 from loadtest.bench.systems.torchserve import TorchServe
@@ -94,8 +94,8 @@ def test_interrupted_model_folder_is_removed(tmp_path: Path, monkeypatch: pytest
         def save(self, *_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(resnet.paths, "made", lambda: tmp_path)
-    for name, value in {"EXAMPLES": 1, "made": Path}.items():
+    monkeypatch.setattr(resnet.paths, "generated", lambda: tmp_path)
+    for name, value in {"EXAMPLES": 1, "generated": Path}.items():
         monkeypatch.setattr(resnet, name, value)
     monkeypatch.setattr("bundle.build.add_model.add_model", add_model)
     monkeypatch.setattr(resnet, "scene", lambda *_: Interrupted())
@@ -113,19 +113,19 @@ def test_interrupted_model_folder_is_removed(tmp_path: Path, monkeypatch: pytest
 
 def test_changed_recipe_is_built_in_another_folder(tmp_path: Path):
     """The settings of the model for photographs are changed in a copy of the benchmark."""
-    for file in ("loadtest/bench/paths.py", *INGREDIENTS):
+    for file in ("loadtest/bench/paths.py", *GENERATED_FROM):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes((ROOT / file).read_bytes())
 
-    def made() -> str:
-        code = "from loadtest.bench import paths; print(paths.made().name)"
+    def generated() -> str:
+        code = "from loadtest.bench import paths; print(paths.generated().name)"
         command = [sys.executable, "-c", code]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert made() == paths.made().name
+    assert generated() == paths.generated().name
     with (tmp_path / "loadtest/bench/resnet.py").open("a") as file:
         file.write("EXAMPLES = 44\n")
-    assert made() != paths.made().name
+    assert generated() != paths.generated().name
 
 
 @pytest.mark.parametrize("name", ["mnist", "audio", "text"])

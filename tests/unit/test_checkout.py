@@ -55,3 +55,9 @@ def test_autocrlf_leaves_scripts_that_parse(windows: Path):
 def test_binary_files_are_marked(suffix: str):
     shown = run("git", "check-attr", "text", "--", f"any{suffix}")
     assert shown.endswith("text: unset\n")
+
+
+def test_test_files_have_unique_names():
+    """Pytest cannot import two test files of one name, whatever their folders are."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -153,7 +153,7 @@ def test_invalid_argument_is_one_line_with_status_2(arguments: list[str], messag
         (loadtest, ["run", "--duration", "100ms"], "must be at least 1s"),
         (loadtest, ["run", "--users", "0"], "--users"),
         (loadtest, ["run", "--thresholds", "nonesuch.yaml"], "'nonesuch.yaml' does not exist"),
-        (loadtest, ["plot", "nonesuch"], "There is no nonesuch/run_record.json"),
+        (loadtest, ["plot", "nonesuch"], "nonesuch/run_record.json is missing"),
         (bench, ["--cases", "nonesuch"], "There is no case 'nonesuch'; there are: mnist"),
         (bench, ["--systems", "nonesuch"], "There is no system 'nonesuch'; there are: "),
         (bench, ["--concurrency", "1,0"], "'1,0' is not a list of whole numbers above 0"),

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from loadtest.answers import Failure, WrongAnswer
 from loadtest.errors import LoadTestError
 from loadtest.record import Record, Tally
 from loadtest.shapes import SHAPES, Load, levels
-from loadtest.thresholds import Limits, Outcome
+from loadtest.thresholds import Limits, ModelResult
 from tests.shipped import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,7 +206,7 @@ class TestRecord:
 
     @pytest.mark.parametrize("p99", [1987, 1999.9, 2000])
     def test_rounding_misses_no_threshold(self, p99: float):
-        outcome = Outcome("mnist", tally({p99: 100}), 10)
+        outcome = ModelResult("mnist", tally({p99: 100}), 10)
         assert thresholds.misses(outcome, Limits(p99_ms=2000)) == []
         [missed] = thresholds.misses(outcome, Limits(p99_ms=1900))
         assert missed.startswith("p99 was 19")
@@ -276,6 +278,11 @@ class TestPlot:
 
 
 class TestThresholds:
+    def test_shipped_thresholds_are_valid_for_another_models_folder(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("BUNDLE_MODELS", str(ROOT / "tests" / "models"))
+        shipped = thresholds.read(thresholds.FILE, targets.known_models())
+        assert shipped.of("price") == shipped.defaults
+
     def test_shipped_thresholds_are_valid_and_inherit_defaults(self):
         shipped = thresholds.read(thresholds.FILE, set(SHIPPED))
         assert shipped.of("mnist").wrong == 0  # a default
@@ -284,16 +291,16 @@ class TestThresholds:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("defaults: {p99: 5}", "no threshold 'p99'"),
+            ("defaults: {p99: 5}", "unknown threshold 'p99'"),
             ("defaults: {p99_ms: fast}", "'fast', and must be a number"),
             ("defaults: {wrong: true}", "True, and must be a number"),
             ("defaults: {p99_ms: .nan}", "must be a number"),
             ("defaults: {failures: 5}", "a share from 0 to 1"),
-            ("defaults: [1]", "no mapping"),
-            ("models: {mnits: {p99_ms: 5}}", "no model 'mnits'"),
-            ("limits: {}", "no 'limits'"),
+            ("defaults: [1]", "not a mapping"),
+            ("models: {mnits: {p99_ms: 5}}", "unknown model 'mnits'"),
+            ("limits: {}", "unknown section 'limits'"),
             ("a: [", "not valid YAML"),
-            ("text", "no mapping"),
+            ("text", "not a mapping"),
         ],
     )
     def test_invalid_thresholds_file_is_rejected(self, tmp_path: Path, text: str, message: str):
@@ -317,13 +324,49 @@ class TestThresholds:
         ],
     )
     def test_each_limit_is_met_and_missed(self, limits: Limits, met: Tally, missed: Tally):
-        assert thresholds.misses(Outcome("m", met, 10), limits) == []
-        assert len(thresholds.misses(Outcome("m", missed, 10), limits)) == 1
+        assert thresholds.misses(ModelResult("m", met, 10), limits) == []
+        assert len(thresholds.misses(ModelResult("m", missed, 10), limits)) == 1
 
     def test_arrival_rate_has_its_own_limit(self):
         limits = Limits(throughput=100, arrivals=0.95)
-        assert thresholds.misses(Outcome("m", tally({1: 100}), 10, asked=100), limits) == []
-        assert len(thresholds.misses(Outcome("m", tally({1: 90}), 10, asked=100), limits)) == 2
+        assert thresholds.misses(ModelResult("m", tally({1: 100}), 10, due=100), limits) == []
+        assert len(thresholds.misses(ModelResult("m", tally({1: 90}), 10, due=100), limits)) == 2
+
+
+def test_image_has_every_module_that_the_load_test_imports(tmp_path: Path):
+    """Each module of loadtest/ is imported with the files that docker/Dockerfile copies into the image, and no others.
+
+    The commands of loadtest/cli.py and the benchmark run beside the bundle.
+    """
+    stage = (ROOT / "docker" / "Dockerfile").read_text().partition(" AS locust\n")[2]
+    copied = [line.split()[1:-1] for line in stage.splitlines() if line.startswith("COPY ")]
+    for name in (name for names in copied for name in names if name.split("/")[0] in ("bundle", "loadtest")):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("bench", "__pycache__"))
+        else:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    modules = {file.stem for file in (tmp_path / "loadtest").glob("*.py")} - {"__init__", "__main__", "cli"}
+    assert {"locustfile", "report", "targets"} <= modules
+    code = f"""
+import importlib, sys
+for name in {sorted(modules)}:
+    importlib.import_module("loadtest." + name)
+print(*(name for name in sys.modules if name.partition(".")[0] in ("bundle", "handlers", "torch", "ts")))
+print(*(sys.modules[name].__file__ for name in ("bundle", "loadtest")))
+"""
+    # without site-packages' .pth files, which put this checkout on the path
+    packages = sysconfig.get_path("purelib")
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": packages},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    imported, files = run.stdout.splitlines()[-2:]
+    assert imported
+    assert all(name.startswith("bundle") for name in imported.split())
+    assert all(Path(file).is_relative_to(tmp_path) for file in files.split()), files
 
 
 def test_run_without_a_server_ends_with_status_3():

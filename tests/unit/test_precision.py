@@ -69,7 +69,7 @@ def test_wanted_precision_is_chosen_only_if_it_is_accurate(tmp_path: Path):
 
 @torch.inference_mode()
 def test_precision_outside_the_wanted_list_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("handlers.core.precision.natively", lambda *_: ["bfloat16"])
+    monkeypatch.setattr("handlers.core.precision.native_precisions", lambda *_: ["bfloat16"])
     seconds = {"float32": 1.0, "bfloat16": 0.1}
     monkeypatch.setattr(
         "handlers.core.precision.measure", lambda modules, *_: {name: seconds[name] for name in modules}

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from handlers.core import errors, inputs
 from handlers.core.classifier import ClassifierHandler
@@ -140,9 +140,9 @@ NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
         pytest.param({"body": {"instances": ["a"] * 5}}, TooManyInstances, "5 instances.*at most 4", id="too-many"),
         pytest.param({"body": {}}, MissingField, NAMES_THE_ACCEPTED, id="empty-json"),
         pytest.param({"body": {"top_k": 3}}, MissingField, NAMES_THE_ACCEPTED, id="options-only"),
-        pytest.param({"body": {"data": "a", "instances": ["a"]}}, MissingField, "Exactly one", id="both"),
-        pytest.param({"body": {"data": "a", "topk": 3}}, UnknownField, "'topk'.*top_k", id="unknown-field"),
-        pytest.param({"file": bytearray(b"a")}, UnknownField, f"'file'. {NAMES_THE_ACCEPTED}", id="unknown-form-field"),
+        pytest.param({"body": {"data": "a", "instances": ["a"]}}, MissingField, "exactly one", id="both"),
+        pytest.param({"body": {"data": "a", "topk": 3}}, UnknownField, '"topk".*top_k', id="unknown-field"),
+        pytest.param({"file": bytearray(b"a")}, UnknownField, f'"file". {NAMES_THE_ACCEPTED}', id="unknown-form-field"),
         pytest.param({'{"data": "' + "x" * 999: ""}, UnknownField, r"^.{0,60}\.\.\.", id="json-without-header"),
         pytest.param({"instances": bytearray(b"[1")}, InvalidJSON, NAMES_THE_ACCEPTED, id="form-instances-not-json"),
     ],
@@ -240,7 +240,7 @@ def test_several_inputs_are_read_by_name():
         ({"image": b"x", "caption": ""}, EmptyInput, "is empty"),
         ({"body": {"instances": [{"image": BASE64}]}}, MissingField, '"caption" is missing'),
         ({"body": {"instances": ["a"]}}, UnsupportedInput, "object with the fields image, caption, audio"),
-        ({"body": {"image": "x", "instances": []}}, MissingField, "exclude each other"),
+        ({"body": {"image": "x", "instances": []}}, MissingField, "not both"),
     ],
 )
 def test_incomplete_inputs_are_rejected(row: dict, error: type, message: str):
@@ -283,6 +283,48 @@ def test_invalid_option_is_rejected_with_its_valid_values(option: str, value: ob
         several.read({"image": b"x", "caption": "y", option: value}, {})
 
 
+class Interval(inputs.Options):
+    low: float = 0
+    high: float = 1
+
+    @model_validator(mode="after")
+    def check_order(self) -> "Interval":
+        if self.low > self.high:
+            raise ValueError("low must not be above high")
+        return self
+
+
+def test_options_rejected_by_a_validator_are_an_invalid_option():
+    reader = RequestReader(OneText, Interval, MAX_INSTANCES)
+    assert reader.read({"data": "a", "low": "0.5"}, {}).options == Interval(low=0.5)
+    with pytest.raises(InvalidOption, match="low must not be above high"):
+        reader.read({"data": "a", "low": "2"}, {})
+
+
+def test_inputs_rejected_by_a_validator_are_unsupported():
+    class Pair(inputs.Inputs):
+        first: int
+        second: int
+
+        @model_validator(mode="after")
+        def check_order(self) -> "Pair":
+            if self.first > self.second:
+                raise ValueError("first must not be above second")
+            return self
+
+    reader = RequestReader(Pair, inputs.Options, MAX_INSTANCES)
+    assert reader.read({"body": {"first": 1, "second": 2}}, {}).inputs == [Pair(first=1, second=2)]
+    with pytest.raises(UnsupportedInput, match="^The inputs are invalid: .*first must not be above second"):
+        reader.read({"body": {"first": 2, "second": 1}}, {})
+
+
+def test_null_for_an_optional_input_is_accepted():
+    request = several.read({"body": {"image": BASE64, "caption": "a dog", "audio": None}}, {})
+    assert request.inputs == [Several(image=b"hello", caption="a dog")]
+    with pytest.raises(UnsupportedInput, match="JSON null"):
+        several.read({"body": {"image": BASE64, "caption": None}}, {})
+
+
 class NoInputs(inputs.Inputs):
     pass
 
@@ -299,13 +341,18 @@ class ReservedName(inputs.Inputs):
     instances: Text
 
 
+class ReservedOption(inputs.Options):
+    instances: int = 1
+
+
 @pytest.mark.parametrize(
     ("declared_inputs", "declared_options", "named"),
     [
         (NoInputs, TopK, "NoInputs declares no field"),
         (OneText, NoDefault, "NoDefault.top_k has no default"),
-        (OneText, SameName, "OneText.data"),
-        (ReservedName, TopK, "ReservedName.instances"),
+        (OneText, SameName, "OneText or SameName: the name data is taken"),
+        (ReservedName, TopK, "ReservedName or ClassifierHandler.Options: the name instances is taken"),
+        (OneText, ReservedOption, "OneText or ReservedOption: the name instances is taken"),
     ],
 )
 def test_reader_of_an_invalid_declaration_raises(declared_inputs: type, declared_options: type, named: str):

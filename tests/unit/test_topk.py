@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from handlers.core.topk import rank, ranking
+from handlers.core.topk import best_classes, rank
 
 LABELS = [f"class {index}" for index in range(1000)]
 
@@ -28,7 +28,7 @@ def test_ranking_matches_numpy(logits: numpy.ndarray, data: st.DataObject):
     exponents = numpy.exp(logits.astype(numpy.float64) - logits.max(axis=1, keepdims=True))
     probabilities = exponents / exponents.sum(axis=1, keepdims=True)
     for row, expected in zip(rank(torch.from_numpy(logits), "logits"), probabilities, strict=True):
-        answer = ranking(row, k, LABELS)
+        answer = best_classes(row, k, LABELS)
         best = numpy.sort(expected)[::-1][:k]
         numpy.testing.assert_allclose([entry["probability"] for entry in answer], best, rtol=1e-4, atol=1e-30)
         classes = [entry["class"] for entry in answer]
@@ -55,7 +55,7 @@ def test_outputs_of_another_dtype_are_ranked_in_float32(dtype: torch.dtype):
 
 def test_probabilities_are_ranked_unchanged():
     probabilities = torch.tensor([[0.1, 0.7, 0.2]])
-    assert ranking(rank(probabilities, "probabilities")[0], 2, ["a", "b", "c"]) == [
+    assert best_classes(rank(probabilities, "probabilities")[0], 2, ["a", "b", "c"]) == [
         {"label": "b", "class": 1, "probability": pytest.approx(0.7)},
         {"label": "c", "class": 2, "probability": pytest.approx(0.2)},
     ]
@@ -65,12 +65,12 @@ def test_probabilities_are_ranked_unchanged():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_output_affects_only_its_own_row(value: float, outputs: str):
     spoilt, sound = rank(torch.tensor([[0.0, value, 0.2], [0.0, 1.0, 0.2]]), outputs)
-    assert not math.isfinite(ranking(spoilt, 1, LABELS)[0]["probability"])
-    assert ranking(sound, 1, LABELS)[0]["class"] == 1
+    assert not math.isfinite(best_classes(spoilt, 1, LABELS)[0]["probability"])
+    assert best_classes(sound, 1, LABELS)[0]["class"] == 1
 
 
 def test_minus_infinity_has_probability_zero():
-    assert ranking(rank(torch.tensor([[0.0, -math.inf]]), "logits")[0], 2, LABELS)[1]["probability"] == 0
+    assert best_classes(rank(torch.tensor([[0.0, -math.inf]]), "logits")[0], 2, LABELS)[1]["probability"] == 0
 
 
 def test_equal_scores_are_ranked_by_class():

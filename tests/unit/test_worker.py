@@ -184,7 +184,7 @@ def test_precision_that_does_not_run_is_logged(tmp_path: Path, caplog: pytest.Lo
 def test_int8_without_instructions_falls_back_to_float32(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(precision, "natively", lambda *_: [])
+    monkeypatch.setattr(precision, "native_precisions", lambda *_: [])
     torch.jit.script(nn.Linear(2, 2).eval()).save(tmp_path / "model.pt")
     shutil.copy(tmp_path / "model.pt", tmp_path / INT8_NAME)
     assert fastest(load(tmp_path / "model.pt"), "int8", CPU, (torch.ones(1, 2),), tmp_path)[0] == "float32"
@@ -208,7 +208,7 @@ def test_fixed_precision_freezes_one_module_only(wanted: str, tmp_path: Path, mo
 def test_auto_chooses_a_precision_that_saves_a_tenth_of_the_time(
     int8_seconds: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(precision, "natively", lambda *_: ["int8"])
+    monkeypatch.setattr(precision, "native_precisions", lambda *_: ["int8"])
     monkeypatch.setattr(precision, "measure", lambda *_: {"float32": 1.0, "int8": int8_seconds})
     torch.jit.script(nn.Linear(2, 2).eval()).save(tmp_path / "model.pt")
     shutil.copy(tmp_path / "model.pt", tmp_path / INT8_NAME)

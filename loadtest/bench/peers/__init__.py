@@ -1,11 +1,10 @@
-"""The same pipeline behind each peer: what runs in the peer's own environment.
+"""The reference pipeline behind each peer. These modules run in the peers' own environments.
 
     python -m loadtest.bench.peers.NAME PORT CASE BATCH_SIZE DELAY_MS
 
-Each peer runs with batching on, one worker for each core and one torch thread in each, except where trying another
-number of workers was faster (lit.py says where). One worker with two threads was tried for photographs with LitServe
-and BentoML, and was slower. Batch size and delay are those of the bundle's model folder, by the command line; they were
-not tuned for each peer.
+Each peer batches, and runs one worker with one torch thread for each core, except where another number of workers was
+faster (see lit.py). For photographs, LitServe and BentoML were slower with one worker of two threads. Batch size and
+delay are those of the bundle's model folder; they were not tuned for each peer.
 """
 
 import os
@@ -15,11 +14,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """What a peer is to serve.
+    """The task of a peer.
 
     Attributes:
-        batch_size: requests, at most.
-        delay: s that a batch waits to fill.
+        port: port of 127.0.0.1.
+        case: name of the case to serve.
+        batch_size: maximum number of requests in a batch.
+        delay: maximum wait for a batch to fill, in seconds.
     """
 
     port: int
@@ -29,13 +30,15 @@ class Task:
 
 
 def task() -> Task:
-    """What the command line says, and at least what leaves batching on: two requests (LitServe, BentoML), 1 ms
-    (MLServer).
+    """Read the task from the command line.
+
+    The batch size is at least 2 (LitServe, BentoML) and the delay at least 1 ms (MLServer), because these peers turn
+    batching off below.
     """
     port, case, batch_size, delay = sys.argv[1:]
     return Task(int(port), case, max(2, int(batch_size)), max(1, int(delay)) / 1000)
 
 
 def workers() -> int:
-    """One for each core."""
+    """Return the number of workers: one for each core."""
     return len(os.sched_getaffinity(0))

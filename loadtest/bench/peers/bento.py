@@ -1,4 +1,4 @@
-"""BentoML: https://docs.bentoml.com/en/latest/get-started/adaptive-batching.html"""
+"""The reference pipeline behind BentoML (https://docs.bentoml.com/en/latest/get-started/adaptive-batching.html)."""
 
 import base64
 import os
@@ -10,10 +10,10 @@ import bentoml
 from loadtest.bench.peers import task, workers
 from loadtest.bench.pipeline import Pipeline
 
-# BentoML imports this module by itself, in each worker, where there is no command line
+# each of BentoML's workers imports this module, without the command line
 CASE = os.environ.get("BENCH_CASE", "mnist")
 BATCH_SIZE = int(os.environ.get("BENCH_BATCH_SIZE", "2"))
-LATENCY = 60_000  # ms, its default: a request that is expected to wait for longer is refused
+LATENCY = 60_000  # ms, the default: BentoML rejects a request that it expects to wait longer
 
 
 @bentoml.service(workers=workers(), traffic={"timeout": 60}, logging={"access": {"enabled": False}})
@@ -27,9 +27,9 @@ class Model:
 
 
 if __name__ == "__main__":
-    asked = task()  # BentoML finds out by itself how long a batch waits: there is no setting for the delay
-    os.environ |= {"BENCH_CASE": asked.case, "BENCH_BATCH_SIZE": str(asked.batch_size)}
+    served = task()  # the delay is not used: BentoML adapts the wait for a batch itself
+    os.environ |= {"BENCH_CASE": served.case, "BENCH_BATCH_SIZE": str(served.batch_size)}
     os.environ |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(Path.cwd())}
     program = str(Path(sys.executable).with_name("bentoml"))
     service = "loadtest.bench.peers.bento:Model"
-    os.execv(program, [program, "serve", service, "--host", "127.0.0.1", "--port", str(asked.port)])
+    os.execv(program, [program, "serve", service, "--host", "127.0.0.1", "--port", str(served.port)])

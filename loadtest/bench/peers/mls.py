@@ -1,4 +1,4 @@
-"""MLServer: https://docs.seldon.ai/mlserver"""
+"""The reference pipeline behind MLServer (https://docs.seldon.ai/mlserver)."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ from loadtest.bench.pipeline import Pipeline
 
 
 class Model(MLModel):
-    """Takes BYTES as base64, and answers a string of JSON for each."""
+    """A model that takes BYTES as base64, and answers with a JSON string for each."""
 
     async def load(self) -> bool:
         self.pipeline = Pipeline(self.settings.parameters.extra["case"], threads=1)
@@ -29,26 +29,26 @@ class Model(MLModel):
         return InferenceResponse(model_name=self.name, outputs=[output])
 
 
-def configure(folder: Path, asked: Task) -> None:
-    """Writes what `mlserver start` reads."""
+def configure(folder: Path, served: Task) -> None:
+    """Write the settings that `mlserver start` reads."""
     grpc, metrics = free_ports(2)
     settings = {
         "host": "127.0.0.1",
-        "http_port": asked.port,
+        "http_port": served.port,
         "grpc_port": grpc,
         "metrics_port": metrics,
         "metrics_dir": str(folder / "metrics"),
         "environments_dir": str(folder / "environments"),
-        "debug": False,  # logs a line for each request
+        "debug": False,  # True logs a line for each request
         "gzip_enabled": False,
         "parallel_workers": workers(),
     }
     model = {
         "name": "model",
         "implementation": "loadtest.bench.peers.mls.Model",
-        "max_batch_size": asked.batch_size,
-        "max_batch_time": asked.delay,
-        "parameters": {"extra": {"case": asked.case}},
+        "max_batch_size": served.batch_size,
+        "max_batch_time": served.delay,
+        "parameters": {"extra": {"case": served.case}},
     }
     (folder / "metrics").mkdir()
     (folder / "settings.json").write_text(json.dumps(settings))

@@ -1,11 +1,11 @@
-"""Ray Serve: https://docs.ray.io/en/latest/serve"""
+"""The reference pipeline behind Ray Serve (https://docs.ray.io/en/latest/serve)."""
 
 import json
 import os
 import signal
 
-# Of what RAY_SERVE_THROUGHPUT_OPTIMIZED sets. Left out: gRPC between proxy and replicas, which was slower here, and the
-# ingress without a proxy, which needs a load balancer.
+# The settings of RAY_SERVE_THROUGHPUT_OPTIMIZED, without two: gRPC between proxy and replicas was slower, and ingress
+# without a proxy needs a load balancer.
 os.environ |= {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -21,8 +21,8 @@ from starlette.responses import Response
 
 from loadtest.bench.peers import Task, task, workers
 
-ONGOING = 2048  # requests that a replica accepts: more than there are clients
-OBJECT_STORE = 200_000_000  # bytes; requests do not pass through it
+ONGOING = 2048  # requests that a replica accepts; more than clients
+OBJECT_STORE = 200_000_000  # bytes; requests do not use it
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -30,12 +30,12 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
     num_replicas=workers(), max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": 0.5}, logging_config=QUIET
 )
 class Model:
-    def __init__(self, asked: Task):
-        from loadtest.bench.pipeline import Pipeline  # imports torch, in the replica only
+    def __init__(self, served: Task):
+        from loadtest.bench.pipeline import Pipeline  # imports torch, which only the replicas need
 
-        self.pipeline = Pipeline(asked.case, threads=1)
-        self.answer.set_max_batch_size(asked.batch_size)
-        self.answer.set_batch_wait_timeout_s(asked.delay)
+        self.pipeline = Pipeline(served.case, threads=1)
+        self.answer.set_max_batch_size(served.batch_size)
+        self.answer.set_batch_wait_timeout_s(served.delay)
 
     @serve.batch
     async def answer(self, bodies: list[bytes]) -> list[dict]:
@@ -46,7 +46,7 @@ class Model:
 
 
 if __name__ == "__main__":
-    asked = task()
+    served = task()
     ray.init(
         num_cpus=workers(),
         include_dashboard=False,
@@ -54,6 +54,6 @@ if __name__ == "__main__":
         _node_ip_address="127.0.0.1",
         _temp_dir=os.environ["TMPDIR"],
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": asked.port}, logging_config=QUIET)
-    serve.run(Model.bind(asked), route_prefix="/predict")
+    serve.start(http_options={"host": "127.0.0.1", "port": served.port}, logging_config=QUIET)
+    serve.run(Model.bind(served), route_prefix="/predict")  # type: ignore[attr-defined]  # added by the decorator
     signal.pause()

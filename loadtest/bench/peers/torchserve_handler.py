@@ -1,4 +1,4 @@
-"""TorchServe: a handler in the manner of examples/image_classifier/mnist, which decodes request after request."""
+"""TorchServe: a handler like that of its example for MNIST, which decodes one request after the other."""
 
 import torch
 from ts.torch_handler.base_handler import BaseHandler

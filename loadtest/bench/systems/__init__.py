@@ -5,6 +5,7 @@ from loadtest.bench.systems.bundle import Bundle
 from loadtest.bench.systems.peers import PEERS
 from loadtest.bench.systems.torchserve import TORCHSERVES
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (Bundle(), *TORCHSERVES, *PEERS)}
+_SYSTEMS: tuple[System, ...] = (Bundle(), *TORCHSERVES, *PEERS)
+SYSTEMS = {system.name: system for system in _SYSTEMS}
 
 __all__ = ["SYSTEMS", "Endpoint", "System"]

@@ -1,4 +1,4 @@
-"""What a system is to the runner: something to install, to serve a case with, and to ask."""
+"""The interface of a system: install it, serve a case with it, and send requests to it."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from loadtest.bench.cases import Case
 
 
 def first(answer: bytes) -> tuple[int, float]:
-    """The class that comes first in an answer of this project's form, and its probability.
+    """Return the first class and its probability in an answer in the form of the bundle.
 
     Raises:
         ValueError: the answer has another form.
@@ -28,11 +28,11 @@ def first(answer: bytes) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class Batching:
-    """How requests are put together.
+    """The batching of requests.
 
     Attributes:
-        size: requests, at most.
-        delay: ms that a batch waits to fill.
+        size: maximum number of requests in a batch.
+        delay: maximum wait for a batch to fill, in ms.
     """
 
     size: int
@@ -40,21 +40,22 @@ class Batching:
 
 
 def batching(case: Case) -> Batching:
-    """The bundle's own, out of the model's folder: all systems that batch do it so."""
+    """Return the batching in the case's model folder, which all systems with batching use."""
     config = ModelFolder(case.folder).config
     return Batching(config["batchSize"], config["maxBatchDelay"])
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where and how a served case is asked.
+    """The request for a served case, and the processes of its server.
 
     Attributes:
-        url: what to POST to.
-        body: the case's input in the wire form of this system.
+        url: the URL to POST to.
+        headers: the headers of every request.
+        body: the case's input in the form that this system takes.
         pid: the root of the server's process tree.
-        pids: further roots, of servers that are not one tree.
-        top: reads the first class and its probability out of an answer.
+        pids: roots of further process trees.
+        top: returns the first class and its probability of an answer.
     """
 
     url: str
@@ -66,24 +67,26 @@ class Endpoint:
 
 
 class System(Protocol):
-    name: str
+    @property
+    def name(self) -> str:
+        """The name in options and reports."""
 
     @property
     def version(self) -> str:
-        """The release that is measured."""
+        """The measured release."""
 
     def install(self) -> None:
-        """Makes the system's own environment; does nothing where it is up to date.
+        """Make the system's own environment, unless it is up to date.
 
         Raises:
             BundleError: its packages cannot be installed.
         """
 
     def serve(self, case: Case) -> AbstractContextManager[Endpoint]:
-        """Starts the system on a free port of 127.0.0.1 and waits until it has answered the case once.
+        """Start the system on a free port of 127.0.0.1, and wait until it has answered the case once.
 
-        All its processes are ended with the block, whatever happens in it.
+        At the end of the block, all its processes are ended.
 
         Raises:
-            BundleError: it did not start, or did not answer; the last lines of its log are the details.
+            BundleError: the system did not start or did not answer. The details are the last lines of its log.
         """

@@ -1,4 +1,4 @@
-"""The bundle as it is shipped: `python -m bundle serve MODEL`, with the settings of the model's own folder."""
+"""The bundle as shipped: `python -m bundle serve MODEL`, with the settings in the model's folder."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from loadtest.bench.cases import Case
 from loadtest.bench.systems.base import Endpoint, first
 from loadtest.bench.systems.processes import wait_for_answer, workplace
 
-RUN = "run"  # the folder of the server's record and logs, in its workplace
+RUN = "run"  # folder of the server's record and logs, in its workplace
 
 
 class Bundle:
@@ -23,7 +23,7 @@ class Bundle:
         return machine.commit()
 
     def install(self) -> None:
-        """It is in the environment that this runs in."""
+        """Do nothing: the benchmark runs in the bundle's own environment."""
 
     @contextmanager
     def serve(self, case: Case) -> Iterator[Endpoint]:

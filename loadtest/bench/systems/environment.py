@@ -1,4 +1,4 @@
-"""A virtual environment for each peer: its own packages, and torch from the bundle's."""
+"""A virtual environment for each peer, with its own packages and the bundle's torch."""
 
 import hashlib
 import shutil
@@ -15,10 +15,10 @@ REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 
 
 class Environment:
-    """build/bench/env/NAME, of requirements/NAME.txt.
+    """The environment build/bench/env/NAME with the packages of requirements/NAME.txt.
 
-    Torch and what the models need come from the environment that this runs in, behind the peer's own packages: so that
-    they are the same for all systems, and there once.
+    Torch and the other packages of the models come from the environment that the benchmark runs in, after the peer's
+    own packages. So they are the same for all systems and are installed once.
     """
 
     def __init__(self, name: str):
@@ -30,15 +30,15 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def version(self, package: str) -> str:
-        """The release that the requirements pin."""
+        """Return the version of a package that the requirements pin."""
         pins = dict(line.split("==") for line in self.requirements.read_text().split("\n") if "==" in line)
         return pins[package].split(" ")[0]
 
     def install(self) -> None:
-        """Does nothing where the environment is up to date.
+        """Make the environment, unless it is up to date.
 
         Raises:
-            BundleError: uv is missing, or it cannot install the requirements.
+            BundleError: uv is missing, or cannot install the requirements.
         """
         ours = sysconfig.get_path("purelib")
         wanted = hashlib.sha256(f"{sys.version} {ours}\n{self.requirements.read_text()}".encode()).hexdigest()
@@ -55,7 +55,7 @@ class Environment:
     def uv(self, *arguments: str) -> None:
         uv = Path(sys.executable).with_name("uv")
         if not uv.is_file():
-            raise BundleError(f"There is no {relative(uv)}. Install it: make dev")
+            raise BundleError(f"{relative(uv)} is missing. Install it: make dev")
         run = subprocess.run([uv, *arguments], capture_output=True, text=True)
         if run.returncode:
             raise BundleError(f"uv cannot make {relative(self.folder)}.", run.stderr)

@@ -1,4 +1,4 @@
-"""LitServe, BentoML, Ray Serve and MLServer: each runs `loadtest.bench.peers.NAME` in its own environment."""
+"""LitServe, BentoML, Ray Serve and MLServer; each runs `loadtest.bench.peers.NAME` in its own environment."""
 
 import base64
 import json
@@ -17,13 +17,13 @@ from loadtest.bench.systems.processes import wait_for_answer, workplace
 
 @dataclass(frozen=True)
 class Wire:
-    """How a server wants to be asked.
+    """The form of a server's requests and answers.
 
     Attributes:
-        path: of the URL.
-        content_type: of every request; None: the case's own.
-        pack: the case's input -> the body of a request.
-        top: see Endpoint.
+        path: path of the URL.
+        content_type: content type of every request; None for that of the case.
+        pack: converts the case's input to the body of a request.
+        top: returns the first class and its probability of an answer.
     """
 
     path: str = "/predict"
@@ -33,7 +33,7 @@ class Wire:
 
 
 def v2_request(body: bytes) -> bytes:
-    """The Open Inference Protocol's JSON: binary input as base64, a batch of one."""
+    """Return a request of the Open Inference Protocol in JSON: a batch of one input, as base64."""
     data = [base64.b64encode(body).decode()]
     return json.dumps({"inputs": [{"name": "input", "shape": [1], "datatype": "BYTES", "data": data}]}).encode()
 
@@ -43,7 +43,7 @@ def v2_first(answer: bytes) -> tuple[int, float]:
 
 
 def bento_request(body: bytes) -> bytes:
-    """BentoML's JSON: a batchable endpoint takes a list."""
+    """Return a request of BentoML in JSON: a batchable endpoint takes a list."""
     return json.dumps({"inputs": [base64.b64encode(body).decode()]}).encode()
 
 
@@ -52,20 +52,21 @@ def bento_first(answer: bytes) -> tuple[int, float]:
 
 
 def first_of(answer: bytes, ranking: Callable[[Any], Any]) -> tuple[int, float]:
-    """`first` of an answer that has the ranking further inside."""
+    """Return the first class and its probability of an answer that contains the ranking."""
     try:
         inside = json.dumps(ranking(json.loads(answer))).encode()
     except (KeyError, IndexError, TypeError, ValueError) as exc:
-        raise ValueError(f"The answer is not of this server's form: {answer[:200]!r}") from exc
+        raise ValueError(f"The answer is not in this server's form: {answer[:200]!r}") from exc
     return first(inside)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A server with an environment of its own.
+    """A server with its own environment.
 
     Attributes:
-        module: of `loadtest.bench.peers`, run with what its `task()` reads.
+        package: the package whose version is reported.
+        module: the module of `loadtest.bench.peers` that runs it.
     """
 
     name: str

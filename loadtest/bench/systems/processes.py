@@ -1,4 +1,4 @@
-"""Starting a server and ending everything that it has started."""
+"""Start a server, and end all processes that it has started."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,20 +17,22 @@ import requests
 from bundle.errors import BundleError
 from loadtest.bench.paths import ROOT, WORK
 
-MARK = "BENCH_PROCESS"  # an environment variable that finds a process again, even one that left its parent
+MARK = (
+    "BENCH_PROCESS"  # environment variable that identifies a server's processes, also those that have left their parent
+)
 LOGS = WORK / "logs"
 START_SECONDS = 180
-STOP_SECONDS = 5  # what ignores SIGTERM for so long is killed: LitServe's workers do
-LAST_LINES = 30  # of a log, shown when a server does not start
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they ask this program to end
+STOP_SECONDS = 5  # a process that ignores SIGTERM longer is killed, such as LitServe's workers
+LAST_LINES = 30  # lines of the log that are shown if a server does not start
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end this program
 
 
 class Workplace:
-    """Where one server lives: a folder of its own, a log, an environment that marks its processes.
+    """The folder, the log and the environment of one server.
 
     Attributes:
-        folder: temporary, with a short path, because sockets lie in it.
-        environment: of every process of the server.
+        folder: a temporary folder; its path is short because it contains sockets.
+        environment: environment variables of the server's processes; one of them marks these.
     """
 
     def __init__(self, name: str):
@@ -40,10 +42,10 @@ class Workplace:
         self.log = LOGS / f"{name}.log"
         self.log.write_bytes(b"")
         self.started: list[subprocess.Popen] = []
-        # what is set for this process is not meant for the servers
-        own = ("TS_", "BUNDLE_", "RUN_DIR", "PYTHON", "VIRTUAL_ENV", "OMP_", "MKL_", "BENCH_", "RAY_", "BENTOML_")
-        own += ("MLSERVER_",)
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+        # settings of this process are not meant for the servers
+        own = ("TS_", "BUNDLE_", "RUN_DIR", "PYTHON", "VIRTUAL_ENV", "OMP_", "MKL_")
+        peers = ("BENCH_", "RAY_", "BENTOML_", "MLSERVER_")
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(own + peers)}
         self.environment = inherited | {
             MARK: self.mark,
             "PYTHONPATH": str(ROOT),
@@ -52,8 +54,8 @@ class Workplace:
             "COLUMNS": "160",
         }
 
-    def start(self, command: list[str | Path], **environment: str) -> subprocess.Popen:
-        """Runs a command in the folder, its output in the log, out of reach of this terminal's Ctrl-C."""
+    def start(self, command: Sequence[str | Path], **environment: str) -> subprocess.Popen:
+        """Run a command in the folder, with its output in the log, unaffected by this terminal's Ctrl-C."""
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -77,10 +79,10 @@ class Workplace:
 
 @contextmanager
 def workplace(name: str) -> Iterator[Workplace]:
-    """A workplace; with the block ends every process that was started in it.
+    """Make a workplace; at the end of the block, end every process that was started in it.
 
     Args:
-        name: of the log file, in build/bench/logs.
+        name: name of the log file in build/bench/logs.
     """
     place = Workplace(name)
     try:
@@ -92,34 +94,34 @@ def workplace(name: str) -> Iterator[Workplace]:
 
 
 def end(place: Workplace) -> None:
-    """SIGTERM to all, so that a parent does not start its workers again; SIGKILL to what is left."""
+    """Send SIGTERM to all processes at once, so that no parent restarts its workers, then SIGKILL to the rest."""
     deadline = time.monotonic() + STOP_SECONDS
-    asked: set[int] = set()
+    terminated: set[int] = set()
     while left := place.processes():
         late = time.monotonic() > deadline
         for process in left:
             try:
                 if late:
                     process.kill()
-                elif process.pid not in asked:
-                    asked.add(process.pid)
+                elif process.pid not in terminated:
+                    terminated.add(process.pid)
                     process.terminate()
             except psutil.NoSuchProcess:
                 pass
         psutil.wait_procs(left, timeout=0.5)
         if time.monotonic() > deadline + STOP_SECONDS:
             break
-    for process in place.started:
-        process.poll()  # a child that nobody waits for stays a zombie
+    for child in place.started:
+        child.poll()  # otherwise an ended child stays a zombie
 
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """What asks this program to end during the block does so after it: no half of the processes is left behind."""
+    """Defer signals that end this program until after the block, so that it does not leave processes behind."""
     late = []
     try:
         before = {number: signal.signal(number, lambda number, _: late.append(number)) for number in ENDING}
-    except ValueError:  # not the main thread, which alone handles signals
+    except ValueError:  # only the main thread can handle signals
         yield
         return
     try:
@@ -146,13 +148,18 @@ def wait_for_answer(
     body: bytes,
     top: Callable[[bytes], tuple[int, float]],
 ) -> None:
-    """Asks until the server answers with a ranking.
+    """Send requests until the server answers with a ranking.
 
     Args:
-        server: the process that lives as long as the server does, where there is one.
+        place: the server's workplace.
+        server: the process that ends with the server; None if there is no such process.
+        url: the URL to POST to.
+        headers: the headers of the request.
+        body: the body of the request.
+        top: returns the first class of an answer.
 
     Raises:
-        BundleError: it ended, or did not answer within START_SECONDS.
+        BundleError: the server ended, or did not answer within START_SECONDS.
     """
     deadline = time.monotonic() + START_SECONDS
     last = "nothing"

@@ -1,4 +1,4 @@
-"""TorchServe as it is, with a handler in the manner of its own examples."""
+"""Stock TorchServe, with a handler like those of its examples."""
 
 import json
 import subprocess
@@ -22,15 +22,15 @@ from loadtest.bench.systems.base import Endpoint, batching, first
 from loadtest.bench.systems.processes import Workplace, wait_for_answer, workplace
 
 HANDLER = Path(__file__).parent.parent / "peers" / "torchserve_handler.py"
-QUEUE = 4096  # requests; more than there are clients; the default of 100 answers 503 to some of 256
+QUEUE = 4096  # requests; more than clients. With the default of 100, some of 256 clients get a 503
 
 
 @dataclass(frozen=True)
 class TorchServe:
-    """Its defaults, one worker for each core, and a queue that is long enough for the clients.
+    """TorchServe with its default settings, one worker for each core and a long enough queue.
 
     Attributes:
-        is_batched: as the bundle does it; otherwise requests are not batched, which is TorchServe's default.
+        is_batched: whether it batches as the bundle does; by default, TorchServe does not batch.
     """
 
     name: str
@@ -41,7 +41,7 @@ class TorchServe:
         return version("torchserve")
 
     def install(self) -> None:
-        """It is in the environment of the bundle."""
+        """Do nothing: it is installed in the bundle's environment."""
 
     @contextmanager
     def serve(self, case: Case) -> Iterator[Endpoint]:
@@ -60,7 +60,7 @@ class TorchServe:
             yield Endpoint(url, headers, case.body, java.pid)
 
     def configure(self, place: Workplace) -> int:
-        """Writes config.properties, and returns the port of inference. What is not in it keeps its default."""
+        """Write config.properties with free ports, and return the port of the inference API."""
         ports = free_ports(len(ADDRESSES) + len(GRPC_PORTS))
         lines = [f"{key}=http://127.0.0.1:{port}" for key, port in zip(ADDRESSES, ports, strict=False)]
         lines += [f"{key}={port}" for key, port in zip(GRPC_PORTS, ports[len(ADDRESSES) :], strict=True)]
