@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -55,6 +56,17 @@ def address(text: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise typer.BadParameter(f"{text!r} is not an address like 127.0.0.1:8083.")
     return host, int(port)
+
+
+def file_or_dash(text: str) -> Path:
+    """Parse the path of an existing file, or `-` for standard input.
+
+    Typer's own check does not know `-` for parameters of the type Path, although it has `allow_dash` (0.29.2).
+    """
+    file = Path(text)
+    if text != "-" and not file.is_file():
+        raise typer.BadParameter(f"file {text!r} does not exist.")
+    return file
 
 
 def model_names(incomplete: str) -> Iterator[str]:

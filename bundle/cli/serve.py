@@ -10,7 +10,7 @@ import typer
 
 from bundle.cli.build import build
 from bundle.cli.console import console, note, opening, progress
-from bundle.cli.parameters import Model, Models, Timeout, address
+from bundle.cli.parameters import Model, Models, Timeout, address, file_or_dash
 from bundle.errors import BundleError, NotRunning, UsageError
 
 if TYPE_CHECKING:
@@ -217,9 +217,8 @@ def rollout(
     archive: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
-            allow_dash=True,
+            parser=file_or_dash,
+            metavar="FILE",
             help="The new archive, - for standard input. By default, built from the model's folder.",
         ),
     ] = None,

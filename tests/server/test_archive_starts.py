@@ -89,4 +89,4 @@ def test_make_keygen_writes_a_pair_and_never_overwrites_it(tmp_path: Path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.key", "a.key.pub"]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode != 0
-    assert "exists, and keys are never overwritten" in again.stderr
+    assert "exists already, and keys are never overwritten" in again.stderr

@@ -110,6 +110,13 @@ def test_shell_completion_offers_commands_and_models():
 # --- exit statuses --------------------------------------------------------------------------------------------------
 
 
+def test_rollout_accepts_a_dash_for_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("COMPOSE", "false")
+    ended = programs.run(app, "rollout", "mnist", "--archive", "-")
+    assert (ended.status, ended.stderr) == (3, "error: TorchServe is not running. Start it: make serve, or make up\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -130,7 +137,7 @@ def test_shell_completion_offers_commands_and_models():
         (["add-model", "x", "--serialized", "nonesuch.pt", "--labels", SAMPLE], "'nonesuch.pt' does not exist"),
         (["add-model", "x", "--serialized", SAMPLE, "--labels", SAMPLE, "--mean", "0.5,x"], "is not a list of numbers"),
         (["add-model", "-x", "--serialized", SAMPLE, "--labels", SAMPLE], "No such option"),
-        (["add-model", "+x", "--serialized", SAMPLE, "--labels", SAMPLE], "'+x' is not a valid name for a model"),
+        (["add-model", "+x", "--serialized", SAMPLE, "--labels", SAMPLE], "Invalid model name '+x'"),
         (["--models-dir", "nonesuch", "status"], "'nonesuch' does not exist"),
     ],
 )
