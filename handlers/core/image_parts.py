@@ -18,7 +18,8 @@ PLAIN_PPM = (b"P1", b"P2", b"P3")  # pixels as text
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG: those with a segment, and the end of the image
 START_OF_SCAN, END_OF_IMAGE, TABLES, PHOTOSHOP = b"\xff\xda", b"\xff\xd9", b"\xff\xdb", b"\xff\xed"
 BYTES_OF_TABLE = 65  # of quantization
-PARTS_OF_PROFILE = 1000  # a PNG's colour profile decompresses to up to 1 MiB, which takes as long as 1,000 chunks
+READS_OF_CHUNK = 3  # of a PNG: its head, its data, its checksum
+READS_OF_PROFILE = 3000  # a PNG's colour profile decompresses to up to 1 MiB, which takes as long as 1,000 chunks
 LIST_TAGS = (  # Pillow iterates over their values
     TiffImagePlugin.BITSPERSAMPLE,
     TiffImagePlugin.COLORMAP,
@@ -47,6 +48,11 @@ class PartReader(io.BytesIO):
         return io.BytesIO.read(self, size)
 
 
+def open_parts(content: bytes, limit: int) -> io.BytesIO:
+    """Return the file to give to Pillow: one that limits the reads, unless `check_parts` has counted all of them."""
+    return io.BytesIO(content) if content.startswith(PNG) else PartReader(content, limit)
+
+
 def check_parts(content: bytes, max_parts: int, max_scans: int) -> None:
     """Check the parts that `PartReader` cannot count: one read returns many of them, or a C library reads them.
 
@@ -61,7 +67,7 @@ def check_parts(content: bytes, max_parts: int, max_scans: int) -> None:
                 f"The image has too many scans; at most {max_scans} are accepted. Save it again as a baseline JPEG."
             )
     elif content.startswith(PNG):
-        parts = count_chunks(content, max_parts)
+        parts = count_reads_of_chunks(content, max_parts)
     elif content.startswith(TIFF):
         parts = count_values(content, max_parts)
     elif content.startswith(PLAIN_PPM):
@@ -99,19 +105,19 @@ def count_segments(jpeg: bytes, limit: int) -> tuple[int, int]:
     return parts, scans
 
 
-def count_chunks(png: bytes, limit: int) -> int:
-    """Count chunks up to the end of the image, or until there are more than `limit`.
+def count_reads_of_chunks(png: bytes, limit: int) -> int:
+    """Count the reads that the chunks up to the end of the image take, or until there are more than `limit`.
 
-    A colour profile counts as the number of chunks that take as long as it.
+    A colour profile counts as the number of reads that take as long as it.
     """
-    parts, at = 0, len(PNG)
-    while at < len(png) and parts <= limit:
+    reads, at = READS_OF_CHUNK, len(PNG)  # those of the signature and of the last chunk, together
+    while at < len(png) and reads <= limit:
         name = png[at + 4 : at + 8]
         if name == b"IEND":
             break
-        parts += PARTS_OF_PROFILE if name == b"iCCP" else 1
+        reads += READS_OF_PROFILE if name == b"iCCP" else READS_OF_CHUNK
         at += 12 + int.from_bytes(png[at : at + 4], "big")
-    return parts
+    return reads
 
 
 def count_values(tiff: bytes, limit: int) -> int:

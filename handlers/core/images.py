@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from pydantic import BaseModel, Field
 
 from handlers.core.errors import ImageTooLarge, UndecodableImage
-from handlers.core.image_parts import PartReader, check_parts
+from handlers.core.image_parts import PartReader, check_parts, open_parts
 
 # Pillow's warnings about broken metadata differ from file to file: Python would log and keep every one of them
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -80,11 +80,11 @@ def open_image(content: bytes, settings: ImageLimits, enough: int | None = None)
     problem = "The input is not an image in a supported format (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF, ...)."
     try:
         check_parts(content, settings.max_parts, settings.max_scans)
-        reader = PartReader(content, settings.max_parts)
+        reader = open_parts(content, settings.max_parts)
         image = Image.open(reader, formats=FORMATS)
         problem = "The image is truncated or corrupt."
         check_size(image, settings)
-        if decodes_in_python(image):
+        if isinstance(reader, PartReader) and decodes_in_python(image):
             reader.left += 4 * image.width * image.height  # more reads than the pixels take
         if enough is not None:
             image.draft(None, (enough, enough))
