@@ -148,7 +148,7 @@ test-faults: dev  ## inject faults into a Docker stack and count failed requests
 soak: dev .venv/loadtest.done  ## load all models at 70 % for a long time and measure what grows (MINUTES=10 REPORT=1)
 	@$(BIN)/python -m tests.trials.soak $(call options,MINUTES) $(if $(REPORT),--write)
 
-lint: dev
+lint: dev .venv/loadtest.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
