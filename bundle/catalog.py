@@ -1,6 +1,7 @@
 """The model folders, in `models/` or in the folder that BUNDLE_MODELS names, and what each one declares."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,13 +9,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bundle.errors import BundleError, UsageError
 from bundle.paths import HANDLERS, models_dir, relative
 
 CONFIG_NAME = "model-config.yaml"
 LABELS_NAME = "index_to_name.json"
+PLAIN_MESSAGES = {  # of pydantic's kinds of error
+    "extra_forbidden": "unknown setting",
+    "string_type": "must be a string: put it in quotes",
+}
 
 
 class Section(BaseModel):
@@ -53,7 +58,7 @@ class BundleSection(Section):
     """The `bundle:` section of a model-config.yaml."""
 
     version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] = "1.0"
-    handler: Annotated[str, Field(pattern=r"^(\w+|\./\w+\.py)$")]  # in handlers/, or the folder's own: ./handler.py
+    handler: str  # in handlers/, or the folder's own: ./handler.py
     sample: str | None = None  # file in the folder that `make serve` sends to the model
     expect: str | None = None  # the label (for MNIST the class) that must come first in its answer
     files: list[str] = []  # further files that the handler needs, relative to the folder
@@ -63,6 +68,15 @@ class BundleSection(Section):
     served: Literal["always", "on request"] = "always"
     torchvision: TorchvisionSource | None = None
     serialized: SerializedSource | None = None
+
+    @field_validator("handler")
+    @classmethod
+    def check_handler(cls, handler: str) -> str:
+        if not re.fullmatch(r"\w+|\./\w+\.py", handler):
+            raise ValueError(
+                "write the name of a file in handlers/ without .py, or ./NAME.py for the folder's own file"
+            )
+        return handler
 
     @model_validator(mode="after")
     def check_examples(self) -> "BundleSection":
@@ -113,7 +127,8 @@ class ModelFolder:
         """Return the error that names each invalid value in a section of model-config.yaml."""
         wrong = []
         for each in error.errors():
-            key, message = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+            key = ".".join(map(str, each["loc"]))
+            message = PLAIN_MESSAGES.get(each["type"], each["msg"].removeprefix("Value error, "))
             wrong.append(f"{key}: {message}" if key else message)
         return BundleError(f"{relative(self.path / CONFIG_NAME)}, section {section}: {'; '.join(wrong)}")
 
@@ -209,9 +224,14 @@ def select(names: list[str]) -> list[ModelFolder]:
     """Return the folders with these names; without names, all that are always served.
 
     Raises:
-        UsageError: there is no folder of one of the names.
+        UsageError: the models folder has no model folders, or none of one of the names.
     """
     known = {folder.name: folder for folder in folders()}
+    if not known:
+        raise UsageError(
+            f"{relative(models_dir())} has no model folders. A model folder has a {CONFIG_NAME}. Set BUNDLE_MODELS, or "
+            "--models-dir, to the folder that contains the model folders."
+        )
     if unknown := [name for name in names if name not in known]:
         there = ", ".join(known) or "none"
         raise UsageError(f"There is no model {unknown[0]!r} in {relative(models_dir())}/; there are: {there}.")

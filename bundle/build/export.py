@@ -101,7 +101,13 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
             raise BundleError(f"There is no {relative(weights)}. Train the model first: {how}")
         with imports_from(folder.extra_files):
             model = import_model(folder.name, folder.existing("model.py"))
-            return model.build(), [model.example_inputs(size) for size in sizes]
+            inputs = [model.example_inputs(size) for size in sizes]
+            if not all(isinstance(each, tuple) for each in inputs):
+                raise BundleError(
+                    f"{relative(folder.path / 'model.py')}: example_inputs must return a tuple with one tensor for "
+                    f"each argument of the module's forward, not a {type(inputs[0]).__name__}."
+                )
+            return model.build(), inputs
     side = image_side(folder, handler)
     module = PreprocessedImages(classifier, mean, std)
     return module.eval(), [(random_images(size, len(mean), side),) for size in sizes]

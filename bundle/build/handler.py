@@ -1,6 +1,7 @@
 """The handler that a model folder names, imported in this process to learn what it is and what it takes."""
 
 import inspect
+from pathlib import Path
 from types import ModuleType
 
 from pydantic import ValidationError
@@ -44,11 +45,25 @@ def load_handler(folder: ModelFolder) -> BaseHandler | None:
         )
     handler = classes[0]()
     if isinstance(handler, BatchHandler):
+        check_methods(type(handler), file)
         try:
             handler.settings = handler.Settings.model_validate(handler_settings(folder))
         except ValidationError as exc:
             raise folder.invalid_section("handler", exc) from exc
     return handler
+
+
+def check_methods(handler: type[BatchHandler], file: Path) -> None:
+    """Check that a handler defines what `BatchHandler` leaves open.
+
+    Raises:
+        BundleError: a method is missing.
+    """
+    for name in ("decode", "example", "encode"):
+        if getattr(handler, name) is getattr(BatchHandler, name):
+            raise BundleError(
+                f"{relative(file)}: {handler.__name__} must define `{name}`. See handlers/README.md for an example."
+            )
 
 
 def classes_of(module: ModuleType) -> list[type]:

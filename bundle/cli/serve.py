@@ -175,10 +175,11 @@ def predict(
     from bundle.server.process import Server
 
     if file is None:
-        [folder] = catalog.select([model])
-        if folder.sample_file is None:
-            raise UsageError(f"{model} has no sample of its own. Name a file to send.")
-        file = folder.sample_file
+        file = next((folder.sample_file for folder in catalog.folders() if folder.name == model), None)
+        if file is None:
+            raise UsageError(
+                f"There is no sample of {model} in models/. Name a file to send: bundle predict {model} FILE"
+            )
     with opening(file):
         content = file.read_bytes()
     try:

@@ -168,20 +168,36 @@ def test_archive_with_two_listed_files_of_one_name_is_rejected(tmp_path: Path):
         archive(folder, tmp_path / "store")
 
 
-def test_handler_without_a_required_method_names_it(tmp_path: Path):
+@pytest.mark.parametrize("method", ["decode", "example", "encode"])
+def test_archive_of_a_handler_without_a_required_method_names_it(method: str, tmp_path: Path):
     shutil.copytree(MODELS / "price", tmp_path / "price")
     file = tmp_path / "price" / "handler.py"
-    file.write_text(file.read_text().replace("def example", "def other"))
-    mar = archive(ModelFolder(tmp_path / "price"), tmp_path / "store").path
-    with pytest.raises(NotImplementedError, match=r"PriceHandler must define `example`"):
-        DryRun(mar)
+    file.write_text(file.read_text().replace(f"def {method}", "def other"))
+    with pytest.raises(BundleError, match=f"handler.py: PriceHandler must define `{method}`"):
+        archive(ModelFolder(tmp_path / "price"), tmp_path / "store")
+
+
+def test_archive_with_example_inputs_that_are_not_a_tuple_says_what_to_return(tmp_path: Path):
+    shutil.copytree(MODELS / "price", tmp_path / "price")
+    file = tmp_path / "price" / "model.py"
+    file.write_text(file.read_text().replace("return (torch.rand(", "return torch.rand(").replace("(0)),)", "(0))"))
+    with pytest.raises(BundleError, match=r"model.py: example_inputs must return a tuple .* not a Tensor"):
+        archive(ModelFolder(tmp_path / "price"), tmp_path / "store")
+
+
+def test_archive_with_a_handler_file_that_is_not_a_path_says_how_to_write_it(tmp_path: Path):
+    shutil.copytree(MODELS / "price", tmp_path / "price")
+    config = tmp_path / "price" / "model-config.yaml"
+    config.write_text(config.read_text().replace("./handler.py", "handler.py"))
+    with pytest.raises(BundleError, match=r"section bundle: handler: write the name .* or \./NAME\.py"):
+        archive(ModelFolder(tmp_path / "price"), tmp_path / "store")
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ("handler:\n  threads: many\n", r"section handler: threads: Input should be a valid integer"),
-        ("handler:\n  thread: 1\n", r"section handler: thread: Extra inputs are not permitted"),
+        ("handler:\n  thread: 1\n", r"section handler: thread: unknown setting"),
         ("handler: 5\n", r"the section `handler:` must be a mapping"),
     ],
 )
