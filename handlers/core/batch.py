@@ -215,9 +215,7 @@ class BatchHandler(BaseHandler):
         """Serve a batch: one row per request -> one JSON text per request, in the same order."""
         self.context = context
         headers = [context.get_all_request_header(index) for index in range(len(data))]
-        arrivals: list[float | None] = [None] * len(data)
-        if self.behind_proxy:
-            arrivals = [proxy_arrival(each) for each in headers]
+        arrivals = [proxy_arrival(each) if self.behind_proxy else None for each in headers]
         first_arrival = min(filter(None, arrivals), default=None)
         if first_arrival is not None:
             self.metrics.observe("queue", time.time() - first_arrival)
@@ -296,9 +294,11 @@ class BatchHandler(BaseHandler):
         if cached := self.cache.get(slot.key):
             slot.body = cached
             return
+        samples = []  # the slot's only if all are decoded: part of an answer must be neither computed nor cached
         for each in request.inputs:
             deadline.check()
-            slot.samples.append(self.decode(each))
+            samples.append(self.decode(each))
+        slot.samples = samples
 
     def run(self, samples: list[Sample]) -> list[Part | ServingError]:
         """Run one batch. If it fails, run its halves, so that only the samples at fault are lost.

@@ -306,9 +306,19 @@ def test_repeated_input_is_answered_from_the_cache(worker: DryRun, caplog: pytes
         worker.handler.cache = AnswerCache(0)
 
 
-def test_batch_without_valid_inputs_runs_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture):
+def test_rejected_instances_leave_nothing_in_the_cache(worker: DryRun):
+    half_good = {"body": {"instances": ["1,1,1,-1", "1,2"]}}
+    worker.handler.cache = AnswerCache(2)
+    try:
+        assert [worker.predict([half_good])[0][0] for _ in range(2)] == [400, 400]
+    finally:
+        worker.handler.cache = AnswerCache(0)
+
+
+@pytest.mark.parametrize("body", [b"", {"instances": ["1,1,1,-1", "1,2"]}])
+def test_batch_without_valid_requests_runs_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture, body: object):
     with caplog.at_level(logging.INFO):
-        worker.predict([{"body": b""}])
+        worker.predict([{"body": body}])
     assert "bundle_decode_seconds" in caplog.text
     assert "bundle_inference_seconds" not in caplog.text
 
