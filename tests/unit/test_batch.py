@@ -157,6 +157,16 @@ def test_predict_with_a_wrong_number_of_rows_fails_the_batch(
     assert "predict returned 1 rows for 2 samples" in caplog.text
 
 
+def test_request_that_was_rejected_keeps_its_error_when_its_batch_fails(
+    worker: DryRun, monkeypatch: pytest.MonkeyPatch
+):
+    def predict(samples: list) -> list:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(worker.handler, "predict", predict)
+    assert [status for status, _ in worker.predict([row(0), {"body": b""}])] == [500, 400]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("nested", [False, True])
 def test_answer_with_a_non_finite_number_is_replaced_by_an_error(
