@@ -82,7 +82,7 @@ def torchserve() -> Path:
     found = find_spec("ts")
     if found is None or found.origin is None:
         raise ModuleNotFoundError("TorchServe is not installed. Install it: make setup")
-    return Path(found.origin).parents[1]
+    return Path(found.origin).resolve().parents[1]  # as the system reports a process's own folder
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def headers(file: Path) -> dict[str, str]:
 def grpc_fields(file: Path) -> dict[str, bytes]:
     """Return the fields that carry a file over gRPC, where no header says that it is JSON.
 
-    A JSON object is sent field by field: strings as they are, other values as JSON. All else is the field "data".
+    A JSON object is sent field by field: strings as they are, other values as JSON. All else is the field "body",
+    which is what a raw body becomes over HTTP: the model's input, whatever its name.
 
     Raises:
         ValueError: the file's name ends in .json and its content is not JSON.
@@ -32,7 +33,7 @@ def grpc_fields(file: Path) -> dict[str, bytes]:
     content = file.read_bytes()
     body = json.loads(content) if headers(file) else None
     if not isinstance(body, dict):
-        return {"data": content}
+        return {"body": content}
     return {name: (value if isinstance(value, str) else json.dumps(value)).encode() for name, value in body.items()}
 
 

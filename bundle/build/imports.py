@@ -9,7 +9,9 @@ from types import ModuleType
 
 
 def import_file(name: str, file: Path) -> ModuleType:
-    """Import a file as a module of this name, without adding it to `sys.modules`.
+    """Import a file as a module of this name, which is in `sys.modules` only while the file's code runs.
+
+    Dataclasses and pydantic look it up there when they resolve annotations that are strings.
 
     Raises:
         Exception: the file's code raised it.
@@ -18,7 +20,14 @@ def import_file(name: str, file: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.modules.pop(name, None)
+        if before is not None:
+            sys.modules[name] = before
     return module
 
 
@@ -26,10 +35,11 @@ def import_file(name: str, file: Path) -> ModuleType:
 def imports_from(paths: Iterable[Path]) -> Iterator[None]:
     """Make these modules and packages importable in the block, each by its file's name, as in a fresh worker.
 
-    They take precedence over modules of the same name, which come back after the block.
+    They take precedence over modules of the same name, which come back after the block. Other files are data: a
+    `torch.json` must not unload torch.
     """
     paths = list(paths)
-    names = {path.stem for path in paths}
+    names = {path.stem for path in paths if path.suffix == ".py" or path.is_dir()}
     folders = list(dict.fromkeys(str(path.parent) for path in paths))
 
     def withdraw() -> dict[str, ModuleType]:

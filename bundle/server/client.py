@@ -179,14 +179,18 @@ def check_sample(client: Client, folder: ModelFolder, version: str | None = None
         raise BundleError(
             f"{folder.name} answered its own sample {folder.bundle.sample} with {answer.status_code}.", answer.text
         )
-    best = first(answer.json())
+    try:
+        body = answer.json()
+    except requests.JSONDecodeError:  # as a handler without the template may answer
+        body = None
+    best = first(body)
     label = best.label if best else None
     if folder.bundle.expect is not None and label != folder.bundle.expect:
         came = repr(label) if best else "an answer that is not a ranking"
         raise BundleError(
             f"{folder.name} answered its own sample {folder.bundle.sample} with {came}, "
             f"and its {folder.name}/model-config.yaml expects {folder.bundle.expect!r}.",
-            json.dumps(answer.json(), indent=2),
+            answer.text if body is None else json.dumps(body, indent=2),
         )
     return label
 

@@ -100,7 +100,8 @@ class Server:
     """
 
     def __init__(self, run_dir: Path | None = None, settings: Settings | None = None):
-        self.run_dir = run_dir or Path(os.environ.get("RUN_DIR", ROOT / "build" / "run"))
+        # absolute, because TorchServe starts in it, and would look for a relative folder of logs inside
+        self.run_dir = (run_dir or Path(os.environ.get("RUN_DIR", ROOT / "build" / "run"))).absolute()
         self.settings = settings or Settings()
         self.store = ROOT / self.settings["model_store"]
         self.logs = self.run_dir / "logs"
@@ -112,16 +113,19 @@ class Server:
         """Lock the run folder against other commands that start or stop its server.
 
         Raises:
-            BundleError: another command holds the lock.
+            BundleError: another command holds the lock, or this user cannot write in the folder.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.run_dir / "lock", timeout=0):
-                yield
+            held = FileLock(self.run_dir / "lock").acquire(timeout=0)
         except Timeout as exc:
             raise BundleError(
                 "Another `make serve`, `make stop` or `make tune` is running here. Wait until it has ended."
             ) from exc
+        except OSError as exc:
+            raise BundleError(f"Cannot write {exc.filename}: {exc.strerror}. Set RUN_DIR to another folder.") from exc
+        with held:
+            yield
 
     def running(self) -> Running | None:
         """Return this run folder's server; None if it does not run."""

@@ -73,7 +73,6 @@ class BatchHandler(BaseHandler):
     Settings: type[settings.Settings] = settings.Settings  # a subclass with its own also declares `settings: Settings`
     Inputs: type[inputs.Inputs] = inputs.Inputs
     Options: type[inputs.Options] = inputs.Options
-
     model: torch.jit.ScriptModule
 
     def __init__(self):
@@ -215,15 +214,14 @@ class BatchHandler(BaseHandler):
         """Serve a batch: one row per request -> one JSON text per request, in the same order."""
         self.context = context
         headers = [context.get_all_request_header(index) for index in range(len(data))]
-        arrivals: list[float | None] = [None] * len(data)
-        if self.behind_proxy:
-            arrivals = [proxy_arrival(each) for each in headers]
+        arrivals = [proxy_arrival(each) if self.behind_proxy else None for each in headers]
         first_arrival = min(filter(None, arrivals), default=None)
         if first_arrival is not None:
             self.metrics.observe("queue", time.time() - first_arrival)
         self.metrics.count_batch(len(data))
+        slots = [Slot() for _ in data]
         try:
-            slots = self.serve(data, headers, arrivals)
+            self.serve(slots, data, headers, arrivals)
         except MemoryError:
             raise  # TorchServe's worker responds 507
         except Exception as exc:
@@ -231,7 +229,8 @@ class BatchHandler(BaseHandler):
                 logger.exception("the device failed under %s: this worker exits", self.context.model_name)
                 raise SystemExit(1) from exc
             logger.exception("a bug failed a batch of %s", self.context.model_name)
-            slots = [Slot(error=internal_error("this batch of requests")) for _ in data]
+            for slot in [each for each in slots if not each.body and each.error is None]:
+                slot.error = internal_error("this batch of requests")
         bodies = self.postprocess(slots)
         if first_arrival is not None:
             self.metrics.observe("request", time.time() - first_arrival)
@@ -239,10 +238,10 @@ class BatchHandler(BaseHandler):
         memory.trim()
         return bodies
 
-    def serve(self, data: list[dict], headers: list[Mapping], arrivals: list[float | None]) -> list[Slot]:
+    def serve(self, slots: list[Slot], data: list[dict], headers: list[Mapping], arrivals: list[float | None]) -> None:
         """Run the stages, each timed: the predictions as one batch, then the explanations one by one."""
         with self.metrics.timed("decode"):
-            slots = self.preprocess(data, headers, arrivals)
+            self.preprocess(slots, data, headers, arrivals)
         predicted = [slot for slot in slots if slot.samples and not slot.explained]
         predictions: list[object] = []
         if predicted:
@@ -253,17 +252,16 @@ class BatchHandler(BaseHandler):
         for slot in slots:
             if slot.samples and slot.explained:
                 self.isolate(slot, self.explain_slot)
-        return slots
 
-    def preprocess(self, data: list[dict], headers: list[Mapping], arrivals: list[float | None]) -> list[Slot]:
+    def preprocess(
+        self, slots: list[Slot], data: list[dict], headers: list[Mapping], arrivals: list[float | None]
+    ) -> None:
         """Read and decode each request separately."""
-        slots = [Slot() for _ in data]
         deadline = admission.Deadline.after(self.settings.max_decode_seconds)
         if len(data) < self.batch_size:
             arrivals = [None] * len(data)  # in a batch that is not full, no request waits for a late one
         for slot, row, own_headers, arrival in zip(slots, data, headers, arrivals, strict=True):
             self.isolate(slot, self.open_slot, row, own_headers, deadline, arrival)
-        return slots
 
     def isolate(self, slot: Slot, stage: Callable[..., None], *arguments: object) -> None:
         """Run a stage of one request. If it fails, only this request fails."""
@@ -296,9 +294,11 @@ class BatchHandler(BaseHandler):
         if cached := self.cache.get(slot.key):
             slot.body = cached
             return
+        samples = []  # the slot's only if all are decoded: part of an answer must be neither computed nor cached
         for each in request.inputs:
             deadline.check()
-            slot.samples.append(self.decode(each))
+            samples.append(self.decode(each))
+        slot.samples = samples
 
     def run(self, samples: list[Sample]) -> list[Part | ServingError]:
         """Run one batch. If it fails, run its halves, so that only the samples at fault are lost.

@@ -11,7 +11,7 @@ The fields are defined only here. Reading, error messages and the cache's key ar
 
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
@@ -88,9 +88,26 @@ Text = Annotated[str, Kind("text", text)]
 
 
 def kind_of(field: FieldInfo) -> Kind | None:
-    """Return the kind that a field of `Inputs` declares, or None for JSON."""
-    nested = [entry for each in get_args(field.annotation) for entry in get_args(each)]  # of `Image | None`
-    return next((entry for entry in [*field.metadata, *nested] if isinstance(entry, Kind)), None)
+    """Return the kind that a field of `Inputs` declares, or None for JSON.
+
+    Raises:
+        TypeError: a kind is inside of another type, such as `list[Image]`, where nothing would decode the base64.
+    """
+    choices = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else ()
+    nested = [entry for each in choices for entry in get_args(each)]  # of `Image | None`
+    kind = next((entry for entry in [*field.metadata, *nested] if isinstance(entry, Kind)), None)
+    if kind is None and (inner := next(kinds_within(field.annotation), None)):
+        raise TypeError(
+            f"{field.annotation} has the kind {inner.name} inside. Declare strings instead, and decode them in `decode`"
+        )
+    return kind
+
+
+def kinds_within(annotation: object) -> Iterator[Kind]:
+    for argument in get_args(annotation):
+        if isinstance(argument, Kind):
+            yield argument
+        yield from kinds_within(argument)
 
 
 def describe_option(field: FieldInfo) -> str:

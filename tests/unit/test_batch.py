@@ -157,6 +157,16 @@ def test_predict_with_a_wrong_number_of_rows_fails_the_batch(
     assert "predict returned 1 rows for 2 samples" in caplog.text
 
 
+def test_request_that_was_rejected_keeps_its_error_when_its_batch_fails(
+    worker: DryRun, monkeypatch: pytest.MonkeyPatch
+):
+    def predict(samples: list) -> list:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(worker.handler, "predict", predict)
+    assert [status for status, _ in worker.predict([row(0), {"body": b""}])] == [500, 400]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("nested", [False, True])
 def test_answer_with_a_non_finite_number_is_replaced_by_an_error(
@@ -306,9 +316,19 @@ def test_repeated_input_is_answered_from_the_cache(worker: DryRun, caplog: pytes
         worker.handler.cache = AnswerCache(0)
 
 
-def test_batch_without_valid_inputs_runs_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture):
+def test_rejected_instances_leave_nothing_in_the_cache(worker: DryRun):
+    half_good = {"body": {"instances": ["1,1,1,-1", "1,2"]}}
+    worker.handler.cache = AnswerCache(2)
+    try:
+        assert [worker.predict([half_good])[0][0] for _ in range(2)] == [400, 400]
+    finally:
+        worker.handler.cache = AnswerCache(0)
+
+
+@pytest.mark.parametrize("body", [b"", {"instances": ["1,1,1,-1", "1,2"]}])
+def test_batch_without_valid_requests_runs_no_inference(worker: DryRun, caplog: pytest.LogCaptureFixture, body: object):
     with caplog.at_level(logging.INFO):
-        worker.predict([{"body": b""}])
+        worker.predict([{"body": body}])
     assert "bundle_decode_seconds" in caplog.text
     assert "bundle_inference_seconds" not in caplog.text
 

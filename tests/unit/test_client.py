@@ -187,6 +187,20 @@ def test_failed_answer_to_the_sample_is_shown(httpserver: HTTPServer, client: Cl
     assert caught.value.details == "out of memory"
 
 
+def test_answer_to_the_sample_that_is_not_json_is_no_ranking(httpserver: HTTPServer, client: Client, tmp_path: Path):
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    (folder / "sample.txt").write_text("21")
+    config = "bundle: {handler: ./handler.py, sample: sample.txt}\n"
+    (folder / "model-config.yaml").write_text(config)
+    httpserver.expect_request("/predictions/plain").respond_with_data("forty-two")
+    assert check_sample(client, ModelFolder(folder)) is None
+    (folder / "model-config.yaml").write_text(config.replace("sample.txt}", "sample.txt, expect: cat}"))
+    with pytest.raises(BundleError, match="an answer that is not a ranking") as caught:
+        check_sample(client, ModelFolder(folder))
+    assert caught.value.details == "forty-two"
+
+
 def test_model_without_a_sample_is_not_asked(httpserver: HTTPServer, client: Client, tmp_path: Path):
     (tmp_path / "model-config.yaml").write_text("bundle: {handler: mnist}")
     assert check_sample(client, ModelFolder(tmp_path)) is None

@@ -1,10 +1,12 @@
-"""Imports between the packages of `bundle/` go one way, as bundle/README.md says."""
+"""Imports between the packages of `bundle/` go one way, as bundle/README.md says; a user's files can be imported."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
+from bundle.build.imports import import_file, imports_from
 from bundle.paths import ROOT
 
 ALLOWED = {
@@ -62,3 +64,27 @@ def test_bundle_imports_no_model_folder():
 def test_import_inside_a_function_is_found(tmp_path: Path):
     (tmp_path / "file.py").write_text("def f():\n    from bundle.server import process\n    from bundle import mar\n")
     assert packages_imported([tmp_path / "file.py"]) == {"server"}
+
+
+@pytest.mark.parametrize("present", [None, pytest])
+def test_imported_file_can_define_a_dataclass_with_annotations_that_are_strings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, present: object
+):
+    if present:
+        monkeypatch.setitem(sys.modules, "a_users_file", present)
+    file = tmp_path / "model.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Size:\n    side: int = 8\n"
+    )
+    assert import_file("a_users_file", file).Size().side == 8
+    assert sys.modules.get("a_users_file") is present
+
+
+def test_file_of_data_with_the_name_of_a_module_leaves_the_module(tmp_path: Path):
+    import torch
+
+    file = tmp_path / "torch.json"
+    file.write_text("{}")
+    with imports_from([file]):
+        assert sys.modules["torch"] is torch

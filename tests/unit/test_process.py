@@ -246,6 +246,18 @@ def test_lock_excludes_other_commands_until_it_is_released(server: Server):
         pass
 
 
+def test_lock_in_a_folder_that_cannot_be_written_names_it(server: Server):
+    (server.run_dir / "lock").mkdir(parents=True)  # root may write everywhere, but not into a folder as into a file
+    with pytest.raises(BundleError, match=r"Cannot write .*/lock: .*\. Set RUN_DIR to another folder"), server.lock():
+        pass
+
+
+def test_run_folder_that_is_relative_is_that_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RUN_DIR", "run")
+    assert Server().logs == tmp_path / "run" / "logs"
+
+
 # --- restarts ----------------------------------------------------------------------------------------------------
 
 

@@ -345,6 +345,14 @@ class ReservedOption(inputs.Options):
     instances: int = 1
 
 
+class SeveralImages(inputs.Inputs):
+    data: list[Image]
+
+
+class NamedTexts(inputs.Inputs):
+    data: dict[str, Text | None]
+
+
 @pytest.mark.parametrize(
     ("declared_inputs", "declared_options", "named"),
     [
@@ -353,6 +361,8 @@ class ReservedOption(inputs.Options):
         (OneText, SameName, "OneText or SameName: the name data is taken"),
         (ReservedName, TopK, "ReservedName or ClassifierHandler.Options: the name instances is taken"),
         (OneText, ReservedOption, "OneText or ReservedOption: the name instances is taken"),
+        (SeveralImages, TopK, "the kind image inside"),
+        (NamedTexts, TopK, "the kind text inside"),
     ],
 )
 def test_reader_of_an_invalid_declaration_raises(declared_inputs: type, declared_options: type, named: str):

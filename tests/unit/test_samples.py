@@ -10,10 +10,10 @@ from bundle.samples import grpc_fields
 @pytest.mark.parametrize(
     ("name", "content", "fields"),
     [
-        ("sample.png", b"\x89PNG", {"data": b"\x89PNG"}),
+        ("sample.png", b"\x89PNG", {"body": b"\x89PNG"}),
         ("sample.json", b'{"data": {"rooms": 3}}', {"data": b'{"rooms": 3}'}),
         ("sample.json", b'{"data": "a text", "top_k": 2}', {"data": b"a text", "top_k": b"2"}),
-        ("sample.json", b"[1, 2]", {"data": b"[1, 2]"}),
+        ("sample.json", b"[1, 2]", {"body": b"[1, 2]"}),
     ],
 )
 def test_grpc_fields_of_a_file(tmp_path: Path, name: str, content: bytes, fields: dict[str, bytes]):

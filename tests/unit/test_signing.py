@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bundle.errors import BundleError
+from bundle.guard import torchserve
 from bundle.server.process import GUARDS
 from bundle.signing import MANIFEST, SIGNATURE, check, key_of, make_keys, seal
 
@@ -328,6 +329,18 @@ def test_package_installation_is_rejected(model: Path, command: tuple[str, ...])
     _, output, errors, status = start_worker(model, "", *command)
     assert (status, output) == (1, "")
     assert "Packages are not installed for a model" in errors
+
+
+def test_torchserve_behind_a_link_has_the_folder_that_its_collector_runs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    installed = tmp_path / "installed"
+    (installed / "ts").mkdir(parents=True)
+    (installed / "ts" / "__init__.py").touch()
+    (tmp_path / "link").symlink_to(installed)
+    monkeypatch.delitem(sys.modules, "ts", raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "link")
+    assert torchserve() == installed
 
 
 @pytest.mark.parametrize("variable", ["TRUSTED_KEY", "TEMP", "BUNDLE_PYTHON"])
