@@ -31,17 +31,16 @@ from handlers.core.errors import (
     NonFiniteOutput,
     RequestError,
     ServingError,
-    UnsupportedOperation,
+    explanation_unsupported,
+    internal_error,
 )
 from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_verb
 from handlers.core.metrics import HandlerMetrics
-from handlers.core.outputs import Outputs, split_rows, to_host
+from handlers.core.outputs import Outputs, count_rows, split_rows, to_host
 from handlers.core.request import Request, RequestReader
 from handlers.core.slots import Sample, Slot
 
 logger = logging.getLogger(__name__)
-
-Part = tuple[Outputs, int]  # what `reduce` returned, and the number of samples that it was for
 
 MAX_TRIAL_SIZE = 8  # samples in the batch on which precisions are compared,
 TRIAL_SECONDS = 0.5  # or as many as run in this time, if that is fewer
@@ -142,7 +141,9 @@ class BatchHandler(BaseHandler):
         size = self.batch_size
         # every batch is started before the first one is fetched, because fetching waits for the device
         parts = [part for start in range(0, len(samples), size) for part in self.run(samples[start : start + size])]
-        return [row for part in parts for row in ([part] if isinstance(part, ServingError) else self.fetch(*part))]
+        return [
+            row for part in parts for row in ([part] if isinstance(part, ServingError) else split_rows(to_host(part)))
+        ]
 
     def explain(self, sample: Sample, options: Any) -> JsonValue:
         """Return the JSON value of an explanation."""
@@ -300,7 +301,7 @@ class BatchHandler(BaseHandler):
             samples.append(self.decode(each))
         slot.samples = samples
 
-    def run(self, samples: list[Sample]) -> list[Part | ServingError]:
+    def run(self, samples: list[Sample]) -> list[Outputs | ServingError]:
         """Run one batch. If it fails, run its halves, so that only the samples at fault are lost.
 
         Raises:
@@ -309,7 +310,9 @@ class BatchHandler(BaseHandler):
         try:
             with torch.inference_mode():
                 batch = map(self.to_device, self.collate(samples))
-                return [(self.reduce(self.model(*batch)), len(samples))]
+                reduced = self.reduce(self.model(*batch))
+                self.check_rows(reduced, len(samples))
+                return [reduced]
         except Exception as exc:
             if device.is_broken(exc) or isinstance(exc, MemoryError):
                 raise
@@ -327,19 +330,17 @@ class BatchHandler(BaseHandler):
         middle = len(samples) // 2
         return self.run(samples[:middle]) + self.run(samples[middle:])
 
-    def fetch(self, reduced: Outputs, count: int) -> list[object]:
-        """Copy what `reduce` returned to the host, and split it into one row per sample.
+    def check_rows(self, reduced: Outputs, count: int) -> None:
+        """Check that `reduce` returned one row per sample: otherwise, requests would get each other's answers.
 
         Raises:
-            RuntimeError: the number of rows differs from `count`. Requests would get each other's answers.
+            RuntimeError: it did not.
         """
-        fetched = split_rows(to_host(reduced))
-        if len(fetched) != count:
+        if (rows := count_rows(reduced)) != count:
             raise RuntimeError(
-                f"{type(self).__name__}.reduce returned {len(fetched)} rows for {count} samples. It must return "
-                "exactly one row per sample: pad rows that differ in length, and cut them in `encode`."
+                f"{type(self).__name__}.reduce returned {rows} rows for {count} samples. It must return exactly "
+                "one row per sample: pad rows that differ in length, and cut them in `encode`."
             )
-        return fetched
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy without waiting if the device is a GPU: only pinned memory is copied while the CPU continues."""
@@ -390,11 +391,3 @@ class BatchHandler(BaseHandler):
             bodies.append(json.dumps(error.body()))
         self.metrics.count_answers(statuses, rejections)
         return bodies
-
-
-def internal_error(failed: str) -> InternalError:
-    return InternalError(f"The handler failed on {failed}. The server's log has the traceback.")
-
-
-def explanation_unsupported() -> UnsupportedOperation:
-    return UnsupportedOperation("This model does not support explanations. Use /predictions.")

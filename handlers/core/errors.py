@@ -141,3 +141,11 @@ class InternalError(ServingError):
     """A bug. The message does not contain the text of the exception, which may quote the input."""
 
     code = 500
+
+
+def internal_error(failed: str) -> InternalError:
+    return InternalError(f"The handler failed on {failed}. The server's log has the traceback.")
+
+
+def explanation_unsupported() -> UnsupportedOperation:
+    return UnsupportedOperation("This model does not support explanations. Use /predictions.")

@@ -42,6 +42,15 @@ def split_rows(outputs: Outputs) -> list:
     raise TypeError(f"a {type(outputs).__name__} cannot be split into one row per sample: override `reduce`")
 
 
+def count_rows(outputs: Outputs) -> int:
+    """Return the number of rows that `split_rows` makes, without splitting a tensor.
+
+    Raises:
+        TypeError: the outputs cannot be split.
+    """
+    return len(outputs) if isinstance(outputs, Tensor) and outputs.dim() else len(split_rows(outputs))
+
+
 def tensors(outputs: object) -> Iterator[Tensor]:
     """Yield every tensor in the outputs, in order."""
     if isinstance(outputs, Tensor):

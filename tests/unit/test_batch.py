@@ -135,7 +135,7 @@ def test_input_that_the_model_fails_on_leaves_the_others_unchanged(
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_reduce_with_a_wrong_number_of_rows_fails_the_batch_and_logs_the_fix(
+def test_reduce_with_a_wrong_number_of_rows_fails_and_logs_the_fix(
     worker: DryRun, change: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """With one row too many, a request would get the answer of another."""
@@ -145,8 +145,18 @@ def test_reduce_with_a_wrong_number_of_rows_fails_the_batch_and_logs_the_fix(
     )
     answers = worker.predict([row(0), row(1)])
     assert [(status, body["type"]) for status, body in answers] == [(500, "InternalError")] * 2
-    assert f"NumbersHandler.reduce returned {2 + change} rows for 2 samples" in caplog.text
+    assert f"NumbersHandler.reduce returned {1 + change} rows for 1 samples" in caplog.text
     assert "exactly one row per sample" in caplog.text
+
+
+def test_sample_that_changes_the_number_of_rows_fails_alone(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
+    """As a model does that drops what it finds nothing in."""
+    model = worker.handler.model
+    monkeypatch.setattr(worker.handler, "model", lambda numbers: model(numbers[numbers[:, 0] < 5]))
+    alone = [approximately(worker.predict([row(index)])[0][1]) for index in (1, 2)]
+    answers = worker.predict([row(1), row(9), row(2)])
+    assert [status for status, _ in answers] == [200, 500, 200]
+    assert [answers[0][1], answers[2][1]] == alone
 
 
 def test_predict_with_a_wrong_number_of_rows_fails_the_batch(
