@@ -76,7 +76,8 @@ class RequestReader:
         """Return the accepted forms of a request, for error messages."""
         if self.only_input:
             name = self.only_input
-            ways = f'the input as raw body, as form field "{name}", or as JSON {{"{name}": ...}}'
+            raw = "raw body, as " if self.kinds[name] else ""  # a JSON body is read as an object of fields
+            ways = f'the input as {raw}form field "{name}", or as JSON {{"{name}": ...}}'
         else:
             names = ", ".join(f'"{name}"' for name in self.kinds)
             fields = ", ".join(f'"{name}": ...' for name in self.kinds)

@@ -224,6 +224,11 @@ def test_json_input_of_another_type_is_rejected_by_name(value: object, message: 
         houses.read({"body": {"data": value}}, {})
 
 
+def test_json_body_without_the_field_is_rejected_without_the_advice_to_send_a_raw_body():
+    with pytest.raises(UnknownField, match=r'"rooms".*Accepted: the input as form field "data", or as JSON'):
+        houses.read({"body": body(HOUSE)}, JSON)
+
+
 def test_several_inputs_are_read_by_name():
     expected = Several(image=b"hello", caption="a dog")
     assert several.read({"image": bytearray(b"hello"), "caption": "a dog"}, {}).inputs == [expected]
