@@ -23,7 +23,8 @@ def load_handler(folder: ModelFolder) -> BaseHandler | None:
         None if the file defines a function `handle` instead of a class.
 
     Raises:
-        BundleError: the file cannot be imported, it does not define exactly one class, or the settings are invalid.
+        BundleError: the file cannot be imported, does not define exactly one class, lacks a method, or the settings
+            are invalid.
     """
     file = folder.handler_file
     with imports_from(folder.extra_files):

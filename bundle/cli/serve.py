@@ -171,6 +171,7 @@ def predict(
 ) -> None:
     """Send one input to a model, and print its answer."""
     from bundle import catalog
+    from bundle.paths import models_dir, relative
     from bundle.samples import grpc_fields, headers
     from bundle.server.process import Server
 
@@ -178,7 +179,7 @@ def predict(
         file = next((folder.sample_file for folder in catalog.folders() if folder.name == model), None)
         if file is None:
             raise UsageError(
-                f"There is no sample of {model} in models/. Name a file to send: bundle predict {model} FILE"
+                f"{relative(models_dir())} has no sample of {model}. Name a file to send: bundle predict {model} FILE"
             )
     with opening(file):
         content = file.read_bytes()

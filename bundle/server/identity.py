@@ -9,7 +9,7 @@ START_TICKS = 22 - 3  # field `starttime` of /proc/PID/stat, counted from the th
 
 
 def start_mark(pid: int) -> str:
-    """Return a mark of a process's start, which differs for every other process that ever has the same id.
+    """Return a mark of a process's start: another process with the same id has another mark.
 
     On Linux it is the kernel's own start time, in clock ticks since boot, with the id of that boot. It stays the same
     when the clock is set (by NTP, or when a virtual machine resumes). psutil's `create_time` does not: it is

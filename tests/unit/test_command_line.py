@@ -364,3 +364,10 @@ def test_list_is_split_at_commas_and_spaces():
 def test_address_is_a_host_and_a_port():
     assert address("127.0.0.1:8083") == ("127.0.0.1", 8083)
     assert address("[::1]:80") == ("[::1]", 80)
+
+
+def test_predict_without_a_sample_asks_for_a_file():
+    """A model that was registered through the management API has no folder."""
+    ended = programs.run(app, "predict", "digits")
+    assert (ended.status, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: models has no sample of digits. Name a file to send: ")
