@@ -176,10 +176,13 @@ def predict(
     from bundle.server.process import Server
 
     if file is None:
-        file = next((folder.sample_file for folder in catalog.folders() if folder.name == model), None)
+        samples = {folder.name: folder.sample_file for folder in catalog.folders() if folder.sample_file}
+        file = samples.get(model)
         if file is None:
+            there = ", ".join(samples) or "none"
             raise UsageError(
-                f"{relative(models_dir())} has no sample of {model}. Name a file to send: bundle predict {model} FILE"
+                f"There is no sample of {model} in {relative(models_dir())}/; there are samples of: {there}. "
+                f"To send a file of yours: bundle predict {model} FILE"
             )
     with opening(file):
         content = file.read_bytes()

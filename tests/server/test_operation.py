@@ -222,7 +222,7 @@ def test_serve_with_another_models_folder_serves_its_models(place, elsewhere: Pa
     predicted = place.bundle("predict", "digits")
     assert json.loads(predicted.stdout)["top_3_classes"][0] == 3, predicted.stderr
     unknown = place.bundle("predict", "mnist")
-    assert f"There is no model 'mnist' in {elsewhere}/; there are: digits." in unknown.stderr
+    assert f"There is no sample of mnist in {elsewhere}/; there are samples of: digits." in unknown.stderr
 
 
 def test_serve_with_an_invalid_handler_setting_names_it(place, elsewhere: Path):

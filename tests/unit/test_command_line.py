@@ -370,4 +370,5 @@ def test_predict_without_a_sample_asks_for_a_file():
     """A model that was registered through the management API has no folder."""
     ended = programs.run(app, "predict", "digits")
     assert (ended.status, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("error: models has no sample of digits. Name a file to send: ")
+    assert ended.stderr.startswith("error: There is no sample of digits in models/; there are samples of: audio, ")
+    assert ended.stderr.endswith("To send a file of yours: bundle predict digits FILE\n")
