@@ -16,6 +16,7 @@ from bundle.paths import HANDLERS, models_dir, relative
 
 CONFIG_NAME = "model-config.yaml"
 LABELS_NAME = "index_to_name.json"
+ALL = "all"  # instead of names: every model folder
 PLAIN_MESSAGES = {  # of pydantic's kinds of error
     "extra_forbidden": "unknown setting",
     "string_type": "must be a string: put it in quotes",
@@ -221,7 +222,7 @@ def folders() -> list[ModelFolder]:
 
 
 def select(names: list[str]) -> list[ModelFolder]:
-    """Return the folders with these names; without names, all that are always served.
+    """Return the folders with these names; without names, those that are always served; for "all", every folder.
 
     Raises:
         UsageError: the models folder has no model folders, or none of one of the names.
@@ -232,6 +233,8 @@ def select(names: list[str]) -> list[ModelFolder]:
             f"{relative(models_dir())} has no model folders. A model folder has a {CONFIG_NAME}. Set BUNDLE_MODELS, or "
             "--models-dir, to the folder that contains the model folders."
         )
+    if names == [ALL]:
+        return list(known.values())
     if unknown := [name for name in names if name not in known]:
         there = ", ".join(known) or "none"
         raise UsageError(f"There is no model {unknown[0]!r} in {relative(models_dir())}/; there are: {there}.")

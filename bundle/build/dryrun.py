@@ -77,8 +77,8 @@ class DryRun:
             headers: the HTTP headers of each request; by default, none.
 
         Returns:
-            status and body of each answer. A body is parsed if its content type is JSON, else it is a str. If the batch
-            fails as a whole, each body is TorchServe's message.
+            status and body of each answer. A body is parsed if its content type is JSON, bytes if it is a picture, and
+            otherwise a str. If the batch fails as a whole, each body is TorchServe's message.
         """
         headers = headers or [{} for _ in rows]
         batch = [request(index, *pair) for index, pair in enumerate(zip(rows, headers, strict=True))]
@@ -124,18 +124,24 @@ def answers(response: bytes, count: int) -> list[tuple[int, object]]:
     def number() -> int:
         return struct.unpack("!i", stream.read(4))[0]
 
+    def content() -> bytes:
+        return stream.read(number())
+
     def text() -> str:
-        return stream.read(number()).decode()
+        return content().decode()
 
     code, message = number(), text()
     if code != 200:
         return [(code, message)] * count
-    decoded = []
+    decoded: list[tuple[int, object]] = []
     for _ in range(count):
         text()  # the request's id
         content_type, status, _phrase = text(), number(), text()
         for _ in range(number()):
             text(), text()  # a response header
-        body = text()
-        decoded.append((status, json.loads(body) if content_type == "application/json" else body))
+        body = content()
+        if content_type == "application/json":
+            decoded.append((status, json.loads(body)))
+        else:
+            decoded.append((status, body if content_type.startswith("image/") else body.decode()))
     return decoded

@@ -13,7 +13,7 @@ from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import relative
 from handlers.core.batch import BatchHandler
-from handlers.core.classifier import ClassifierHandler
+from handlers.core.labelled import LabelledHandler
 
 
 def load_handler(folder: ModelFolder) -> BaseHandler | None:
@@ -86,10 +86,10 @@ def labels(folder: ModelFolder, handler: BaseHandler | None) -> list[str] | None
         handler: the folder's, of `load_handler`.
 
     Raises:
-        BundleError: a classifier's labels are missing, or the file is invalid.
+        BundleError: the labels are missing, or the file is invalid.
     """
     if folder.bundle.torchvision:
         return torchvision_source.labels(folder.bundle.torchvision)
-    if folder.has_labels or isinstance(handler, ClassifierHandler):
+    if folder.has_labels or isinstance(handler, LabelledHandler):
         return folder.labels()
     return None

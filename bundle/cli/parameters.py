@@ -81,7 +81,7 @@ Models = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=model_names,
-        help="Folders in models/. By default, all but those served on request.",
+        help="Folders in models/, or `all`. By default, all but those served on request.",
     ),
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=model_names, help="A model that is served.")]

@@ -38,7 +38,7 @@ from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_v
 from handlers.core.metrics import HandlerMetrics
 from handlers.core.outputs import Outputs, count_rows, split_rows, to_host
 from handlers.core.request import Request, RequestReader
-from handlers.core.slots import Sample, Slot
+from handlers.core.slots import Picture, Response, Sample, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ class BatchHandler(BaseHandler):
         """Return a sample of typical shape, for warming up the model."""
         raise NotImplementedError(MISSING_METHOD.format(handler=type(self).__name__, method="example"))
 
-    def encode(self, row: Any, info: Any, options: Any) -> JsonValue:
-        """Return the JSON value of an answer.
+    def encode(self, row: Any, info: Any, options: Any) -> JsonValue | Picture:
+        """Return the JSON value of an answer, or a picture if the option `format` asks for one.
 
         Args:
             row: one row of what `reduce` returned, on the host.
@@ -145,8 +145,8 @@ class BatchHandler(BaseHandler):
             row for part in parts for row in ([part] if isinstance(part, ServingError) else split_rows(to_host(part)))
         ]
 
-    def explain(self, sample: Sample, options: Any) -> JsonValue:
-        """Return the JSON value of an explanation."""
+    def explain(self, sample: Sample, options: Any) -> JsonValue | Picture:
+        """Return the JSON value of an explanation, or a picture if the option `format` asks for one."""
         raise explanation_unsupported()
 
     def describe(self) -> dict:
@@ -211,8 +211,8 @@ class BatchHandler(BaseHandler):
                 if time.monotonic() > deadline:
                     return
 
-    def handle(self, data: list[dict], context: Context) -> list[str]:
-        """Serve a batch: one row per request -> one JSON text per request, in the same order."""
+    def handle(self, data: list[dict], context: Context) -> list[str | bytes]:
+        """Serve a batch: one row per request -> one body per request, in the same order."""
         self.context = context
         headers = [context.get_all_request_header(index) for index in range(len(data))]
         arrivals = [proxy_arrival(each) if self.behind_proxy else None for each in headers]
@@ -230,7 +230,7 @@ class BatchHandler(BaseHandler):
                 logger.exception("the device failed under %s: this worker exits", self.context.model_name)
                 raise SystemExit(1) from exc
             logger.exception("a bug failed a batch of %s", self.context.model_name)
-            for slot in [each for each in slots if not each.body and each.error is None]:
+            for slot in [each for each in slots if not each.response.body and each.error is None]:
                 slot.error = internal_error("this batch of requests")
         bodies = self.postprocess(slots)
         if first_arrival is not None:
@@ -293,7 +293,7 @@ class BatchHandler(BaseHandler):
         slot.options, slot.many = request.options, request.many
         slot.key = self.cache.key(request.inputs, request.options, request.many, verb)
         if cached := self.cache.get(slot.key):
-            slot.body = cached
+            slot.response = cached
             return
         samples = []  # the slot's only if all are decoded: part of an answer must be neither computed nor cached
         for each in request.inputs:
@@ -366,21 +366,22 @@ class BatchHandler(BaseHandler):
             if isinstance(row, ServingError):
                 raise row
         slot.finish([self.encode(row, s.info, slot.options) for row, s in zip(rows, slot.samples, strict=True)])
-        self.cache.put(slot.key, slot.body)
+        self.cache.put(slot.key, slot.response)
 
     def explain_slot(self, slot: Slot) -> None:
         slot.finish([self.explain(sample, slot.options) for sample in slot.samples])
-        self.cache.put(slot.key, slot.body)
+        self.cache.put(slot.key, slot.response)
 
-    def postprocess(self, slots: list[Slot]) -> list[str]:
+    def postprocess(self, slots: list[Slot]) -> list[str | bytes]:
         """Set each request's status and content type, and return the bodies."""
         bodies, statuses, rejections = [], [], []
         for index, slot in enumerate(slots):
-            self.context.set_response_content_type(index, "application/json")
             error = slot.error
+            response = slot.response if error is None else Response(json.dumps(error.body()))
+            self.context.set_response_content_type(index, response.content_type)
+            bodies.append(response.body)
             if error is None:
                 statuses.append(200)
-                bodies.append(slot.body)
                 continue
             if isinstance(error, RequestError):
                 rejections.append(type(error).__name__)
@@ -388,6 +389,5 @@ class BatchHandler(BaseHandler):
                 logger.error("%s returned a number that is not finite", self.context.model_name)
             statuses.append(error.code)
             self.context.set_response_status(error.code, type(error).__name__, index)
-            bodies.append(json.dumps(error.body()))
         self.metrics.count_answers(statuses, rejections)
         return bodies

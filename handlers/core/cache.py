@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel
 
+from handlers.core.slots import Response
+
 
 class AnswerCache:
     """Keep the most recently used answers.
@@ -18,7 +20,7 @@ class AnswerCache:
 
     def __init__(self, entries: int):
         self.entries = entries
-        self.answers: OrderedDict[bytes, str] = OrderedDict()
+        self.answers: OrderedDict[bytes, Response] = OrderedDict()
 
     def key(self, inputs: Iterable[BaseModel], *options: object) -> bytes | None:
         """Return a digest of everything that determines the answer to a request; None if the cache is off.
@@ -38,13 +40,13 @@ class AnswerCache:
             digest.update(b".")
         return digest.digest()
 
-    def get(self, key: bytes | None) -> str | None:
+    def get(self, key: bytes | None) -> Response | None:
         if key is None or key not in self.answers:
             return None
         self.answers.move_to_end(key)
         return self.answers[key]
 
-    def put(self, key: bytes | None, answer: str) -> None:
+    def put(self, key: bytes | None, answer: Response) -> None:
         if key is None:
             return
         self.answers[key] = answer

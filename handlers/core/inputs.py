@@ -38,6 +38,12 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class PictureOptions(Options):
+    """The options of a handler whose answer may be a picture. Only a request with a single sample may ask for one."""
+
+    format: Literal["json", "png"] = "json"
+
+
 def binary(value: bytes | str) -> bytes:
     """Return the bytes of a binary input: sent as bytes, or as base64, also within a data: URL.
 

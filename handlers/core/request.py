@@ -22,7 +22,7 @@ from handlers.core.errors import (
     UnsupportedInput,
 )
 from handlers.core.headers import content_type
-from handlers.core.inputs import Inputs, Options, describe_option, kind_of
+from handlers.core.inputs import Inputs, Options, PictureOptions, describe_option, kind_of
 
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
 
@@ -131,6 +131,8 @@ class RequestReader:
         options = self.read_options({name: value for name, value in fields.items() if name in self.option_types})
         if INSTANCES not in fields:
             return Request([self.read_inputs(given, form)], options)
+        if isinstance(options, PictureOptions) and options.format != "json":
+            raise InvalidOption(f'With "instances", the answer is JSON. Send one input to get {options.format}.')
         instances = fields[INSTANCES]
         if isinstance(instances, (bytes, bytearray)) or (form and isinstance(instances, str)):
             instances = self.parse_json(instances)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pydantic import JsonValue
 from torch import Tensor
@@ -25,6 +26,21 @@ class Sample:
     info: object = None
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An answer that is an image file instead of JSON."""
+
+    content: bytes
+    content_type: str = "image/png"
+
+
+class Response(NamedTuple):
+    """The response to one request."""
+
+    body: str | bytes
+    content_type: str = "application/json"
+
+
 @dataclass(slots=True)
 class Slot:
     """One request of a batch, on its way through the stages.
@@ -34,9 +50,9 @@ class Slot:
         many: whether the body has the form {"predictions": [...]}.
         samples: the decoded inputs.
         explained: whether the request asks for an explanation instead of a prediction.
-        key: the key of the body in the cache; None if the cache is off.
-        body: the JSON text of the response.
-        error: the error to respond with instead of `body`.
+        key: the key of the response in the cache; None if the cache is off.
+        response: empty until the request is answered.
+        error: the error to respond with instead.
     """
 
     options: Options | None = None
@@ -44,18 +60,21 @@ class Slot:
     samples: list[Sample] = field(default_factory=list)
     explained: bool = False
     key: bytes | None = None
-    body: str = ""
+    response: Response = Response("")
     error: ServingError | None = None
 
-    def finish(self, answers: list[JsonValue]) -> None:
-        """Encode the body: one answer per sample.
+    def finish(self, answers: list[JsonValue | Picture]) -> None:
+        """Make the response: one answer per sample. A picture is the only answer of its request.
 
         Raises:
             NonFiniteOutput: an answer contains NaN or infinity, which JSON does not have.
         """
+        if not self.many and isinstance(answers[0], Picture):
+            self.response = Response(answers[0].content, answers[0].content_type)
+            return
         try:
             # encoded here, because TorchServe would indent it, which is longer and uses Python's slow encoder
-            self.body = encode_json({"predictions": answers} if self.many else answers[0])
+            self.response = Response(encode_json({"predictions": answers} if self.many else answers[0]))
         except ValueError as exc:
             if "JSON compliant" not in str(exc):
                 raise

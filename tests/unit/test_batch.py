@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from bundle.build.dryrun import DryRun
 from handlers.core.cache import AnswerCache
+from handlers.core.slots import Picture
 from tests.unit.numbered import BATCH_SIZE, CLASSES, MAX_INSTANCES, SLOW_SECONDS, approximately, row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,6 +251,21 @@ def test_requests_of_different_kinds_are_answered_in_one_batch(worker: DryRun):
 def test_content_type_of_every_answer_is_json(worker: DryRun):
     worker.predict([row(0), {"body": b""}, {"body": b"nan,0,0,0"}, {}], [{}, {}, {}, {"describe": "True"}])
     assert [worker.service.context.get_response_content_type(index) for index in range(4)] == ["application/json"] * 4
+
+
+def test_picture_is_answered_as_bytes_with_its_content_type(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
+    picture = b"\x89PNG\r\n\xff"
+    encode = worker.handler.encode
+    monkeypatch.setattr(
+        worker.handler, "encode", lambda row, info, o: Picture(picture) if o.top_k == 1 else encode(row, info, o)
+    )
+    monkeypatch.setattr(worker.handler, "cache", AnswerCache(4))
+    for _ in range(2):  # computed, then from the cache
+        answers = worker.predict([row(0), {"data": b"1,1,1,-1", "top_k": b"1"}])
+        assert (answers[0][0], len(answers[0][1]["top_k"])) == (200, 3)
+        assert answers[1] == (200, picture)
+        types = [worker.service.context.get_response_content_type(index) for index in range(2)]
+        assert types == ["application/json", "image/png"]
 
 
 def test_handler_knows_the_batch_size_of_its_worker(worker: DryRun):

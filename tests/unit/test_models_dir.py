@@ -39,6 +39,14 @@ def test_models_are_found_in_the_folder_that_bundle_models_names(elsewhere: Path
     assert [folder.path for folder in select([])] == [elsewhere / "digits"]
 
 
+def test_all_selects_the_models_served_on_request_too(elsewhere: Path):
+    shutil.copytree(elsewhere / "digits", elsewhere / "rare")
+    config = elsewhere / "rare" / CONFIG_NAME
+    config.write_text(config.read_text().replace("  handler: mnist", "  handler: mnist\n  served: on request"))
+    assert [folder.name for folder in select([])] == ["digits"]
+    assert [folder.name for folder in select(["all"])] == ["digits", "rare"]
+
+
 @pytest.mark.parametrize("value", ["", None])
 def test_models_dir_without_the_variable_is_the_repositorys(monkeypatch: pytest.MonkeyPatch, value: str | None):
     monkeypatch.delenv("BUNDLE_MODELS", raising=False)

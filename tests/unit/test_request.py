@@ -430,3 +430,13 @@ def test_only_request_errors_and_overload_have_a_4xx_status():
         has_4xx = issubclass(error, errors.RequestError) or error is errors.Overloaded
         assert error.code // 100 == (4 if has_4xx else 5)
         assert error("why").body() == {"code": error.code, "type": error.__name__, "message": "why"}
+
+
+def test_picture_is_refused_for_instances_and_accepted_for_one_input():
+    reader = RequestReader(OneText, inputs.PictureOptions, MAX_INSTANCES)
+    assert reader.read({"data": "a", "format": "png"}, {}).options.format == "png"
+    assert reader.read({"body": {"instances": ["a"], "format": "json"}}, JSON).many
+    with pytest.raises(InvalidOption, match="Send one input to get png"):
+        reader.read({"body": {"instances": ["a"], "format": "png"}}, JSON)
+    with pytest.raises(InvalidOption, match="format must be one of json, png"):
+        reader.read({"data": "a", "format": "gif"}, {})
