@@ -153,8 +153,11 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check
-check: lint  ## lint, check types, and run the fast unit tests
+.PHONY: check fast-units
+check:  ## lint, check types, and run the fast unit tests
+	@$(MAKE) --no-print-directory --jobs 2 lint fast-units
+
+fast-units: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
 
 lock: dev  ## update requirements/*.txt to the newest versions
