@@ -129,8 +129,14 @@ profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mni
 	@test -n "$(MODEL)" || { echo "error: name the model: make profile MODEL=mnist" >&2; exit 2; }
 	@$(BUNDLE) profile "$(MODEL)" $(call options,CONCURRENCY SECONDS)
 
-test: lint .venv/loadtest.done  ## lint; test units and a real TorchServe (TESTS="tests/unit -k mnist")
+test:  ## lint; test units and a real TorchServe (TESTS="tests/unit -k mnist")
+ifdef TESTS
+	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(TESTS)
+else
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units
+	$(BIN)/python -m pytest tests/server
+endif
 
 fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
 	@$(BIN)/python -m tests.trials.fuzz $(call options,CASES SEED MODEL) $(if $(REPORT),--write)
@@ -153,12 +159,15 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units
+.PHONY: check fast-units slow-units
 check:  ## lint, check types, and run the fast unit tests
-	@$(MAKE) --no-print-directory --jobs 2 lint fast-units
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
 fast-units: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
+
+slow-units: dev .venv/loadtest.done
+	$(BIN)/python -m pytest tests/unit -m slow
 
 lock: dev  ## update requirements/*.txt to the newest versions
 	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
