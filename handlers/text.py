@@ -1,5 +1,6 @@
 """Classify a text: the k most probable classes."""
 
+import functools
 from pathlib import Path
 from typing import cast
 
@@ -12,8 +13,11 @@ from handlers.core.batch import Sample
 from handlers.core.errors import EmptyInput
 from handlers.core.explain import Explainable, ExplainedClassifier
 from handlers.core.inputs import Text
+from handlers.core.outputs import main_output
 from handlers.core.settings import PositiveInt
 from handlers.core.texts import TextLimits, check_text
+
+MASKS = ("[MASK]", "<mask>", "[UNK]", "<unk>")  # what tokenizers call tokens without a meaning of their own
 
 
 class TextHandler(ExplainedClassifier):
@@ -25,7 +29,8 @@ class TextHandler(ExplainedClassifier):
     class Settings(ExplainedClassifier.Settings, TextLimits):
         max_tokens: PositiveInt = 64  # longer texts are truncated
         pad_id: int = 0
-        # in an explanation, it replaces tokens that are removed; None: the attention mask hides them
+        # in an explanation, it replaces tokens that are removed; None: the attention mask hides them, if the model
+        # can answer a text without tokens; otherwise, a token for masks or unknown words replaces them
         mask_token: str | None = None
 
     settings: Settings
@@ -35,10 +40,7 @@ class TextHandler(ExplainedClassifier):
 
     def load_assets(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.mask_id = (
-            None if self.settings.mask_token is None else self.tokenizer.token_to_id(self.settings.mask_token)
-        )
-        if self.mask_id is None and self.settings.mask_token is not None:
+        if self.settings.mask_token is not None and self.tokenizer.token_to_id(self.settings.mask_token) is None:
             raise ValueError(f"mask_token: the tokenizer has no token {self.settings.mask_token}")
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.settings.max_tokens)
@@ -61,6 +63,18 @@ class TextHandler(ExplainedClassifier):
 
     def example(self) -> Sample:
         return Sample(torch.zeros(16, dtype=torch.int64))
+
+    @functools.cached_property
+    def mask_id(self) -> int | None:
+        """The token that replaces removed ones; None if the attention mask hides them."""
+        if self.settings.mask_token is not None:
+            return self.tokenizer.token_to_id(self.settings.mask_token)
+        nothing = torch.full((1, 2), self.settings.pad_id, device=self.device)
+        with torch.no_grad():
+            if main_output(self.original(nothing, torch.zeros_like(nothing))).isfinite().all():
+                return None
+        found = (self.tokenizer.token_to_id(token) for token in MASKS)
+        return next((token for token in found if token is not None), self.settings.pad_id)
 
     def explainable(self, sample: Sample) -> Explainable:
         """Remove tokens: from 1, which keeps a token, to 0, which removes it. Ids cannot be differentiated."""

@@ -26,12 +26,12 @@ from ts.torch_handler.base_handler import BaseHandler
 from handlers.core import admission, device, inputs, memory, precision, settings, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
-    InsufficientMemory,
     InternalError,
     NonFiniteOutput,
     RequestError,
     ServingError,
     explanation_unsupported,
+    input_too_large,
     internal_error,
     missing_method,
 )
@@ -267,6 +267,9 @@ class BatchHandler(BaseHandler):
         except Exception as exc:
             if device.is_broken(exc):
                 raise
+            if device.is_out_of_memory(exc):
+                slot.error = input_too_large()
+                return
             logger.exception("a bug failed one request of %s", self.context.model_name)
             slot.error = internal_error("this request")
 
@@ -319,8 +322,7 @@ class BatchHandler(BaseHandler):
         if exhausted:
             torch.cuda.empty_cache()
         if len(samples) == 1:
-            too_large = "The device does not have enough memory for this input. Send a smaller input."
-            return [InsufficientMemory(too_large) if exhausted else internal_error("this input")]
+            return [input_too_large() if exhausted else internal_error("this input")]
         middle = len(samples) // 2
         return self.run(samples[:middle]) + self.run(samples[middle:])
 

@@ -163,6 +163,10 @@ def internal_error(failed: str) -> InternalError:
     return InternalError(f"The handler failed on {failed}. The server's log has the traceback.")
 
 
+def input_too_large() -> InsufficientMemory:
+    return InsufficientMemory("The device does not have enough memory for this input. Send a smaller input.")
+
+
 def explanation_unsupported() -> UnsupportedOperation:
     return UnsupportedOperation("This model does not support explanations. Use /predictions.")
 

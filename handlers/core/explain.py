@@ -30,7 +30,7 @@ COMPLETE = ("integrated_gradients", "shapley_value_sampling", "kernel_shap")  # 
 Attributions = tuple[Tensor, ...]
 
 
-class ExplainOptions(inputs.PictureOptions):
+class ExplanationOptions(inputs.PictureOptions):
     """The options of a request for an explanation."""
 
     method: str | None = None  # by default, the first of those that the model can do
@@ -102,7 +102,7 @@ class Explanation:
 class ExplainedClassifier(ClassifierHandler):
     """A classifier whose answers can be explained. A subclass also defines `explainable`."""
 
-    ExplainOptions = ExplainOptions
+    ExplainOptions = ExplanationOptions
 
     def explainable(self, sample: Sample) -> Explainable:
         """Return a sample as something to explain. `sample.inputs` has the inputs that it was decoded from.
@@ -138,7 +138,7 @@ class ExplainedClassifier(ClassifierHandler):
     def read(self, row: dict, headers: Mapping) -> Request:
         request = super().read(row, headers)
         options = request.options
-        if isinstance(options, ExplainOptions):
+        if isinstance(options, ExplanationOptions):
             if options.method is not None and options.method not in self.methods:
                 raise InvalidOption(f"method must be one of {', '.join(self.methods)}.")
             if options.target is not None:
@@ -159,7 +159,7 @@ class ExplainedClassifier(ClassifierHandler):
             return target
         raise InvalidOption(f"target must be a class index from 0 to {len(self.labels) - 1}, or a label of the model.")
 
-    def explain(self, sample: Sample, options: ExplainOptions) -> JsonValue | Picture:
+    def explain(self, sample: Sample, options: ExplanationOptions) -> JsonValue | Picture:
         explainable = self.explainable(sample)
         found = self.attribute(explainable, options, self.explain_deadline)
         if not all(each.isfinite().all() for each in found.attributions):
@@ -180,7 +180,9 @@ class ExplainedClassifier(ClassifierHandler):
         outputs = main_output(self.original(*explainable.arguments(*parts))).float()
         return outputs.log_softmax(1) if self.settings.outputs == "logits" else outputs.clamp_min(1e-9).log()
 
-    def attribute(self, explainable: Explainable, options: ExplainOptions, deadline: admission.Deadline) -> Explanation:
+    def attribute(
+        self, explainable: Explainable, options: ExplanationOptions, deadline: admission.Deadline
+    ) -> Explanation:
         """Attribute the score of a class to the parts of an input. Equal calls have equal results.
 
         Raises:

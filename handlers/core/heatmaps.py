@@ -1,5 +1,7 @@
 """Explain the answers to images: a score per pixel of the model's input."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def explainable_image(sample: Sample, baseline: Tensor, limits: ImageLimits) -> 
     cell = -(-max(height, width) // CELLS)
     columns = -(-width // cell)
     squares = (torch.arange(height) // cell)[:, None] * columns + torch.arange(width) // cell
-    places = list(zip(sample.info or (0.0, 0.0, 1.0, 1.0), ("width", "height") * 2, strict=True))
+    place = cast("tuple[float, ...]", sample.info)
+    places = list(zip(place or (0.0, 0.0, 1.0, 1.0), ("width", "height") * 2, strict=True))
 
     def describe(attributions: Tensor) -> dict:
         sides = dict(zip(("width", "height"), upright_size(sample.inputs.data, limits), strict=True))

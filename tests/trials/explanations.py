@@ -24,7 +24,7 @@ from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
 from bundle.cli.console import console, progress
 from handlers.core.admission import Deadline
-from handlers.core.explain import Explainable, ExplainedClassifier, ExplainOptions
+from handlers.core.explain import Explainable, ExplainedClassifier, ExplanationOptions
 from handlers.core.slots import Sample
 from tests.held_out import held_out
 from tests.shipped import SHIPPED
@@ -86,7 +86,7 @@ def importance(explainable: Explainable, attributions: tuple[torch.Tensor, ...])
 def measure(handler: ExplainedClassifier, files: list[bytes], text: bool, method: str | None = None) -> Findings:
     gaps, differences, within, drops, random_drops, seconds = [], [], [], [], [], []
     generator = torch.Generator().manual_seed(0)
-    options = ExplainOptions(method=method)
+    options = ExplanationOptions(method=method)
     with progress() as bar:
         task = bar.add_task("explaining", total=len(files), state="")
         for file in bar.track(files, task_id=task):

@@ -236,6 +236,20 @@ def test_explanations_beyond_the_time_of_a_batch_are_answered_429(
 
 
 @pytest.mark.slow
+def test_explanation_that_does_not_fit_the_device_is_answered_507(
+    worker: DryRun, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+):
+    def exhaust(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(worker.handler, "attribute", exhaust)
+    good = {"data": sample(folder)}
+    answers = worker.predict([good, good], [EXPLAIN, {}])
+    assert [status for status, _ in answers] == [507, 200]
+    assert answers[0][1]["type"] == "InsufficientMemory"
+
+
+@pytest.mark.slow
 def test_explanations_of_instances_are_answered_in_order(worker: DryRun, folder: ModelFolder):
     if folder.name != "text":
         pytest.skip("one kind of input is enough")
