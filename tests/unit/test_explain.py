@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from torch import Tensor
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
+from handlers.core.admission import Deadline
 from handlers.core.attribution import Run
+from handlers.core.explain import ExplanationOptions
 from handlers.core.images import ImageLimits, upright_size
 from handlers.mnist import MNISTHandler
 from tests.held_out import held_out
 from tests.shipped import DATA_DIR, SHIPPED, skip_without_data_set
-from tests.trials.explanations import measure
+from tests.trials.explanations import explained_sample, measure
 from tests.unit.inputs import draw_digit, encode_image
 
 EXPLAIN = {"explain": "True"}
@@ -280,6 +283,33 @@ def test_image_of_any_shape_can_be_drawn(worker: DryRun, folder: ModelFolder, si
     assert status == 200, body
     with Image.open(io.BytesIO(body)) as image:
         assert max(image.size) < 900
+
+
+@pytest.mark.slow
+def test_integrated_gradients_take_hardly_longer_than_their_passes_in_a_loop(worker: DryRun, folder: ModelFolder):
+    """They take turns, and the fastest of each counts, because other load makes both slower."""
+    handler = worker.handler
+    if "integrated_gradients" not in handler.methods:
+        pytest.skip("the inputs are not continuous")
+    explainable = handler.explainable(explained_sample(handler, {"data": sample(folder)}))
+
+    def explained() -> None:
+        handler.attribute(explainable, ExplanationOptions(n_steps=50), Deadline.after(300, "Explaining"))
+
+    def looped() -> None:
+        for _ in range(50):
+            [leaf] = [each.clone().requires_grad_() for each in explainable.inputs]
+            torch.autograd.grad(handler.log_probabilities(explainable, (leaf,))[0, 0], leaf)
+
+    seconds: dict = {explained: [], looped: []}
+    for _ in range(5):
+        for run, times in seconds.items():
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    ratio = min(seconds[explained]) / min(seconds[looped])
+    print(f"{folder.name}: {ratio:.2f} x the passes in a loop")
+    assert ratio <= 1.3
 
 
 @pytest.mark.slow
