@@ -1,24 +1,26 @@
 """Classify an image file: the k most probable classes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import numpy
 import torch
 from PIL import Image as PillowImage
 from pydantic import Field
+from torch import Tensor
 
 from handlers.core import inputs
 from handlers.core.batch import Sample
-from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import ImageTooLarge
+from handlers.core.explain import Explainable, ExplainedClassifier
+from handlers.core.heatmaps import explainable_image
 from handlers.core.images import ImageLimits, flatten, open_image
 from handlers.core.inputs import Image
 
 
-class ImageTopKHandler(ClassifierHandler):
+class ImageTopKHandler(ExplainedClassifier):
     """Model: uint8 [N, 3, crop, crop] (RGB; it normalises itself) -> logits or probabilities [N, classes]."""
 
-    class Settings(ClassifierHandler.Settings, ImageLimits):
+    class Settings(ExplainedClassifier.Settings, ImageLimits):
         """The geometry of the transforms that belong to the weights, with the names of torchvision's presets."""
 
         resize: Annotated[int, Field(gt=0)] = 256  # pixels of the shorter side
@@ -32,7 +34,7 @@ class ImageTopKHandler(ClassifierHandler):
         data: Image
 
     def decode(self, inputs: Inputs) -> Sample:
-        """Decode an image file into pixels, uint8 [channels, crop, crop]."""
+        """Decode an image file into pixels, uint8 [channels, crop, crop]; `info` is their place in the image."""
         image = flatten(open_image(inputs.data, self.settings, enough=self.settings.resize))
         width, height = resized(image.size, self.settings.resize)
         if width * height > self.settings.max_pixels:
@@ -44,10 +46,17 @@ class ImageTopKHandler(ClassifierHandler):
             image = image.convert("L")
         image = resize_and_crop(image, self.settings.resize, self.settings.crop, self.settings.interpolation)
         pixels = torch.from_numpy(numpy.array(image))
-        return Sample(pixels.unsqueeze(0) if self.settings.channels == 1 else pixels.permute(2, 0, 1))
+        left, top = corner(width, self.settings.crop) / width, corner(height, self.settings.crop) / height
+        place = (left, top, left + self.settings.crop / width, top + self.settings.crop / height)
+        return Sample(pixels.unsqueeze(0) if self.settings.channels == 1 else pixels.permute(2, 0, 1), place)
 
     def example(self) -> Sample:
         return Sample(torch.zeros(self.settings.channels, self.settings.crop, self.settings.crop, dtype=torch.uint8))
+
+    def explainable(self, sample: Sample) -> Explainable:
+        """Compare with an image of the mean colour: it shows nothing, and is as bright as the original."""
+        pixels = cast("Tensor", sample.tensors).float()
+        return explainable_image(sample, pixels.mean((1, 2), keepdim=True).expand_as(pixels), self.settings)
 
 
 def resize_and_crop(image: PillowImage.Image, resize: int, crop: int, interpolation: str) -> PillowImage.Image:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from handlers.core import inputs, topk
 from handlers.core.batch import Sample
-from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import BlankImage, InvalidOption
+from handlers.core.explain import Explainable, ExplainedClassifier
+from handlers.core.heatmaps import explainable_image
 from handlers.core.images import ImageLimits, flatten, open_image
 from handlers.core.inputs import Image
 
@@ -20,6 +21,7 @@ SIDE, BOX = 28, 20  # pixels; in MNIST a digit fits a box of 20 x 20, and its ce
 WORKING_BOX = 4 * BOX  # pixels; the lowest resolution at which strokes are measured and thickened
 MAX_SIDE = 512  # pixels; larger images are reduced, because they show no more of a digit
 MIN_CONTRAST = 20  # of 255, between ink and background
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # left, top, right and bottom, in shares of an image's sides
 FAINT, FIRM = 0.04, 0.2  # thresholds of ink, as a share of the strongest ink: in MNIST's images, and in all others
 MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
 
@@ -27,13 +29,13 @@ MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
 MOMENTS = numpy.stack([numpy.ones(SIDE**2), *numpy.indices((SIDE, SIDE)).reshape(2, -1)], axis=1, dtype=numpy.float32)
 
 
-class MNISTHandler(ClassifierHandler):
+class MNISTHandler(ExplainedClassifier):
     """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises itself) -> logits [N, 10].
 
     The answer is {"top_3_classes": [...], "top_3_probabilities": [...]}.
     """
 
-    class Settings(ClassifierHandler.Settings, ImageLimits):
+    class Settings(ExplainedClassifier.Settings, ImageLimits):
         pass
 
     settings: Settings
@@ -42,19 +44,21 @@ class MNISTHandler(ClassifierHandler):
         data: Image
 
     def decode(self, inputs: Inputs) -> Sample:
-        """Decode an image file into pixels as in MNIST, uint8 [1, 28, 28]."""
+        """Decode an image file into pixels as in MNIST, uint8 [1, 28, 28]; `info` is their place in the image."""
         image = open_image(inputs.data, self.settings, enough=MAX_SIDE)
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         image = grey(image)
         if is_mnist(image):
-            return Sample(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE))
-        return Sample(torch.from_numpy(to_mnist(numpy.asarray(image))).unsqueeze(0))
+            return Sample(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, SIDE, SIDE), WHOLE)
+        canvas, (left, top, right, bottom) = to_mnist(numpy.asarray(image))
+        place = left / image.width, top / image.height, right / image.width, bottom / image.height
+        return Sample(torch.from_numpy(canvas).unsqueeze(0), place)
 
     def check_top_k(self, top_k: int) -> None:
         if top_k != TOP_K:
             raise InvalidOption(f"top_k must be {TOP_K}: this model always returns its {TOP_K} most probable classes.")
 
-    def encode(self, row: Tensor, info: object, options: ClassifierHandler.Options) -> dict:
+    def encode(self, row: Tensor, info: object, options: ExplainedClassifier.Options) -> dict:
         best = topk.best_classes(row, TOP_K, self.labels)
         return {
             "top_3_classes": [entry["class"] for entry in best],
@@ -63,6 +67,10 @@ class MNISTHandler(ClassifierHandler):
 
     def example(self) -> Sample:
         return Sample(torch.zeros(1, SIDE, SIDE, dtype=torch.uint8))
+
+    def explainable(self, sample: Sample) -> Explainable:
+        """Compare with paper without ink."""
+        return explainable_image(sample, torch.zeros(1, SIDE, SIDE), self.settings)
 
 
 def grey(image: PillowImage.Image) -> PillowImage.Image:
@@ -91,7 +99,7 @@ def is_mnist(image: PillowImage.Image) -> bool:
     return corner(((down - top * mass) / mass, (across - left * mass) / mass), size) == (top, left)
 
 
-def to_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
+def to_mnist(pixels: numpy.ndarray) -> tuple[numpy.ndarray, tuple[float, ...]]:
     """Convert any image of a digit to the form of MNIST's images (LeCun et al. 1998, section III.A).
 
     This finds the background, makes the ink bright, crops to the ink, fits it into the box without distortion, and
@@ -101,7 +109,7 @@ def to_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
         pixels: uint8 [H, W], dark on light or light on dark.
 
     Returns:
-        uint8 [28, 28].
+        uint8 [28, 28], and its place in `pixels`: left, top, right and bottom, which may lie outside.
 
     Raises:
         BlankImage: the contrast with the background is too low.
@@ -113,19 +121,28 @@ def to_mnist(pixels: numpy.ndarray) -> numpy.ndarray:
             "The image is blank: no digit stands out from the background. Send an image with more contrast."
         )
     ink = numpy.clip((ink - noise) / (peak - noise), 0, 1) if noise else ink / peak
-    digit = crop(ink, FAINT)
+    rows, columns = extent(ink, FAINT)
+    digit = ink[rows, columns]
+    margin = 0.0  # share of the digit by which it grew on each side
     if not BOX - 1 <= max(digit.shape) <= BOX:  # not an MNIST image: faint pixels are blur, noise, or JPEG artefacts
-        digit = crop(ink, FIRM)
+        rows, columns = extent(ink, FIRM)
+        digit = ink[rows, columns]
         if max(digit.shape) < WORKING_BOX:
             digit = fit(digit, WORKING_BOX)
-        digit = fit(thicken(digit), BOX)
-    return centre((digit * (255 / digit.max())).round())
+        thick = thicken(digit)
+        margin = (max(thick.shape) - max(digit.shape)) / 2 / max(digit.shape)
+        digit = fit(thick, BOX)
+    canvas, (top, left) = centre((digit * (255 / digit.max())).round())
+    longer = max(rows.stop - rows.start, columns.stop - columns.start)
+    pixel = longer * (1 + 2 * margin) / max(digit.shape)  # of the canvas, in pixels of the original
+    x, y = columns.start - margin * longer - left * pixel, rows.start - margin * longer - top * pixel
+    return canvas, (x, y, x + SIDE * pixel, y + SIDE * pixel)
 
 
-def crop(ink: numpy.ndarray, threshold: float) -> numpy.ndarray:
-    """Cut out of [H, W] the smallest part that has all values above the threshold."""
+def extent(ink: numpy.ndarray, threshold: float) -> tuple[slice, slice]:
+    """Return the rows and columns of the smallest part of [H, W] that has all values above the threshold."""
     rows, columns = (numpy.flatnonzero(ink.max(axis=axis) > threshold) for axis in (1, 0))
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def separate_ink(pixels: numpy.ndarray) -> tuple[numpy.ndarray, float]:
@@ -186,14 +203,18 @@ def thicken(ink: numpy.ndarray) -> numpy.ndarray:
     return widened[0, 0].numpy()
 
 
-def centre(ink: numpy.ndarray) -> numpy.ndarray:
-    """Place ink, [H, W] of at most 20 x 20, 0 to 255, in uint8 [28, 28], with its centre of mass in the middle."""
+def centre(ink: numpy.ndarray) -> tuple[numpy.ndarray, tuple[int, int]]:
+    """Place ink, [H, W] of at most 20 x 20, 0 to 255, in uint8 [28, 28], with its centre of mass in the middle.
+
+    Returns:
+        the canvas, and the top and left of the ink in it.
+    """
     canvas = numpy.zeros((SIDE, SIDE), dtype=numpy.uint8)
     mass = ink.sum()
     middle = [(ink.sum(axis=1 - axis) @ numpy.arange(length)) / mass for axis, length in enumerate(ink.shape)]
     top, left = corner(middle, ink.shape)
     canvas[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
-    return canvas
+    return canvas, (top, left)
 
 
 def corner(middle: Sequence[float], size: Sequence[int]) -> tuple[int, int]:

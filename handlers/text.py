@@ -1,5 +1,6 @@
 """Classify a text: the k most probable classes."""
 
+import functools
 from pathlib import Path
 from typing import cast
 
@@ -9,22 +10,28 @@ from torch import Tensor
 
 from handlers.core import inputs
 from handlers.core.batch import Sample
-from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import EmptyInput
+from handlers.core.explain import Explainable, ExplainedClassifier
 from handlers.core.inputs import Text
+from handlers.core.outputs import main_output
 from handlers.core.settings import PositiveInt
 from handlers.core.texts import TextLimits, check_text
 
+MASKS = ("[MASK]", "<mask>", "[UNK]", "<unk>")  # what tokenizers call tokens without a meaning of their own
 
-class TextHandler(ClassifierHandler):
+
+class TextHandler(ExplainedClassifier):
     """Model: token ids int64 [N, T], attention mask int64 [N, T] (1 token, 0 padding) -> logits [N, classes].
 
     The tokenizer is the archive's tokenizer.json, in the format of Hugging Face's `tokenizers`.
     """
 
-    class Settings(ClassifierHandler.Settings, TextLimits):
+    class Settings(ExplainedClassifier.Settings, TextLimits):
         max_tokens: PositiveInt = 64  # longer texts are truncated
         pad_id: int = 0
+        # in an explanation, it replaces tokens that are removed; None: the attention mask hides them, if the model
+        # can answer a text without tokens; otherwise, a token for masks or unknown words replaces them
+        mask_token: str | None = None
 
     settings: Settings
 
@@ -33,6 +40,8 @@ class TextHandler(ClassifierHandler):
 
     def load_assets(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if self.settings.mask_token is not None and self.tokenizer.token_to_id(self.settings.mask_token) is None:
+            raise ValueError(f"mask_token: the tokenizer has no token {self.settings.mask_token}")
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.settings.max_tokens)
 
@@ -54,3 +63,63 @@ class TextHandler(ClassifierHandler):
 
     def example(self) -> Sample:
         return Sample(torch.zeros(16, dtype=torch.int64))
+
+    @functools.cached_property
+    def mask_id(self) -> int | None:
+        """The token that replaces removed ones; None if the attention mask hides them."""
+        if self.settings.mask_token is not None:
+            return self.tokenizer.token_to_id(self.settings.mask_token)
+        nothing = torch.full((1, 2), self.settings.pad_id, device=self.device)
+        with torch.no_grad():
+            if main_output(self.original(nothing, torch.zeros_like(nothing))).isfinite().all():
+                return None
+        found = (self.tokenizer.token_to_id(token) for token in MASKS)
+        return next((token for token in found if token is not None), self.settings.pad_id)
+
+    def explainable(self, sample: Sample) -> Explainable:
+        """Remove tokens: from 1, which keeps a token, to 0, which removes it. Ids cannot be differentiated."""
+        ids = cast("Tensor", sample.tensors)
+        text = sample.inputs.data if sample.inputs else ""
+        words = torch.arange(len(ids))
+        if sample.inputs:
+            # the tokens that a tokenizer adds to each text, such as [CLS], are never removed
+            added = torch.tensor(self.tokenizer.encode(text).special_tokens_mask)
+            words = words[added == 0]
+        if not len(words):
+            raise EmptyInput("The text has no words. Send at least one word.")
+
+        def arguments(kept: Tensor) -> tuple[Tensor, ...]:
+            mask = torch.ones(len(kept), len(ids), dtype=torch.int64, device=kept.device)
+            mask[:, words.to(kept.device)] = kept.round().long()
+            if self.mask_id is None:
+                return ids.to(kept.device) * mask + self.settings.pad_id * (1 - mask), mask
+            return torch.where(mask == 1, ids.to(kept.device), self.mask_id), torch.ones_like(mask)
+
+        def spans(attributions: Tensor) -> list[tuple[int, int, float]]:
+            offsets = self.tokenizer.encode(text).offsets
+            found = []
+            for word, score in zip(words.tolist(), attributions.tolist(), strict=True):
+                start, end = offsets[word]
+                while start < end and text[start].isspace():  # some tokenizers count the space before a word
+                    start += 1
+                found.append((start, end, score))
+            return found
+
+        def describe(attributions: Tensor) -> dict:
+            parts = [{"token": text[a:b], "start": a, "end": b, "score": score} for a, b, score in spans(attributions)]
+            return {"attributions": parts}
+
+        def draw(attributions: Tensor, caption: str) -> bytes:
+            from handlers.core import drawing  # imports Pillow, which predictions do not need
+
+            return drawing.coloured_text(text, spans(attributions), caption)
+
+        return Explainable(
+            inputs=(torch.ones(1, len(words)),),
+            baselines=(torch.zeros(1, len(words)),),
+            groups=(torch.arange(len(words))[None],),
+            arguments=arguments,
+            describe=describe,
+            draw=draw,
+            differentiable=False,
+        )

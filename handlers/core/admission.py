@@ -1,4 +1,4 @@
-"""Reject requests that waited too long, and those that the batch has no time left to decode."""
+"""Reject requests that waited too long, and those that the batch has no time left to decode or to explain."""
 
 import time
 from dataclasses import dataclass
@@ -8,25 +8,28 @@ from handlers.core.errors import Overloaded
 
 @dataclass(frozen=True)
 class Deadline:
-    """The time after which a batch decodes no further input.
+    """The time after which a batch decodes, or explains, no further input.
 
     The limits of a handler bound the time to decode one input. This bounds the time of a batch, which may hold hundreds
     of inputs that are just within those limits.
 
     Attributes:
         at: time.monotonic() seconds.
+        work: what took too long, for the error message: "Decoding".
     """
 
     at: float
+    work: str
 
     @classmethod
-    def after(cls, seconds: float) -> "Deadline":
-        return cls(time.monotonic() + seconds)
+    def after(cls, seconds: float, work: str) -> "Deadline":
+        return cls(time.monotonic() + seconds, work)
 
     def check(self) -> None:
         """Raise Overloaded once the deadline has passed."""
         if time.monotonic() > self.at:
-            raise Overloaded("Decoding this batch took too long. Retry, or send fewer inputs per request.")
+            steps = ", or ask for fewer steps or samples" if self.work == "Explaining" else ""
+            raise Overloaded(f"{self.work} this batch took too long. Retry, or send fewer inputs per request{steps}.")
 
 
 def check_wait(arrival: float | None, longest: float | None) -> None:

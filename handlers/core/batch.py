@@ -26,13 +26,14 @@ from ts.torch_handler.base_handler import BaseHandler
 from handlers.core import admission, device, inputs, memory, precision, settings, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
-    InsufficientMemory,
     InternalError,
     NonFiniteOutput,
     RequestError,
     ServingError,
     explanation_unsupported,
+    input_too_large,
     internal_error,
+    missing_method,
 )
 from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_verb
 from handlers.core.metrics import HandlerMetrics
@@ -45,21 +46,6 @@ logger = logging.getLogger(__name__)
 MAX_TRIAL_SIZE = 8  # samples in the batch on which precisions are compared,
 TRIAL_SECONDS = 0.5  # or as many as run in this time, if that is fewer
 WARM_UP_SECONDS = 2.0
-MISSING_METHOD = """{handler} must define `{method}`. A minimal handler:
-
-    class {handler}(BatchHandler):
-        class Inputs(inputs.Inputs):
-            data: Text
-
-        def decode(self, inputs):
-            return Sample(torch.tensor([float(len(inputs.data))]))
-
-        def example(self):
-            return Sample(torch.zeros(1))
-
-        def encode(self, row, info, options):
-            return {{"score": row.item()}}
-"""
 
 
 class BatchHandler(BaseHandler):
@@ -72,6 +58,7 @@ class BatchHandler(BaseHandler):
     Settings: type[settings.Settings] = settings.Settings  # a subclass with its own also declares `settings: Settings`
     Inputs: type[inputs.Inputs] = inputs.Inputs
     Options: type[inputs.Options] = inputs.Options
+    ExplainOptions: type[inputs.Options] | None = None  # of /explanations; None: those of predictions
     model: torch.jit.ScriptModule
 
     def __init__(self):
@@ -89,11 +76,11 @@ class BatchHandler(BaseHandler):
         Raises:
             RequestError: an input cannot be decoded. Only this request is rejected.
         """
-        raise NotImplementedError(MISSING_METHOD.format(handler=type(self).__name__, method="decode"))
+        raise missing_method(self, "decode")
 
     def example(self) -> Sample:
         """Return a sample of typical shape, for warming up the model."""
-        raise NotImplementedError(MISSING_METHOD.format(handler=type(self).__name__, method="example"))
+        raise missing_method(self, "example")
 
     def encode(self, row: Any, info: Any, options: Any) -> JsonValue | Picture:
         """Return the JSON value of an answer, or a picture if the option `format` asks for one.
@@ -103,12 +90,12 @@ class BatchHandler(BaseHandler):
             info: `Sample.info` of the sample.
             options: the options of the request.
         """
-        raise NotImplementedError(MISSING_METHOD.format(handler=type(self).__name__, method="encode"))
+        raise missing_method(self, "encode")
 
     # --- what a subclass may override --------------------------------------------------------------------------
 
     def read(self, row: dict, headers: Mapping) -> Request:
-        """Read one row of a batch; by default, as `Inputs` and `Options` declare it.
+        """Read one row of a batch; by default, as `Inputs` and `Options`, or `ExplainOptions`, declare it.
 
         Args:
             row: {field: value}, as TorchServe passes it.
@@ -117,7 +104,7 @@ class BatchHandler(BaseHandler):
         Raises:
             RequestError: the request is malformed.
         """
-        return self.reader.read(row, headers)
+        return self.readers[requested_verb(row, headers)].read(row, headers)
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
         """Make the module's inputs, with the batch as first dimension; by default, stack samples of equal shape."""
@@ -146,7 +133,10 @@ class BatchHandler(BaseHandler):
         ]
 
     def explain(self, sample: Sample, options: Any) -> JsonValue | Picture:
-        """Return the JSON value of an explanation, or a picture if the option `format` asks for one."""
+        """Return the JSON value of an explanation, or a picture if the option `format` asks for one.
+
+        `sample.inputs` has what the sample was decoded from. Call `self.explain_deadline.check()` now and then.
+        """
         raise explanation_unsupported()
 
     def describe(self) -> dict:
@@ -168,7 +158,8 @@ class BatchHandler(BaseHandler):
         """
         self.settings = self.Settings.model_validate((context.model_yaml_config or {}).get("handler") or {})
         self.behind_proxy = behind_proxy()
-        self.reader = RequestReader(self.Inputs, self.Options, self.settings.max_instances)
+        options = {Verb.PREDICT: self.Options, Verb.EXPLAIN: self.ExplainOptions or self.Options}
+        self.readers = {v: RequestReader(self.Inputs, each, self.settings.max_instances) for v, each in options.items()}
         torch.set_num_threads(self.settings.threads)
         memory.keep_freed_memory()
         super().initialize(context)
@@ -250,6 +241,7 @@ class BatchHandler(BaseHandler):
                 predictions = self.predict([sample for slot in predicted for sample in slot.samples])
         with self.metrics.timed("encode"):
             self.scatter(predicted, predictions)
+        self.explain_deadline = admission.Deadline.after(self.settings.max_explain_seconds, "Explaining")
         for slot in slots:
             if slot.samples and slot.explained:
                 self.isolate(slot, self.explain_slot)
@@ -258,7 +250,7 @@ class BatchHandler(BaseHandler):
         self, slots: list[Slot], data: list[dict], headers: list[Mapping], arrivals: list[float | None]
     ) -> None:
         """Read and decode each request separately."""
-        deadline = admission.Deadline.after(self.settings.max_decode_seconds)
+        deadline = admission.Deadline.after(self.settings.max_decode_seconds, "Decoding")
         if len(data) < self.batch_size:
             arrivals = [None] * len(data)  # in a batch that is not full, no request waits for a late one
         for slot, row, own_headers, arrival in zip(slots, data, headers, arrivals, strict=True):
@@ -275,6 +267,9 @@ class BatchHandler(BaseHandler):
         except Exception as exc:
             if device.is_broken(exc):
                 raise
+            if device.is_out_of_memory(exc):
+                slot.error = input_too_large()
+                return
             logger.exception("a bug failed one request of %s", self.context.model_name)
             slot.error = internal_error("this request")
 
@@ -299,6 +294,8 @@ class BatchHandler(BaseHandler):
         for each in request.inputs:
             deadline.check()
             samples.append(self.decode(each))
+            if slot.explained:
+                samples[-1].inputs = each
         slot.samples = samples
 
     def run(self, samples: list[Sample]) -> list[Outputs | ServingError]:
@@ -325,8 +322,7 @@ class BatchHandler(BaseHandler):
         if exhausted:
             torch.cuda.empty_cache()
         if len(samples) == 1:
-            too_large = "The device does not have enough memory for this input. Send a smaller input."
-            return [InsufficientMemory(too_large) if exhausted else internal_error("this input")]
+            return [input_too_large() if exhausted else internal_error("this input")]
         middle = len(samples) // 2
         return self.run(samples[:middle]) + self.run(samples[middle:])
 
@@ -369,7 +365,11 @@ class BatchHandler(BaseHandler):
         self.cache.put(slot.key, slot.response)
 
     def explain_slot(self, slot: Slot) -> None:
-        slot.finish([self.explain(sample, slot.options) for sample in slot.samples])
+        explanations = []
+        for sample in slot.samples:
+            self.explain_deadline.check()
+            explanations.append(self.explain(sample, slot.options))
+        slot.finish(explanations)
         self.cache.put(slot.key, slot.response)
 
     def postprocess(self, slots: list[Slot]) -> list[str | bytes]:

@@ -21,12 +21,28 @@
     │       ├── AudioTooLong
     │       ├── TextTooLong
     │       └── TooManyInstances
-    ├── Overloaded              429: the request waited too long, or its batch took too long to decode; retry
+    ├── Overloaded              429: the request waited too long, or its batch took too long; retry
     ├── InsufficientMemory      507: this input alone is too large for the device
     ├── NonFiniteOutput         500: the model returned NaN or infinity
     └── InternalError           500: a bug: any other exception
 
 All messages are sent to the client. The text of a bug's exception, which may quote the input, stays in the log.
+"""
+
+MISSING_METHOD = """{handler} must define `{method}`. A minimal handler:
+
+    class {handler}(BatchHandler):
+        class Inputs(inputs.Inputs):
+            data: Text
+
+        def decode(self, inputs):
+            return Sample(torch.tensor([float(len(inputs.data))]))
+
+        def example(self):
+            return Sample(torch.zeros(1))
+
+        def encode(self, row, info, options):
+            return {{"score": row.item()}}
 """
 
 
@@ -147,5 +163,13 @@ def internal_error(failed: str) -> InternalError:
     return InternalError(f"The handler failed on {failed}. The server's log has the traceback.")
 
 
+def input_too_large() -> InsufficientMemory:
+    return InsufficientMemory("The device does not have enough memory for this input. Send a smaller input.")
+
+
 def explanation_unsupported() -> UnsupportedOperation:
     return UnsupportedOperation("This model does not support explanations. Use /predictions.")
+
+
+def missing_method(handler: object, method: str) -> NotImplementedError:
+    return NotImplementedError(MISSING_METHOD.format(handler=type(handler).__name__, method=method))

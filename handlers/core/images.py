@@ -98,6 +98,14 @@ def open_image(content: bytes, settings: ImageLimits, enough: int | None = None)
         raise UndecodableImage(problem) from exc
 
 
+def upright_size(content: bytes, settings: ImageLimits) -> tuple[int, int]:
+    """Return width and height of a file that `open_image` accepts, turned upright, without decoding its pixels."""
+    image = Image.open(open_parts(content, settings.max_parts), formats=FORMATS)
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if turned else (width, height)
+
+
 def check_size(image: Image.Image, settings: ImageLimits) -> None:
     """Check the size in the head of the file, before its pixels are decoded.
 

@@ -26,4 +26,6 @@ class Settings(BaseModel):
     max_wait_seconds: PositiveFloat | None = None
     # s, after which no further input of a batch is decoded; well below responseTimeout, at which a worker is killed
     max_decode_seconds: PositiveFloat = 10.0
+    # s, after which the explanations of a batch that are not finished get 429: so long they may delay the next batch
+    max_explain_seconds: PositiveFloat = 5.0
     cache_entries: NaturalInt = 0  # answers to repeated inputs that a worker keeps; 0 turns the cache off

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import JsonValue
 from torch import Tensor
@@ -20,10 +20,12 @@ class Sample:
     Attributes:
         tensors: the input of `collate`, on the CPU.
         info: anything else about the input that `encode` needs: an image's original size, a graph's node names.
+        inputs: what it was decoded from. Only set for explanations, which may draw it.
     """
 
     tensors: Tensor | tuple[Tensor, ...]
     info: object = None
+    inputs: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,20 +84,23 @@ def resample(waveform: numpy.ndarray, sample_rate: int, target: int) -> numpy.nd
     return resampled
 
 
-def loudest_window(waveform: numpy.ndarray, window: int) -> numpy.ndarray:
+def loudest_window(waveform: numpy.ndarray, window: int) -> tuple[numpy.ndarray, int]:
     """Cut or pad a waveform to the model's window: float32 [samples] -> float32 [window].
 
     Shorter clips are padded with silence on both sides. Of a longer clip, the loudest window is returned. The loudness
     of a window is its power, weighted by a Hann window, so that a short word is in the middle of the result.
+
+    Returns:
+        the window, and the sample of the waveform at which it starts, which is negative if it was padded.
     """
     missing = window - len(waveform)
     if missing == 0:
-        return waveform
+        return waveform, 0
     if missing > 0:
-        return numpy.pad(waveform, (missing // 2, missing - missing // 2))
+        return numpy.pad(waveform, (missing // 2, missing - missing // 2)), -(missing // 2)
     hop = max(1, window // 100)
     blocks = len(waveform) // hop
     power = numpy.square(waveform[: blocks * hop]).reshape(blocks, hop).sum(axis=1)
     loudness = numpy.convolve(power, numpy.hanning(window // hop), mode="valid")
     start = min(int(loudness.argmax()) * hop, len(waveform) - window)
-    return waveform[start : start + window].copy()
+    return waveform[start : start + window].copy(), start

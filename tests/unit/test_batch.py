@@ -391,7 +391,8 @@ def test_handler_file_defines_one_class():
 def test_handler_imports_no_heavy_library_that_it_does_not_need(module: str):
     """Libraries for training or for other inputs would cost memory and start-up time."""
     modalities = {"audio_mfcc": {"soundfile", "soxr"}, "text": {"tokenizers"}, "mnist": {"PIL"}, "image_topk": {"PIL"}}
-    heavy = {"torchvision", "torchaudio", "scipy", "lightning", "pandas", *set().union(*modalities.values())}
+    heavy = {"torchvision", "torchaudio", "scipy", "lightning", "pandas", "captum", "matplotlib"}
+    heavy |= {*set().union(*modalities.values())}
     imported = python(f"import {module}\nprint(*sys.modules)").split()
     # TorchServe's base class imports some of them
     torchserves = python("import ts.torch_handler.base_handler\nprint(*sys.modules)").split()

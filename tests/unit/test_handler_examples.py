@@ -63,7 +63,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         (folder / "model.py").write_text(MODEL.format(answer=answer, features=features))
         (folder / "model-config.yaml").write_text(CONFIG)
         (folder / "stop_words.txt").write_text("the a")
-        if "ClassifierHandler" in handler:
+        if "ClassifierHandler" in handler or "ExplainedClassifier" in handler:
             (folder / "index_to_name.json").write_text('["long", "short"]')
         workers.append(DryRun(archive(ModelFolder(folder), tmp_path / "store").path))
         return workers[-1]
@@ -82,7 +82,7 @@ def start_with(start: Start) -> Start:
 def test_every_example_is_tested():
     defined = [re.findall(r"^(?:class|def) (\w+)", code, re.MULTILINE)[0] for code in EXAMPLES]
     methods = ["load_assets", "read", "decode", "reduce", "predict", "explain", "describe"]
-    assert defined == ["ScoreHandler", *methods, "LengthHandler", "DoubleHandler"]
+    assert defined == ["ScoreHandler", *methods, "LengthHandler", "CountsHandler", "DoubleHandler"]
 
 
 def test_the_whole_handler_answers_each_way_of_sending(start: Start):
@@ -153,6 +153,15 @@ def test_describe_example_adds_to_the_description(start_with: Start):
 def test_classifier_example_answers_a_ranking(start: Start):
     [(status, body)] = start(example("LengthHandler"), LOGITS, 1).predict([{"body": {"data": "x" * 80, "top_k": 1}}])
     assert (status, [each["label"] for each in body["top_k"]]) == (200, ["long"])
+
+
+def test_explained_classifier_example_answers_scores_and_a_picture(start: Start):
+    worker = start(example("CountsHandler"), "numbers")
+    rows = [{"data": b"two words"}, {"data": b"two words", "format": b"png"}, {"data": b"two words"}]
+    explained, drawn, predicted = worker.predict(rows, [{"explain": "True"}, {"explain": "True"}, {}])
+    assert (explained[0], explained[1]["target"]["label"]) == (200, "long")
+    assert explained[1]["attributions"]["characters"] > 0 > explained[1]["attributions"]["words"]
+    assert (drawn[0], drawn[1][:4], predicted[0]) == (200, b"\x89PNG", 200)
 
 
 def test_handler_without_the_template_is_archived_by_hand(tmp_path: Path):
