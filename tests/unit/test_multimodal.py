@@ -206,7 +206,7 @@ def test_recorded_accuracy_of_every_input_is_high_enough():
     assert {name: whole[name] >= least for name, least in promised.items()} == dict.fromkeys(promised, True)
     spoilt = measured["accuracy_of_spoilt_inputs"]
     alone = max(spoilt["image"], spoilt["audio"])
-    assert spoilt["image+audio"] >= alone + 0.04
+    assert (alone < 0.85, spoilt["image+audio"] >= alone + 0.04) == (True, True)
 
 
 def test_padding_of_a_text_has_no_effect():
