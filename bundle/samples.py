@@ -3,6 +3,7 @@
 This module needs the standard library only: the Docker image of the load test has it without the bundle's packages.
 """
 
+import base64
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -24,17 +25,25 @@ def headers(file: Path) -> dict[str, str]:
 def grpc_fields(file: Path) -> dict[str, bytes]:
     """Return the fields that carry a file over gRPC, where no header says that it is JSON.
 
-    A JSON object is sent field by field: strings as they are, other values as JSON. All else is the field "body",
-    which is what a raw body becomes over HTTP: the model's input, whatever its name.
+    A JSON object is sent field by field: a data: URL as the bytes that it encodes, other strings as they are, other
+    values as JSON. All else is the field "body", which is what a raw body becomes over HTTP: the model's input,
+    whatever its name.
 
     Raises:
-        ValueError: the file's name ends in .json and its content is not JSON.
+        ValueError: the file's name ends in .json and its content is not JSON, or a data: URL is not base64.
     """
     content = file.read_bytes()
     body = json.loads(content) if headers(file) else None
     if not isinstance(body, dict):
         return {"body": content}
-    return {name: (value if isinstance(value, str) else json.dumps(value)).encode() for name, value in body.items()}
+    return {name: grpc_value(value) for name, value in body.items()}
+
+
+def grpc_value(value: object) -> bytes:
+    if not isinstance(value, str):
+        return json.dumps(value).encode()
+    head, found, encoded = value.partition(";base64,")
+    return base64.b64decode(encoded, validate=True) if found and head.startswith("data:") else value.encode()
 
 
 def ranking(answer: object) -> list[Ranked]:

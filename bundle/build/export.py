@@ -87,7 +87,7 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
         BundleError: the module's file, or the weights, are missing or invalid.
     """
     source = folder.bundle
-    sizes = (1, 3)
+    sizes: tuple[int, ...] = (1, 3)
     if source.torchvision:
         classifier, preset = torchvision_source.load(source.torchvision)
         mean, std = preset.mean, preset.std
@@ -110,7 +110,18 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
             return model.build(), inputs
     side = image_side(folder, handler)
     module = PreprocessedImages(classifier, mean, std)
+    if source.serialized and not takes_batch(classifier, len(mean), side):
+        sizes = (1,)
     return module.eval(), [(random_images(size, len(mean), side),) for size in sizes]
+
+
+def takes_batch(classifier: nn.Module, channels: int, side: int) -> bool:
+    """Return whether a classifier runs on two images at once. The worker runs others on one image after the other."""
+    try:
+        with torch.no_grad():
+            return len(main_output(classifier(torch.zeros(2, channels, side, side)))) == 2
+    except Exception:  # the user's model can raise anything; what fails on one image, too, fails in the comparison
+        return False
 
 
 @functools.cache  # TorchScript gives the classes of a second import other names: the archive's content would change

@@ -23,7 +23,7 @@ from torch import Tensor
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handlers.core import admission, device, inputs, memory, precision, settings, wire
+from handlers.core import admission, batching, device, inputs, memory, precision, settings, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
     InternalError,
@@ -120,12 +120,12 @@ class BatchHandler(BaseHandler):
         return outputs
 
     def predict(self, samples: list[Sample]) -> list[object]:
-        """Run the samples in batches of at most the configured size.
+        """Run the samples in batches of at most the configured size, or one by one if the module takes no batch.
 
         Returns:
             for each sample, its row of `reduce`, on the host; or the ServingError of a sample that failed.
         """
-        size = self.batch_size
+        size = self.run_size
         # every batch is started before the first one is fetched, because fetching waits for the device
         parts = [part for start in range(0, len(samples), size) for part in self.run(samples[start : start + size])]
         return [
@@ -166,7 +166,7 @@ class BatchHandler(BaseHandler):
         self.context = context
         self.metrics = HandlerMetrics(context)
         self.cache = AnswerCache(self.settings.cache_entries)
-        self.batch_size = max(1, context.system_properties["batch_size"] or 1)
+        self.batch_size = self.run_size = max(1, context.system_properties["batch_size"] or 1)
         self.load_assets(Path(context.system_properties["model_dir"]))
         self.optimize()
         self.warm_up()
@@ -180,10 +180,16 @@ class BatchHandler(BaseHandler):
             start = time.perf_counter()
             self.model(*self.example_batch(1))
         affordable = int(TRIAL_SECONDS / (time.perf_counter() - start))
-        batch = self.example_batch(max(1, min(self.batch_size, MAX_TRIAL_SIZE, affordable)))
+        size = min(self.batch_size, MAX_TRIAL_SIZE, max(2, affordable))
+        batch = self.example_batch(size)
+        name = self.context.model_name
+        if size > 1 and not batching.takes_batch(lambda: self.reduce(self.model(*batch)), size, name):
+            self.run_size = 1
+        if self.run_size == 1 or affordable < 2:
+            batch = self.example_batch(1)
         folder = Path(self.context.system_properties["model_dir"])
         self.precision, self.model = precision.fastest(self.model, self.settings.precision, self.device, batch, folder)
-        logger.info("%s computes in %s", self.context.model_name, self.precision)
+        logger.info("%s computes in %s", name, self.precision)
 
     def example_batch(self, size: int) -> tuple[Tensor, ...]:
         return tuple(map(self.to_device, self.collate([self.example()] * size)))
@@ -195,7 +201,7 @@ class BatchHandler(BaseHandler):
             RuntimeError: the model fails on the handler's example. Such a worker must not start.
         """
         deadline = time.monotonic() + WARM_UP_SECONDS
-        for size in dict.fromkeys([1, self.batch_size, *range(2, self.batch_size)]):
+        for size in dict.fromkeys([1, self.run_size, *range(2, self.run_size)]):
             for _ in range(3):
                 if any(isinstance(row, InternalError) for row in self.predict([self.example()] * size)):
                     raise RuntimeError(f"{self.context.model_name} fails on the handler's `example`: see the log above")

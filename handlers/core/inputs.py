@@ -12,6 +12,7 @@ The fields are defined only here. Reading, error messages and the cache's key ar
 import base64
 import binascii
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
@@ -19,7 +20,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from handlers.core.errors import EmptyInput, InvalidBase64, UndecodableText
+from handlers.core.errors import EmptyInput, InvalidBase64, RequestError, UndecodableText
 
 
 class Inputs(BaseModel):
@@ -91,6 +92,19 @@ class Kind:
 Image = Annotated[bytes, Kind("image", binary)]
 Sound = Annotated[bytes, Kind("sound", binary)]
 Text = Annotated[str, Kind("text", text)]
+
+
+@contextmanager
+def in_field(name: str) -> Iterator[None]:
+    """Say in the message of an error which field of the request is at fault.
+
+    Raises:
+        RequestError: of the same class as the one that was raised in the block.
+    """
+    try:
+        yield
+    except RequestError as error:
+        raise type(error)(f'In the field "{name}": {error}') from error
 
 
 def kind_of(field: FieldInfo) -> Kind | None:

@@ -22,7 +22,7 @@ from handlers.core.errors import (
     UnsupportedInput,
 )
 from handlers.core.headers import content_type
-from handlers.core.inputs import Inputs, Options, PictureOptions, describe_option, kind_of
+from handlers.core.inputs import Inputs, Options, PictureOptions, describe_option, in_field, kind_of
 
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
 
@@ -182,7 +182,10 @@ class RequestReader:
             )
         if not value:
             raise EmptyInput(f'The input "{name}" is empty. {self.accepted}')
-        return kind.read(value)
+        if self.only_input:
+            return kind.read(value)
+        with in_field(name):
+            return kind.read(value)
 
     def read_options(self, given: Mapping) -> Options:
         if not given:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bundle.errors import BundleError
-from tests.unit.workbench import Dictionary, OneAtATime, Segmenting, SmallNet, WordNet
+from tests.unit.workbench import Dictionary, Segmenting, SmallNet, WordNet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -90,11 +90,6 @@ def test_add_model_invalid_labels_are_rejected(workbench):
 )
 def test_add_model_unsupported_network_is_rejected(workbench, model, message):
     workbench.rejects(model, message)
-
-
-def test_add_model_network_traced_for_one_input_is_rejected(workbench):
-    traced = torch.jit.trace(OneAtATime(3, 32).eval(), torch.rand(1, 3, 32, 32))
-    workbench.rejects(traced, "takes one input, but not a batch")
 
 
 def test_add_model_network_traced_in_training_mode_is_rejected(workbench):

@@ -9,8 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
+from handlers.core.digits import BOX, SIDE, to_mnist
 from handlers.core.errors import BlankImage, RequestError, UndecodableImage
-from handlers.mnist import BOX, SIDE, MNISTHandler, to_mnist
+from handlers.mnist import MNISTHandler
 from tests.unit.inputs import DIGITS, blurred, decoded, draw_digit, encode_image
 
 

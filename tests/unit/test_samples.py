@@ -13,6 +13,12 @@ from bundle.samples import grpc_fields
         ("sample.png", b"\x89PNG", {"body": b"\x89PNG"}),
         ("sample.json", b'{"data": {"rooms": 3}}', {"data": b'{"rooms": 3}'}),
         ("sample.json", b'{"data": "a text", "top_k": 2}', {"data": b"a text", "top_k": b"2"}),
+        (
+            "sample.json",
+            b'{"image": "data:image/png;base64,iVBORw==", "text": "7"}',
+            {"image": b"\x89PNG", "text": b"7"},
+        ),
+        ("sample.json", b'{"text": "data: none"}', {"text": b"data: none"}),
         ("sample.json", b"[1, 2]", {"body": b"[1, 2]"}),
     ],
 )
