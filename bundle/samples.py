@@ -41,7 +41,8 @@ def ranking(answer: object) -> list[Ranked]:
     """Return the classes of an answer, best first; [] if the answer is not a ranking.
 
     Args:
-        answer: parsed JSON. MNIST's has "top_3_classes" and "top_3_probabilities", that of other classifiers "top_k".
+        answer: parsed JSON. MNIST's has "top_3_classes" and "top_3_probabilities", that of other classifiers "top_k". A
+            detector's has "detections", whose scores are probabilities.
     """
     if not isinstance(answer, dict):
         return []
@@ -49,6 +50,8 @@ def ranking(answer: object) -> list[Ranked]:
         if "top_3_classes" in answer:
             pairs = zip(answer["top_3_classes"], answer["top_3_probabilities"], strict=True)
             return [Ranked(str(index), int(index), float(probability)) for index, probability in pairs]
+        if "detections" in answer:
+            return [Ranked(str(e["label"]), int(e["class"]), float(e["score"])) for e in answer["detections"]]
         return [Ranked(str(e["label"]), int(e["class"]), float(e["probability"])) for e in answer["top_k"]]
     except (LookupError, TypeError, ValueError):
         return []

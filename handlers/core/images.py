@@ -1,5 +1,6 @@
 """Decode the bytes of an image file into an upright 8-bit Pillow image. Sizes are checked before a pixel is decoded."""
 
+import io
 import struct
 import warnings
 import zlib
@@ -10,7 +11,7 @@ from PIL import ExifTags, Image
 from pydantic import BaseModel, Field
 
 from handlers.core.errors import ImageTooLarge, UndecodableImage
-from handlers.core.image_parts import PartReader, check_parts, open_parts
+from handlers.core.image_parts import JPEG, PartReader, check_parts, open_parts
 
 # Pillow's warnings about broken metadata differ from file to file: Python would log and keep every one of them
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -30,6 +31,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # the orientations that exchange width and height
 
 # what Pillow raises on broken files, as its source and fuzzing show; SystemError if a read fails within its C code
 DECODE_ERRORS = (
@@ -96,6 +98,20 @@ def open_image(content: bytes, settings: ImageLimits, enough: int | None = None)
         raise too_many_pixels(settings.max_pixels) from exc
     except DECODE_ERRORS as exc:
         raise UndecodableImage(problem) from exc
+
+
+def upright_size(content: bytes, image: Image.Image) -> tuple[int, int]:
+    """Return width and height of the upright image in a file.
+
+    Args:
+        content: the bytes of the file.
+        image: what `open_image` made of it. It has the same size, unless it is a JPEG that was decoded at a fraction.
+    """
+    if not content.startswith(JPEG):
+        return image.size
+    with Image.open(io.BytesIO(content), formats=FORMATS) as head:
+        turned = head.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+        return (head.height, head.width) if turned else head.size
 
 
 def check_size(image: Image.Image, settings: ImageLimits) -> None:

@@ -390,7 +390,13 @@ def test_handler_file_defines_one_class():
 @pytest.mark.parametrize("module", MODULES)
 def test_handler_imports_no_heavy_library_that_it_does_not_need(module: str):
     """Libraries for training or for other inputs would cost memory and start-up time."""
-    modalities = {"audio_mfcc": {"soundfile", "soxr"}, "text": {"tokenizers"}, "mnist": {"PIL"}, "image_topk": {"PIL"}}
+    modalities = {
+        "audio_mfcc": {"soundfile", "soxr"},
+        "text": {"tokenizers"},
+        "mnist": {"PIL"},
+        "image_topk": {"PIL"},
+        "detection": {"PIL", "torchvision"},
+    }
     heavy = {"torchvision", "torchaudio", "scipy", "lightning", "pandas", *set().union(*modalities.values())}
     imported = python(f"import {module}\nprint(*sys.modules)").split()
     # TorchServe's base class imports some of them
