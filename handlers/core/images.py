@@ -179,3 +179,9 @@ def flatten(image: Image.Image, background: tuple[int, int, int] = (255, 255, 25
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas
+
+
+def resized(size: tuple[int, int], resize: int) -> tuple[int, int]:
+    """Return width and height after the shorter side is resized to `resize` pixels."""
+    width, height = size
+    return (resize, int(resize * height / width)) if width <= height else (int(resize * width / height), resize)
