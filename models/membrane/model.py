@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.weights import load_weights
 
 FOLDER = Path(__file__).parent
-SIDE = 256  # pixels of a tile
+SIDE = 512  # pixels of a tile
 LABELS = ["membrane", "cell"]
 WIDTHS = (16, 32, 48, 64)
 

@@ -19,12 +19,13 @@ from torchmetrics import JaccardIndex
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from models import training
-from models.membrane.model import FOLDER, LABELS, SIDE, UNet
+from models.membrane.model import FOLDER, LABELS, UNet
 from models.weights import round_weights
 
 RECIPE = training.Recipe(
     epochs=80, batch_size=4, learning_rate=0.006, weight_decay=1e-3, warmup=0.15, optimizer="adamw"
 )
+SIDE = 256  # of a crop, in pixels
 SLICES, TEST = 24, 4  # neighbouring slices resemble each other: the test split is the end of the stack
 MEMBRANE_WEIGHT = 1.5  # in the loss: a fifth of the pixels are membrane
 
