@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 class TorchvisionSource(Section):
-    """A classifier of torchvision's registry: `torchvision.models.get_model(name, weights=weights)`."""
+    """A model of torchvision's registry: `torchvision.models.get_model(name, weights=weights)`."""
 
     name: str
     weights: str = "DEFAULT"

@@ -13,7 +13,7 @@ from handlers.core.batch import Sample
 from handlers.core.errors import ImageTooLarge
 from handlers.core.explain import Explainable, ExplainedClassifier
 from handlers.core.heatmaps import explainable_image
-from handlers.core.images import ImageLimits, flatten, open_image
+from handlers.core.images import ImageLimits, flatten, open_image, resized
 from handlers.core.inputs import Image
 
 
@@ -69,12 +69,6 @@ def resize_and_crop(image: PillowImage.Image, resize: int, crop: int, interpolat
         image = image.resize(size, PillowImage.Resampling[interpolation.upper()])
     left, top = (corner(side, crop) for side in size)
     return image.crop((left, top, left + crop, top + crop))
-
-
-def resized(size: tuple[int, int], resize: int) -> tuple[int, int]:
-    """Return width and height after the shorter side is resized to `resize` pixels."""
-    width, height = size
-    return (resize, int(resize * height / width)) if width <= height else (int(resize * width / height), resize)
 
 
 def corner(side: int, crop: int) -> int:

@@ -141,7 +141,9 @@ def add_model(
         model = PreprocessedImages(serialized, images.mean, images.std)
         # images that differ show a batch normalisation that was left in training mode
         brightness = torch.tensor([1.0, 0.5, 0.1]).view(BATCH, 1, 1, 1)
-        inputs: tuple[Tensor, ...] = ((random_images(BATCH, images.channels, images.side) * brightness).byte(),)
+        inputs: tuple[Tensor, ...] = (
+            (random_images(BATCH, images.channels, images.side, images.side) * brightness).byte(),
+        )
         if new.handler == "image_topk":
             settings = image_settings(images, resize)
     else:

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms._presets import ImageClassification, ObjectDetection
 from ts.torch_handler.base_handler import BaseHandler
 
 from bundle.build import torchvision_source
@@ -28,7 +29,7 @@ from handlers.core.outputs import main_output, tensors
 
 
 class PreprocessedImages(nn.Module):
-    """An image classifier that normalises its images itself, so that they are copied to the device as bytes."""
+    """A classifier or segmenter that normalises its images itself, so that they are copied to the device as bytes."""
 
     mean: Tensor
     std: Tensor
@@ -40,7 +41,7 @@ class PreprocessedImages(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor):
-        """Classify images, uint8 [N, C, H, W]."""
+        """Classify or segment images, uint8 [N, C, H, W]."""
         return self.classifier((images.float() / 255 - self.mean) / self.std)
 
 
@@ -89,10 +90,13 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
     source = folder.bundle
     sizes: tuple[int, ...] = (1, 3)
     if source.torchvision:
-        classifier, preset = torchvision_source.load(source.torchvision)
+        module, preset = torchvision_source.load(source.torchvision)
+        check_kind(folder, handler, preset)
+        if isinstance(preset, ObjectDetection):
+            return module, [example_batch(folder, handler, size) for size in sizes]
         mean, std = preset.mean, preset.std
     elif source.serialized and source.serialized.mean and source.serialized.std:
-        classifier = load_torchscript(folder.existing(source.serialized.file))
+        module = load_torchscript(folder.existing(source.serialized.file))
         mean, std = source.serialized.mean, source.serialized.std
     else:
         weights = folder.path / "weights.safetensors"
@@ -108,18 +112,42 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
                     f"each argument of the module's forward, not a {type(inputs[0]).__name__}."
                 )
             return model.build(), inputs
-    side = image_side(folder, handler)
-    module = PreprocessedImages(classifier, mean, std)
-    if source.serialized and not takes_batch(classifier, len(mean), side):
+    shape = image_shape(folder, handler)
+    if source.serialized and not takes_batch(module, shape):
         sizes = (1,)
-    return module.eval(), [(random_images(size, len(mean), side),) for size in sizes]
+    return PreprocessedImages(module, mean, std).eval(), [(random_images(size, *shape),) for size in sizes]
 
 
-def takes_batch(classifier: nn.Module, channels: int, side: int) -> bool:
+def check_kind(folder: ModelFolder, handler: BaseHandler | None, preset: torchvision_source.Preset) -> None:
+    """Check that a handler for classifiers has a classifier, and the reverse.
+
+    Raises:
+        BundleError: it does not.
+    """
+    if isinstance(handler, ClassifierHandler) != isinstance(preset, ImageClassification):
+        raise BundleError(
+            f"{folder.name}: {relative(folder.handler_file)} does not serve models such as "
+            f"{folder.bundle.torchvision.name}. Write `handler: {torchvision_source.HANDLERS[type(preset)]}`."
+        )
+
+
+def example_batch(folder: ModelFolder, handler: BaseHandler | None, size: int) -> tuple[Tensor, ...]:
+    """Return a batch of the handler's example, with random pixels.
+
+    Raises:
+        BundleError: the handler has no example.
+    """
+    if not isinstance(handler, BatchHandler):
+        raise BundleError(f"{folder.name}: {relative(folder.handler_file)} does not serve models of torchvision.")
+    images, *others = handler.collate([handler.example()] * size)
+    return random_images(*images.shape), *others
+
+
+def takes_batch(classifier: nn.Module, shape: tuple[int, int, int]) -> bool:
     """Return whether a classifier runs on two images at once. The worker runs others on one image after the other."""
     try:
         with torch.no_grad():
-            return len(main_output(classifier(torch.zeros(2, channels, side, side)))) == 2
+            return len(main_output(classifier(torch.zeros(2, *shape)))) == 2
     except Exception:  # the user's model can raise anything; what fails on one image, too, fails in the comparison
         return False
 
@@ -130,8 +158,8 @@ def import_model(name: str, file: Path) -> ModuleType:
     return import_file(f"models.{name}.model", file)
 
 
-def image_side(folder: ModelFolder, handler: BaseHandler | None) -> int:
-    """Return the side (pixels) of the square images that the folder's handler makes.
+def image_shape(folder: ModelFolder, handler: BaseHandler | None) -> torch.Size:
+    """Return the shape [C, H, W] of the images that the folder's handler makes.
 
     Raises:
         BundleError: the handler makes something else.
@@ -142,7 +170,7 @@ def image_side(folder: ModelFolder, handler: BaseHandler | None) -> int:
             f"{folder.name}: `mean` and `std` need a handler that makes uint8 images [C, H, W]; "
             f"{relative(folder.handler_file)} does not. Remove them, and normalise inside the module."
         )
-    return example.shape[-1]
+    return example.shape
 
 
 def load_torchscript(file: Path) -> torch.jit.ScriptModule:
@@ -174,9 +202,8 @@ def is_checkpoint(file: Path) -> bool:
     return "data.pkl" in members and "constants.pkl" not in members
 
 
-def random_images(size: int, channels: int, side: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (size, channels, side, side), dtype=torch.uint8, generator=generator)
+def random_images(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def compare(

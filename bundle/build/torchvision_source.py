@@ -1,6 +1,6 @@
-"""Take a classifier from torchvision's registry, by name: its module, its labels and the sizes of its images.
+"""Take a classifier, detector or segmenter from torchvision's registry, by name: its module, labels and image sizes.
 
-Only `load` downloads the weights.
+The preset of the weights says which of the three a model is. Only `load` downloads the weights.
 """
 
 import difflib
@@ -11,21 +11,53 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
-from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms._presets import ImageClassification, ObjectDetection, SemanticSegmentation
 
 from bundle.catalog import TorchvisionSource
 from bundle.errors import BundleError
 
 MIRROR = "WEIGHTS_MIRROR"  # environment variable: URL of a directory with the files of weights
+HANDLERS = {ImageClassification: "image_topk", ObjectDetection: "detection", SemanticSegmentation: "segmentation"}
+
+Preset = ImageClassification | ObjectDetection | SemanticSegmentation
 
 
-def load(source: TorchvisionSource) -> tuple[nn.Module, ImageClassification]:
+class ListedImages(nn.Module):
+    """A detector that takes a batch: torchvision's own take a list of images, as float32 in [0, 1]."""
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Detect objects.
+
+        Args:
+            images: uint8 [N, 3, H, W], padded at the right and at the bottom.
+            sizes: int64 [N, 2], height and width of each image in pixels, without the padding.
+
+        Returns:
+            for each image, "boxes" float32 [K, 4] in pixels, "labels" int64 [K], "scores" float32 [K]; also "masks"
+            float32 [K, 1, H, W], or "keypoints" float32 [K, P, 3] and "keypoints_scores" float32 [K, P].
+        """
+        listed: list[Tensor] = []
+        for i in range(images.size(0)):
+            height, width = int(sizes[i, 0]), int(sizes[i, 1])
+            listed.append(images[i, :, :height, :width].float() / 255)
+        if torch.jit.is_scripting():
+            return self.detector(listed)[1]  # a scripted detector returns its losses, too
+        else:  # noqa: RET505  # TorchScript compiles only the branch that it takes
+            return self.detector(listed)
+
+
+def load(source: TorchvisionSource) -> tuple[nn.Module, Preset]:
     """Return the pretrained module, in evaluation mode on the CPU, and the preset of its images.
 
-    The module takes normalised images, float32 [N, 3, H, W], and returns logits, float32 [N, classes], or a tuple that
-    starts with them.
+    A classifier takes normalised images, float32 [N, 3, H, W], and returns logits, float32 [N, classes], or a tuple
+    that starts with them. A segmenter takes the same, and returns {"out": logits, float32 [N, classes, H, W]}. A
+    detector is a `ListedImages`, which normalises itself.
 
     Raises:
         BundleError: there is no such model, or no such weights; they cannot be downloaded or read.
@@ -39,7 +71,19 @@ def load(source: TorchvisionSource) -> tuple[nn.Module, ImageClassification]:
         module = models.get_model(source.name, weights=weights, progress=False, **options)
     except RuntimeError as exc:
         raise BundleError(f"{file} does not fit {source.name}. Delete it and retry.", str(exc)) from exc
-    return module.eval(), weights.transforms()
+    preset = weights.transforms()
+    if isinstance(preset, ObjectDetection):
+        module = ListedImages(module)
+    elif isinstance(preset, SemanticSegmentation):
+        drop_auxiliary(module)
+    return module.eval(), preset
+
+
+def drop_auxiliary(segmenter: nn.Module) -> None:
+    """Remove the auxiliary classifier, which only training needs, as torchvision builds a model without one."""
+    if hasattr(segmenter, "aux_classifier"):
+        del segmenter.aux_classifier  # TorchScript rejects None in place of a submodule
+        segmenter.aux_classifier = None
 
 
 def labels(source: TorchvisionSource) -> list[str]:
@@ -48,20 +92,19 @@ def labels(source: TorchvisionSource) -> list[str]:
 
 
 def handler_settings(source: TorchvisionSource) -> dict:
-    """Return the sizes and the interpolation of the preset, as settings of the handler `image_topk`."""
+    """Return the sizes and the interpolation of the preset, as settings of the handler; a detector resizes itself."""
     preset = find_weights(source).transforms()
-    return {
-        "resize": preset.resize_size[0],
-        "crop": preset.crop_size[0],
-        "interpolation": preset.interpolation.value,
-    }
+    if isinstance(preset, ObjectDetection):
+        return {}
+    sizes = {"resize": preset.resize_size[0], "interpolation": preset.interpolation.value}
+    return sizes if isinstance(preset, SemanticSegmentation) else sizes | {"crop": preset.crop_size[0]}
 
 
 def find_weights(source: TorchvisionSource) -> models.WeightsEnum:
     """Return the weights' entry in torchvision's registry.
 
     Raises:
-        BundleError: there is no such model, or no such weights, or the model is not an image classifier.
+        BundleError: there is no such model, or no such weights, or the model is of another kind.
     """
     if source.name not in models.list_models():
         raise BundleError(f"torchvision has no model {source.name!r}{suggest(source.name, models.list_models())}")
@@ -69,8 +112,11 @@ def find_weights(source: TorchvisionSource) -> models.WeightsEnum:
     if source.weights not in entries:
         raise BundleError(f"{source.name} has no weights {source.weights!r}; there are: {', '.join(entries)}.")
     weights = entries[source.weights]
-    if not isinstance(weights.transforms(), ImageClassification) or not weights.meta["categories"]:
-        raise BundleError(f"torchvision's {source.name} is not an image classifier with the weights {weights.name}.")
+    if not isinstance(weights.transforms(), tuple(HANDLERS)) or not weights.meta["categories"]:
+        raise BundleError(
+            f"torchvision's {source.name} with the weights {weights.name} cannot be served: it does not classify, "
+            "detect or segment images."
+        )
     return weights
 
 

@@ -30,6 +30,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # the orientations that exchange width and height
 
 # what Pillow raises on broken files, as its source and fuzzing show; SystemError if a read fails within its C code
 DECODE_ERRORS = (
@@ -102,7 +103,7 @@ def upright_size(content: bytes, settings: ImageLimits) -> tuple[int, int]:
     """Return width and height of a file that `open_image` accepts, turned upright, without decoding its pixels."""
     image = Image.open(open_parts(content, settings.max_parts), formats=FORMATS)
     width, height = image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
     return (height, width) if turned else (width, height)
 
 
@@ -171,3 +172,9 @@ def flatten(image: Image.Image, background: tuple[int, int, int] = (255, 255, 25
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas
+
+
+def resized(size: tuple[int, int], resize: int) -> tuple[int, int]:
+    """Return width and height after the shorter side is resized to `resize` pixels."""
+    width, height = size
+    return (resize, int(resize * height / width)) if width <= height else (int(resize * width / height), resize)

@@ -391,9 +391,14 @@ def test_handler_file_defines_one_class():
 def test_handler_imports_no_heavy_library_that_it_does_not_need(module: str):
     """Libraries for training or for other inputs would cost memory and start-up time."""
     modalities = {
-        "audio_mfcc": {"soundfile", "soxr"}, "text": {"tokenizers"}, "mnist": {"PIL"}, "image_topk": {"PIL"},
+        "audio_mfcc": {"soundfile", "soxr"},
+        "text": {"tokenizers"},
+        "mnist": {"PIL"},
+        "image_topk": {"PIL"},
         "multimodal": {"PIL", "soundfile", "soxr"},
-    }  # fmt: skip
+        "detection": {"PIL", "torchvision"},
+        "segmentation": {"PIL"},
+    }
     heavy = {"torchvision", "torchaudio", "scipy", "lightning", "pandas", "captum", "matplotlib"}
     heavy |= {*set().union(*modalities.values())}
     imported = python(f"import {module}\nprint(*sys.modules)").split()

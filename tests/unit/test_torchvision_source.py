@@ -18,14 +18,16 @@ from torchvision import models
 from torchvision.models import Weights, WeightsEnum
 from torchvision.models._api import register_model
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
 from bundle.build import torchvision_source
 from bundle.build.archive import archive, fingerprint
 from bundle.build.dryrun import DryRun
+from bundle.build.export import PreprocessedImages
+from bundle.build.export import load as load_module
 from bundle.catalog import ModelFolder, TorchvisionSource
 from bundle.errors import BundleError
-from handlers.image_topk import resize_and_crop
+from handlers.image_topk import ImageTopKHandler, resize_and_crop
 
 LABELS = ["crane", "heron", "stork", "crane", "ibis"]
 GEOMETRY = {"resize": 52, "crop": 40, "interpolation": "bicubic"}
@@ -205,9 +207,9 @@ def test_weights_of_another_architecture_are_rejected(mirror, cached):
         ("ResNet50", "DEFAULT", "no model 'ResNet50'; similar names: resnet50"),
         ("zzz", "DEFAULT", "list_models"),
         ("resnet50", "IMAGENET1K_V3", "there are: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
-        ("fcos_resnet50_fpn", "DEFAULT", "not an image classifier"),
-        ("r3d_18", "DEFAULT", "not an image classifier"),
-        ("vgg16", "IMAGENET1K_FEATURES", "not an image classifier"),
+        ("raft_small", "DEFAULT", "does not classify, detect or segment"),
+        ("r3d_18", "DEFAULT", "does not classify, detect or segment"),
+        ("vgg16", "IMAGENET1K_FEATURES", "does not classify, detect or segment"),
     ],
 )
 def test_unknown_model_or_weights_are_rejected_without_a_download(name, weights, message):
@@ -229,6 +231,38 @@ def test_every_classifier_has_labels_and_geometry():
             source = TorchvisionSource(name=name, weights=weights.name)
             assert len(torchvision_source.labels(source)) == 1000
             assert set(torchvision_source.handler_settings(source)) == {"resize", "crop", "interpolation"}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "settings"),
+    [
+        ("deeplabv3_mobilenet_v3_large", "__background__", {"resize": 520, "interpolation": "bilinear"}),
+        ("ssdlite320_mobilenet_v3_large", "__background__", {}),
+        ("keypointrcnn_resnet50_fpn", "no person", {}),
+    ],
+)
+def test_segmenters_and_detectors_have_labels_and_settings(name, first, settings):
+    source = TorchvisionSource(name=name)
+    assert torchvision_source.labels(source)[0] == first
+    assert torchvision_source.handler_settings(source) == settings
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_segmenter_is_exported_without_its_auxiliary_classifier(name):
+    auxiliary = {"aux_loss": True} if name.startswith("deeplab") else {}
+    segmenter = models.get_model(name, weights=None, weights_backbone=None, **auxiliary).eval()
+    torchvision_source.drop_auxiliary(segmenter)
+    module = torch.jit.script(PreprocessedImages(segmenter, [0.5] * 3, [0.5] * 3))
+    outputs = module(torch.zeros(2, 3, 64, 48, dtype=torch.uint8))
+    assert {key: value.shape for key, value in outputs.items()} == {"out": (2, 21, 64, 48)}
+
+
+def test_handler_of_another_kind_is_rejected(mirror, folder, monkeypatch):
+    preset = functools.partial(SemanticSegmentation, resize_size=52)
+    monkeypatch.setattr(BirdNet_Weights.BIRDS_V1.value, "transforms", preset)
+    offer(mirror, CHECKPOINT)
+    with pytest.raises(BundleError, match=r"image_topk.py does not serve models such as bird_net. .*segmentation"):
+        load_module(folder, ImageTopKHandler())
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:

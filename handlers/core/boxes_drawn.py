@@ -1,0 +1,74 @@
+"""Draw detections on an image."""
+
+import io
+
+import torch
+from PIL import Image, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
+
+from handlers.core.boxes import Detections, Placement
+from handlers.core.slots import Picture
+
+# dark enough for white text, and distinct also for colour-blind readers (after Okabe and Ito 2008)
+COLOURS = ((0, 114, 178), (190, 75, 0), (0, 120, 90), (160, 60, 120), (120, 90, 0), (60, 60, 60))
+SHOWN_KEYPOINT = 0.0  # least score: torchvision's scores of keypoints are logits
+MASK_OPACITY = 0.45
+
+
+def draw(image: Image.Image, row: Detections, placement: Placement, labels: list[str], max_pixels: int) -> Picture:
+    """Draw boxes with their labels and scores, and masks and keypoints if there are some.
+
+    Args:
+        image: "RGB", the original. If it has more than `max_pixels`, the picture is a reduced copy.
+        row: on the host, without the padding.
+        placement: of the image in the model's input.
+        labels: by class.
+    """
+    ratio = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
+    if ratio < 1:
+        image = image.resize([max(1, int(side * ratio)) for side in image.size], Image.Resampling.BILINEAR)
+    zoom = torch.tensor([image.width / placement.size[0], image.height / placement.size[1]])
+    unit = max(1, round(min(image.size) / 300))  # width of a line
+    colours = [COLOURS[index % len(COLOURS)] for index in row["labels"].tolist()]
+    canvas = pil_to_tensor(image)
+    if "masks" in row:  # one by one, because all of them at the image's size may not fit into memory
+        for mask, colour in zip(row["masks"], colours, strict=True):
+            whole = mask_of_image(mask, placement, image.size)
+            canvas = draw_segmentation_masks(canvas, whole, alpha=MASK_OPACITY, colors=[colour])
+    if len(colours):
+        corners = (placement.restore(row["boxes"].view(-1, 2, 2)) * zoom).flatten(1)
+        corners[:, 2:] = corners[:, 2:].maximum(corners[:, :2])
+        names = zip(row["labels"].tolist(), row["scores"].tolist(), strict=True)
+        canvas = draw_bounding_boxes(
+            canvas,
+            corners,
+            labels=[f"{labels[index]} {score:.2f}" for index, score in names],
+            colors=colours,
+            width=unit,
+            font=font_file(),
+            font_size=max(11, 8 * unit),
+            fill_labels=True,
+            label_colors="white",
+        )
+    if "keypoints" in row and len(colours):
+        points = placement.restore(row["keypoints"][..., :2]) * zoom
+        visible = row["keypoints_scores"] > SHOWN_KEYPOINT
+        canvas = draw_keypoints(canvas, points, colors=(220, 50, 32), radius=2 * unit, visibility=visible)
+    file = io.BytesIO()
+    to_pil_image(canvas).save(file, "PNG", compress_level=1)
+    return Picture(file.getvalue())
+
+
+def mask_of_image(mask: Tensor, placement: Placement, size: tuple[int, int]) -> Tensor:
+    """Return a mask, uint8 [H, W] of the model's input, for a picture of the whole image: bool [1, height, width]."""
+    width, height = (round(side / scale) for side, scale in zip(placement.size, placement.scale, strict=True))
+    left, top = placement.corner
+    part = Image.fromarray(mask[top : top + height, left : left + width].numpy())
+    return pil_to_tensor(part.resize(size, Image.Resampling.NEAREST)).bool()
+
+
+def font_file() -> io.BytesIO:
+    """Return Pillow's own font as a file, which torchvision loads at the size that it needs."""
+    return io.BytesIO(ImageFont.load_default(size=10).font_bytes)

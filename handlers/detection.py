@@ -1,0 +1,100 @@
+"""Detect objects in an image file: their classes, boxes, and masks or keypoints where the model has them."""
+
+from typing import Annotated, Literal
+
+import numpy
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from handlers.core import boxes, boxes_drawn, inputs, settings
+from handlers.core.batch import Sample
+from handlers.core.boxes import Detections, Format, Placement
+from handlers.core.errors import InvalidOption, NonFiniteOutput
+from handlers.core.images import ImageLimits, flatten, open_image, upright_size
+from handlers.core.inputs import Image
+from handlers.core.labelled import LabelledHandler
+from handlers.core.outputs import Outputs, main_output
+from handlers.core.settings import PositiveInt
+from handlers.core.slots import Picture
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DetectionHandler(LabelledHandler):
+    """Serve a detector.
+
+    Model, by the setting `format`:
+    - torchvision: (uint8 [N, 3, H, W] padded at the right and at the bottom, int64 [N, 2] heights and widths) -> for
+      each image a dict of boxes [K, 4], scores [K], labels [K], and perhaps masks or keypoints
+    - yolo: uint8 [N, 3, *size] -> [N, 4 + classes, A]; yolov5: -> [N, A, 5 + classes]
+    """
+
+    class Settings(settings.Settings, ImageLimits):
+        format: Format = "torchvision"
+        longest_side: PositiveInt = 1333  # pixels; torchvision: a larger image is reduced before it is copied
+        size: tuple[PositiveInt, PositiveInt] = (640, 640)  # height and width of YOLO's input
+        score_threshold: Share = 0.3  # of an answer, unless the request has the option
+        max_detections: PositiveInt = 100  # of an answer; a request may ask for fewer
+        iou_threshold: Share = 0.5  # YOLO: overlap above which the worse of two boxes of a class is dropped
+        max_picture_pixels: PositiveInt = 4_000_000  # of an answer with format=png; a larger image is reduced
+        # One setting, not "auto": rounding changes the number and order of detections, so that precisions cannot be
+        # compared by their outputs, and bfloat16 rounds a coordinate to whole pixels
+        precision: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    class Inputs(inputs.Inputs):
+        data: Image
+
+    class Options(inputs.PictureOptions):
+        score_threshold: Share | None = None
+        max_detections: PositiveInt | None = None
+
+    settings: Settings
+
+    def read(self, row: dict, headers):
+        request = super().read(row, headers)
+        asked = request.options.max_detections
+        if asked is not None and asked > self.settings.max_detections:
+            raise InvalidOption(f"max_detections must be between 1 and {self.settings.max_detections}.")
+        return request
+
+    def decode(self, inputs: Inputs) -> Sample:
+        """Decode an image file into pixels, uint8 [3, H, W]; `info` is its `Placement` and the file."""
+        raw = self.settings.format == "torchvision"
+        height, width = (self.settings.longest_side,) * 2 if raw else self.settings.size
+        image = flatten(open_image(inputs.data, self.settings, enough=min(height, width)))
+        size = upright_size(inputs.data, self.settings)
+        if raw:
+            image, placement = boxes.fit(image, size, (width, height), enlarge=False)
+        else:
+            image, placement = boxes.letterbox(image, size, (width, height))
+        return Sample(torch.from_numpy(numpy.array(image)).permute(2, 0, 1), info=(placement, inputs.data))
+
+    def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
+        if self.settings.format == "torchvision":
+            return boxes.stack_padded([sample.tensors for sample in samples])
+        return super().collate(samples)
+
+    def example(self) -> Sample:
+        height, width = (480, 640) if self.settings.format == "torchvision" else self.settings.size
+        return Sample(torch.zeros(3, height, width, dtype=torch.uint8))
+
+    def reduce(self, outputs: Outputs) -> Detections:
+        """Make one row of detections per image, best first, padded to the longest."""
+        if self.settings.format != "torchvision":
+            outputs = boxes.decode_yolo(
+                main_output(outputs), self.settings.format, len(self.mapping), self.settings.iou_threshold
+            )
+        return boxes.stack_detections(outputs, self.settings.max_detections)
+
+    def encode(self, row: Detections, info: tuple[Placement, bytes], options: Options) -> dict | Picture:
+        placement, content = info
+        if not row["scores"].isfinite().all():
+            raise NonFiniteOutput("The model's output for this input is not a finite number.")
+        threshold = self.settings.score_threshold if options.score_threshold is None else options.score_threshold
+        kept = row["scores"] >= threshold
+        row = {name: values[kept][: options.max_detections] for name, values in row.items()}
+        if options.format == "png":
+            image = flatten(open_image(content, self.settings))
+            return boxes_drawn.draw(image, row, placement, self.labels, self.settings.max_picture_pixels)
+        return {"detections": boxes.describe(row, placement, self.labels)}
