@@ -35,7 +35,7 @@ def predict(files: list[bytes], weights: Path) -> list[Target]:
             [(status, answer)] = served.predict([{"data": content, **OPTIONS}])
             if status != 200:
                 raise RuntimeError(f"the handler rejected a test image: {answer}")
-            found = answer["detections"]
+            found = answer["detections"]  # type: ignore[index]  # a JSON object
             predictions.append(
                 {
                     "boxes": torch.tensor([each["box"] for each in found]).reshape(-1, 4),

@@ -74,8 +74,8 @@ class CellNet(nn.Module):
         self.fuse = HeadLayer()
         self.classify = nn.Sequential(HeadLayer(), nn.Conv2d(CHANNELS, len(LABELS), 3, padding=1))
         self.locate = nn.Sequential(HeadLayer(), nn.Conv2d(CHANNELS, 4, 3, padding=1))
-        nn.init.constant_(self.classify[-1].bias, -4.0)  # almost no point is a cell's
-        nn.init.constant_(self.locate[-1].bias, 2.5)
+        nn.init.constant_(self.classify.get_parameter("1.bias"), -4.0)  # almost no point is a cell's
+        nn.init.constant_(self.locate.get_parameter("1.bias"), 2.5)
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [N, classes, A], and the distances [N, 4, A] to the left, top, right and bottom, in pixels."""

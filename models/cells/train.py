@@ -86,7 +86,7 @@ class AugmentedCells:
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[Target]]]:
+    def __iter__(self) -> Iterator[tuple]:
         order = torch.randperm(len(self.images)).tolist()
         for step in range(len(self)):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -110,7 +110,7 @@ class Detector(training.Classifier):
         self.kept = kept
         self.points = grid(*CROP).T
 
-    def training_step(self, batch: tuple[Tensor, list[Target]], _: int) -> Tensor:
+    def training_step(self, batch: tuple, _: int) -> Tensor:
         images, targets = batch
         logits, distances = self.model.predict(images)
         points = self.points
