@@ -1,6 +1,7 @@
 """Detect objects in an image file: their classes, boxes, and masks or keypoints where the model has them."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, cast
 
 import numpy
 import torch
@@ -15,6 +16,7 @@ from handlers.core.images import ImageLimits, flatten, open_image, upright_size
 from handlers.core.inputs import Image
 from handlers.core.labelled import LabelledHandler
 from handlers.core.outputs import Outputs, main_output
+from handlers.core.request import Request
 from handlers.core.settings import PositiveInt
 from handlers.core.slots import Picture
 
@@ -51,9 +53,15 @@ class DetectionHandler(LabelledHandler):
 
     settings: Settings
 
-    def read(self, row: dict, headers):
+    def read(self, row: dict, headers: Mapping) -> Request:
+        """Read a request, and check its options.
+
+        Raises:
+            RequestError: the request is malformed, or asks for more detections than the setting allows.
+        """
         request = super().read(row, headers)
-        asked = request.options.max_detections
+        options = request.options
+        asked = options.max_detections if isinstance(options, DetectionHandler.Options) else None
         if asked is not None and asked > self.settings.max_detections:
             raise InvalidOption(f"max_detections must be between 1 and {self.settings.max_detections}.")
         return request
@@ -72,7 +80,7 @@ class DetectionHandler(LabelledHandler):
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
         if self.settings.format == "torchvision":
-            return boxes.stack_padded([sample.tensors for sample in samples])
+            return boxes.stack_padded([cast("Tensor", sample.tensors) for sample in samples])
         return super().collate(samples)
 
     def example(self) -> Sample:
@@ -82,9 +90,10 @@ class DetectionHandler(LabelledHandler):
     def reduce(self, outputs: Outputs) -> Detections:
         """Make one row of detections per image, best first, padded to the longest."""
         if self.settings.format != "torchvision":
-            outputs = boxes.decode_yolo(
-                main_output(outputs), self.settings.format, len(self.mapping), self.settings.iou_threshold
-            )
+            raw = main_output(outputs)
+            outputs = boxes.decode_yolo(raw, self.settings.format, len(self.mapping), self.settings.iou_threshold)
+        if not isinstance(outputs, list):
+            raise TypeError(f"the model returns a {type(outputs).__name__}; the format torchvision is a list of dicts")
         return boxes.stack_detections(outputs, self.settings.max_detections)
 
     def encode(self, row: Detections, info: tuple[Placement, bytes], options: Options) -> dict | Picture:

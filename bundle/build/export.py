@@ -91,7 +91,7 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
     sizes: tuple[int, ...] = (1, 3)
     if source.torchvision:
         module, preset = torchvision_source.load(source.torchvision)
-        check_kind(folder, handler, preset)
+        check_kind(folder, source.torchvision.name, handler, preset)
         if isinstance(preset, ObjectDetection):
             return module, [example_batch(folder, handler, size) for size in sizes]
         mean, std = preset.mean, preset.std
@@ -118,16 +118,19 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
     return PreprocessedImages(module, mean, std).eval(), [(random_images(size, *shape),) for size in sizes]
 
 
-def check_kind(folder: ModelFolder, handler: BaseHandler | None, preset: torchvision_source.Preset) -> None:
+def check_kind(folder: ModelFolder, name: str, handler: BaseHandler | None, preset: torchvision_source.Preset) -> None:
     """Check that a handler for classifiers has a classifier, and the reverse.
+
+    Args:
+        name: of the model.
 
     Raises:
         BundleError: it does not.
     """
     if isinstance(handler, ClassifierHandler) != isinstance(preset, ImageClassification):
         raise BundleError(
-            f"{folder.name}: {relative(folder.handler_file)} does not serve models such as "
-            f"{folder.bundle.torchvision.name}. Write `handler: {torchvision_source.HANDLERS[type(preset)]}`."
+            f"{folder.name}: {relative(folder.handler_file)} does not serve models such as {name}. "
+            f"Write `handler: {torchvision_source.HANDLERS[type(preset)]}`."
         )
 
 
@@ -143,7 +146,7 @@ def example_batch(folder: ModelFolder, handler: BaseHandler | None, size: int) -
     return random_images(*images.shape), *others
 
 
-def takes_batch(classifier: nn.Module, shape: tuple[int, int, int]) -> bool:
+def takes_batch(classifier: nn.Module, shape: torch.Size) -> bool:
     """Return whether a classifier runs on two images at once. The worker runs others on one image after the other."""
     try:
         with torch.no_grad():

@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from bundle.errors import BundleError
 MIRROR = "WEIGHTS_MIRROR"  # environment variable: URL of a directory with the files of weights
 HANDLERS = {ImageClassification: "image_topk", ObjectDetection: "detection", SemanticSegmentation: "segmentation"}
 
-Preset = ImageClassification | ObjectDetection | SemanticSegmentation
+Preset: TypeAlias = ImageClassification | ObjectDetection | SemanticSegmentation
 
 
 class ListedImages(nn.Module):
@@ -83,7 +84,7 @@ def drop_auxiliary(segmenter: nn.Module) -> None:
     """Remove the auxiliary classifier, which only training needs, as torchvision builds a model without one."""
     if hasattr(segmenter, "aux_classifier"):
         del segmenter.aux_classifier  # TorchScript rejects None in place of a submodule
-        segmenter.aux_classifier = None
+        segmenter.aux_classifier = None  # type: ignore[assignment]  # the type of a submodule
 
 
 def labels(source: TorchvisionSource) -> list[str]:

@@ -71,4 +71,5 @@ def mask_of_image(mask: Tensor, placement: Placement, size: tuple[int, int]) -> 
 
 def font_file() -> io.BytesIO:
     """Return Pillow's own font as a file, which torchvision loads at the size that it needs."""
-    return io.BytesIO(ImageFont.load_default(size=10).font_bytes)
+    font = ImageFont.load_default(size=10)
+    return io.BytesIO(font.font_bytes)  # type: ignore[union-attr]  # with a size, it is a FreeType font

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import JaccardIndex
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
@@ -91,7 +91,7 @@ def vary_contrast(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def measure(model: UNet, images: Tensor, classes: Tensor) -> dict:
+def measure(model: nn.Module, images: Tensor, classes: Tensor) -> dict:
     """Return the pixel accuracy, the intersection over union of each class, and the confusion matrix of pixels."""
     metrics = [
         MulticlassAccuracy(len(LABELS), average="micro"),

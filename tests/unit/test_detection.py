@@ -205,6 +205,14 @@ def test_boxes_are_those_of_the_upright_image(bright, orientation):
     assert found[0]["box"] == pytest.approx(box, abs=5)  # the model sees a fifth of the pixels
 
 
+@pytest.mark.parametrize("size", [(8, 4000), (4000, 8)])
+def test_elongated_image_is_answered(yolo, bright, size):
+    content = encode(scene(*size, (0, 0, *size)))
+    assert detect(bright, content)[0]["box"] == [0, 0, *size]
+    for each in detect(yolo, content):
+        assert all(0 <= value <= size[i % 2] for i, value in enumerate(each["box"]))
+
+
 def test_options_limit_the_detections(yolo):
     content = encode(scene(640, 640, None))
     assert len(detect(yolo, content, score_threshold="0.5")) == 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bundle.samples import grpc_fields
+from bundle.samples import first, grpc_fields
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,12 @@ from bundle.samples import grpc_fields
 def test_grpc_fields_of_a_file(tmp_path: Path, name: str, content: bytes, fields: dict[str, bytes]):
     (tmp_path / name).write_bytes(content)
     assert grpc_fields(tmp_path / name) == fields
+
+
+def test_first_class_of_a_detector_is_that_of_its_best_detection():
+    detections = [
+        {"label": "WBC", "class": 1, "score": 0.9, "box": [1, 2, 3, 4]},
+        {"label": "RBC", "class": 0, "score": 0.5},
+    ]
+    assert first({"detections": detections}) == ("WBC", 1, 0.9)
+    assert first({"detections": []}) is None

@@ -1,0 +1,85 @@
+"""Measure the detector of blood cells as it is served: its archive decodes, detects and answers each test image.
+
+The weights are those of the run, which may be outside of the model's folder.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torchmetrics.detection import MeanAveragePrecision
+
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun
+from bundle.catalog import ModelFolder
+from models import training
+from models.cells.model import FOLDER, LABELS, CellNet
+from models.cells.train import Target, load
+
+OPTIONS = {"score_threshold": b"0.01", "max_detections": b"100"}  # all that the handler finds: mAP ranks them
+
+
+def predict(files: list[bytes], weights: Path) -> list[Target]:
+    """Return the answers of the model's archive, made with these weights, as the metric takes them."""
+    predictions = []
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "models" / FOLDER.name
+        shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("weights.safetensors", "__pycache__"))
+        shutil.copy(weights, copy / "weights.safetensors")
+        served = DryRun(archive(ModelFolder(copy), Path(place) / "store").path)
+        for content in files:
+            [(status, answer)] = served.predict([{"data": content, **OPTIONS}])
+            if status != 200:
+                raise RuntimeError(f"the handler rejected a test image: {answer}")
+            found = answer["detections"]  # type: ignore[index]  # a JSON object
+            predictions.append(
+                {
+                    "boxes": torch.tensor([each["box"] for each in found]).reshape(-1, 4),
+                    "scores": torch.tensor([each["score"] for each in found]),
+                    "labels": torch.tensor([each["class"] for each in found], dtype=torch.int64),
+                }
+            )
+    return predictions
+
+
+def measure(data_dir: Path, weights: Path) -> dict:
+    """Return the mean average precision of these weights on the test split, overall and per class."""
+    examples = load(data_dir, "test")
+    metric = MeanAveragePrecision(class_metrics=True, extended_summary=True, backend="faster_coco_eval")
+    metric.update(predict([file for file, _ in examples], weights), [target for _, target in examples])
+    result = metric.compute()
+    # precision: [IoU thresholds, recall thresholds, classes, areas, maximum of detections]; of all areas, at most 100
+    at_half = result["precision"][0, :, :, 0, -1].mean(dim=0).tolist()
+    return {
+        "map_50": round(result["map_50"].item(), 4),
+        "map_50_95": round(result["map"].item(), 4),
+        "map_50_per_class": {label: round(value, 4) for label, value in zip(LABELS, at_half, strict=True)},
+        "map_50_95_per_class": {
+            label: round(value, 4) for label, value in zip(LABELS, result["map_per_class"].tolist(), strict=True)
+        },
+        "test": len(examples),
+    }
+
+
+def save(options: argparse.Namespace, folder: Path, recipe: training.Recipe, seconds: float, examples: int) -> None:
+    """Measure the weights in the folder of the run, write metrics.json there, and print the metrics."""
+    figures = measure(options.data_dir, folder / "weights.safetensors")
+    metrics = {
+        "model": "cells",
+        "data": {"name": "BCCD", "train": examples, "test": figures.pop("test")},
+        **figures,
+        "parameters": sum(p.numel() for p in CellNet().parameters()),
+        "recipe": asdict(recipe),
+        "resumed": options.resume,
+        "seed": options.seed,
+        "seconds": round(seconds),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "commit": training.COMMIT,
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(metrics)

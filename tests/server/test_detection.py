@@ -1,0 +1,65 @@
+"""The detector of blood cells behind a real TorchServe."""
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+from PIL import Image
+
+from bundle.paths import MODELS
+from tests.server.place import Place, new_place, serving
+
+SAMPLE = MODELS / "cells" / "sample.jpg"
+WHITE_CELL = (298, 148, 482, 332)  # where make_sample.py draws it
+CLIENTS = 12
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of the model's predictions."""
+    folder = tmp_path_factory.mktemp("cells")
+    (folder / "store").mkdir()
+    place: Place = new_place(folder / "run", folder / "store")
+    with serving(place, "cells"):
+        yield f"{place.url('inference_address')}/predictions/cells"
+
+
+def resized(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.open(SAMPLE).resize((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def white_cells(answer: dict) -> list[list[float]]:
+    return [each["box"] for each in answer["detections"] if each["label"] == "WBC"]
+
+
+def test_sample_has_its_white_cell(cells):
+    answer = requests.post(cells, data=SAMPLE.read_bytes(), timeout=60).json()
+    [box] = white_cells(answer)
+    assert box == pytest.approx(WHITE_CELL, abs=20)
+    scores = [each["score"] for each in answer["detections"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_images_of_many_sizes_at_once_get_their_own_boxes(cells):
+    sizes = [(640 + 40 * i, 480 + 30 * i) for i in range(CLIENTS)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        answers = list(pool.map(lambda size: requests.post(cells, data=resized(*size), timeout=60).json(), sizes))
+    for (width, _), answer in zip(sizes, answers, strict=True):
+        [box] = white_cells(answer)
+        assert box == pytest.approx([side * width / 640 for side in WHITE_CELL], abs=20 * width / 640)
+
+
+def test_picture_is_a_png_of_the_same_size(cells):
+    answer = requests.post(cells, files={"data": SAMPLE.read_bytes()}, data={"format": "png"}, timeout=60)
+    assert answer.headers["Content-Type"] == "image/png"
+    assert Image.open(io.BytesIO(answer.content)).size == (640, 480)
+
+
+def test_invalid_option_is_a_400(cells):
+    answer = requests.post(cells, files={"data": SAMPLE.read_bytes()}, data={"max_detections": "0"}, timeout=60)
+    assert answer.status_code == 400
+    assert "max_detections" in answer.json()["message"]
