@@ -1,48 +1,47 @@
-"""Measure the detector of blood cells as it is served: its archive decodes, detects and answers each test image.
-
-The weights are those of the run, which may be outside of the model's folder.
-"""
+"""Measure the detector of blood cells as it is served: the handler decodes, detects and answers each test image."""
 
 import argparse
 import json
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
+import yaml
 from torchmetrics.detection import MeanAveragePrecision
 
-from bundle.build.archive import archive
-from bundle.build.dryrun import DryRun
-from bundle.catalog import ModelFolder
+from handlers.core.boxes import Placement
+from handlers.core.outputs import split_rows
+from handlers.detection import DetectionHandler
 from models import training
 from models.cells.model import FOLDER, LABELS, CellNet
 from models.cells.train import Target, load
+from models.weights import load_weights
 
-OPTIONS = {"score_threshold": b"0.01", "max_detections": b"100"}  # all that the handler finds: mAP ranks them
+OPTIONS = DetectionHandler.Options(score_threshold=0.01, max_detections=100)  # all of them: mAP ranks them
 
 
+@torch.inference_mode()
 def predict(files: list[bytes], weights: Path) -> list[Target]:
-    """Return the answers of the model's archive, made with these weights, as the metric takes them."""
+    """Return the handler's answers with these weights, as the metric takes them."""
+    config = yaml.safe_load((FOLDER / "model-config.yaml").read_text())
+    handler = DetectionHandler()
+    handler.settings = handler.Settings.model_validate(config["handler"])
+    handler.labels, handler.mapping = LABELS, dict(enumerate(LABELS))
+    model = load_weights(CellNet(), weights)
     predictions = []
-    with tempfile.TemporaryDirectory() as place:
-        copy = Path(place) / "models" / FOLDER.name
-        shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("weights.safetensors", "__pycache__"))
-        shutil.copy(weights, copy / "weights.safetensors")
-        served = DryRun(archive(ModelFolder(copy), Path(place) / "store").path)
-        for content in files:
-            [(status, answer)] = served.predict([{"data": content, **OPTIONS}])
-            if status != 200:
-                raise RuntimeError(f"the handler rejected a test image: {answer}")
-            found = answer["detections"]  # type: ignore[index]  # a JSON object
-            predictions.append(
-                {
-                    "boxes": torch.tensor([each["box"] for each in found]).reshape(-1, 4),
-                    "scores": torch.tensor([each["score"] for each in found]),
-                    "labels": torch.tensor([each["class"] for each in found], dtype=torch.int64),
-                }
-            )
+    for content in files:
+        sample = handler.decode(handler.Inputs(data=content))
+        [row] = split_rows(handler.reduce(model(*handler.collate([sample]))))
+        answer = handler.encode(row, cast("tuple[Placement, bytes]", sample.info), OPTIONS)
+        found = cast("dict", answer)["detections"]
+        predictions.append(
+            {
+                "boxes": torch.tensor([each["box"] for each in found]).reshape(-1, 4),
+                "scores": torch.tensor([each["score"] for each in found]),
+                "labels": torch.tensor([each["class"] for each in found], dtype=torch.int64),
+            }
+        )
     return predictions
 
 

@@ -193,7 +193,7 @@ def main() -> None:
     batches = AugmentedCells(examples, recipe.batch_size)
     seconds = training.fit(Detector(model, recipe, folder / "weights.safetensors"), batches)
     save_weights(round_weights(model.cpu()), folder / "weights.safetensors")
-    from models.cells import evaluate  # it imports the bundle's commands
+    from models.cells import evaluate  # it imports this module
 
     evaluate.save(options, folder, recipe, seconds, len(examples))
 
