@@ -15,11 +15,13 @@
     │   │   ├── UndecodableImage
     │   │   ├── UndecodableAudio
     │   │   ├── UndecodableText
-    │   │   └── BlankImage
+    │   │   ├── BlankImage
+    │   │   └── InvalidGraph
     │   └── InputTooLarge           413
     │       ├── ImageTooLarge
     │       ├── AudioTooLong
     │       ├── TextTooLong
+    │       ├── GraphTooLarge
     │       └── TooManyInstances
     ├── Overloaded              429: the request waited too long, or its batch took too long to decode; retry
     ├── InsufficientMemory      507: this input alone is too large for the device
@@ -105,6 +107,10 @@ class BlankImage(UndecodableInput):
     pass
 
 
+class InvalidGraph(UndecodableInput):
+    pass
+
+
 class InputTooLarge(RequestError):
     code = 413
 
@@ -118,6 +124,10 @@ class AudioTooLong(InputTooLarge):
 
 
 class TextTooLong(InputTooLarge):
+    pass
+
+
+class GraphTooLarge(InputTooLarge):
     pass
 
 
