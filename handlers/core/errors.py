@@ -15,11 +15,13 @@
     │   │   ├── UndecodableImage
     │   │   ├── UndecodableAudio
     │   │   ├── UndecodableText
-    │   │   └── BlankImage
+    │   │   ├── BlankImage
+    │   │   └── InvalidGraph
     │   └── InputTooLarge           413
     │       ├── ImageTooLarge
     │       ├── AudioTooLong
     │       ├── TextTooLong
+    │       ├── GraphTooLarge
     │       └── TooManyInstances
     ├── Overloaded              429: the request waited too long, or its batch took too long; retry
     ├── InsufficientMemory      507: this input alone is too large for the device
@@ -121,6 +123,10 @@ class BlankImage(UndecodableInput):
     pass
 
 
+class InvalidGraph(UndecodableInput):
+    pass
+
+
 class InputTooLarge(RequestError):
     code = 413
 
@@ -134,6 +140,10 @@ class AudioTooLong(InputTooLarge):
 
 
 class TextTooLong(InputTooLarge):
+    pass
+
+
+class GraphTooLarge(InputTooLarge):
     pass
 
 
