@@ -161,7 +161,7 @@ def fit(classifier: Classifier, batches: Iterable[tuple[Tensor, ...]]) -> float:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, classes: int) -> dict:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], classes: int) -> dict:
     """Return {"accuracy", "macro_f1", "confusion_matrix"} of `model` on `batches`, as plain numbers."""
     collection = metric_collection(classes)
     model.eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 SHIPPED = ("mnist", "image", "audio", "text")  # models/ may hold a user's, too
+ON_REQUEST = ("cells", "membrane", "molecule", "avdigits")  # with weights in the repository
 DATA_DIR = Path(os.environ.get("DATA_DIR", "data"))
 _DATA_SETS = {
     "mnist": "MNIST/raw/t10k-images-idx3-ubyte",

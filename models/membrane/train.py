@@ -3,7 +3,7 @@
 This reads `isbi2012-membrane.zip` in the data directory: `membrane/image/N.png` and `membrane/label/N.png`, 512x512.
 
     make train MODEL=membrane
-    python -m models.membrane.train --data-dir data --epochs 80
+    python -m models.membrane.train --data-dir data --epochs 240
 """
 
 import zipfile
@@ -23,7 +23,7 @@ from models.membrane.model import FOLDER, LABELS, UNet
 from models.weights import round_weights
 
 RECIPE = training.Recipe(
-    epochs=80, batch_size=4, learning_rate=0.006, weight_decay=1e-3, warmup=0.15, optimizer="adamw"
+    epochs=240, batch_size=4, learning_rate=0.006, weight_decay=1e-3, warmup=0.15, optimizer="adamw"
 )
 SIDE = 256  # of a crop, in pixels
 SLICES, TEST = 24, 4  # neighbouring slices resemble each other: the test split is the end of the stack

@@ -10,7 +10,7 @@ from bundle.paths import MODEL_STORE, MODELS
 from bundle.samples import first
 from bundle.signing import make_keys
 from tests.server.place import Place, new_place, serving
-from tests.shipped import SHIPPED
+from tests.shipped import ON_REQUEST, SHIPPED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,6 +37,15 @@ def served(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("served")
     place = new_place(folder / "run", shutil.copytree(archives, folder / "store"))
     with serving(place, *SHIPPED):
+        yield place
+
+
+@pytest.fixture(scope="session")
+def served_on_request(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A server of the models that are served on request. All tests share it; a test must undo its changes."""
+    folder = tmp_path_factory.mktemp("on-request")
+    place = new_place(folder / "run", folder / "store")
+    with serving(place, *ON_REQUEST):
         yield place
 
 

@@ -1,7 +1,6 @@
 """The detector of blood cells behind a real TorchServe."""
 
 import io
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,21 +8,17 @@ import requests
 from PIL import Image
 
 from bundle.paths import MODELS
-from tests.server.place import Place, new_place, serving
+from tests.server.place import Place
 
 SAMPLE = MODELS / "cells" / "sample.jpg"
 WHITE_CELL = (298, 148, 482, 332)  # where make_sample.py draws it
 CLIENTS = 12
 
 
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture
+def cells(served_on_request: Place) -> str:
     """The URL of the model's predictions."""
-    folder = tmp_path_factory.mktemp("cells")
-    (folder / "store").mkdir()
-    place: Place = new_place(folder / "run", folder / "store")
-    with serving(place, "cells"):
-        yield f"{place.url('inference_address')}/predictions/cells"
+    return f"{served_on_request.url('inference_address')}/predictions/cells"
 
 
 def resized(width: int, height: int) -> bytes:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +10,7 @@ import requests
 from bundle.paths import MODELS as FOLDERS
 from bundle.samples import first, grpc_fields
 from bundle.server import grpc_client
-from tests.server.place import Place, new_place, serving
+from tests.server.place import Place
 from tests.support import batches
 
 NAME = "avdigits"
@@ -21,12 +20,9 @@ FIELDS = ("image", "text", "audio")
 SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(FIELDS, size)]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("multimodal")
-    place = new_place(folder / "run", folder / "store")
-    with serving(place, NAME):
-        yield place
+@pytest.fixture
+def place(served_on_request: Place) -> Place:
+    return served_on_request
 
 
 def form(subset: tuple[str, ...], **other: bytes) -> dict:

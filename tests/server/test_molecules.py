@@ -1,25 +1,17 @@
 """The model of molecules behind a real TorchServe."""
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 
 from bundle.catalog import select
-from tests.server.place import Place, new_place, serving
+from tests.server.place import Place
 from tests.support import batches
 from tests.unit.test_graph import random_graph
 
 CLIENTS = 16
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    place = new_place(tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("store"))
-    with serving(place, "molecule"):
-        yield place
 
 
 def post(place: Place, graph: dict) -> requests.Response:
@@ -27,22 +19,22 @@ def post(place: Place, graph: dict) -> requests.Response:
 
 
 @pytest.mark.parametrize("protocol", [[], ["--grpc"]])
-def test_predict_sends_the_sample(served: Place, protocol: list[str]):
+def test_predict_sends_the_sample(served_on_request: Place, protocol: list[str]):
     [folder] = select(["molecule"])
-    shown = served.bundle("predict", "molecule", *protocol)
+    shown = served_on_request.bundle("predict", "molecule", *protocol)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert json.loads(shown.stdout)["top_k"][0]["label"] == folder.bundle.expect
 
 
-def test_graphs_of_many_sizes_share_batches_beside_poisoned_neighbours(served: Place):
+def test_graphs_of_many_sizes_share_batches_beside_poisoned_neighbours(served_on_request: Place):
     graphs = [random_graph(seed) for seed in range(64)]
-    alone = [post(served, graph).json()["top_k"][0] for graph in graphs]
+    alone = [post(served_on_request, graph).json()["top_k"][0] for graph in graphs]
     poison = {"nodes": [0], "edges": [[0, 1]]}
     contents = [each for graph in graphs for each in (graph, poison)]
-    batches_before, requests_before = batches(served.url("metrics_address"), "molecule")
+    batches_before, requests_before = batches(served_on_request.url("metrics_address"), "molecule")
     with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = list(pool.map(lambda graph: post(served, graph), contents))
-    batches_after, requests_after = batches(served.url("metrics_address"), "molecule")
+        answers = list(pool.map(lambda graph: post(served_on_request, graph), contents))
+    batches_after, requests_after = batches(served_on_request.url("metrics_address"), "molecule")
     assert requests_after - requests_before == len(contents)
     assert batches_after - batches_before <= len(contents) / 2, "too few requests shared a batch"
     for expected, answer, poisoned in zip(alone, answers[::2], answers[1::2], strict=True):

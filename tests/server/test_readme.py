@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.place import Place
 from tests.shipped import SHIPPED
 from tests.unit.test_documents import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 README = "README.md"
-PAGES = {README: 10, "docs/operations.md": 9}  # the least number of commands that each page has
+# the least number of commands that each page has, and the fixture of the server for them
+PAGES = {README: (11, "served"), "docs/operations.md": (9, "served"), "models/README.md": (4, "served_on_request")}
 DEFAULT_PORTS = {
     "inference_address": 8080,
     "management_address": 8081,
@@ -51,15 +53,17 @@ def test_every_page_with_console_examples_is_run():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_examples_answer_as_printed(served, page):
+def test_examples_answer_as_printed(request: pytest.FixtureRequest, page: str):
     """One test a page, because its commands build on one another: what is registered is scaled, then removed."""
+    least, server = PAGES[page]
+    place = request.getfixturevalue(server)
     commands = [(command, output) for command, output in examples(page) if not command.startswith("make ")]
-    assert len(commands) >= PAGES[page]
+    assert len(commands) >= least
     for command, output in commands:
         run = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", on_ports_of(served, command)],
+            ["bash", "-euo", "pipefail", "-c", on_ports_of(place, command)],
             cwd=ROOT,
-            env=served.environment,
+            env=place.environment,
             capture_output=True,
             text=True,
             timeout=120,
@@ -68,9 +72,9 @@ def test_examples_answer_as_printed(served, page):
         assert_like(run.stdout.strip(), output, command)
 
 
-def on_ports_of(served, command: str) -> str:
+def on_ports_of(place: Place, command: str) -> str:
     for key, port in DEFAULT_PORTS.items():
-        command = command.replace(f":{port}", f":{served.ports[key]}")
+        command = command.replace(f":{port}", f":{place.ports[key]}")
     return command.replace("curl ", "curl --silent --show-error ")
 
 
