@@ -393,6 +393,7 @@ def test_handler_imports_no_heavy_library_that_it_does_not_need(module: str):
     modalities = {
         "audio_mfcc": {"soundfile", "soxr"},
         "text": {"tokenizers"},
+        "graph": set(),
         "mnist": {"PIL"},
         "image_topk": {"PIL"},
         "multimodal": {"PIL", "soundfile", "soxr"},
