@@ -279,8 +279,11 @@ def random_detector(name: str) -> nn.Module:
     """Return an architecture of torchvision, with random weights that are stable enough for some detections."""
     torch.manual_seed(0)
     options: dict[str, object] = {} if name.startswith("ssd") else {"min_size": 128, "max_size": 192}
-    thresholds = {"score_thresh": 0.0} if name.startswith(("ssd", "retinanet", "fcos")) else {"box_score_thresh": 0.0}
-    return models.get_model(name, weights=None, weights_backbone=None, **options, **thresholds).eval()
+    if name.startswith(("ssd", "retinanet", "fcos")):
+        options["score_thresh"] = 0.0
+    else:  # few proposals and detections, because the heads of the R-CNN family take a second for hundreds
+        options |= {"box_score_thresh": 0.0, "box_detections_per_img": 20, "rpn_post_nms_top_n_test": 100}
+    return models.get_model(name, weights=None, weights_backbone=None, **options).eval()
 
 
 def noise(width: int, height: int) -> Image.Image:
