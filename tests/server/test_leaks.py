@@ -72,7 +72,7 @@ def requests_that_fail() -> dict[str, tuple[str, str, dict]]:
         "invalid UTF-8": ("POST", "/predictions/text", {"data": MARKER.encode() + b"\xff"}),
         "broken form": ("POST", "/predictions/text", {"data": f"%zz=1&data={MARKER}", "headers": form}),
         "too long": ("POST", "/predictions/text", {"data": MARKER * 1000}),
-        "explanation": ("POST", "/explanations/text", {"data": MARKER}),
+        "explanation": ("POST", "/explanations/text", {"json": {"data": MARKER, "method": MARKER}}),
         "bug": ("POST", "/predictions/buggy", {"data": MARKER}),
         "unknown model": ("POST", "/predictions/nonesuch", {"data": MARKER}),
         "unknown version": ("POST", "/predictions/text/9.9", {"data": MARKER}),
