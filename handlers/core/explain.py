@@ -6,6 +6,7 @@ pays nothing.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from handlers.core import admission, inputs
 from handlers.core.classifier import ClassifierHandler
-from handlers.core.errors import InvalidOption, NonFiniteOutput
+from handlers.core.errors import InvalidOption, NonFiniteOutput, UnsupportedOperation
 from handlers.core.outputs import main_output
 from handlers.core.request import Request
 from handlers.core.slots import Picture, Sample
@@ -93,6 +94,10 @@ class Explanation:
     attributions: Attributions
 
     @property
+    def is_finite(self) -> bool:
+        return all(bool(each.isfinite().all()) for each in self.attributions)
+
+    @property
     def completeness_gap(self) -> float:
         """The sum of the attributions, less the difference that they should explain."""
         total = sum(each.double().sum().item() for each in self.attributions)
@@ -162,8 +167,14 @@ class ExplainedClassifier(ClassifierHandler):
     def explain(self, sample: Sample, options: ExplanationOptions) -> JsonValue | Picture:
         explainable = self.explainable(sample)
         found = self.attribute(explainable, options, self.explain_deadline)
-        if not all(each.isfinite().all() for each in found.attributions):
-            raise NonFiniteOutput("The explanation of this input is not finite.")
+        if not math.isfinite(found.score):
+            raise NonFiniteOutput("The model's output for this input is not a finite number.")
+        if options.method is None and not found.is_finite:  # gradients at a sound's silence, for example
+            ablation = options.model_copy(update={"method": "feature_ablation"})
+            found = self.attribute(explainable, ablation, self.explain_deadline)
+        if not found.is_finite:
+            others = ", ".join(name for name in self.methods if name not in GRADIENTS)
+            raise UnsupportedOperation(f"{found.method} is not finite for this input. Use another method: {others}.")
         label = self.labels[found.target]
         if options.format == "png":
             return Picture(explainable.draw(*found.attributions, f"{label}: {found.probability:.1%} ({found.method})"))

@@ -24,7 +24,7 @@ from handlers.mnist import MNISTHandler
 from tests.held_out import held_out
 from tests.shipped import DATA_DIR, SHIPPED, skip_without_data_set
 from tests.trials.explanations import explained_sample, measure
-from tests.unit.inputs import draw_digit, encode_image
+from tests.unit.inputs import draw_digit, encode_image, encode_sound
 
 EXPLAIN = {"explain": "True"}
 
@@ -321,3 +321,15 @@ def test_explanations_of_real_inputs_are_complete_and_name_what_matters(worker: 
     recorded = json.loads((Path(folder.path) / "metrics.json").read_text())["explanations"]
     assert recorded["relative_gap"] <= 0.05
     assert recorded["drop"] > 2 * recorded["random_drop"]
+
+
+def test_silence_whose_gradients_are_not_finite_is_explained_by_ablation(tmp_path: Path):
+    [folder] = select(["audio"])
+    silence = encode_sound(numpy.zeros(16_000), 16_000)
+    with DryRun(archive(folder, tmp_path).path) as worker:
+        default, named = worker.predict(
+            [{"data": silence}, {"data": silence, "method": "integrated_gradients"}], [EXPLAIN] * 2
+        )
+    assert (default[0], default[1]["method"]) == (200, "feature_ablation")
+    assert (named[0], named[1]["type"]) == (400, "UnsupportedOperation")
+    assert "feature_ablation" in named[1]["message"]
