@@ -145,8 +145,8 @@ class SegmentationHandler(LabelledHandler):
             for index, sample in enumerate(samples)
             for top, left in masks.corners(sample.tensors.shape, tile, self.settings.overlap)  # type: ignore[union-attr]
         ]
-        for start in range(0, len(places), self.batch_size):
-            batch = places[start : start + self.batch_size]
+        for start in range(0, len(places), self.run_size):
+            batch = places[start : start + self.run_size]
             cut = [
                 Sample(samples[index].tensors[:, top : top + tile, left : left + tile])  # type: ignore[call-overload]
                 for index, top, left in batch

@@ -219,7 +219,7 @@ class ExplainedClassifier(ClassifierHandler):
             host = tuple(each.detach()[0].float().cpu() for each in attributions)
             return Explanation(target, method, of_input[target].exp().item(), score, baseline_score, host)
 
-        run = attribution.Run(scores, parts, blank, groups, explainable.windows, self.batch_size)
+        run = attribution.Run(scores, parts, blank, groups, explainable.windows, self.run_size)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.enable_grad():
             torch.manual_seed(0)
             if method != "integrated_gradients":
