@@ -5,7 +5,7 @@
 #   PYTHON           the Python that makes .venv (python3)
 #   TORCH_INDEX_URL  a package index for torch, such as one of CPU builds (PyPI)
 #   BUNDLE_MODELS    the folder of the model folders (models)
-#   MODELS           the models to archive and serve; "all" for every one (all but those served on request)
+#   MODELS           the models to archive and serve, or "all" (those that are always served)
 #   MODEL            one model, for train, rollout, tune, profile and loadtest
 #   ARGS             arguments for train.py
 #   DATA_DIR         the folder of the data sets, which are downloaded if missing (data)

@@ -1,25 +1,21 @@
 """The handler of detectors: placement of images, formats of outputs, options, pictures."""
 
 import base64
+import functools
 import io
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-import yaml
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 from torchvision import models
 
-from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.build.torchvision_source import ListedImages
-from bundle.catalog import ModelFolder
 from handlers.core import boxes
+from tests.unit.serialized import serving_with
 
 LABELS = ["cat", "dog"]
 # x and y of the centre, width, height, probabilities of a cat and a dog, in a 640 x 640 input
@@ -33,7 +29,7 @@ RAW = (
 
 
 class Raw(nn.Module):
-    """Return `RAW` for every image, in a format of YOLO; with a white first pixel, nothing but NaN."""
+    """Return `RAW` for each image, in a format of YOLO. If the first pixel is white, all numbers are NaN."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -65,23 +61,7 @@ class Bright(nn.Module):
         return found
 
 
-@contextmanager
-def serving(folder: Path, module: nn.Module, labels: list[str], batch: int = 4, **settings: object) -> Iterator[DryRun]:
-    """Make an archive of a module that the handler serves, and load it as a worker does."""
-    path = folder / "models" / "things"
-    path.mkdir(parents=True)
-    torch.jit.script(module.eval()).save(str(path / "model.pt"))
-    (path / "index_to_name.json").write_text(json.dumps(labels))
-    config = {
-        "minWorkers": 1,
-        "maxWorkers": 1,
-        "batchSize": batch,
-        "handler": settings,
-        "bundle": {"handler": "detection", "serialized": {"file": "model.pt"}},
-    }
-    (path / "model-config.yaml").write_text(yaml.safe_dump(config))
-    with DryRun(archive(ModelFolder(path), folder / "store").path) as worker:
-        yield worker
+serving = functools.partial(serving_with, "detection")
 
 
 @pytest.fixture(scope="module", params=["yolo", "yolov5"])

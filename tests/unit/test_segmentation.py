@@ -1,27 +1,24 @@
 """The handler of segmenters: masks, tiles, options, limits, and torchvision's architectures."""
 
 import base64
+import functools
 import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-import yaml
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 from torchvision import models
 
 from bundle import samples
-from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.build.export import PreprocessedImages
 from bundle.build.torchvision_source import drop_auxiliary
-from bundle.catalog import ModelFolder
 from handlers.core import masks
+from tests.unit.serialized import serving_with
 
 LABELS = ["background", "grey", "white"]
 SPOILT = 7  # a brightness for which the module below returns NaN
@@ -46,23 +43,7 @@ class Brightness(nn.Module):
         return {"out": (-(near - centres).abs()).masked_fill(spoilt, float("nan"))}
 
 
-@contextmanager
-def serving(folder: Path, module: nn.Module, labels: list[str], batch: int = 4, **settings: object) -> Iterator[DryRun]:
-    """Make an archive of a module that the handler serves, and load it as a worker does."""
-    path = folder / "models" / "scenes"
-    path.mkdir(parents=True)
-    torch.jit.script(module.eval()).save(str(path / "model.pt"))
-    (path / "index_to_name.json").write_text(json.dumps(labels))
-    config = {
-        "minWorkers": 1,
-        "maxWorkers": 1,
-        "batchSize": batch,
-        "handler": settings,
-        "bundle": {"handler": "segmentation", "serialized": {"file": "model.pt"}},
-    }
-    (path / "model-config.yaml").write_text(yaml.safe_dump(config))
-    with DryRun(archive(ModelFolder(path), folder / "store").path) as worker:
-        yield worker
+serving = functools.partial(serving_with, "segmentation")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,35 @@
+"""Workers of modules that a test makes: archived as a user's TorchScript files, for any handler."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun
+from bundle.catalog import ModelFolder
+
+
+@contextmanager
+def serving_with(
+    handler: str, folder: Path, module: nn.Module, labels: list[str], batch: int = 4, **settings: object
+) -> Iterator[DryRun]:
+    """Make an archive of a module that a handler serves, and load it as a worker does."""
+    path = folder / "models" / "things"
+    path.mkdir(parents=True)
+    torch.jit.script(module.eval()).save(str(path / "model.pt"))
+    (path / "index_to_name.json").write_text(json.dumps(labels))
+    config = {
+        "minWorkers": 1,
+        "maxWorkers": 1,
+        "batchSize": batch,
+        "handler": settings,
+        "bundle": {"handler": handler, "serialized": {"file": "model.pt"}},
+    }
+    (path / "model-config.yaml").write_text(yaml.safe_dump(config))
+    with DryRun(archive(ModelFolder(path), folder / "store").path) as worker:
+        yield worker
