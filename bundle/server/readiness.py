@@ -17,6 +17,7 @@ from bundle.server.process import Running, Server
 POLL_SECONDS = 0.3
 WORKER_DIED = "Backend worker process died"
 WORKER_RETRIED = "Retry worker"
+TRACE_PAUSES = 10  # at most, of POLL_SECONDS, for a traceback that is being logged
 RETRIES = 3  # TorchServe restarts killed workers; one that was killed this often will not start
 LOG_PREFIX = re.compile(r"^\S+ \[\w+ *\] (\S+) (\S+ )?- ")
 
@@ -117,6 +118,11 @@ def worker_failure(
     """
     said = lines_of(logs / "model_log.log", model, version, since)
     if any(WORKER_DIED in line for line in said):
+        for _ in range(TRACE_PAUSES):  # TorchServe logs a traceback line by line: it is whole when it grows no more
+            time.sleep(POLL_SECONDS)
+            known, said = said, lines_of(logs / "model_log.log", model, version, since)
+            if said == known:
+                break
         start = max((i for i, line in enumerate(said) if line.startswith("Traceback")), default=0)
         trace = said[start:]
         raised = [line for line in trace if re.match(r"^[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
