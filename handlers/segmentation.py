@@ -139,9 +139,10 @@ class SegmentationHandler(LabelledHandler):
             if answers[index] is None and not isinstance(scores, ServingError):
                 size = samples[index].tensors.shape[-2:]  # type: ignore[union-attr]  # decode makes one tensor
                 blend = blends.setdefault(index, masks.Blend(size, weights))
-                scores = attempt(partial(blend.add, scores, top, left))
-            if isinstance(scores, ServingError):
+                answers[index] = attempt(partial(blend.add, scores, top, left))
+            elif isinstance(scores, ServingError):
                 answers[index] = scores
+            if answers[index] is not None:
                 blends.pop(index, None)
         for index, blend in blends.items():
             answers[index] = attempt(blend.mask)
