@@ -12,7 +12,7 @@ from handlers.core import boxes, boxes_drawn, inputs, settings
 from handlers.core.batch import Sample
 from handlers.core.boxes import Detections, Format, Placement
 from handlers.core.errors import InvalidOption, NonFiniteOutput
-from handlers.core.images import ImageLimits, flatten, open_image, upright_size
+from handlers.core.images import ImageLimits, flatten, open_image, open_upright
 from handlers.core.inputs import Image
 from handlers.core.labelled import LabelledHandler
 from handlers.core.outputs import Outputs, main_output
@@ -70,12 +70,11 @@ class DetectionHandler(LabelledHandler):
         """Decode an image file into pixels, uint8 [3, H, W]; `info` is its `Placement` and the file."""
         raw = self.settings.format == "torchvision"
         height, width = (self.settings.longest_side,) * 2 if raw else self.settings.size
-        image = flatten(open_image(inputs.data, self.settings, enough=min(height, width)))
-        size = upright_size(inputs.data, self.settings)
+        image, size = open_upright(inputs.data, self.settings, enough=min(height, width))
         if raw:
-            image, placement = boxes.fit(image, size, (width, height), enlarge=False)
+            image, placement = boxes.fit(flatten(image), size, (width, height), enlarge=False)
         else:
-            image, placement = boxes.letterbox(image, size, (width, height))
+            image, placement = boxes.letterbox(flatten(image), size, (width, height))
         return Sample(torch.from_numpy(numpy.array(image)).permute(2, 0, 1), info=(placement, inputs.data))
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
@@ -94,11 +93,16 @@ class DetectionHandler(LabelledHandler):
             outputs = boxes.decode_yolo(raw, self.settings.format, len(self.mapping), self.settings.iou_threshold)
         if not isinstance(outputs, list):
             raise TypeError(f"the model returns a {type(outputs).__name__}; the format torchvision is a list of dicts")
-        return boxes.stack_detections(outputs, self.settings.max_detections)
+        rows = boxes.stack_detections(outputs, self.settings.max_detections)
+        if rows["labels"].numel() and (highest := int(rows["labels"].max())) >= len(self.mapping):
+            raise ValueError(
+                f"the model returns the class {highest}; index_to_name.json has {len(self.mapping)} labels"
+            )
+        return rows
 
     def encode(self, row: Detections, info: tuple[Placement, bytes], options: Options) -> dict | Picture:
         placement, content = info
-        if not row["scores"].isfinite().all():
+        if not all(row[name].isfinite().all() for name in ("boxes", "scores")):
             raise NonFiniteOutput("The model's output for this input is not a finite number.")
         threshold = self.settings.score_threshold if options.score_threshold is None else options.score_threshold
         kept = row["scores"] >= threshold

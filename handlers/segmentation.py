@@ -1,6 +1,7 @@
 """Segment an image file: the class of each pixel."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import numpy
@@ -9,16 +10,28 @@ from PIL import Image as PillowImage
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from handlers.core import inputs, masks, settings
+from handlers.core import device, inputs, masks, settings
 from handlers.core.batch import Sample
-from handlers.core.errors import ImageTooLarge, InvalidOption, NonFiniteOutput, ServingError
-from handlers.core.images import ImageLimits, flatten, open_image, resized, upright_size
+from handlers.core.errors import ImageTooLarge, InvalidOption, ServingError, input_too_large
+from handlers.core.images import ImageLimits, flatten, open_image, open_upright, resized
 from handlers.core.inputs import Image
 from handlers.core.labelled import LabelledHandler
 from handlers.core.outputs import Outputs, main_output
 from handlers.core.request import Request
 from handlers.core.settings import NaturalInt, PositiveInt
 from handlers.core.slots import Picture
+
+
+def attempt(step: Callable[[], Tensor | None]) -> Tensor | ServingError | None:
+    """Return what a step of the blending returns. If the image does not fit into memory, return its error."""
+    try:
+        return step()
+    except ServingError as error:
+        return error
+    except Exception as exc:
+        if not device.is_out_of_memory(exc):
+            raise
+        return input_too_large()
 
 
 class SegmentationHandler(LabelledHandler):
@@ -72,8 +85,8 @@ class SegmentationHandler(LabelledHandler):
 
     def decode(self, inputs: Inputs) -> Sample:
         """Decode an image file into pixels, uint8 [channels, H, W], at the model's scale; no side is below a tile."""
-        image = flatten(open_image(inputs.data, self.settings, enough=self.settings.resize))
-        size = upright_size(inputs.data, self.settings)
+        image, size = open_upright(inputs.data, self.settings, enough=self.settings.resize)
+        image = flatten(image)
         scaled = resized(size, self.settings.resize) if self.settings.resize else size
         self.check_tiles(scaled)
         if scaled != image.size:
@@ -122,20 +135,18 @@ class SegmentationHandler(LabelledHandler):
         blends: dict[int, masks.Blend] = {}
         for index, top, left, scores in self.scored_tiles(samples):
             for finished in [each for each in blends if each != index]:
-                answers[finished] = self.finish(blends.pop(finished))
-            if isinstance(scores, ServingError):
-                answers[index] = scores
-                blends.pop(index, None)
-            elif answers[index] is None:
+                answers[finished] = attempt(blends.pop(finished).mask)
+            if answers[index] is None and not isinstance(scores, ServingError):
                 size = samples[index].tensors.shape[-2:]  # type: ignore[union-attr]  # decode makes one tensor
-                blends.setdefault(index, masks.Blend(size, weights)).add(scores, top, left)
+                blend = blends.setdefault(index, masks.Blend(size, weights))
+                answers[index] = attempt(partial(blend.add, scores, top, left))
+            elif isinstance(scores, ServingError):
+                answers[index] = scores
+            if answers[index] is not None:
+                blends.pop(index, None)
         for index, blend in blends.items():
-            answers[index] = self.finish(blend)
+            answers[index] = attempt(blend.mask)
         return answers
-
-    def finish(self, blend: masks.Blend) -> Tensor | NonFiniteOutput:
-        mask = blend.mask()
-        return NonFiniteOutput("The model's output for this input is not a finite number.") if mask is None else mask
 
     def scored_tiles(self, samples: list[Sample]) -> Iterator[tuple[int, int, int, Tensor | ServingError]]:
         """Yield the index of the sample, the top, the left and the scores of every tile, in order."""

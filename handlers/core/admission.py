@@ -1,4 +1,4 @@
-"""Reject requests that waited too long, and those that the batch has no time left to decode or to explain."""
+"""Reject requests that waited too long, and those that the batch has no time left for."""
 
 import time
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from handlers.core.errors import Overloaded
 
 @dataclass(frozen=True)
 class Deadline:
-    """The time after which a batch decodes, or explains, no further input.
+    """The time after which a batch decodes, runs or explains no further input.
 
-    The limits of a handler bound the time to decode one input. This bounds the time of a batch, which may hold hundreds
-    of inputs that are just within those limits.
+    The limits of a handler bound the time that one input takes. This bounds the time of a batch, which may hold
+    hundreds of inputs that are just within those limits.
 
     Attributes:
         at: time.monotonic() seconds.

@@ -12,6 +12,7 @@ accelerator itself the worker exits, and TorchServe starts another one.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
     InternalError,
     NonFiniteOutput,
+    Overloaded,
     RequestError,
     ServingError,
     explanation_unsupported,
@@ -37,7 +39,7 @@ from handlers.core.errors import (
 )
 from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_verb
 from handlers.core.metrics import HandlerMetrics
-from handlers.core.outputs import Outputs, count_rows, split_rows, to_host
+from handlers.core.outputs import Outputs, check_rows, split_rows, to_host
 from handlers.core.request import Request, RequestReader
 from handlers.core.slots import Picture, Response, Sample, Slot
 
@@ -64,6 +66,7 @@ class BatchHandler(BaseHandler):
     def __init__(self):
         super().__init__()
         del self.explain  # BaseHandler sets a flag of this name, which would hide the method
+        self.inference_deadline = admission.Deadline(math.inf, "Running")  # none while the worker starts
 
     # --- what a subclass defines -------------------------------------------------------------------------------
 
@@ -243,6 +246,7 @@ class BatchHandler(BaseHandler):
         predicted = [slot for slot in slots if slot.samples and not slot.explained]
         predictions: list[object] = []
         if predicted:
+            self.inference_deadline = admission.Deadline.after(self.settings.max_inference_seconds, "Running")
             with self.metrics.timed("inference"):
                 predictions = self.predict([sample for slot in predicted for sample in slot.samples])
         with self.metrics.timed("encode"):
@@ -290,6 +294,7 @@ class BatchHandler(BaseHandler):
         slot.explained = verb is Verb.EXPLAIN
         if slot.explained and type(self).explain is BatchHandler.explain:
             raise explanation_unsupported()  # before anything is decoded
+        deadline.check()
         request = self.read(row, headers)
         slot.options, slot.many = request.options, request.many
         slot.key = self.cache.key(request.inputs, request.options, request.many, verb)
@@ -307,14 +312,20 @@ class BatchHandler(BaseHandler):
     def run(self, samples: list[Sample]) -> list[Outputs | ServingError]:
         """Run one batch. If it fails, run its halves, so that only the samples at fault are lost.
 
+        After `max_inference_seconds` the samples are not run: they are `Overloaded`.
+
         Raises:
             Exception: the device is broken.
         """
         try:
+            self.inference_deadline.check()
+        except Overloaded as late:
+            return [late] * len(samples)
+        try:
             with torch.inference_mode():
                 batch = map(self.to_device, self.collate(samples))
                 reduced = self.reduce(self.model(*batch))
-                self.check_rows(reduced, len(samples))
+                check_rows(reduced, len(samples), f"{type(self).__name__}.reduce")
                 return [reduced]
         except Exception as exc:
             if device.is_broken(exc) or isinstance(exc, MemoryError):
@@ -331,18 +342,6 @@ class BatchHandler(BaseHandler):
             return [input_too_large() if exhausted else internal_error("this input")]
         middle = len(samples) // 2
         return self.run(samples[:middle]) + self.run(samples[middle:])
-
-    def check_rows(self, reduced: Outputs, count: int) -> None:
-        """Check that `reduce` returned one row per sample: otherwise, requests would get each other's answers.
-
-        Raises:
-            RuntimeError: it did not.
-        """
-        if (rows := count_rows(reduced)) != count:
-            raise RuntimeError(
-                f"{type(self).__name__}.reduce returned {rows} rows for {count} samples. It must return exactly "
-                "one row per sample: pad rows that differ in length, and cut them in `encode`."
-            )
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy without waiting if the device is a GPU: only pinned memory is copied while the CPU continues."""

@@ -61,7 +61,14 @@ class ImageLimits(BaseModel):
 
 
 def open_image(content: bytes, settings: ImageLimits, enough: int | None = None) -> Image.Image:
-    """Decode the first frame, and turn it upright as its EXIF orientation says.
+    """Decode the first frame, and turn it upright as its EXIF orientation says: the image of `open_upright`."""
+    return open_upright(content, settings, enough)[0]
+
+
+def open_upright(
+    content: bytes, settings: ImageLimits, enough: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode the first frame, turn it upright as its EXIF orientation says, and find its size in the file.
 
     Args:
         content: the bytes of the file.
@@ -71,7 +78,7 @@ def open_image(content: bytes, settings: ImageLimits, enough: int | None = None)
 
     Returns:
         an image of mode "L", "RGB" or "RGBA", with all pixels decoded; 16-bit and floating-point pixels are scaled to
-        8 bits.
+        8 bits; and the width and height of the upright image, before any reduction by `enough`.
 
     Raises:
         UndecodableImage: the file is not an image, is broken, or is smaller than `min_side`.
@@ -87,12 +94,17 @@ def open_image(content: bytes, settings: ImageLimits, enough: int | None = None)
         check_size(image, settings)
         if isinstance(reader, PartReader) and decodes_in_python(image):
             reader.left += 4 * image.width * image.height  # more reads than the pixels take
-        if enough is not None:
-            image.draft(None, (enough, enough))
+        size = image.size
+        drafted = image.draft(None, (enough, enough)) if enough is not None else None
         image.load()
+        if drafted is None:
+            size = image.size  # Pillow knows the size of some formats, and turns a TIFF, only now
         check_pixels(image, settings.max_pixels)  # again: in some formats the size is known only now
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        return to_8_bit(image if turn is None else image.transpose(turn))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation in SIDEWAYS:
+            size = size[::-1]
+        turn = TURNS.get(orientation)
+        return to_8_bit(image if turn is None else image.transpose(turn)), size
     except Image.DecompressionBombError as exc:
         raise too_many_pixels(settings.max_pixels) from exc
     except DECODE_ERRORS as exc:
@@ -100,11 +112,8 @@ def open_image(content: bytes, settings: ImageLimits, enough: int | None = None)
 
 
 def upright_size(content: bytes, settings: ImageLimits) -> tuple[int, int]:
-    """Return width and height of a file that `open_image` accepts, turned upright, without decoding its pixels."""
-    image = Image.open(open_parts(content, settings.max_parts), formats=FORMATS)
-    width, height = image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
-    return (height, width) if turned else (width, height)
+    """Return width and height of the upright image of a file that `open_image` accepts."""
+    return open_upright(content, settings, enough=1)[1]
 
 
 def check_size(image: Image.Image, settings: ImageLimits) -> None:

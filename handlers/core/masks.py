@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from handlers.core.errors import NonFiniteOutput
+
 MAX_CLASSES = 256  # of an indexed PNG
 BACKGROUND = ("background", "__background__")  # labels whose pixels an overlay leaves unchanged
 OPACITY = 0.5
@@ -64,19 +66,31 @@ class Blend:
         self.sum: Tensor | None = None
 
     def add(self, scores: Tensor, top: int, left: int) -> None:
-        """Add the scores of one tile, [classes, tile, tile]. The first tile decides the number of classes."""
+        """Add the scores of one tile, [classes, tile, tile]. The first tile decides the number of classes.
+
+        Raises:
+            ValueError: the scores have another size than the tile.
+        """
+        if scores.shape[1:] != self.weights.shape:
+            sizes = " x ".join(map(str, scores.shape[1:])), " x ".join(map(str, self.weights.shape))
+            raise ValueError(f"the model returns scores of {sizes[0]} pixels for a tile of {sizes[1]}: correct `tile`")
         if self.sum is None:
             self.sum = torch.zeros(len(scores), *self.size, device=scores.device)
         height, width = self.weights.shape
         self.sum[:, top : top + height, left : left + width].addcmul_(scores.float(), self.weights)
 
-    def mask(self) -> Tensor | None:
-        """Return the mask on the host; None if a score is not finite.
+    def mask(self) -> Tensor:
+        """Return the mask on the host.
 
         The sum is not divided by the sum of the weights, because that would not change which class is best.
+
+        Raises:
+            NonFiniteOutput: a score is not finite.
         """
         assert self.sum is not None, "an image has at least one tile"
-        return self.sum.argmax(0).byte().cpu() if bool(self.sum.isfinite().all()) else None
+        if not bool(self.sum.isfinite().all()):
+            raise NonFiniteOutput("The model's output for this input is not a finite number.")
+        return self.sum.argmax(0).byte().cpu()
 
 
 def shares(mask: Image.Image, labels: list[str]) -> list[dict]:

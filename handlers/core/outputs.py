@@ -51,6 +51,19 @@ def count_rows(outputs: Outputs) -> int:
     return len(outputs) if isinstance(outputs, Tensor) and outputs.dim() else len(split_rows(outputs))
 
 
+def check_rows(outputs: Outputs, count: int, method: str) -> None:
+    """Check that a method returned one row per sample: otherwise, requests would get each other's answers.
+
+    Raises:
+        RuntimeError: it did not.
+    """
+    if (rows := count_rows(outputs)) != count:
+        raise RuntimeError(
+            f"{method} returned {rows} rows for {count} samples. It must return exactly one row per sample: pad rows "
+            "that differ in length, and cut them in `encode`."
+        )
+
+
 def tensors(outputs: object) -> Iterator[Tensor]:
     """Yield every tensor in the outputs, in order."""
     if isinstance(outputs, Tensor):

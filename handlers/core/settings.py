@@ -26,6 +26,8 @@ class Settings(BaseModel):
     max_wait_seconds: PositiveFloat | None = None
     # s, after which no further input of a batch is decoded; well below responseTimeout, at which a worker is killed
     max_decode_seconds: PositiveFloat = 10.0
+    # s, after which no further run of the module is started for a batch: instances and tiles can be many runs
+    max_inference_seconds: PositiveFloat = 10.0
     # s, after which the explanations of a batch that are not finished get 429: so long they may delay the next batch
     max_explain_seconds: PositiveFloat = 5.0
     cache_entries: NaturalInt = 0  # answers to repeated inputs that a worker keeps; 0 turns the cache off

@@ -14,7 +14,7 @@ from torchvision import models
 
 from bundle.build.dryrun import DryRun
 from bundle.build.torchvision_source import ListedImages
-from handlers.core import boxes
+from handlers.core import boxes, boxes_drawn
 from tests.unit.serialized import serving_with
 
 LABELS = ["cat", "dog"]
@@ -134,6 +134,26 @@ def test_score_that_is_not_a_number_is_an_error(yolo):
     assert len(answer["detections"]) == 3
 
 
+@pytest.mark.parametrize("format", ["json", "png"])
+def test_box_that_is_not_a_number_is_an_error(yolo, monkeypatch, format):
+    reduce = yolo.handler.reduce
+
+    def spoil(outputs):
+        rows = reduce(outputs)
+        return rows | {"boxes": rows["boxes"] * float("nan")}
+
+    monkeypatch.setattr(yolo.handler, "reduce", spoil)
+    [(status, answer)] = yolo.predict([{"data": encode(scene(64, 48, None)), "format": format.encode()}])
+    assert (status, answer["type"]) == (500, "NonFiniteOutput")
+
+
+def test_class_without_a_label_names_the_label_file(tmp_path, caplog):
+    with serving(tmp_path, Bright(), ["cat"]) as worker:
+        [(status, _)] = worker.predict([{"body": encode(scene(100, 80, (10, 20, 50, 60)))}])
+    assert status == 500
+    assert "the model returns the class 1; index_to_name.json has 1 labels" in caplog.text
+
+
 def test_images_of_different_sizes_share_a_batch(bright):
     places = [((100, 80), (10, 20, 50, 60)), ((60, 190), (5, 100, 25, 180)), ((90, 90), None), ((8, 100), (0, 0, 8, 9))]
     files = [encode(scene(*size, box)) for size, box in places]
@@ -165,8 +185,9 @@ def test_instances_are_answered_in_order(bright):
     assert [each["detections"][0]["box"][0] for each in answer["predictions"]] == [1, 5, 9]
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_are_those_of_the_upright_image(bright, orientation):
+def test_boxes_are_those_of_the_upright_image(bright, orientation, kind):
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -181,7 +202,7 @@ def test_boxes_are_those_of_the_upright_image(bright, orientation):
     stored = upright.transpose(turns[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    found = detect(bright, encode(stored, "JPEG", quality=95, exif=exif))
+    found = detect(bright, encode(stored, kind, quality=95, exif=exif))
     assert found[0]["box"] == pytest.approx(box, abs=5)  # the model sees a fifth of the pixels
 
 
@@ -242,6 +263,20 @@ def test_picture_of_a_large_image_is_reduced(tmp_path):
         shown = picture(worker, encode(scene(400, 100, (100, 20, 200, 80))))
     assert shown.width * shown.height <= 10_000
     assert shown.width / shown.height == pytest.approx(4, rel=0.05)
+
+
+def test_masks_of_a_picture_show_the_best_one_where_they_overlap():
+    image = Image.new("RGB", (200, 100), "black")
+    masks = torch.zeros(2, 50, 120, dtype=torch.uint8)
+    masks[0, :25, :50] = 1
+    masks[1, :, :100] = 1  # the model's input is wider than the image: the rest is padding
+    placement = boxes.Placement((200, 100), (2.0, 2.0))
+    shown = numpy.array(boxes_drawn.lay_masks(image, masks, [(200, 0, 0), (0, 0, 200)], placement))
+    opacity = round(255 * boxes_drawn.MASK_OPACITY) / 255
+    assert shown[10, 10].tolist() == [round(200 * opacity), 0, 0]
+    assert shown[90, 190].tolist() == [0, 0, round(200 * opacity)]
+    none = boxes_drawn.lay_masks(image, masks * 0, [(200, 0, 0), (0, 0, 200)], placement)
+    assert none.tobytes() == image.tobytes()
 
 
 def test_best_detections_are_kept_and_padded():

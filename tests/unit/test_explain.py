@@ -327,6 +327,7 @@ def test_silence_whose_gradients_are_not_finite_is_explained_by_ablation(tmp_pat
     [folder] = select(["audio"])
     silence = encode_sound(numpy.zeros(16_000), 16_000)
     with DryRun(archive(folder, tmp_path).path) as worker:
+        worker.handler.settings = worker.handler.settings.model_copy(update={"max_explain_seconds": 300.0})
         default, named = worker.predict(
             [{"data": silence}, {"data": silence, "method": "integrated_gradients"}], [EXPLAIN] * 2
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from handlers.core.errors import ImageTooLarge, RequestError, UndecodableImage
-from handlers.core.images import ImageLimits, flatten, open_image
+from handlers.core.images import ImageLimits, flatten, open_image, open_upright
 from handlers.image_topk import ImageTopKHandler
 from tests.unit.inputs import bare_png, blp_around, damaged, decoded, encode_image, four_colours, icon
 
@@ -163,6 +163,17 @@ def test_open_image_with_an_orientation_is_upright(orientation: int, stored, for
     exif[0x112] = orientation
     content = encode_image(stored(COLOURS), format, exif=exif)
     assert difference(flatten(open_image(content, SETTINGS)), COLOURS) < 10
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("enough", [None, 100])
+def test_open_upright_with_an_orientation_has_the_size_of_the_upright_file(orientation, format, enough):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    image, size = open_upright(encode_image(four_colours(640, 480), format, exif=exif), SETTINGS, enough)
+    assert size == ((480, 640) if orientation in (6, 8) else (640, 480))
+    assert image.size == (size if enough is None or format != "JPEG" else tuple(side // 4 for side in size))
 
 
 # --- rejected images ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import base64
 import functools
 import io
 import json
+import time
 from collections.abc import Iterator
 
 import numpy
@@ -133,10 +134,11 @@ def test_tiles_agree_with_the_whole_image(tiled, whole, size):
     assert (in_tiles == at_once).mean() > 0.999
 
 
-def test_image_turned_by_its_exif_orientation_has_an_upright_mask(tiled):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_image_turned_by_its_exif_orientation_has_an_upright_mask(tiled, kind):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # the file's left side is up
-    answer = ask(tiled, encode(scene(160, 100), "JPEG", quality=95, exif=exif.tobytes()))
+    answer = ask(tiled, encode(scene(160, 100), kind, quality=95, exif=exif.tobytes()))
     assert answer["size"] == [100, 160]
     mask = mask_of(answer)
     assert (mask[5:35, 10:90] == 2).all()
@@ -155,6 +157,40 @@ def test_batch_of_different_sizes_with_invalid_images_answers_each_as_alone(tile
     for content, (status, answer) in zip(contents, answers, strict=True):
         if status == 200:
             assert answer == ask(tiled, content)
+
+
+@pytest.mark.parametrize("step", ["add", "mask"])
+def test_image_whose_blending_exceeds_the_memory_fails_alone(tiled, monkeypatch, step):
+    served = tiled.handler.predict.__func__.__wrapped__.__globals__[
+        "masks"
+    ].Blend  # of the archive's own copy of the module
+    blend = getattr(served, step)
+
+    def limited(self, *arguments):
+        if self.size == (160, 160):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return blend(self, *arguments)
+
+    monkeypatch.setattr(served, step, limited)
+    answers = tiled.predict([{"body": encode(speckled(*size))} for size in ((100, 90), (160, 160), (150, 100))])
+    assert [status for status, _ in answers] == [200, 507, 200]
+
+
+def test_images_past_the_time_limit_of_inference_are_rejected(tiled, monkeypatch):
+    """A batch of large images, or of many instances, must end before TorchServe kills the worker."""
+    impatient = tiled.handler.settings.model_copy(update={"max_inference_seconds": 0.05})
+    monkeypatch.setattr(tiled.handler, "settings", impatient)
+    model = tiled.handler.model
+
+    def slow(images: Tensor) -> object:
+        time.sleep(0.1)
+        return model(images)
+
+    monkeypatch.setattr(tiled.handler, "model", slow)
+    answers = tiled.predict([{"body": encode(scene(20, 30))}, {"body": encode(speckled(160, 160))}])
+    assert answers[1][0] == 429
+    assert answers[1][1]["message"].startswith("Running this batch took too long.")
+    assert tiled.predict([{"body": encode(scene(20, 30))}])[0][0] == 200
 
 
 def test_instances_of_different_sizes_are_one_answer(tiled):
