@@ -35,14 +35,12 @@ def detect(model: CellNet, file: bytes) -> Target:
     pixels = numpy.array(image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
     [rows] = model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).transpose(1, 2)
     scores, labels = rows[:, 4:].max(dim=1)
-    corners = box_convert(rows[:, :4], "cxcywh", "xyxy").view(-1, 2, 2) * torch.tensor(
-        [image.width / WIDTH, image.height / HEIGHT]
-    )
-    boxes = corners.clamp_min(0).minimum(torch.tensor(image.size)).flatten(1)
     found = scores >= MIN_SCORE
-    boxes, scores, labels = boxes[found], scores[found], labels[found]
+    boxes, scores, labels = box_convert(rows[found, :4], "cxcywh", "xyxy"), scores[found], labels[found]
     best = batched_nms(boxes, scores, labels, IOU_THRESHOLD)[:MAX_DETECTIONS]
-    return {"boxes": boxes[best], "scores": scores[best], "labels": labels[best]}
+    corners = boxes[best].view(-1, 2, 2) * torch.tensor([image.width / WIDTH, image.height / HEIGHT])
+    inside = corners.clamp_min(0).minimum(torch.tensor(image.size)).flatten(1)
+    return {"boxes": inside, "scores": scores[best], "labels": labels[best]}
 
 
 def measure(data_dir: Path, weights: Path) -> dict:
