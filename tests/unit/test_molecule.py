@@ -1,4 +1,4 @@
-"""The subtrees of molecules: their features against a count with plain tuples, and their weights."""
+"""The model of molecules: its features against a count with plain tuples, and its weights."""
 
 import random
 from collections import Counter
@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
+from torch_geometric.nn import WLConv
 
 from models.molecule import train
-from models.molecule.model import NODE_TYPES, RADIUS, Subtrees
+from models.molecule.model import NODE_TYPES, RADIUS, MoleculeNet
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def common(sets: list[set]) -> Tensor:
 
 
 def test_graphs_share_as_many_features_as_subtrees(graphs: list[Data]):
-    [(nodes, edges, sizes, _)] = train.Graphs(graphs, len(graphs), shuffle=False)
-    features, owners = Subtrees().features(nodes, edges, sizes)
+    [(nodes, edges, sizes, _)] = train.Graphs(graphs, len(graphs))
+    features, owners = MoleculeNet().features(nodes, edges, sizes)
     found = [set(features[owners == index].tolist()) for index in range(len(graphs))]
     assert [len(each) for each in found] == [graph.num_nodes * (RADIUS + 1) for graph in graphs]
     expected = common([counted(graph) for graph in graphs])
@@ -51,21 +52,30 @@ def test_graphs_share_as_many_features_as_subtrees(graphs: list[Data]):
     torch.testing.assert_close(common(found), expected)
 
 
+def test_nodes_have_equal_subtrees_where_pytorch_geometrics_convolution_says_so(graphs: list[Data]):
+    [(nodes, edges, *_)] = train.Graphs(graphs, len(graphs))
+    colours, model = nodes, MoleculeNet()
+    for subtrees in model.subtrees_of(nodes, edges):
+        assert torch.equal(subtrees[:, None] == subtrees, colours[:, None] == colours)
+        colours = WLConv()(colours, edges)
+    assert len(subtrees.unique()) > 20
+
+
 def test_fitted_subtrees_score_graphs_as_kernel_regression_does(graphs: list[Data]):
-    subtrees = Subtrees()
-    fit = train.fit_subtrees(subtrees, train.Graphs(graphs, 10, shuffle=False), ridge=0.1)
+    model = MoleculeNet()
+    fit = train.fit(model, train.Graphs(graphs, 10), ridge=0.1)
     sizes = torch.tensor([float(graph.num_nodes) for graph in graphs])
     kernel = common([counted(graph) for graph in graphs]) / (sizes[:, None] * sizes).sqrt() / (RADIUS + 1)
     targets = torch.tensor([1.0 if graph.y.item() else -1.0 for graph in graphs])
     coefficients = torch.linalg.solve(kernel + 0.1 * torch.eye(len(graphs)), targets - targets.mean())
-    expected = (kernel @ coefficients + targets.mean()) * fit["factor"]
-    [(*inputs, _)] = train.Graphs(graphs, len(graphs), shuffle=False)
-    inactive, active = subtrees(*inputs).unbind(dim=1)
+    expected = (kernel @ coefficients + targets.mean()) * fit["sharpness"]
+    [(*inputs, _)] = train.Graphs(graphs, len(graphs))
+    inactive, active = model(*inputs).unbind(dim=1)
     torch.testing.assert_close(active - inactive, expected, rtol=1e-3, atol=1e-2)
 
 
 def test_graph_of_unknown_subtrees_gets_the_intercept():
-    subtrees = Subtrees()
-    subtrees.bias.fill_(0.5)
-    logits = subtrees(torch.tensor([36, 36]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2]))
+    model = MoleculeNet()
+    model.bias.fill_(0.5)
+    logits = model(torch.tensor([36, 36]), torch.tensor([[0, 1], [1, 0]]), torch.tensor([2]))
     assert logits.tolist() == [[-0.25, 0.25]]
