@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy
 import soundfile
+import soxr
 import torch
 from torch import Tensor, nn
 
-from handlers.core.sounds import loudest_window, resample
 from models import training
 from models.audio import model as audio
 from models.audio import train as audio_training
@@ -47,10 +48,17 @@ class Clips:
         return [self.waveforms[self.targets == digit] for digit in range(len(LABELS))]
 
 
-def window(samples, sample_rate: int) -> Tensor:
-    """Cut one second as the handler does."""
-    waveform = resample(samples, sample_rate, audio.SAMPLE_RATE)
-    return torch.from_numpy(loudest_window(waveform - waveform.mean(), audio.SAMPLES)[0])
+def window(samples: numpy.ndarray, sample_rate: int) -> Tensor:
+    """Cut the loudest second, or pad with silence on both sides, as the handler does: [T] -> float32 [16000]."""
+    waveform = soxr.resample(samples, sample_rate, audio.SAMPLE_RATE)
+    waveform = waveform - waveform.mean()
+    if (missing := audio.SAMPLES - len(waveform)) >= 0:
+        return torch.from_numpy(numpy.pad(waveform, (missing // 2, missing - missing // 2)))
+    hop = audio.SAMPLES // 100
+    blocks = waveform[: len(waveform) // hop * hop].reshape(-1, hop)
+    loudness = numpy.convolve(numpy.square(blocks).sum(axis=1), numpy.hanning(100), mode="valid")
+    start = min(int(loudness.argmax()) * hop, -missing)
+    return torch.from_numpy(waveform[start : start + audio.SAMPLES])
 
 
 def read_clips(archive: Path, label_of) -> Clips:

@@ -1,55 +1,54 @@
-"""Measure the detector of blood cells as it is served: the handler decodes, detects and answers each test image."""
+"""Measure the detector of blood cells on the test images, decoded with Pillow and torchvision alone.
+
+`tests/unit/test_detection.py` checks that the handler finds the same cells.
+"""
 
 import argparse
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
+import numpy
 import torch
-import yaml
+from PIL import Image
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import batched_nms, box_convert
 
-from handlers.core.boxes import Placement
-from handlers.core.outputs import split_rows
-from handlers.detection import DetectionHandler
 from models import training
-from models.cells.model import FOLDER, LABELS, CellNet
+from models.cells.model import HEIGHT, LABELS, WIDTH, CellNet
 from models.cells.train import Target, load
 from models.weights import load_weights
 
-OPTIONS = DetectionHandler.Options(score_threshold=0.01, max_detections=100)  # all of them: mAP ranks them
+MIN_SCORE, MAX_DETECTIONS = 0.01, 100  # of the metric, which ranks all detections
+IOU_THRESHOLD = 0.5  # as served: above it, the worse of two boxes of a class is dropped
 
 
 @torch.inference_mode()
-def predict(files: list[bytes], weights: Path) -> list[Target]:
-    """Return the handler's answers with these weights, as the metric takes them."""
-    config = yaml.safe_load((FOLDER / "model-config.yaml").read_text())
-    handler = DetectionHandler()
-    handler.settings = handler.Settings.model_validate(config["handler"])
-    handler.labels, handler.mapping = LABELS, dict(enumerate(LABELS))
-    model = load_weights(CellNet(), weights)
-    predictions = []
-    for content in files:
-        sample = handler.decode(handler.Inputs(data=content))
-        [row] = split_rows(handler.reduce(model(*handler.collate([sample]))))
-        answer = handler.encode(row, cast("tuple[Placement, bytes]", sample.info), OPTIONS)
-        found = cast("dict", answer)["detections"]
-        predictions.append(
-            {
-                "boxes": torch.tensor([each["box"] for each in found]).reshape(-1, 4),
-                "scores": torch.tensor([each["score"] for each in found]),
-                "labels": torch.tensor([each["class"] for each in found], dtype=torch.int64),
-            }
-        )
-    return predictions
+def detect(model: CellNet, file: bytes) -> Target:
+    """Detect the cells in a JPEG file with the aspect of the model's input.
+
+    Returns:
+        boxes float32 [K, 4] (x1, y1, x2, y2 in pixels of the image), scores [K], best first, and labels int64 [K].
+    """
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    pixels = numpy.array(image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+    [rows] = model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).transpose(1, 2)
+    scores, labels = rows[:, 4:].max(dim=1)
+    found = scores >= MIN_SCORE
+    boxes, scores, labels = box_convert(rows[found, :4], "cxcywh", "xyxy"), scores[found], labels[found]
+    best = batched_nms(boxes, scores, labels, IOU_THRESHOLD)[:MAX_DETECTIONS]
+    corners = boxes[best].view(-1, 2, 2) * torch.tensor([image.width / WIDTH, image.height / HEIGHT])
+    inside = corners.clamp_min(0).minimum(torch.tensor(image.size)).flatten(1)
+    return {"boxes": inside, "scores": scores[best], "labels": labels[best]}
 
 
 def measure(data_dir: Path, weights: Path) -> dict:
     """Return the mean average precision of these weights on the test split, overall and per class."""
     examples = load(data_dir, "test")
     metric = MeanAveragePrecision(class_metrics=True, extended_summary=True, backend="faster_coco_eval")
-    metric.update(predict([file for file, _ in examples], weights), [target for _, target in examples])
+    model = load_weights(CellNet(), weights)
+    metric.update([detect(model, file) for file, _ in examples], [target for _, target in examples])
     result = metric.compute()
     # precision: [IoU thresholds, recall thresholds, classes, areas, maximum of detections]; of all areas, at most 100
     at_half = result["precision"][0, :, :, 0, -1].mean(dim=0).tolist()

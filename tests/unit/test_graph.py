@@ -4,8 +4,6 @@ import random
 from collections.abc import Iterator
 
 import pytest
-import torch
-from torch import nn
 
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
@@ -138,17 +136,3 @@ def test_features_of_edges_are_collated_beside_the_edges():
     assert sizes.tolist() == [1, 30]
     assert (nodes.shape, edges.shape, features.shape) == ((31,), (2, 60), (60, 1))
     assert edges.min() == 1
-
-
-def test_convolution_computes_the_same_as_pytorch_geometrics():
-    from torch_geometric.nn import GINConv
-
-    from models.molecule.model import Convolution, example_inputs
-
-    torch.manual_seed(0)
-    ours = Convolution().eval()
-    nn.init.constant_(ours.epsilon, 0.3)
-    theirs = GINConv(ours.mlp, eps=0.3)
-    nodes, edges, _ = example_inputs(8)
-    features = torch.randn(len(nodes), 64)
-    torch.testing.assert_close(ours(features, edges), theirs(features, edges))
