@@ -96,7 +96,8 @@ def of_zip(file: Path) -> FileKind:
 def exported_program(file: Path) -> FileKind:
     return FileKind(
         "a program of torch.export (.pt2)",
-        "The lines above make one. If it was exported for one batch size, it is served one input at a time.",
+        "The lines above make one. It takes the batches that it was exported for: a dynamic batch, or a batch of one, "
+        "which is served one input at a time.",
         [
             f"program = torch.export.load({source(file)})",
             f"torch.jit.trace(program.module(), program.example_inputs[0]).save({target(file)})",
