@@ -100,10 +100,10 @@ train: dev  ## train a model, and write its weights and metrics.json (MODEL=mnis
 	@test -f models/$(MODEL)/train.py || { echo "error: models/$(MODEL) has no train.py" >&2; exit 2; }
 	DATA_DIR="$(DATA_DIR)" $(BIN)/python -m models.$(MODEL).train $(ARGS)
 
-add-model: setup  ## make a model folder from a TorchScript file (NAME=birds SERIALIZED=model.pt LABELS=labels.json)
-	@test -n "$(NAME)" -a -n "$(SERIALIZED)" -a -n "$(LABELS)" || \
-	  { echo "error: name the model and its files: make add-model NAME=birds SERIALIZED=model.pt LABELS=labels.json" >&2; exit 2; }
-	@$(BUNDLE) add-model "$(NAME)" $(call options,SERIALIZED LABELS HANDLER SIZE RESIZE MEAN STD SAMPLE) \
+add-model: setup  ## make a model folder from a TorchScript file (NAME=birds SERIALIZED=model.pt LABELS=labels.json KIND=detection)
+	@test -n "$(NAME)" -a -n "$(SERIALIZED)" || \
+	  { echo "error: name the model and its file: make add-model NAME=birds SERIALIZED=model.pt LABELS=labels.json" >&2; exit 2; }
+	@$(BUNDLE) add-model "$(NAME)" $(call options,SERIALIZED LABELS KIND HANDLER FORMAT SIZE RESIZE MEAN STD SAMPLE) \
 	  $(foreach file,$(FILES),--file "$(file)")
 
 LOADTEST_OPTIONS = $(or $(MODEL),$(MODELS)) $(call options,SHAPE USERS DURATION RATE WORKERS LOCUST) $(if $(URL),--host "$(URL)")

@@ -7,7 +7,6 @@ this file and `BaseHandler`.
 import functools
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,14 +17,18 @@ from torchvision.transforms._presets import ImageClassification, ObjectDetection
 from ts.torch_handler.base_handler import BaseHandler
 
 from bundle.build import torchvision_source
+from bundle.build.file_kinds import identify
 from bundle.build.handler import labels
 from bundle.build.imports import import_file, imports_from
+from bundle.build.user_modules import adapt
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import MODELS, relative
 from handlers.core.batch import BatchHandler
 from handlers.core.classifier import ClassifierHandler
-from handlers.core.outputs import main_output, tensors
+from handlers.core.outputs import count_rows, main_output, tensors
+
+SIZES = (1, 3)  # of the batches on which an export is compared
 
 
 class PreprocessedImages(nn.Module):
@@ -59,9 +62,10 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
     source = folder.bundle.serialized
     if source and not source.mean:
         file = folder.existing(source.file)
-        load_torchscript(file)
-        shutil.copy(file, target)
-        return
+        module = load_torchscript(file)
+        if adapt(module, folder.bundle.handler) is module:
+            shutil.copy(file, target)
+            return
     eager, inputs = load(folder, handler)
     is_classifier = isinstance(handler, ClassifierHandler)
     with torch.no_grad(), warnings.catch_warnings():
@@ -88,15 +92,16 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
         BundleError: the module's file, or the weights, are missing or invalid.
     """
     source = folder.bundle
-    sizes: tuple[int, ...] = (1, 3)
     if source.torchvision:
         module, preset = torchvision_source.load(source.torchvision)
         check_kind(folder, source.torchvision.name, handler, preset)
         if isinstance(preset, ObjectDetection):
-            return module, [example_batch(folder, handler, size) for size in sizes]
+            return module, [example_batch(folder, handler, size) for size in SIZES]
         mean, std = preset.mean, preset.std
-    elif source.serialized and source.serialized.mean and source.serialized.std:
+    elif source.serialized:
         module = load_torchscript(folder.existing(source.serialized.file))
+        if not source.serialized.mean or not source.serialized.std:
+            return with_batches(adapt(module, source.handler), lambda size: example_batch(folder, handler, size))
         mean, std = source.serialized.mean, source.serialized.std
     else:
         weights = folder.path / "weights.safetensors"
@@ -105,7 +110,7 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
             raise BundleError(f"There is no {relative(weights)}. Train the model first: {how}")
         with imports_from(folder.extra_files):
             model = import_model(folder.name, folder.existing("model.py"))
-            inputs = [model.example_inputs(size) for size in sizes]
+            inputs = [model.example_inputs(size) for size in SIZES]
             if not all(isinstance(each, tuple) for each in inputs):
                 raise BundleError(
                     f"{relative(folder.path / 'model.py')}: example_inputs must return a tuple with one tensor for "
@@ -113,9 +118,7 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
                 )
             return model.build(), inputs
     shape = image_shape(folder, handler)
-    if source.serialized and not takes_batch(module, shape):
-        sizes = (1,)
-    return PreprocessedImages(module, mean, std).eval(), [(random_images(size, *shape),) for size in sizes]
+    return with_batches(PreprocessedImages(module, mean, std).eval(), lambda size: (random_images(size, *shape),))
 
 
 def check_kind(folder: ModelFolder, name: str, handler: BaseHandler | None, preset: torchvision_source.Preset) -> None:
@@ -135,24 +138,29 @@ def check_kind(folder: ModelFolder, name: str, handler: BaseHandler | None, pres
 
 
 def example_batch(folder: ModelFolder, handler: BaseHandler | None, size: int) -> tuple[Tensor, ...]:
-    """Return a batch of the handler's example, with random pixels.
+    """Return a batch of the handler's example, with random pixels if it is an image.
 
     Raises:
         BundleError: the handler has no example.
     """
     if not isinstance(handler, BatchHandler):
         raise BundleError(f"{folder.name}: {relative(folder.handler_file)} does not serve models of torchvision.")
-    images, *others = handler.collate([handler.example()] * size)
-    return random_images(*images.shape), *others
+    first, *others = handler.collate([handler.example()] * size)
+    return random_images(*first.shape) if first.dtype == torch.uint8 else first, *others
 
 
-def takes_batch(classifier: nn.Module, shape: torch.Size) -> bool:
-    """Return whether a classifier runs on two images at once. The worker runs others on one image after the other."""
+def with_batches(
+    module: nn.Module, batch: Callable[[int], tuple[Tensor, ...]]
+) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+    """Return a user's module with the batches on which it runs: only one of a single input if it takes no batch."""
+    batches = [batch(size) for size in SIZES]
     try:
         with torch.no_grad():
-            return len(main_output(classifier(torch.zeros(2, *shape)))) == 2
-    except Exception:  # the user's model can raise anything; what fails on one image, too, fails in the comparison
-        return False
+            outputs = module(*batches[-1])
+            takes_batch = count_rows(outputs[0] if isinstance(outputs, tuple) else outputs) == SIZES[-1]
+    except Exception:  # the user's model can raise anything; what fails on one input, too, fails in the comparison
+        takes_batch = False
+    return module, batches if takes_batch else batches[:1]
 
 
 @functools.cache  # TorchScript gives the classes of a second import other names: the archive's content would change
@@ -180,29 +188,14 @@ def load_torchscript(file: Path) -> torch.jit.ScriptModule:
     """Load a TorchScript file onto the CPU, in evaluation mode.
 
     Raises:
-        BundleError: the file is missing, or is not TorchScript. A pickled checkpoint is rejected without unpickling it.
+        BundleError: the file is missing, or is not TorchScript. Another kind of file is named without unpickling it.
     """
     if not file.is_file():
         raise BundleError(f"There is no file {relative(file)}.")
     try:
         return torch.jit.load(file, map_location="cpu").eval()
-    except RuntimeError as exc:
-        what = "is a pickled checkpoint, not" if is_checkpoint(file) else "is damaged, or is not"
-        raise BundleError(
-            f"{relative(file)} {what} a TorchScript file. Save one with torch.jit.script(model.eval()).save(path): "
-            "weights or a pickled module cannot be served without the code of the model.",
-            str(exc),
-        ) from exc
-
-
-def is_checkpoint(file: Path) -> bool:
-    """Return whether torch.save wrote the file. A TorchScript file is such an archive with a constants.pkl."""
-    if not zipfile.is_zipfile(file):
-        with file.open("rb") as start:
-            return start.read(1) == b"\x80"  # a bare pickle, as PyTorch before 1.6 saved it
-    with zipfile.ZipFile(file) as archive:
-        members = {member.rsplit("/", 1)[-1] for member in archive.namelist()}
-    return "data.pkl" in members and "constants.pkl" not in members
+    except (RuntimeError, ValueError) as exc:
+        raise identify(file).error(file, str(exc)) from exc
 
 
 def random_images(*shape: int) -> Tensor:

@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,18 @@ Preset: TypeAlias = ImageClassification | ObjectDetection | SemanticSegmentation
 
 
 class ListedImages(nn.Module):
-    """A detector that takes a batch: torchvision's own take a list of images, as float32 in [0, 1]."""
+    """A detector that takes a batch: torchvision's own take a list of images, as float32 in [0, 1].
 
-    def __init__(self, detector: nn.Module):
+    Args:
+        has_losses: whether the scripted detector returns a tuple of losses and detections, as torchvision's do.
+    """
+
+    has_losses: Final[bool]
+
+    def __init__(self, detector: nn.Module, has_losses: bool = True):
         super().__init__()
         self.detector = detector
+        self.has_losses = has_losses
 
     def forward(self, images: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
         """Detect objects.
@@ -47,10 +54,14 @@ class ListedImages(nn.Module):
         for i in range(images.size(0)):
             height, width = int(sizes[i, 0]), int(sizes[i, 1])
             listed.append(images[i, :, :height, :width].float() / 255)
-        if torch.jit.is_scripting():
-            return self.detector(listed)[1]  # a scripted detector returns its losses, too
-        else:  # noqa: RET505  # TorchScript compiles only the branch that it takes
-            return self.detector(listed)
+        if torch.jit.is_scripting():  # TorchScript compiles only the branches that it takes
+            if self.has_losses:
+                return self.detector(listed)[1]
+            else:  # noqa: RET505
+                return self.detector(listed)
+        else:
+            found = self.detector(listed)
+            return found[1] if isinstance(found, tuple) else found
 
 
 def load(source: TorchvisionSource) -> tuple[nn.Module, Preset]:

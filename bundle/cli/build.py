@@ -50,21 +50,41 @@ def build(folders: list["ModelFolder"], store: Path, force: bool = False) -> Non
 @app.command(
     "add-model",
     epilog="Examples: `bundle add-model birds --serialized model.pt --labels labels.json --sample bird.jpg`"
-    " · `bundle add-model reviews --serialized model.pt --labels labels.json --handler text --file tokenizer.json`",
+    " · `bundle add-model parts --kind detection --serialized yolo.torchscript --labels parts.json --sample part.jpg`"
+    " · `bundle add-model roads --kind segmentation --serialized unet.pt --labels roads.json`"
+    " · `bundle add-model reviews --kind text --serialized model.pt --labels labels.json --file tokenizer.json`",
 )
 def add_model(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name, and its folder's.")],
     serialized: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The TorchScript file.")],
     labels: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help='A JSON file: a list of labels, or {"0": label, ...}.')
-    ],
-    handler: Annotated[str, typer.Option(help="A file of handlers/, without .py.")] = "image_topk",
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='A JSON file: a list of labels, or {"0": label, ...}. By default, class_0, class_1, ...',
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="image, detection, segmentation, text or sound. By default, found out from its outputs."),
+    ] = None,
+    handler: Annotated[
+        str | None, typer.Option(help="A file of handlers/, without .py. By default, that of the kind.")
+    ] = None,
+    format: Annotated[  # noqa: A002  # the name of the option
+        str | None,
+        typer.Option(
+            help="Of a detector's outputs: torchvision, yolo or yolov5. By default, found out from their shape."
+        ),
+    ] = None,
     size: Annotated[
         int | None,
         typer.Option(min=1, help="Side of the model's square image, in pixels. By default, found by trying."),
     ] = None,
     resize: Annotated[
-        int | None, typer.Option(min=1, help="Shorter side of an image before the square is cut out, in pixels.")
+        int | None,
+        typer.Option(min=1, help="Shorter side of an image before the square or the tiles are cut out, in pixels."),
     ] = None,
     mean: Annotated[
         tuple | None,
@@ -90,7 +110,10 @@ def add_model(
         typer.Option(exists=True, dir_okay=False, help="Another file that the handler needs: tokenizer.json for text."),
     ] = None,
 ) -> None:
-    """Make a model folder and its archive from a TorchScript file and a label file."""
+    """Make a model folder and its archive from a TorchScript file.
+
+    For a file of another kind, such as weights or ONNX, it says how to make a TorchScript file.
+    """
     from bundle.build.add_model import NewModel
     from bundle.build.add_model import add_model as add
     from bundle.catalog import CONFIG_NAME
@@ -102,6 +125,8 @@ def add_model(
         serialized=serialized,
         labels=labels,
         handler=handler,
+        kind=kind,
+        format=format,
         size=size,
         resize=resize,
         mean=list(mean) if mean else None,

@@ -1,8 +1,5 @@
 """`make add-model`: invalid input is rejected with a message of one line, and no file is left behind."""
 
-import zipfile
-from collections import OrderedDict
-
 import pytest
 import torch
 from torch import nn
@@ -29,7 +26,7 @@ def test_add_model_existing_name_is_rejected(workbench):
 
 def test_add_model_unsupported_handler_is_rejected(workbench, monkeypatch):
     workbench.rejects(SmallNet(3, 32), "no handler 'image'; there are: .*image_topk", handler="image")
-    monkeypatch.setattr("bundle.build.add_model.handlers", lambda: ["image_topk", "video"])
+    monkeypatch.setattr("bundle.build.new_model.handlers", lambda: ["image_topk", "video"])
     workbench.rejects(SmallNet(3, 32), "Make the folder by hand: .*handler: video", handler="video")
 
 
@@ -40,33 +37,11 @@ def test_add_model_missing_file_is_named(workbench):
     workbench.rejects(model, "no file .*none.jpg", sample=workbench.files / "none.jpg")
 
 
-class PrintsWhenUnpickled:
-    def __reduce__(self):
-        return (print, ("unpickled",))
-
-
-@pytest.mark.parametrize(
-    "content", [SmallNet(3, 32).state_dict(), OrderedDict(weights=PrintsWhenUnpickled()), SmallNet(3, 32)]
-)
-@pytest.mark.parametrize("as_zip", [True, False])
-def test_add_model_pickled_checkpoint_is_rejected_without_unpickling(workbench, capsys, content, as_zip):
+def test_add_model_file_that_is_not_torchscript_is_named_with_the_lines_that_make_one(workbench):
     file = workbench.files / "theirs.pt"
-    torch.save(content, file, _use_new_zipfile_serialization=as_zip)
-    workbench.rejects(file, r"is a pickled checkpoint, not a TorchScript file. Save one with torch.jit.script")
-    assert "unpickled" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "zip"])
-def test_add_model_broken_file_is_rejected(workbench, damage):
-    file = workbench.save(SmallNet(3, 32))
-    if damage == "truncated":
-        file.write_bytes(file.read_bytes()[:-2000])
-    elif damage == "zip":
-        with zipfile.ZipFile(file, "w") as archived:
-            archived.writestr("readme.txt", "nothing")
-    else:
-        file.write_text("" if damage == "empty" else "not a model")
-    workbench.rejects(file, "is damaged, or is not a TorchScript file")
+    torch.save(SmallNet(3, 32).state_dict(), file)
+    error = workbench.rejects(file, r"it is the weights of a module \(state_dict\).* the lines above make one")
+    assert "model.load_state_dict" in error.details
 
 
 def test_add_model_wrong_number_of_labels_is_rejected(workbench):
@@ -81,7 +56,6 @@ def test_add_model_invalid_labels_are_rejected(workbench):
     ("model", "message"),
     [
         (Dictionary(3, 32), "returns a dict with the keys logits"),
-        (Segmenting(), r"returns the shape \[1, 3, 224, 224\]"),
         (SmallNet(3, 32, classes=1), r"returns the shape \[1, 1\]"),
         (nn.Sequential(SmallNet(3, 32), nn.Threshold(1e9, float("nan"))), "numbers that are not finite"),
         (WordNet(), "does not run on float32 images"),
@@ -90,6 +64,10 @@ def test_add_model_invalid_labels_are_rejected(workbench):
 )
 def test_add_model_unsupported_network_is_rejected(workbench, model, message):
     workbench.rejects(model, message)
+
+
+def test_add_model_segmenter_as_image_classifier_is_rejected(workbench):
+    workbench.rejects(Segmenting(), r"returns the shape \[1, 3, 224, 224\]. A classifier must", kind="image")
 
 
 def test_add_model_network_traced_in_training_mode_is_rejected(workbench):
@@ -114,10 +92,10 @@ def test_add_model_invalid_sample_is_rejected(workbench):
     workbench.rejects(SmallNet(3, 32), "answered 400 .*not an image in a supported format", sample=image)
 
 
-def test_add_model_file_that_the_handler_cannot_load_is_rejected(workbench):
+def test_add_model_invalid_tokenizer_is_rejected(workbench):
     tokenizer = workbench.files / "tokenizer.json"
     tokenizer.write_text("{}")
-    workbench.rejects(WordNet(), "The handler cannot load the model", handler="text", files=[tokenizer])
+    workbench.rejects(WordNet(), "not a tokenizer of the package tokenizers", handler="text", files=[tokenizer])
 
 
 def test_add_model_network_for_another_input_is_rejected(workbench):

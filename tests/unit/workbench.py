@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bundle.build.add_model import NewModel, add_model
+from bundle.build.add_model import add_model
+from bundle.build.new_model import NewModel
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 
@@ -108,9 +109,11 @@ class Workbench:
         module.save(file)
         return file
 
-    def add(self, model: nn.Module | Path, name: str = "theirs", handler: str = "image_topk", **options) -> ModelFolder:
+    def add(self, model: nn.Module | Path, name: str = "theirs", handler: str | None = None, **options) -> ModelFolder:
         serialized = model if isinstance(model, Path) else self.save(model)
-        labels = options.pop("labels", None) or self.labels()
+        labels = options.pop("labels", None)
+        if options.pop("default_labels", True):
+            labels = labels or self.labels()
         roots = {"models_dir": self.models, "store": self.store, "report": self.reported.append}
         new = NewModel(name, serialized, labels, handler, files=tuple(options.pop("files", ())), **options)
         return add_model(new, **roots)
