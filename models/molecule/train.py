@@ -13,14 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import BatchSampler, RandomSampler
 from torch_geometric.data import Dataset
 from torch_geometric.datasets import TUDataset
 from torch_geometric.loader import DataLoader
-from torchmetrics import MetricCollection
-from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
-from models import training
+from models import command_line, evaluation, training
 from models.molecule.model import CLASSES, FOLDER, MoleculeNet
 from models.weights import round_weights
 
@@ -31,11 +30,23 @@ LABELS = ["inactive", "active"]
 HELD_OUT = 0.1  # of all graphs, for the test, and as much again for the validation
 
 
+class SharedSampler(BatchSampler):
+    """Give each process that trains its part of every batch."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return training.shared(super().__iter__())
+
+
 class Graphs:
     """Batches of graphs, as tensors: node types, edges, the numbers of nodes (see `MoleculeNet`), and targets."""
 
     def __init__(self, graphs: Dataset, batch_size: int, shuffle: bool):
-        self.loader = DataLoader(graphs, batch_size, shuffle=shuffle, drop_last=shuffle)
+        if shuffle:
+            self.loader = DataLoader(
+                graphs, batch_sampler=SharedSampler(RandomSampler(graphs), batch_size, drop_last=True)
+            )
+        else:  # with a generator of its own, because a loader takes a random number even if it does not shuffle
+            self.loader = DataLoader(graphs, batch_size, generator=torch.Generator())
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -62,33 +73,24 @@ def split(dataset: TUDataset) -> tuple[Dataset, Dataset, Dataset]:
     return dataset[order[2 * held_out :]], dataset[order[held_out : 2 * held_out]], dataset[order[:held_out]]
 
 
-@torch.inference_mode()
-def rank(model: nn.Module, graphs: Graphs) -> dict[str, float]:
-    """Return how well the probability of "active" ranks the graphs, at all thresholds."""
-    metrics = MetricCollection({"auroc": BinaryAUROC(), "average_precision": BinaryAveragePrecision()})
-    for *inputs, targets in graphs:
-        metrics.update(model(*inputs).softmax(dim=1)[:, 1], targets)
-    return {name: round(value.item(), 5) for name, value in metrics.compute().items()}
-
-
 def main() -> None:
-    options = training.arguments(__doc__, RECIPE)
+    options = command_line.arguments(__doc__, RECIPE, FOLDER)
     recipe = replace(RECIPE, epochs=options.epochs)
     train, validation, test = split(load(options.data_dir))
 
     classifier = training.Classifier(MoleculeNet(), recipe)
-    seconds = training.fit(classifier, Graphs(train, recipe.batch_size, shuffle=True))
+    measured = {name: Graphs(part, 256, shuffle=False) for name, part in (("validation", validation), ("test", test))}
+    batches = Graphs(train, recipe.batch_size, shuffle=True)
+    seconds = training.fit(options, training.Stage(classifier, batches, measured["validation"]))
 
     model = round_weights(classifier.model.cpu()).eval()
-    measured = {name: Graphs(part, 256, shuffle=False) for name, part in (("validation", validation), ("test", test))}
     report = {
         "model": "molecule",
         "data": {"name": "NCI1", "train": len(train), "validation": len(validation), "test": len(test)},
-        "validation_accuracy": training.evaluate(model, measured["validation"], CLASSES)["accuracy"],
-        **rank(model, measured["test"]),
-        **training.evaluate(model, measured["test"], CLASSES),
+        "validation_accuracy": evaluation.evaluate(model, measured["validation"], CLASSES)["accuracy"],
+        **evaluation.evaluate(model, measured["test"], CLASSES),
     }
-    training.save(options, FOLDER, model, LABELS, recipe, seconds, report)
+    training.save(options, model, LABELS, recipe, seconds, report)
 
 
 if __name__ == "__main__":
