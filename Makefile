@@ -7,7 +7,7 @@
 #   BUNDLE_MODELS    the folder of the model folders (models)
 #   MODELS           the models to archive and serve, or "all" (those that are always served)
 #   MODEL            one model, for train, rollout, tune, profile and loadtest
-#   ARGS             arguments for train.py
+#   ARGS             arguments for train.py, such as "--devices 2 --precision bf16-mixed"
 #   DATA_DIR         the folder of the data sets, which are downloaded if missing (data)
 #   TESTS            arguments for pytest (all tests)
 #   RUN_DIR          the folder of the server's record and logs (build/run)
@@ -95,7 +95,7 @@ down:  ## stop the Docker stack; requests in flight are answered, volumes stay
 made:
 	@test -e .venv/serve.done || { echo "error: .venv is missing. Set it up and serve: make serve" >&2; exit 1; }
 
-train: dev  ## train a model, and write its weights and metrics.json (MODEL=mnist)
+train: dev  ## train a model, and write its weights and metrics.json (MODEL=mnist ARGS="--help")
 	@test -n "$(MODEL)" || { echo "error: name the model: make train MODEL=mnist" >&2; exit 2; }
 	@test -f models/$(MODEL)/train.py || { echo "error: models/$(MODEL) has no train.py" >&2; exit 2; }
 	DATA_DIR="$(DATA_DIR)" $(BIN)/python -m models.$(MODEL).train $(ARGS)

@@ -1,27 +1,30 @@
-"""The common part of all training runs: the loop (Lightning), the metrics (TorchMetrics), and the files of a run.
+"""The common part of all training runs: the loop (Lightning), and the files of a run.
 
-The `train.py` of a model has the rest: the data, its augmentation, and the recipe.
+`command_line.py` has the options, `evaluation.py` the metrics, and `checkpoints.py` what continues a stopped run. The
+`train.py` of a model has the rest: the data, its augmentation, and the recipe.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
+from models.checkpoints import Continuation, read_checkpoint
 from models.weights import save_weights
 
 Augmentation = Callable[[Tensor], Tensor]
+Rows = TypeVar("Rows", Tensor, list[int])
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,27 @@ class Recipe:
     optimizer: str = "sgd"  # "sgd" (Nesterov momentum 0.9) or "adamw"
 
 
+def shared(batches: Iterable[Rows]) -> Iterator[Rows]:
+    """Yield this process's part of each batch of row numbers, if several processes train; otherwise all of it.
+
+    All processes take the batches of the first one, because each of them shuffles differently.
+    """
+    if not torch.distributed.is_initialized():
+        return iter(batches)
+    common = [list(batches)]
+    torch.distributed.broadcast_object_list(common)
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return (rows[rank::processes] for rows in common[0])
+
+
 class Batches:
     """Batches of tensors that fit in memory: one index operation per batch, no worker processes.
 
     Args:
         tensors: inputs first, targets (int64 [N]) last; all have N as their first dimension.
         batch_size: rows in a batch.
-        shuffle: use a new order in every epoch, and drop the last batch if it is not full.
+        shuffle: use a new order in every epoch, drop the last batch if it is not full, and share the batches among the
+            processes that train. Otherwise each process gets all rows.
     """
 
     def __init__(self, *tensors: Tensor, batch_size: int, shuffle: bool):
@@ -57,9 +74,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         n = len(self.tensors[0])
-        order = torch.randperm(n) if self.shuffle else torch.arange(n)
-        for step in range(len(self)):
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+        order = (torch.randperm(n) if self.shuffle else torch.arange(n)).split(self.batch_size)[: len(self)]
+        for rows in shared(order) if self.shuffle else order:
             yield tuple(tensor[rows] for tensor in self.tensors)
 
 
@@ -82,8 +98,21 @@ class Classifier(lightning.LightningModule):
             first = self.augment(first)
         logits = self.model(first, *others)
         loss = nn.functional.cross_entropy(logits, target, label_smoothing=self.recipe.label_smoothing)
-        self.log("loss", loss, prog_bar=True)
+        self.log_loss(loss, len(target))
         return loss
+
+    def log_loss(self, loss: Tensor, rows: int) -> None:
+        """Log the loss of a batch, as "loss_step", and its mean over the epoch, as "loss_epoch"."""
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=rows)
+
+    def validation_step(self, batch: tuple[Tensor, ...], _: int) -> None:
+        *inputs, target = batch
+        logits = self.model(*inputs)
+        figures = {
+            "val_loss": nn.functional.cross_entropy(logits, target),
+            "val_accuracy": (logits.argmax(dim=1) == target).float().mean(),
+        }
+        self.log_dict(figures, prog_bar=True, sync_dist=True, batch_size=len(target))
 
     def configure_optimizers(self):
         recipe = self.recipe
@@ -111,89 +140,96 @@ class Classifier(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def metric_collection(classes: int) -> MetricCollection:
-    """Return accuracy, macro F1 and the confusion matrix (rows: truth, columns: prediction)."""
-    return MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(classes, average="micro"),
-            "macro_f1": MulticlassF1Score(classes, average="macro"),
-            "confusion_matrix": MulticlassConfusionMatrix(classes),
-        }
-    )
+@dataclass(frozen=True)
+class Stage:
+    """What `fit` trains: a classifier, on batches, measured after each epoch on those of the validation split."""
+
+    classifier: Classifier
+    batches: Iterable
+    validation: Iterable[tuple[Tensor, ...]] | None = None  # inputs first, int64 targets last
 
 
-def arguments(description: str, recipe: Recipe, resumable: bool = False) -> argparse.Namespace:
-    """Parse the options of a train.py, and apply `--threads` and `--seed`; `resumable` adds `--resume`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("DATA_DIR", "data")),
-        help="folder of the data set; it is downloaded if it is missing",
-    )
-    parser.add_argument("--epochs", type=int, default=recipe.epochs)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder for weights and metrics; default: the model's folder"
-    )
-    if resumable:
-        parser.add_argument("--resume", action="store_true", help="continue from the present weights")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lightning.seed_everything(options.seed, verbose=False)
-    return options
+def fit(options: argparse.Namespace, *stages: Stage) -> float:
+    """Train stages one after the other, and return the seconds that training took.
+
+    If several processes train, only the first one returns; the others end here.
+
+    Raises:
+        SystemExit: `--resume` names a file that is not a checkpoint of this run.
+    """
+    names = [f"stage-{number}" for number in range(1, len(stages) + 1)] if len(stages) > 1 else [""]
+    settings = [
+        {"model": options.model, "stage": name, "accumulate": options.accumulate} | asdict(stage.classifier.recipe)
+        for name, stage in zip(names, stages, strict=True)
+    ]
+    finished: list[dict[str, Tensor]] = []
+    seconds, version, part = 0.0, None, ""
+    checkpoint = options.resume
+    if checkpoint:
+        state = read_checkpoint(checkpoint, settings)
+        finished, seconds, version = state["finished"], state["seconds"], state["version"]
+        part = f"from-epoch-{state['epoch']}"  # because CSVLogger would delete the file of the part before
+        for stage, weights in zip(stages, finished, strict=False):
+            stage.classifier.load_state_dict(weights)
+    for number in range(len(finished), len(stages)):
+        start, stage = time.monotonic(), stages[number]
+        log = TensorBoardLogger(options.log_dir, name=None, version=version, sub_dir=names[number] or None)
+        version = log.version
+        loggers = [CSVLogger(log.log_dir, name="", version=part), log]
+        continuation = Continuation(settings[number], version, list(finished), seconds)
+        trainer = make_trainer(options, stage, loggers, continuation)
+        trainer.fit(stage.classifier, stage.batches, stage.validation, ckpt_path=checkpoint, weights_only=True)
+        checkpoint, part = None, ""
+        best = trainer.checkpoint_callback
+        if options.patience and trainer.is_global_zero:
+            assert isinstance(best, ModelCheckpoint), "make_trainer has one"
+            stage.classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+        finished.append({name: value.cpu().clone() for name, value in stage.classifier.state_dict().items()})
+        seconds += time.monotonic() - start
+    if torch.distributed.is_initialized():
+        first = torch.distributed.get_rank() == 0
+        torch.distributed.destroy_process_group()
+        if not first:
+            raise SystemExit
+    return seconds
 
 
-def fit(classifier: Classifier, batches: Iterable[tuple[Tensor, ...]]) -> float:
-    """Train, on a GPU if there is one, and return the seconds it took."""
-    recipe = classifier.recipe
-    trainer = lightning.Trainer(
+def make_trainer(
+    options: argparse.Namespace, stage: Stage, loggers: list, continuation: Continuation
+) -> lightning.Trainer:
+    recipe = stage.classifier.recipe
+    monitor = "loss" if stage.validation is None else "val_loss"
+    callbacks: list[lightning.Callback] = [
+        continuation,
+        LearningRateMonitor(logging_interval="step"),
+        ModelCheckpoint(
+            Path(loggers[-1].log_dir) / "checkpoints",
+            "best",
+            monitor=monitor,
+            save_last=True,
+            save_on_train_epoch_end=True,
+        ),
+    ]
+    if recipe.averaging:
+        callbacks.append(EMAWeightAveraging(decay=recipe.averaging))
+    if options.patience:
+        callbacks.append(EarlyStopping(monitor, patience=options.patience, check_on_train_epoch_end=True))
+    several = options.strategy == "ddp" or options.devices * options.num_nodes > 1
+    return lightning.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        # each process has the same buffers already, but for the statistics of batch normalisation, of which the first
+        # process's are kept
+        strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
+        precision=options.precision,
+        accumulate_grad_batches=options.accumulate,
         max_epochs=recipe.epochs,
-        callbacks=[EMAWeightAveraging(decay=recipe.averaging)] if recipe.averaging else [],
-        logger=False,
-        enable_checkpointing=False,
+        callbacks=callbacks,
+        logger=loggers,
+        log_every_n_steps=10,
         enable_model_summary=False,
     )
-    start = time.monotonic()
-    trainer.fit(classifier, batches)
-    return time.monotonic() - start
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], classes: int) -> dict:
-    """Return {"accuracy", "macro_f1", "confusion_matrix"} of `model` on `batches`, as plain numbers."""
-    collection = metric_collection(classes)
-    model.eval()
-    for *inputs, target in batches:
-        collection.update(model(*inputs), target)
-    values = collection.compute()
-    return {
-        "accuracy": round(values["accuracy"].item(), 5),
-        "macro_f1": round(values["macro_f1"].item(), 5),
-        "confusion_matrix": values["confusion_matrix"].tolist(),
-    }
-
-
-def measure(model: nn.Module, test: tuple[Tensor, Tensor], altered: dict[str, Tensor], classes: int) -> dict:
-    """Evaluate a model on the test split, and on altered inputs.
-
-    Args:
-        model: to evaluate.
-        test: inputs and targets of the test split.
-        altered: {name of the alteration: the altered inputs}.
-        classes: the number of classes.
-
-    Returns:
-        what `evaluate` returns for the test split, and as "accuracy_under" the accuracy for each alteration.
-    """
-
-    def evaluate_on(inputs: Tensor) -> dict:
-        return evaluate(model, Batches(inputs, test[1], batch_size=200, shuffle=False), classes)
-
-    return evaluate_on(test[0]) | {
-        "accuracy_under": {name: evaluate_on(inputs)["accuracy"] for name, inputs in altered.items()}
-    }
 
 
 def commit() -> str:
@@ -216,7 +252,6 @@ COMMIT = commit()  # at import, because the working tree may change while a mode
 
 def save(
     options: argparse.Namespace,
-    folder: Path,
     model: nn.Module,
     labels: list[str],
     recipe: Recipe,
@@ -226,15 +261,14 @@ def save(
     """Write weights.safetensors, index_to_name.json and metrics.json, and print the metrics.
 
     Args:
-        options: `--out` is the folder to write to, if it is given.
-        folder: the folder of the model.
+        options: of the run; `--out` is the folder to write to.
         model: after `round_weights`.
         labels: of the classes, in their order.
         recipe: of the run.
         seconds: of training.
         report: the metrics, measured after `round_weights`.
     """
-    folder = options.out or folder
+    folder = options.out
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / "weights.safetensors")
     (folder / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels)), indent=2) + "\n")
@@ -245,6 +279,9 @@ def save(
         "recipe": asdict(recipe),
         "seed": options.seed,
         "seconds": round(seconds),
+        "processes": options.devices * options.num_nodes,
+        "precision": options.precision,
+        "accumulate": options.accumulate,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "commit": COMMIT,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchaudio.datasets import SPEECHCOMMANDS
 from torchaudio.functional import highpass_biquad, melscale_fbanks, resample
 
-from models import training
+from models import command_line, evaluation, training
 from models.audio.model import CLASSES, FOLDER, SAMPLE_RATE, SAMPLES, KeywordNet
 from models.weights import round_weights
 
@@ -166,8 +166,10 @@ class Augment(nn.Module):
     def __init__(self, noises: Tensor):
         super().__init__()
         noises = torch.cat([noises, coloured_noise(len(noises))])
-        self.register_buffer("noises", noises / rms(noises))
-        self.register_buffer("channels", torch.cat([channels(100) for _ in range(8)]))
+        self.register_buffer("noises", noises / rms(noises), persistent=False)
+        drawn = torch.cat([channels(100) for _ in range(8)])
+        # as pairs of real numbers, because not every backend of torch.distributed can send complex ones
+        self.register_buffer("channels", torch.view_as_real(drawn), persistent=False)
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Augment clips, float32 [N, 16000] -> float32 [N, 16000], in [-1, 1]."""
@@ -184,7 +186,8 @@ class Augment(nn.Module):
 
     def recorded(self, waveforms: Tensor) -> Tensor:
         """Record clips through another microphone in another room."""
-        return filtered(waveforms, self.channels[torch.randint(len(self.channels), (len(waveforms),))])
+        chosen = self.channels[torch.randint(len(self.channels), (len(waveforms),))]
+        return filtered(waveforms, torch.view_as_complex(chosen))
 
     def erased(self, waveforms: Tensor) -> Tensor:
         """Erase up to 120 ms of some clips."""
@@ -229,7 +232,7 @@ def conditions(waveforms: Tensor) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    options = training.arguments(__doc__, RECIPE)
+    options = command_line.arguments(__doc__, RECIPE, FOLDER)
     recipe = replace(RECIPE, epochs=options.epochs)
     waveforms, targets = load(options.data_dir, "train")
     test_waveforms, test_targets = load(options.data_dir, "test")
@@ -237,15 +240,15 @@ def main() -> None:
     augment = Augment(waveforms[targets == LABELS.index("_silence_")])
     classifier = training.Classifier(KeywordNet(), recipe, augment)
     batches = training.Batches(waveforms, targets, batch_size=recipe.batch_size, shuffle=True)
-    seconds = training.fit(classifier, batches)
+    seconds = training.fit(options, training.Stage(classifier, batches))
 
     model = round_weights(classifier.model.cpu())
     report = {
         "model": "audio",
         "data": {"name": "Speech Commands v0.02", "train": len(waveforms), "test": len(test_waveforms)},
-        **training.measure(model, (test_waveforms, test_targets), conditions(test_waveforms), CLASSES),
+        **evaluation.measure(model, (test_waveforms, test_targets), conditions(test_waveforms), CLASSES),
     }
-    training.save(options, FOLDER, model, LABELS, recipe, seconds, report)
+    training.save(options, model, LABELS, recipe, seconds, report)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import soxr
 import torch
 from torch import Tensor, nn
 
-from models import training
+from models import command_line, training
 from models.audio import model as audio
 from models.audio import train as audio_training
 from models.avdigits import phrases
@@ -117,8 +117,8 @@ class Triples:
         return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order = torch.randperm(len(self.images))
-        for rows in order[: len(self) * self.batch_size].split(self.batch_size):
+        order = torch.randperm(len(self.images)).split(self.batch_size)[: len(self)]
+        for rows in training.shared(order):
             targets = self.targets[rows]
             yield self.images[rows], letters(map(self.write, targets.tolist())), speak(self.clips, targets), targets
 
@@ -173,7 +173,9 @@ class FusionTraining(training.Classifier):
         fused = loss((evidence * subsets(n).unsqueeze(2)).sum(dim=1), targets)
         alone = torch.stack([loss(logits, targets) for logits in evidence.unbind(dim=1)])
         self.log_dict({"fused": fused, **dict(zip(INPUTS, alone, strict=True))}, prog_bar=True)
-        return fused + alone.mean()
+        total = fused + alone.mean()
+        self.log_loss(total, n)
+        return total
 
 
 def untrained() -> AnyDigitNet:
@@ -200,6 +202,17 @@ def accuracies(evidence: Tensor, targets: Tensor) -> dict[str, float]:
         correct = evidence[:, chosen].sum(dim=1).argmax(dim=1) == targets
         figures["+".join(INPUTS[column] for column in chosen)] = round(correct.float().mean().item(), 5)
     return figures
+
+
+def validation_batches(images: Tensor, targets: Tensor, clips: Clips) -> training.Batches:
+    """Return batches of pictures, each with a phrase and a clip of its digit; all inputs are present."""
+    generator = random.Random(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        texts = letters(phrases.phrase(digit, phrases.TEST, generator) for digit in targets.tolist())
+        waveforms = speak(clips.by_digit(), targets)
+    present = torch.ones(len(images), len(INPUTS), dtype=torch.bool)
+    return training.Batches(images, texts, waveforms, present, targets, batch_size=200, shuffle=False)
 
 
 def measure(model: AnyDigitNet, images: Tensor, targets: Tensor, clips: Clips) -> dict:
@@ -230,13 +243,20 @@ def measure(model: AnyDigitNet, images: Tensor, targets: Tensor, clips: Clips) -
 
 
 def main() -> None:
-    options = training.arguments(__doc__, RECIPE)
+    options = command_line.arguments(__doc__, RECIPE, FOLDER)
     recipe = replace(RECIPE, epochs=options.epochs)
     images, targets = mnist_training.load(options.data_dir, "train")
     clips = load_clips(options.data_dir)
 
     classifier = FusionTraining(untrained(), recipe)
-    seconds = training.fit(classifier, Triples(images, targets, clips["train"], recipe.batch_size, options.seed))
+    seconds = training.fit(
+        options,
+        training.Stage(
+            classifier,
+            Triples(images, targets, clips["train"], recipe.batch_size, options.seed),
+            validation_batches(images[-2000:], targets[-2000:], clips["validation"]),
+        ),
+    )
 
     model = round_weights(classifier.model.cpu()).eval()
     test = mnist_training.load(options.data_dir, "test")
@@ -254,7 +274,7 @@ def main() -> None:
             },
         }  # fmt: skip
         report["validation"].pop("confusion_matrix")
-    training.save(options, FOLDER, model, LABELS, recipe, seconds, report)
+    training.save(options, model, LABELS, recipe, seconds, report)
 
 
 if __name__ == "__main__":

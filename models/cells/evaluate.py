@@ -72,7 +72,7 @@ def save(options: argparse.Namespace, folder: Path, recipe: training.Recipe, sec
         **figures,
         "parameters": sum(p.numel() for p in CellNet().parameters()),
         "recipe": asdict(recipe),
-        "resumed": options.resume,
+        "warm_start": options.warm_start,
         "seed": options.seed,
         "seconds": round(seconds),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -22,7 +22,7 @@ from torchvision import tv_tensors
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.transforms import v2
 
-from models import training
+from models import command_line, training
 from models.cells.model import FOLDER, LABELS, STRIDE, CellNet, grid
 from models.weights import load_weights, round_weights, save_weights
 
@@ -34,7 +34,6 @@ RECIPE = training.Recipe(
 CROP = (240, 320)
 RADIUS = 1.5  # strides around the centre of a box within which the grid's points predict it
 FROZEN = 3  # layers of the backbone, from the first: they see edges and colours, and would take half of the time
-KEPT_EVERY = 3  # epochs
 
 Target = dict[str, Tensor]  # boxes float32 [M, 4] (x1, y1, x2, y2), labels int64 [M]
 
@@ -87,10 +86,9 @@ class AugmentedCells:
         return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple]:
-        order = torch.randperm(len(self.images)).tolist()
-        for step in range(len(self)):
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            varied = [self.varied(row) for row in rows]
+        order = torch.randperm(len(self.images)).split(self.batch_size)[: len(self)]
+        for rows in training.shared(order):
+            varied = [self.varied(row) for row in rows.tolist()]
             yield torch.stack([image for image, _ in varied]), [target for _, target in varied]
 
     def varied(self, row: int) -> tuple[Tensor, Target]:
@@ -105,9 +103,8 @@ class Detector(training.Classifier):
 
     model: CellNet
 
-    def __init__(self, model: CellNet, recipe: training.Recipe, kept: Path):
+    def __init__(self, model: CellNet, recipe: training.Recipe):
         super().__init__(model, recipe)
-        self.kept = kept
         self.points = grid(*CROP).T
 
     def training_step(self, batch: tuple, _: int) -> Tensor:
@@ -133,14 +130,8 @@ class Detector(training.Classifier):
         error = nn.functional.binary_cross_entropy_with_logits(logits, quality, reduction="none")
         classification = ((logits.sigmoid() - quality).detach().square() * error).sum()
         loss = (classification * 2 + location * 2) / max(1, len(rows))
-        self.log("loss", loss, prog_bar=True, batch_size=len(images))
+        self.log_loss(loss, len(images))
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        """Keep the weights, so that an interrupted run is of use."""
-        print(f"epoch {self.current_epoch}: loss {self.trainer.callback_metrics['loss']:.3f}", flush=True)
-        if (self.current_epoch + 1) % KEPT_EVERY == 0:
-            save_weights(self.model, self.kept)
 
 
 def assign(points: Tensor, boxes: Tensor) -> Tensor:
@@ -181,17 +172,17 @@ def pretrained() -> CellNet:
 
 
 def main() -> None:
-    options = training.arguments(__doc__, RECIPE, resumable=True)
+    options = command_line.arguments(__doc__, RECIPE, FOLDER, command_line.warm_start)
     recipe = replace(RECIPE, epochs=options.epochs)
-    folder = options.out or FOLDER
+    folder = options.out
     folder.mkdir(parents=True, exist_ok=True)
     examples = load(options.data_dir, "trainval")
     model = pretrained()
-    if options.resume:
+    if options.warm_start:
         load_weights(model, FOLDER / "weights.safetensors").train()
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     batches = AugmentedCells(examples, recipe.batch_size)
-    seconds = training.fit(Detector(model, recipe, folder / "weights.safetensors"), batches)
+    seconds = training.fit(options, training.Stage(Detector(model, recipe), batches))
     save_weights(round_weights(model.cpu()), folder / "weights.safetensors")
     from models.cells import evaluate  # it imports this module
 

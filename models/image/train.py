@@ -4,7 +4,7 @@ This reads `cifar10-images.zip` ({train,test}/<class>/NNNN.jpg) in the data dire
 is downloaded with torchvision.
 
     make train MODEL=image
-    make train MODEL=image ARGS=--resume     # only the last stage, from the present weights
+    make train MODEL=image ARGS=--warm-start     # only the last stage, from the present weights
 """
 
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
-from models import training
+from models import command_line, evaluation, training
 from models.image.model import CLASSES, FOLDER, ImageNet32
 from models.weights import load_weights, round_weights
 
@@ -125,7 +125,7 @@ def conditions(images: Tensor) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    options = training.arguments(__doc__, RECIPE, resumable=True)
+    options = command_line.arguments(__doc__, RECIPE, FOLDER, command_line.warm_start)
     images, targets = load(options.data_dir, "train")
     test_images, test_targets = load(options.data_dir, "test")
 
@@ -136,7 +136,7 @@ def main() -> None:
         (AVERAGING, Augment(GENTLE)),
     ]
     report: dict = {"model": "image"}
-    if options.resume:
+    if options.warm_start:
         load_weights(model, FOLDER / "weights.safetensors")
         stages = stages[-1:]
         earlier = json.loads((FOLDER / "metrics.json").read_text())
@@ -145,18 +145,19 @@ def main() -> None:
     else:
         some = torch.randperm(len(images))[:5000]  # random, because the files are sorted by class
         model.whiten.weight.data = whitening(model.normalise(images[some]))
-    seconds = 0.0
-    for recipe, augment in stages:
-        batches = training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True)
-        seconds += training.fit(training.Classifier(model.train(), recipe, augment), batches)
+    recipe, _ = stages[-1]
+    batches = training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True)
+    seconds = training.fit(
+        options, *(training.Stage(training.Classifier(model.train(), *stage), batches) for stage in stages)
+    )
 
     model = round_weights(model.cpu())
     report |= {
         "data": {"name": "CIFAR-10", "train": len(images), "test": len(test_images)},
         "stages": [asdict(recipe) for recipe, _ in stages],
-        **training.measure(model, (test_images, test_targets), conditions(test_images), CLASSES),
+        **evaluation.measure(model, (test_images, test_targets), conditions(test_images), CLASSES),
     }
-    training.save(options, FOLDER, model, LABELS, recipe, seconds, report)
+    training.save(options, model, LABELS, recipe, seconds, report)
 
 
 if __name__ == "__main__":

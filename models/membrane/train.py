@@ -18,7 +18,7 @@ from torch.nn import functional
 from torchmetrics import JaccardIndex
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from models import training
+from models import command_line, training
 from models.membrane.model import FOLDER, LABELS, UNet
 from models.weights import round_weights
 
@@ -56,7 +56,7 @@ class Segmenter(training.Classifier):
         images, classes = distort(*batch)
         weight = torch.tensor([MEMBRANE_WEIGHT, 1.0], device=images.device)
         loss = functional.cross_entropy(self.model(vary_contrast(images)), classes, weight=weight)
-        self.log("loss", loss, prog_bar=True)
+        self.log_loss(loss, len(images))
         return loss
 
 
@@ -112,15 +112,14 @@ def measure(model: nn.Module, images: Tensor, classes: Tensor) -> dict:
 
 
 def main() -> None:
-    options = training.arguments(__doc__, RECIPE)
+    options = command_line.arguments(__doc__, RECIPE, FOLDER)
     recipe = replace(RECIPE, epochs=options.epochs)
     images, classes = load(options.data_dir)
     learned = slice(0, SLICES - TEST)
 
     segmenter = Segmenter(UNet(), recipe)
-    seconds = training.fit(
-        segmenter, training.Batches(images[learned], classes[learned], batch_size=recipe.batch_size, shuffle=True)
-    )
+    batches = training.Batches(images[learned], classes[learned], batch_size=recipe.batch_size, shuffle=True)
+    seconds = training.fit(options, training.Stage(segmenter, batches))
 
     model = round_weights(segmenter.model.cpu())
     report = {
@@ -128,7 +127,7 @@ def main() -> None:
         "data": {"name": "ISBI 2012", "train": SLICES - TEST, "test": TEST},
         **measure(model, images[-TEST:], classes[-TEST:]),
     }
-    training.save(options, FOLDER, model, LABELS, recipe, seconds, report)
+    training.save(options, model, LABELS, recipe, seconds, report)
 
 
 if __name__ == "__main__":

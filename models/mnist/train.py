@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets import MNIST
 
-from models import training
+from models import command_line, evaluation, training
 from models.mnist.model import CLASSES, FOLDER, DigitNet
 from models.weights import round_weights
 
@@ -98,22 +98,23 @@ def conditions(images: Tensor) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    options = training.arguments(__doc__, RECIPE)
+    options = command_line.arguments(__doc__, RECIPE, FOLDER)
     recipe = replace(RECIPE, epochs=options.epochs)
     images, targets = load(options.data_dir, "train")
     test_images, test_targets = load(options.data_dir, "test")
 
     model = DigitNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     classifier = training.Classifier(model, recipe, Augment())
-    seconds = training.fit(classifier, training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True))
+    batches = training.Batches(images, targets, batch_size=recipe.batch_size, shuffle=True)
+    seconds = training.fit(options, training.Stage(classifier, batches))
 
     model = round_weights(model.cpu())
     report = {
         "model": "mnist",
         "data": {"name": "MNIST", "train": len(images), "test": len(test_images)},
-        **training.measure(model, (test_images, test_targets), conditions(test_images), CLASSES),
+        **evaluation.measure(model, (test_images, test_targets), conditions(test_images), CLASSES),
     }
-    training.save(options, FOLDER, model, LABELS, recipe, seconds, report)
+    training.save(options, model, LABELS, recipe, seconds, report)
 
 
 if __name__ == "__main__":

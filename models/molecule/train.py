@@ -21,15 +21,8 @@ from torch import Tensor, nn
 from torch_geometric.data import Dataset
 from torch_geometric.datasets import TUDataset
 from torch_geometric.loader import DataLoader
-from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    BinaryAccuracy,
-    BinaryAUROC,
-    BinaryAveragePrecision,
-    BinaryConfusionMatrix,
-)
 
-from models import training
+from models import evaluation, training
 from models.molecule.model import FOLDER, LABELS, MoleculeNet
 from models.weights import round_weights, save_weights
 
@@ -134,23 +127,6 @@ def fit(model: MoleculeNet, graphs: Graphs, ridge: float) -> dict:
     }
 
 
-@torch.inference_mode()
-def evaluate(model: MoleculeNet, graphs: Graphs) -> dict:
-    """Return the metrics of the probability of "active"; rows of the confusion matrix are the truth."""
-    metrics = MetricCollection(
-        {
-            "accuracy": BinaryAccuracy(),
-            "auroc": BinaryAUROC(),
-            "average_precision": BinaryAveragePrecision(),
-            "confusion_matrix": BinaryConfusionMatrix(),
-        }
-    )
-    for *inputs, targets in graphs:
-        metrics.update(model(*inputs).softmax(dim=1)[:, 1], targets)
-    found = {name: value.tolist() for name, value in metrics.compute().items()}
-    return {name: value if name == "confusion_matrix" else round(value, 5) for name, value in found.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data_dir = Path(os.environ.get("DATA_DIR", "data"))
@@ -167,7 +143,7 @@ def main() -> None:
     metrics = {
         "model": "molecule",
         "data": {"name": "NCI1", "train": len(known), "test": len(test)},
-        **evaluate(round_weights(model), Graphs(test)),
+        **evaluation.evaluate(round_weights(model), Graphs(test), len(LABELS)),
         **fitted,
         "recipe": {"radius": model.radius, "ridge": RIDGE},
         "seconds": round(seconds, 1),

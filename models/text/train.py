@@ -18,7 +18,8 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 
-from models import training
+from models import command_line, evaluation, training
+from models.text import vectors
 from models.text.model import FOLDER, INTENTS, PADDING, VOCABULARY, IntentNet
 from models.weights import round_weights
 
@@ -211,7 +212,7 @@ def share(chosen: Tensor) -> float:
 
 
 def main() -> None:
-    options = training.arguments(__doc__, RECIPE)
+    options = command_line.arguments(__doc__, RECIPE, FOLDER, vectors.add_option)
     recipe = replace(RECIPE, epochs=options.epochs)
     splits = load(options.data_dir)
     labels = [*sorted({intent for _, intent in splits["train"]}), OUT_OF_SCOPE]
@@ -220,34 +221,37 @@ def main() -> None:
 
     tokenizer = train_tokenizer(texts["train"])
     model = IntentNet()
+    start = vectors.load_into(model, tokenizer, options.vectors) if options.vectors else {}
     rng = random.Random(options.seed)
     batches = AlteredTexts(tokenizer, texts["train"], targets["train"], texts["oos_train"], recipe.batch_size, rng)
     unknown = tokenizer.token_to_id("[UNK]")
     assert unknown is not None, "train_tokenizer makes it"
     augment = WordDropout(unknown)
-    seconds = sum(
-        training.fit(training.Classifier(member, recipe, augment), batches) for member in model.intents.members
-    )
+    inside = training.Batches(*encode(tokenizer, texts["val"]), targets["val"], batch_size=500, shuffle=False)
+    members = [training.Classifier(member, recipe, augment) for member in model.intents.members]
+    seconds = training.fit(options, *(training.Stage(member, batches, inside) for member in members))
 
     model = round_weights(model.cpu())
-    validation = encode(tokenizer, texts["val"] + texts["oos_val"])
-    calibrate(model, *validation, torch.cat([targets["val"], targets["oos_val"]]))
+    calibrate(
+        model, *encode(tokenizer, texts["val"] + texts["oos_val"]), torch.cat([targets["val"], targets["oos_val"]])
+    )
     model = round_weights(model)
 
     def figures(texts_: list[str]) -> dict:
         batches = training.Batches(*encode(tokenizer, texts_), targets["test"], batch_size=500, shuffle=False)
-        return training.evaluate(model.intents, batches, INTENTS)
+        return evaluation.evaluate(model.intents, batches, INTENTS)
 
     outside = encode(tokenizer, texts["oos_test"])
     report = {
         "model": "text",
         "data": {"name": "CLINC150", **{split: len(rows) for split, rows in sorted(splits.items())}},
+        **start,
         **figures(texts["test"]),
         **out_of_scope_figures(model, encode(tokenizer, texts["test"]), targets["test"], outside),
         "accuracy_under": {name: figures(altered)["accuracy"] for name, altered in conditions(texts["test"]).items()},
     }
-    training.save(options, FOLDER, model, labels, recipe, seconds, report)
-    tokenizer.save(str((options.out or FOLDER) / "tokenizer.json"), pretty=False)
+    training.save(options, model, labels, recipe, seconds, report)
+    tokenizer.save(str(options.out / "tokenizer.json"), pretty=False)
 
 
 if __name__ == "__main__":
