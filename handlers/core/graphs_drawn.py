@@ -53,7 +53,7 @@ def layout(count: int, edges: numpy.ndarray) -> numpy.ndarray:
     The parts of a graph that are not connected are placed side by side, in rows.
     """
     distances = hops(count, edges)
-    left = top = lowest = widest = 0.0
+    left = top = lowest = 0.0
     places, parts = numpy.zeros((count, 2)), []
     waiting = numpy.ones(count, dtype=bool)
     while waiting.any():

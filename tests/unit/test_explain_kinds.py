@@ -131,7 +131,7 @@ class EdgeSum(nn.Module):
 def test_features_follow_their_edges_in_an_explanation(tmp_path: Path):
     with serving_with("graph", tmp_path, EdgeSum(), ["a", "b"], node_types=3, edge_features=1) as worker:
         graph = {"nodes": [0, 0, 1], "edges": [[0, 1], [1, 2]], "edge_attr": [[0.0], [2.0]]}
-        _, answer = explain(worker, data=graph, target="a")
+        _, answer = explain(patient(worker), data=graph, target="a")
     scores = [each["score"] for each in answer["attributions"]["edges"]]
     assert scores[0] == pytest.approx(0, abs=1e-6)
     assert scores[1] > 0.05
@@ -203,7 +203,7 @@ class Squares(nn.Module):
     """A YOLO of two boxes: the left and the right half, as probable as their red and their green are bright."""
 
     def forward(self, images: Tensor) -> Tensor:
-        halves = torch.stack(images.float().div(255).split(32, dim=3), dim=4)  # [N, 3, H, W / 2, 2]
+        halves = torch.stack(images.float().div(255).chunk(2, dim=3), dim=4)  # [N, 3, H, W / 2, 2]
         red_and_green = halves[:, :2].mean((2, 3)) * 0.9  # [N, classes, boxes]
         centres = torch.tensor([[16.0, 48.0], [32.0, 32.0], [32.0, 32.0], [64.0, 64.0]], device=images.device)
         return torch.cat((centres.expand(images.size(0), -1, -1), red_and_green), dim=1)
