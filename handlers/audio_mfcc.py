@@ -8,14 +8,11 @@ from torch import Tensor
 
 from handlers.core import inputs
 from handlers.core.batch import Sample
+from handlers.core.curves import explainable_sound
 from handlers.core.explain import Explainable, ExplainedClassifier
 from handlers.core.inputs import Sound
 from handlers.core.settings import PositiveInt
 from handlers.core.sounds import SoundLimits, loudest_window, read_sound, resample
-
-FRAME_SECONDS = 0.01  # of one score
-FRAMES_TOGETHER = 5  # of a part that is removed as a whole: about the length of a consonant
-RANGE = 100  # dB, between full level and silence
 
 
 class AudioMFCCHandler(ExplainedClassifier):
@@ -50,34 +47,6 @@ class AudioMFCCHandler(ExplainedClassifier):
         return Sample(torch.zeros(self.window))
 
     def explainable(self, sample: Sample) -> Explainable:
-        """Attenuate each 10 ms: from 1, as it is, to 0, which is silence.
-
-        The scale between is that of decibels. A model of logarithmic energies hardly changes on a linear scale, until
-        just before silence, and integrated gradients would need thousands of steps.
-        """
-        waveform = cast("Tensor", sample.tensors)
-        length = round(FRAME_SECONDS * self.settings.sample_rate)
-        frames = -(-len(waveform) // length)
-
-        def arguments(levels: Tensor) -> tuple[Tensor, ...]:
-            floor = 10 ** (-RANGE / 20)
-            gains = (10 ** ((levels - 1) * RANGE / 20) - floor) / (1 - floor)
-            return (waveform.to(levels.device) * gains.repeat_interleave(length, 1)[:, : len(waveform)],)
-
-        def describe(attributions: Tensor) -> dict:
-            return {"attributions": attributions.tolist(), "start": sample.info, "step": FRAME_SECONDS}
-
-        def draw(attributions: Tensor, caption: str) -> bytes:
-            from handlers.core import drawing  # imports Pillow, which predictions do not need
-
-            return drawing.curve(waveform.numpy(), attributions.numpy(), self.settings.window_seconds, caption)
-
-        return Explainable(
-            inputs=(torch.ones(1, frames),),
-            baselines=(torch.zeros(1, frames),),
-            groups=(torch.arange(frames)[None] // FRAMES_TOGETHER,),
-            arguments=arguments,
-            describe=describe,
-            draw=draw,
-            windows=((2 * FRAMES_TOGETHER,),),
-        )
+        """Compare with silence."""
+        waveform, start = cast("tuple[Tensor, float]", (sample.tensors, sample.info))
+        return explainable_sound(waveform, start, self.settings.sample_rate)

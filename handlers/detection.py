@@ -1,6 +1,7 @@
 """Detect objects in an image file: their classes, boxes, and masks or keypoints where the model has them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal, cast
 
 import numpy
@@ -8,13 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from handlers.core import boxes, boxes_drawn, inputs, settings
+from handlers.core import boxes, boxes_drawn, boxes_explained, inputs, settings
 from handlers.core.batch import Sample
 from handlers.core.boxes import Detections, Format, Placement
 from handlers.core.errors import InvalidOption, NonFiniteOutput
+from handlers.core.explain import Explainable, ExplainedHandler
+from handlers.core.heatmaps import explainable_image
 from handlers.core.images import ImageLimits, flatten, open_image, open_upright
 from handlers.core.inputs import Image
-from handlers.core.labelled import LabelledHandler
 from handlers.core.outputs import Outputs, main_output
 from handlers.core.request import Request
 from handlers.core.settings import PositiveInt
@@ -23,7 +25,7 @@ from handlers.core.slots import Picture
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class DetectionHandler(LabelledHandler):
+class DetectionHandler(ExplainedHandler):
     """Serve a detector.
 
     Model, by the setting `format`:
@@ -52,6 +54,7 @@ class DetectionHandler(LabelledHandler):
         max_detections: PositiveInt | None = None
 
     settings: Settings
+    least_score = boxes.MIN_SCORE
 
     def read(self, row: dict, headers: Mapping) -> Request:
         """Read a request, and check its options.
@@ -111,3 +114,30 @@ class DetectionHandler(LabelledHandler):
             image = flatten(open_image(content, self.settings))
             return boxes_drawn.draw(image, row, placement, self.labels, self.settings.max_picture_pixels)
         return {"detections": boxes.describe(row, placement, self.labels)}
+
+    def explainable(self, sample: Sample) -> Explainable:
+        """Follow the best box of each class; compare with an image of the mean colour."""
+        kind, classes = self.settings.format, len(self.labels)
+        pixels = cast("Tensor", sample.tensors)
+        size = torch.tensor([pixels.shape[1:]], device=self.device)
+
+        def arguments(images: Tensor) -> tuple[Tensor, ...]:
+            return (images, size.expand(len(images), -1)) if kind == "torchvision" else (images,)
+
+        def class_scores(outputs: Outputs) -> Tensor:
+            found = boxes_explained.candidates(outputs, kind, classes)
+            return torch.stack([boxes_explained.scores_at(explained, *each) for each in found])
+
+        with torch.no_grad():
+            outputs = self.original(*arguments(pixels[None].float().to(self.device)))
+            [found] = boxes_explained.candidates(outputs, kind, classes)
+            explained = boxes_explained.best_boxes(*found)
+        place, corners = boxes.WHOLE, None
+        if sample.info:
+            placement, _ = cast("tuple[Placement, bytes]", sample.info)
+            place = placement.shares((pixels.size(2), pixels.size(1)))
+            corners = [boxes.rounded(each) for each in placement.restore(explained.cpu().view(-1, 2, 2)).flatten(1)]
+        blank = pixels.float().mean((1, 2), keepdim=True).expand(pixels.shape)
+        image = explainable_image(Sample(pixels, place, sample.inputs), blank, self.settings)
+        image = replace(image, arguments=arguments, class_scores=class_scores, boxes=corners)
+        return replace(image, preferred="feature_ablation")  # gradients need hundreds of steps until they add up

@@ -1,8 +1,9 @@
 """Segment an image file: the class of each pixel."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, cast
 
 import numpy
 import torch
@@ -13,13 +14,17 @@ from torch import Tensor
 from handlers.core import device, inputs, masks, settings
 from handlers.core.batch import Sample
 from handlers.core.errors import ImageTooLarge, InvalidOption, ServingError, input_too_large
+from handlers.core.explain import Explainable, ExplainedHandler
+from handlers.core.heatmaps import explainable_image
 from handlers.core.images import ImageLimits, flatten, open_image, open_upright, resized
 from handlers.core.inputs import Image
-from handlers.core.labelled import LabelledHandler
 from handlers.core.outputs import Outputs, main_output
 from handlers.core.request import Request
 from handlers.core.settings import NaturalInt, PositiveInt
 from handlers.core.slots import Picture
+
+CELLS = 16  # squares along a side that an explanation removes together
+STEPS = (12, 50)  # of integrated gradients: a step on a tile takes as long as many on a small image
 
 
 def attempt(step: Callable[[], Tensor | None]) -> Tensor | ServingError | None:
@@ -34,7 +39,7 @@ def attempt(step: Callable[[], Tensor | None]) -> Tensor | ServingError | None:
         return input_too_large()
 
 
-class SegmentationHandler(LabelledHandler):
+class SegmentationHandler(ExplainedHandler):
     """Serve a segmenter.
 
     Model: uint8 [N, channels, tile, tile] -> logits [N, classes, tile, tile], or a dict whose "out" they are, as
@@ -178,3 +183,22 @@ class SegmentationHandler(LabelledHandler):
             return Picture(masks.png(masks.coloured(mask)))
         classes = masks.shares(mask, self.labels)
         return {"classes": classes, "mask": masks.base64_png(mask), "size": list(info.size)}
+
+    def predicted(self, score: Tensor, baseline_score: Tensor) -> int:
+        """Return the class that gains most over an image of one colour, which is of one class, too."""
+        return int((score - baseline_score).argmax())
+
+    def explainable(self, sample: Sample) -> Explainable:
+        """Explain the mean probability of a class over the pixels. Of a larger image, this is its central tile."""
+        pixels, tile = cast("Tensor", sample.tensors), self.settings.tile
+        top, left = ((side - tile) // 2 for side in pixels.shape[1:])
+        pixels = pixels[:, top : top + tile, left : left + tile]
+        width, height = cast("SegmentationHandler.Info", sample.info).scaled if sample.info else (tile, tile)
+        place = (left / width, top / height, (left + tile) / width, (top + tile) / height)
+
+        def class_scores(outputs: Outputs) -> Tensor:
+            return self.reduce(outputs).float().softmax(1)[:, :, :height, :width].mean((2, 3))
+
+        blank = pixels[:, :height, :width].float().mean((1, 2), keepdim=True).expand(pixels.shape)
+        image = explainable_image(Sample(pixels, place, sample.inputs), blank, self.settings, cells=CELLS)
+        return replace(image, class_scores=class_scores, steps=STEPS)

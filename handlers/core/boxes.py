@@ -24,6 +24,7 @@ Detections = dict[str, Tensor]
 GREY = (114, 114, 114)  # around the image, as in the training of the YOLO family
 MIN_SCORE = 0.01  # of a candidate: thousands of boxes with lower scores would make the suppression slow
 MAX_CANDIDATES = 1000  # of an image, before the suppression
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # left, top, right and bottom, in shares of an image's sides
 NONE = -1  # pads the rows: as a score, below every threshold
 
 
@@ -45,6 +46,11 @@ class Placement:
         """Map points from the input to the image, and into its borders: float32 [..., 2] (x, y), in pixels."""
         moved = (points - points.new_tensor(self.corner)) * points.new_tensor(self.scale)
         return moved.clamp_min(0).minimum(points.new_tensor(self.size))
+
+    def shares(self, size: tuple[int, int]) -> tuple[float, ...]:
+        """Return where an input of this width and height lies: left, top, right and bottom, in shares of the image."""
+        edges = [-self.corner[0], -self.corner[1], size[0] - self.corner[0], size[1] - self.corner[1]]
+        return tuple(e * s / side for e, s, side in zip(edges, self.scale * 2, self.size * 2, strict=True))
 
 
 def fit(
@@ -92,11 +98,25 @@ def decode_yolo(outputs: Tensor, kind: Format, classes: int, iou_threshold: floa
     """Decode the raw outputs of the YOLO family, and suppress boxes that overlap a better one of their class.
 
     Args:
+        iou_threshold: intersection over union above which two boxes show the same object.
+        outputs, kind, classes: see `yolo_candidates`.
+
+    Raises:
+        ValueError: the outputs have another shape.
+    """
+    boxes, probabilities = yolo_candidates(outputs, kind, classes)
+    scores, labels = probabilities.max(dim=2)
+    return [suppress(*each, iou_threshold) for each in zip(boxes, scores, labels, strict=True)]
+
+
+def yolo_candidates(outputs: Tensor, kind: Format, classes: int) -> tuple[Tensor, Tensor]:
+    """Return all boxes of the raw outputs of the YOLO family, [N, A, 4], and their probabilities, [N, A, classes].
+
+    Args:
         outputs: for "yolo" [N, 4 + classes, A], for "yolov5" [N, A, 5 + classes]; a box is x and y of the centre, width
             and height, in pixels of the input. The fifth value of "yolov5" is the probability of any object.
         kind: "yolo" or "yolov5".
         classes: the number of labels.
-        iou_threshold: intersection over union above which two boxes show the same object.
 
     Raises:
         ValueError: the outputs have another shape.
@@ -111,9 +131,7 @@ def decode_yolo(outputs: Tensor, kind: Format, classes: int, iou_threshold: floa
         )
     rows = rows.float()
     probabilities = rows[..., 4:] if kind == "yolo" else rows[..., 4:5] * rows[..., 5:]
-    scores, labels = probabilities.max(dim=2)
-    boxes = box_convert(rows[..., :4], "cxcywh", "xyxy")
-    return [suppress(*each, iou_threshold) for each in zip(boxes, scores, labels, strict=True)]
+    return box_convert(rows[..., :4], "cxcywh", "xyxy"), probabilities
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Detections:

@@ -55,6 +55,17 @@ def captioned(picture: Image.Image, caption: str) -> bytes:
     return png(canvas)
 
 
+def stacked(panels: Sequence[bytes], caption: str) -> bytes:
+    """Put PNG files one under the other, and write the caption below them."""
+    images = [Image.open(io.BytesIO(each)).convert("RGB") for each in panels]
+    canvas = Image.new("RGB", (max(each.width for each in images), sum(each.height + MARGIN for each in images)), WHITE)
+    top = 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height + MARGIN
+    return captioned(canvas, caption)
+
+
 def wrap(text: str, letters: ImageFont.FreeTypeFont, width: float) -> list[str]:
     lines = [""]
     for word in text.split(" "):
@@ -66,7 +77,13 @@ def wrap(text: str, letters: ImageFont.FreeTypeFont, width: float) -> list[str]:
     return lines
 
 
-def heat_map(image: Image.Image, box: Sequence[float], scores: numpy.ndarray, caption: str) -> bytes:
+def heat_map(
+    image: Image.Image,
+    box: Sequence[float],
+    scores: numpy.ndarray,
+    caption: str,
+    outline: Sequence[float] | None = None,
+) -> bytes:
     """Lay scores over an image.
 
     Args:
@@ -74,6 +91,7 @@ def heat_map(image: Image.Image, box: Sequence[float], scores: numpy.ndarray, ca
         box: left, top, right and bottom of the scores, in shares of the image's sides; they may lie outside of it.
         scores: float32 [H, W].
         caption: below the image.
+        outline: left, top, right and bottom of a rectangle to draw, in shares of the image's sides.
     """
     longer = max(image.size)
     scale = max(min(1.0, MAX_SIDE / longer), MIN_WIDTH / longer)
@@ -98,6 +116,9 @@ def heat_map(image: Image.Image, box: Sequence[float], scores: numpy.ndarray, ca
         faded.paste(colour, (*shown[:2], shown[0] + size[0], shown[1] + size[1]), opacity)
     if shown != (0, 0, width, height):
         ImageDraw.Draw(faded).rectangle((shown[0], shown[1], shown[2] - 1, shown[3] - 1), outline=GREY)
+    if outline is not None:
+        corners = [share * side for share, side in zip(outline, faded.size * 2, strict=True)]
+        ImageDraw.Draw(faded).rectangle(corners, outline=BLACK, width=3)
     return captioned(faded, caption)
 
 

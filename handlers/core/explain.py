@@ -1,8 +1,8 @@
-"""Explain a classifier's answer: how much each part of an input adds to the score of a class (Captum).
+"""Explain an answer: how much each part of an input adds to the score of a class (Captum).
 
-The score is the logarithm of the class's probability: what raises it speaks for the class against all others. Captum,
-and the original module that can be differentiated, are loaded at the first explanation. A worker that never explains
-pays nothing.
+A classifier's score is the logarithm of the class's probability: what raises it speaks for the class against all
+others. Captum, and the original module that can be differentiated, are loaded at the first explanation. A worker that
+never explains pays nothing.
 """
 
 import functools
@@ -18,7 +18,8 @@ from torch import Tensor
 from handlers.core import admission, inputs
 from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import InvalidOption, NonFiniteOutput, UnsupportedOperation
-from handlers.core.outputs import main_output
+from handlers.core.labelled import LabelledHandler
+from handlers.core.outputs import Outputs, main_output
 from handlers.core.request import Request
 from handlers.core.slots import Picture, Sample
 
@@ -54,6 +55,12 @@ class Explainable:
         draw: attributions, each [...], and a caption -> the PNG file.
         differentiable: whether `arguments` can be differentiated.
         windows: for occlusion, the shape [...] of the window in each input; its stride is half of it.
+        boxes: for detectors, the box to explain of each class, x1, y1, x2, y2 in the image's pixels. `draw` then gets
+            the target's as `box`.
+        preferred: the default method; by default, one with gradients, or else Shapley values.
+        steps: of integrated gradients, as `STEPS`.
+        class_scores: the module's outputs for N samples -> the score of each class, [N, classes]; by default, those of
+            the handler.
     """
 
     inputs: tuple[Tensor, ...]
@@ -64,13 +71,17 @@ class Explainable:
     draw: Callable[..., bytes]
     differentiable: bool = True
     windows: tuple[tuple[int, ...], ...] | None = None
+    boxes: list[list[float]] | None = None
+    preferred: str | None = None
+    steps: tuple[int, ...] = STEPS
+    class_scores: Callable[[Outputs], Tensor] | None = None
 
     @property
     def methods(self) -> list[str]:
         """The methods that fit the inputs, the default first."""
         gradients = GRADIENTS if self.differentiable else ()
-        preferred = () if self.differentiable else ("shapley_value_sampling",)
-        return list(dict.fromkeys([*gradients, *preferred, *REMOVALS, *(["occlusion"] if self.windows else [])]))
+        first = self.preferred or (GRADIENTS[0] if self.differentiable else "shapley_value_sampling")
+        return list(dict.fromkeys([first, *gradients, *REMOVALS, *(["occlusion"] if self.windows else [])]))
 
 
 @dataclass(frozen=True)
@@ -80,15 +91,13 @@ class Explanation:
     Attributes:
         target: the class index.
         method: its name.
-        probability: of the target.
-        score: of the input, the logarithm of the probability.
+        score: of the input.
         baseline_score: of the baselines.
         attributions: float32, in the shapes of `Explainable.inputs` without the first dimension, on the host.
     """
 
     target: int
     method: str
-    probability: float
     score: float
     baseline_score: float
     attributions: Attributions
@@ -104,17 +113,37 @@ class Explanation:
         return total - (self.score - self.baseline_score)
 
 
-class ExplainedClassifier(ClassifierHandler):
-    """A classifier whose answers can be explained. A subclass also defines `explainable`."""
+class ExplainedHandler(LabelledHandler):
+    """A handler of classes with labels whose answers can be explained.
+
+    A subclass also defines `explainable`, and `class_scores` unless `Explainable.class_scores` is set.
+    """
 
     ExplainOptions = ExplanationOptions
+    least_score = -math.inf  # of a class that can be explained
 
     def explainable(self, sample: Sample) -> Explainable:
         """Return a sample as something to explain. `sample.inputs` has the inputs that it was decoded from.
 
         The functions `describe` and `draw` should leave their work until they are called.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `explainable`, or derive from ClassifierHandler")
+        raise NotImplementedError(f"{type(self).__name__} must define `explainable`, to be asked for explanations")
+
+    def class_scores(self, outputs: Outputs) -> Tensor:
+        """Return the score of each class, float32 [N, classes], for the module's outputs of N samples."""
+        raise NotImplementedError(f"{type(self).__name__} must define `class_scores`")
+
+    def predicted(self, score: Tensor, baseline_score: Tensor) -> int:
+        """Return the class to explain if a request names none, from the scores of all classes, [classes] each."""
+        return int(score.argmax())
+
+    def probability(self, score: float) -> float:
+        """Return what a score means, from 0 to 1."""
+        return score
+
+    def describe_target(self, explanation: Explanation) -> dict[str, JsonValue]:
+        """Return what the answer says of the class, beside its label and its index."""
+        return {"score": explanation.score, "baseline_score": explanation.baseline_score}
 
     @functools.cached_property
     def original(self) -> torch.jit.ScriptModule:
@@ -125,29 +154,25 @@ class ExplainedClassifier(ClassifierHandler):
         return module
 
     @functools.cached_property
-    def methods(self) -> list[str]:
-        """What this model can do: methods with gradients only if the module has them."""
+    def gradients(self) -> bool:
+        """Whether the original module can be differentiated, by any of its inputs that are continuous."""
         example = self.explainable(self.example())
-        return [name for name in example.methods if name not in GRADIENTS or self.has_gradients(example)]
-
-    def has_gradients(self, example: Explainable) -> bool:
-        original = self.original
         with torch.enable_grad():
-            moved = [each.to(self.device).requires_grad_() for each in example.inputs]
+            moved = tuple(each.to(self.device).requires_grad_() for each in example.inputs)
             try:
-                scores = main_output(original(*example.arguments(*moved)))
+                return self.scores(example, moved).requires_grad
             except RuntimeError:  # such as a module that takes nothing but bytes
                 return False
-            return scores.requires_grad
+
+    def methods(self, explainable: Explainable | None = None) -> list[str]:
+        """Return what this model can do with an input, the default first; without one, with the handler's example."""
+        explainable = explainable or self.explainable(self.example())
+        return [name for name in explainable.methods if name not in GRADIENTS or self.gradients]
 
     def read(self, row: dict, headers: Mapping) -> Request:
         request = super().read(row, headers)
-        options = request.options
-        if isinstance(options, ExplanationOptions):
-            if options.method is not None and options.method not in self.methods:
-                raise InvalidOption(f"method must be one of {', '.join(self.methods)}.")
-            if options.target is not None:
-                self.class_index(options.target)
+        if isinstance(request.options, ExplanationOptions) and request.options.target is not None:
+            self.class_index(request.options.target)
         return request
 
     def class_index(self, target: int | str) -> int:
@@ -173,23 +198,24 @@ class ExplainedClassifier(ClassifierHandler):
             ablation = options.model_copy(update={"method": "feature_ablation"})
             found = self.attribute(explainable, ablation, self.explain_deadline)
         if not found.is_finite:
-            others = ", ".join(name for name in self.methods if name not in GRADIENTS)
+            others = ", ".join(name for name in explainable.methods if name not in GRADIENTS)
             raise UnsupportedOperation(f"{found.method} is not finite for this input. Use another method: {others}.")
         label = self.labels[found.target]
+        place = {"box": explainable.boxes[found.target]} if explainable.boxes else {}
         if options.format == "png":
-            return Picture(explainable.draw(*found.attributions, f"{label}: {found.probability:.1%} ({found.method})"))
-        scores = {"score": found.score, "baseline_score": found.baseline_score}
+            caption = f"{label}: {self.probability(found.score):.1%} ({found.method})"
+            return Picture(explainable.draw(*found.attributions, caption, **place))
         return {
-            "target": {"label": label, "class": found.target, "probability": found.probability, **scores},
+            "target": {"label": label, "class": found.target, **self.describe_target(found), **place},
             "method": found.method,
             **explainable.describe(*found.attributions),
             **({"completeness_gap": found.completeness_gap} if found.method in COMPLETE else {}),
         }
 
-    def log_probabilities(self, explainable: Explainable, parts: Attributions) -> Tensor:
+    def scores(self, explainable: Explainable, parts: Attributions) -> Tensor:
         """Return the scores of all classes, float32 [N, classes], for [N, ...] of each input, on the device."""
-        outputs = main_output(self.original(*explainable.arguments(*parts))).float()
-        return outputs.log_softmax(1) if self.settings.outputs == "logits" else outputs.clamp_min(1e-9).log()
+        outputs = self.original(*explainable.arguments(*parts))
+        return (explainable.class_scores or self.class_scores)(outputs)
 
     def attribute(
         self, explainable: Explainable, options: ExplanationOptions, deadline: admission.Deadline
@@ -197,8 +223,13 @@ class ExplainedClassifier(ClassifierHandler):
         """Attribute the score of a class to the parts of an input. Equal calls have equal results.
 
         Raises:
+            InvalidOption: the method does not fit the model or the input, or the input has nothing of the target.
             Overloaded: the deadline has passed.
         """
+        methods = self.methods(explainable)
+        method = options.method or methods[0]
+        if method not in methods:
+            raise InvalidOption(f"method must be one of {', '.join(methods)}.")
         from handlers.core import attribution  # imports Captum, which takes a second
 
         parts, blank, groups = (
@@ -206,26 +237,42 @@ class ExplainedClassifier(ClassifierHandler):
             for tensors in (explainable.inputs, explainable.baselines, explainable.groups)
         )
         with torch.no_grad():
-            of_input, of_baseline = (self.log_probabilities(explainable, each)[0] for each in (parts, blank))
-        target = int(of_input.argmax()) if options.target is None else self.class_index(options.target)
+            of_input, of_baseline = (self.scores(explainable, each)[0] for each in (parts, blank))
+        target = self.predicted(of_input, of_baseline) if options.target is None else self.class_index(options.target)
         score, baseline_score = of_input[target].item(), of_baseline[target].item()
-        method = options.method or self.methods[0]
+        if score < self.least_score:
+            raise InvalidOption(f"There is nothing to explain: the model finds no {self.labels[target]} in this input.")
 
         def scores(*changed: Tensor) -> Tensor:
             deadline.check()  # Captum calls this for each batch of its work
-            return self.log_probabilities(explainable, changed)[:, target]
+            return self.scores(explainable, changed)[:, target]
 
         def found(attributions: Attributions) -> Explanation:
             host = tuple(each.detach()[0].float().cpu() for each in attributions)
-            return Explanation(target, method, of_input[target].exp().item(), score, baseline_score, host)
+            return Explanation(target, method, score, baseline_score, host)
 
         run = attribution.Run(scores, parts, blank, groups, explainable.windows, self.run_size)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.enable_grad():
             torch.manual_seed(0)
             if method != "integrated_gradients":
                 return found(getattr(run, method)(options.n_samples))
-            for steps in [options.n_steps] if options.n_steps else STEPS:
+            for steps in [options.n_steps] if options.n_steps else explainable.steps:
                 explanation = found(run.integrated_gradients(steps))
                 if abs(explanation.completeness_gap) <= SMALL_GAP * abs(score - baseline_score):
                     break
             return explanation
+
+
+class ExplainedClassifier(ExplainedHandler, ClassifierHandler):
+    """A classifier whose answers can be explained. A subclass also defines `explainable`."""
+
+    def class_scores(self, outputs: Outputs) -> Tensor:
+        """Return the logarithms of the probabilities."""
+        main = main_output(outputs).float()
+        return main.log_softmax(1) if self.settings.outputs == "logits" else main.clamp_min(1e-9).log()
+
+    def probability(self, score: float) -> float:
+        return math.exp(score)
+
+    def describe_target(self, explanation: Explanation) -> dict[str, JsonValue]:
+        return {"probability": self.probability(explanation.score), **super().describe_target(explanation)}

@@ -8,9 +8,9 @@ import requests
 from PIL import Image
 
 from bundle.catalog import select
-from bundle.samples import first
+from bundle.samples import first, headers
 from tests.server.place import Place
-from tests.shipped import SHIPPED
+from tests.shipped import ON_REQUEST, SHIPPED
 
 FOLDERS = {folder.name: folder for folder in select(list(SHIPPED))}
 SECONDS = 60  # the first explanation of a worker imports Captum
@@ -76,3 +76,24 @@ def test_archive_under_another_name_explains_with_workers_of_its_own(served: Pla
         assert answer.json()["target"]["label"] == "3"
     finally:
         requests.delete(f"{management}/models/mnist-explained", timeout=SECONDS)
+
+
+@pytest.mark.parametrize("model", ON_REQUEST)
+def test_model_served_on_request_is_explained_beside_its_predictions(served_on_request: Place, model: str):
+    [folder] = select([model])
+    content, sent = folder.sample_file.read_bytes(), headers(folder.sample_file)
+    inference = served_on_request.client.inference
+
+    def post(verb: str) -> requests.Response:
+        return requests.post(f"{inference}/{verb}/{model}", content, headers=sent, timeout=SECONDS)
+
+    with ThreadPoolExecutor(8) as pool:
+        predictions = [pool.submit(post, "predictions") for _ in range(8)]
+        explanation = pool.submit(post, "explanations")
+    assert {first(each.result().json()).label for each in predictions} == {folder.bundle.expect}
+    answer = explanation.result()
+    assert answer.status_code in (200, 429), answer.text
+    if answer.status_code == 429:  # a slow machine imported Captum meanwhile
+        answer = post("explanations")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json"), answer.text
+    assert answer.json()["attributions"]

@@ -24,9 +24,9 @@ from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
 from bundle.cli.console import console, progress
 from handlers.core.admission import Deadline
-from handlers.core.explain import Explainable, ExplainedClassifier, ExplanationOptions
+from handlers.core.explain import COMPLETE, Explainable, ExplainedHandler, ExplanationOptions
 from handlers.core.slots import Sample
-from tests.held_out import held_out
+from tests.held_out import requests
 from tests.shipped import SHIPPED
 from tests.trials import reliability
 
@@ -39,10 +39,11 @@ class Findings:
     """What the explanations of one model's test inputs show.
 
     Attributes:
-        method: the model's default method.
+        method: the default method; two, where it depends on the input.
         inputs: their number.
-        relative_gap: the sum of all completeness gaps, over the sum of all differences that were to be explained.
-        gap_within_5_percent: the share of the inputs whose own relative gap is at most 0.05.
+        relative_gap: the sum of all completeness gaps, over the sum of all differences that were to be explained; None
+            if the method does not promise that its attributions add up.
+        gap_within_5_percent: the share of the inputs whose own relative gap is at most 0.05; or None.
         drop: of the probability without the most important parts, mean.
         random_drop: without random parts.
         seconds: of an explanation, median.
@@ -50,18 +51,18 @@ class Findings:
 
     method: str
     inputs: int
-    relative_gap: float
-    gap_within_5_percent: float
+    relative_gap: float | None
+    gap_within_5_percent: float | None
     drop: float
     random_drop: float
     seconds: float
 
     @property
     def good(self) -> bool:
-        return self.relative_gap <= 0.05 and self.drop > 2 * self.random_drop
+        return (self.relative_gap or 0) <= 0.05 and self.drop > 2 * self.random_drop
 
 
-def explained_sample(handler: ExplainedClassifier, row: dict) -> Sample:
+def explained_sample(handler: ExplainedHandler, row: dict) -> Sample:
     """Decode a request as the worker does for an explanation."""
     [inputs] = handler.read(row, {"explain": "True"}).inputs
     sample = handler.decode(inputs)
@@ -83,37 +84,41 @@ def importance(explainable: Explainable, attributions: tuple[torch.Tensor, ...])
 
 
 @torch.no_grad()
-def measure(handler: ExplainedClassifier, files: list[bytes], text: bool, method: str | None = None) -> Findings:
-    gaps, differences, within, drops, random_drops, seconds = [], [], [], [], [], []
+def measure(handler: ExplainedHandler, rows: list[dict], method: str | None = None) -> Findings:
+    gaps, differences, within, drops, random_drops, seconds, methods = [], [], [], [], [], [], []
     generator = torch.Generator().manual_seed(0)
     options = ExplanationOptions(method=method)
     with progress() as bar:
-        task = bar.add_task("explaining", total=len(files), state="")
-        for file in bar.track(files, task_id=task):
-            explainable = handler.explainable(explained_sample(handler, {"body": file.decode() if text else file}))
+        task = bar.add_task("explaining", total=len(rows), state="")
+        for row in bar.track(rows, task_id=task):
+            explainable = handler.explainable(explained_sample(handler, row))
             start = time.perf_counter()
             found = handler.attribute(explainable, options, Deadline.after(600, "Explaining"))
             seconds.append(time.perf_counter() - start)
+            methods.append(found.method)
             gap, difference = abs(found.completeness_gap), abs(found.score - found.baseline_score)
-            gaps.append(gap)
-            differences.append(difference)
-            within.append(gap <= 0.05 * difference)
+            if found.method in COMPLETE:
+                gaps.append(gap)
+                differences.append(difference)
+                within.append(gap <= 0.05 * difference)
             parts = importance(explainable, found.attributions)
+            if type(handler).__name__ == "GraphHandler":  # of the archive, which has its own copy
+                parts = parts[: len(found.attributions[0])]  # the atoms; without a bond, it is another molecule
             count = max(1, round(REMOVED * len(parts)))
             choices = [parts.topk(count).indices]
             choices += [torch.randperm(len(parts), generator=generator)[:count] for _ in range(RANDOM_DRAWS)]
             falls = [
-                found.probability
-                - handler.log_probabilities(explainable, without(explainable, choice))[0, found.target].exp().item()
+                handler.probability(found.score)
+                - handler.probability(handler.scores(explainable, without(explainable, choice))[0, found.target].item())
                 for choice in choices
             ]
             drops.append(falls[0])
             random_drops.append(statistics.mean(falls[1:]))
     return Findings(
-        method=found.method,
-        inputs=len(files),
-        relative_gap=round(sum(gaps) / sum(differences), 5),
-        gap_within_5_percent=round(statistics.mean(within), 4),
+        method=" or ".join(dict.fromkeys(methods)),
+        inputs=len(rows),
+        relative_gap=round(sum(gaps) / sum(differences), 5) if gaps else None,
+        gap_within_5_percent=round(statistics.mean(within), 4) if within else None,
         drop=round(statistics.mean(drops), 4),
         random_drop=round(statistics.mean(random_drops), 4),
         seconds=round(statistics.median(seconds), 3),
@@ -129,6 +134,8 @@ def write_findings(folder: ModelFolder, findings: Findings) -> None:
     if "explanations" in metrics:
         old = json.dumps(metrics["explanations"], indent=2).replace("\n", "\n  ")
         text = text.replace(f'"explanations": {old}', f'"explanations": {entry}')
+    elif "confusion_matrix" not in metrics:
+        text = f'{text.rstrip().removesuffix("}").rstrip()},\n  "explanations": {entry}\n}}\n'
     else:  # before the confusion matrix, which is long
         text = text.replace('\n  "confusion_matrix"', f'\n  "explanations": {entry},\n  "confusion_matrix"', 1)
     assert json.loads(text) == metrics | {"explanations": asdict(findings)}
@@ -158,8 +165,7 @@ def main(
         with tempfile.TemporaryDirectory() as store, DryRun(archive(folder, store=Path(store)).path) as worker:
             if pictures:
                 (pictures / f"explained-{folder.name}.png").write_bytes(draw_sample(worker, folder))
-            files, _ = held_out(folder.name, data_dir, inputs)
-            findings = measure(worker.handler, files, folder.sample_file.suffix == ".txt", method)
+            findings = measure(worker.handler, requests(folder.name, data_dir, inputs), method)
         good &= findings.good
         values = (findings.relative_gap, findings.gap_within_5_percent, findings.drop, findings.random_drop)
         table.add_row(folder.name, findings.method, *map(str, values), str(findings.seconds))

@@ -21,7 +21,7 @@ from handlers.core.attribution import Run
 from handlers.core.explain import ExplanationOptions
 from handlers.core.images import ImageLimits, upright_size
 from handlers.mnist import MNISTHandler
-from tests.held_out import held_out
+from tests.held_out import requests
 from tests.shipped import DATA_DIR, SHIPPED, skip_without_data_set
 from tests.trials.explanations import explained_sample, measure
 from tests.unit.inputs import draw_digit, encode_image, encode_sound
@@ -168,7 +168,7 @@ def test_explanation_has_the_shape_of_its_kind(worker: DryRun, folder: ModelFold
 
 @pytest.mark.slow
 def test_each_method_answers_json_and_a_picture(worker: DryRun, folder: ModelFolder):
-    for method in worker.handler.methods:
+    for method in worker.handler.methods():
         status, body = explain(worker, folder, method=method, n_samples=4)
         assert (status, body["method"]) == (200, method), body
         status, picture = explain(worker, folder, method=method, n_samples=4, format="png")
@@ -289,7 +289,7 @@ def test_image_of_any_shape_can_be_drawn(worker: DryRun, folder: ModelFolder, si
 def test_integrated_gradients_take_hardly_longer_than_their_passes_in_a_loop(worker: DryRun, folder: ModelFolder):
     """They take turns, and the fastest of each counts, because other load makes both slower."""
     handler = worker.handler
-    if "integrated_gradients" not in handler.methods:
+    if "integrated_gradients" not in handler.methods():
         pytest.skip("the inputs are not continuous")
     explainable = handler.explainable(explained_sample(handler, {"data": sample(folder)}))
 
@@ -299,7 +299,7 @@ def test_integrated_gradients_take_hardly_longer_than_their_passes_in_a_loop(wor
     def looped() -> None:
         for _ in range(50):
             [leaf] = [each.clone().requires_grad_() for each in explainable.inputs]
-            torch.autograd.grad(handler.log_probabilities(explainable, (leaf,))[0, 0], leaf)
+            torch.autograd.grad(handler.scores(explainable, (leaf,))[0, 0], leaf)
 
     seconds: dict = {explained: [], looped: []}
     for _ in range(5):
@@ -316,8 +316,7 @@ def test_integrated_gradients_take_hardly_longer_than_their_passes_in_a_loop(wor
 def test_explanations_of_real_inputs_are_complete_and_name_what_matters(worker: DryRun, folder: ModelFolder):
     """`metrics.json` has the same figures of 200 inputs."""
     skip_without_data_set(folder.name)
-    files, _ = held_out(folder.name, DATA_DIR, 12)
-    assert measure(worker.handler, files, folder.name == "text").good
+    assert measure(worker.handler, requests(folder.name, DATA_DIR, 12)).good
     recorded = json.loads((Path(folder.path) / "metrics.json").read_text())["explanations"]
     assert recorded["relative_gap"] <= 0.05
     assert recorded["drop"] > 2 * recorded["random_drop"]
