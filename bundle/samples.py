@@ -25,21 +25,29 @@ def headers(file: Path) -> dict[str, str]:
 def grpc_fields(file: Path) -> dict[str, bytes]:
     """Return the fields that carry a file over gRPC, where no header says that it is JSON.
 
-    A JSON object is sent field by field: a data: URL as the bytes that it encodes, other strings as they are, other
-    values as JSON. All else is the field "body", which is what a raw body becomes over HTTP: the model's input,
-    whatever its name.
+    A JSON object is sent field by field. All else is the field "body", which is what a raw body becomes over HTTP: the
+    model's input, whatever its name.
 
     Raises:
         ValueError: the file's name ends in .json and its content is not JSON, or a data: URL is not base64.
     """
     content = file.read_bytes()
     body = json.loads(content) if headers(file) else None
-    if not isinstance(body, dict):
-        return {"body": content}
-    return {name: grpc_value(value) for name, value in body.items()}
+    return form_fields(body) if isinstance(body, dict) else {"body": content}
 
 
-def grpc_value(value: object) -> bytes:
+def form_fields(body: dict) -> dict[str, bytes]:
+    """Return a JSON object as the fields of a form.
+
+    A data: URL becomes the bytes that it encodes; other strings stay as they are; other values become JSON.
+
+    Raises:
+        ValueError: a data: URL is not base64.
+    """
+    return {name: form_value(value) for name, value in body.items()}
+
+
+def form_value(value: object) -> bytes:
     if not isinstance(value, str):
         return json.dumps(value).encode()
     head, found, encoded = value.partition(";base64,")

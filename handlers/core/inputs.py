@@ -27,7 +27,8 @@ class Inputs(BaseModel):
     """The inputs of one sample.
 
     A field with a `Kind` is sent as bytes or as a string. Any other field is sent as JSON of its type, such as
-    `dict[str, float]` or a pydantic model.
+    `dict[str, float]` or a pydantic model. Give long lists `Field(fail_fast=True)`: pydantic makes an error for each
+    invalid entry, and a request of 16 MiB can have millions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

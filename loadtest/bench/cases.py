@@ -1,4 +1,4 @@
-"""The cases of the benchmark: five inputs, each with its model and its numbers of clients.
+"""The cases of the benchmark: eight inputs, each with its model and its numbers of clients.
 
 `inputs.py` draws the inputs; none comes from a data set.
 """
@@ -50,5 +50,8 @@ CASES = {
         Case("photo-12mp", "resnet18", "photo-12mp.jpg", "image/jpeg", (1, 4, 16)),
         Case("audio", "audio", "word.wav", "audio/wav", (1, 16, 64, 256)),
         Case("text", "text", "sentence.txt", "text/plain", (1, 16, 64, 256, 1024)),
+        Case("cells", "cells", "cells.jpg", "image/jpeg", (16,)),
+        Case("membrane", "membrane", "membrane.png", "image/png", (16,)),
+        Case("molecule", "molecule", "molecule.json", "application/json", (16,)),
     )
 }

@@ -9,6 +9,7 @@ alike.
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -100,17 +101,20 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def word() -> bytes:
-    """Return a WAV file: one second at 16 kHz, mono, 16 bits, spoken by a synthesiser."""
-    return (paths.MODELS / "audio" / "sample.wav").read_bytes()
+def sample(model: str, name: str) -> bytes:
+    """Return a model's own sample, which its folder has drawn or synthesised."""
+    return (paths.MODELS / model / name).read_bytes()
 
 
 DRAW: dict[str, Callable[[], bytes]] = {
     "digit.png": digit,
     "photo.jpg": photo,
     "photo-12mp.jpg": photo_12mp,
-    "word.wav": word,
+    "word.wav": partial(sample, "audio", "sample.wav"),  # one second at 16 kHz, mono, 16 bits
     "sentence.txt": SENTENCE.encode,
+    "cells.jpg": partial(sample, "cells", "sample.jpg"),  # 640 x 480
+    "membrane.png": partial(sample, "membrane", "sample.png"),  # 512 x 512, grey
+    "molecule.json": partial(sample, "molecule", "sample.json"),  # 16 atoms
 }
 
 if __name__ == "__main__":

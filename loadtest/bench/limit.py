@@ -61,8 +61,10 @@ def archived(case: Case) -> Path:
     return archive(ModelFolder(case.folder), STORE).path
 
 
-def content(case: Case) -> bytes | str:
-    """Return the input as TorchServe passes it to a handler: text as str, everything else as bytes."""
+def content(case: Case) -> object:
+    """Return the input as TorchServe passes it to a handler: text as str, JSON parsed, everything else as bytes."""
+    if case.content_type == "application/json":
+        return json.loads(case.body)
     return case.body.decode() if case.content_type.startswith("text/") else case.body
 
 

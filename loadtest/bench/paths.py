@@ -12,6 +12,9 @@ GENERATED_FROM = (
     "loadtest/bench/resnet.py",
     "models/mnist/make_sample.py",
     "models/audio/sample.wav",
+    "models/cells/sample.jpg",
+    "models/membrane/sample.png",
+    "models/molecule/sample.json",
 )
 
 

@@ -3,6 +3,8 @@
 import json
 import shlex
 import subprocess
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -10,22 +12,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.trials.fuzz import report
-from tests.trials.fuzz.cases import Case, case
-from tests.trials.fuzz.corpus import MODELS, corpus, good
-from tests.trials.fuzz.mutate import FORMATS, generic, jpeg, mutated, png, riff, streams, text, tree
+from tests.trials.fuzz import parts, report
+from tests.trials.fuzz.cases import Case, case, model_of
+from tests.trials.fuzz.corpus import MODELS, corpus, good, headers
+from tests.trials.fuzz.mutate import FORMATS, Kind, generic, graph, jpeg, mutated, png, riff, streams, text, tree
+from tests.trials.fuzz.parts import Part
 from tests.trials.fuzz.serving import Run, Snapshot
-from tests.trials.fuzz.shapes import shapes, wrap
-from tests.trials.fuzz.verdict import Answer, Tally
+from tests.trials.fuzz.shapes import BOUNDARY, Shape, shapes, wrap
+from tests.trials.fuzz.verdict import Answer, Tally, agree, scores
 
-MUTATORS = [png.mutated, jpeg.mutated, riff.mutated, streams.ogg, streams.flac, text.mutated]
-FILES = [content for model in MODELS for content in corpus(model).values() if len(content) < 20_000]
+MUTATORS = [png.mutated, jpeg.mutated, riff.mutated, streams.ogg, streams.flac, text.mutated, graph.mutated]
+FILES = sorted({content for model in MODELS for content in corpus(model).values() if len(content) < 20_000})
 contents = st.one_of(
     st.binary(max_size=200),
     st.sampled_from(FILES),
     st.builds(bytes.__add__, st.sampled_from([magic for magic, _ in FORMATS]), st.binary(max_size=200)),
 )
 seeds = st.integers(0, 2**32 - 1)
+PLAIN = Shape(
+    kind="raw", content_type=None, path="/predictions/{model}", method="POST", headers=(), top_k=None, field="data",
+    boundary=BOUNDARY, chunked=False, changes=(0, 0), seed=0,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("mutate", MUTATORS, ids=lambda mutate: f"{mutate.__module__}.{mutate.__name__}")
@@ -43,17 +50,19 @@ def test_mutator_with_any_bytes_is_reproducible(mutate, content: bytes, seed: in
         (streams.ogg, "audio", "ogg vorbis"),
         (streams.flac, "audio", "flac pcm_16"),
         (text.mutated, "text", "sample"),
+        (graph.mutated, "molecule", "ring of 6"),
     ],
 )
 def test_mutator_with_other_seeds_makes_other_files(mutate, model: str, name: str):
-    content = corpus(model)[name]
+    [part] = parts.split(model, corpus(model)[name], in_json=bool(headers(model)))
+    content = part.content
     files = {mutate(content, Random(seed)) for seed in range(20)}
     assert len(files - {content}) >= 10
 
 
-@given(contents, st.lists(contents, max_size=3), seeds, st.booleans())
-def test_mutations_with_one_seed_are_equal(content: bytes, others: list[bytes], seed: int, is_text: bool):
-    once, again = (mutated(content, others, Random(seed), is_text) for _ in range(2))
+@given(contents, st.lists(contents, max_size=3), seeds, st.sampled_from(["file", "text", "graph"]))
+def test_mutations_with_one_seed_are_equal(content: bytes, others: list[bytes], seed: int, kind: Kind):
+    once, again = (mutated(content, others, Random(seed), kind) for _ in range(2))
     assert once == again
     assert generic.mutated(once, others, Random(seed)) == generic.mutated(once, others, Random(seed))
 
@@ -103,9 +112,93 @@ def test_tree_mutations_with_one_seed_are_equal(seed: int, changes: int):
     assert written(Random(seed)) == written(Random(seed))
 
 
-@given(shapes, st.binary(max_size=100), st.booleans())
-def test_shape_with_any_input_is_reproducible(shape, content: bytes, is_text: bool):
-    assert wrap(shape, content, is_text) == wrap(shape, content, is_text)
+def test_mutated_graphs_have_the_faults_that_a_handler_must_find():
+    found = [each for each in map(mutated_graph, range(500)) if isinstance(each, dict)]
+    nodes, edges = (
+        [entry for each in found if len(listed(each, name)) < 100 for entry in listed(each, name)]
+        for name in ("nodes", "edges")
+    )
+    assert max(len(listed(each, "nodes")) for each in found) == 1_000_000
+    assert any("nodes" not in each for each in found)
+    assert any("edge_attr" in each for each in found)
+    assert {type(node) for node in nodes} >= {int, float, str, list}
+    lists = [edge for edge in edges if isinstance(edge, list)]
+    assert {len(edge) for edge in lists} >= {0, 1, 2, 3}
+    ends = [end for edge in lists for end in edge if isinstance(end, int | float)]
+    assert {-1, 0.5, 2**31} <= set(ends)
+    assert max(end for end in ends if end < 2**31 - 1) > 1000  # past the nodes
+    assert any(end != end for end in ends), "no edge has NaN"
+
+
+def mutated_graph(seed: int) -> object:
+    """Return a ring after one mutation; None if it is no JSON any more."""
+    content = json.dumps(json.loads(corpus("molecule")["ring of 6"])["data"]).encode()
+    try:
+        return json.loads(graph.mutated(content, Random(seed)))
+    except (ValueError, RecursionError):
+        return None
+
+
+def listed(found: dict, name: str) -> list:
+    value = found.get(name)
+    return value if isinstance(value, list) else []
+
+
+TWO = [Part("image", b"\x89PNG"), Part("text", b"seven", "text")]
+
+
+def test_damaged_parts_may_be_missing_repeated_empty_or_swapped():
+    found = [parts.damaged(TWO, [b"other"], True, Random(seed)) for seed in range(300)]
+    names = {tuple(part.field for part in each) for each in found}
+    assert names >= {("image", "text"), ("text",), ("image",), ("image", "image", "text")}
+    assert any(each[0] == Part("image", b"") for each in found)
+    assert [Part("image", b"seven"), Part("text", b"\x89PNG", "text")] in found
+    assert all(len(parts.damaged(TWO[:1], [b"other"], False, Random(seed))) == 1 for seed in range(50))
+    assert parts.damaged([], [b"other"], True, Random(0)) == []
+
+
+def test_parts_of_a_body_with_several_inputs_are_its_decoded_fields():
+    found = parts.split("avdigits", corpus("avdigits")["all"], in_json=True)
+    assert [(part.field, part.kind, part.content[:4]) for part in found] == [
+        ("image", "file", b"\x89PNG"), ("text", "text", b"seve"), ("audio", "file", b"RIFF"),
+    ]  # fmt: skip
+    assert parts.split("mnist", b"{}", in_json=False) == [Part("data", b"{}")]
+
+
+inputs_of_requests = st.one_of(
+    st.builds(
+        lambda content, kind: ([Part("data", content, kind)], False), contents, st.sampled_from(["file", "text"])
+    ),
+    st.builds(lambda count: (TWO[:count], True), st.integers(0, 2)),
+    st.just(([Part("data", b'{"nodes": [0]}', "graph")], False)),
+)
+
+
+@given(shapes, inputs_of_requests)
+def test_shape_with_any_inputs_is_reproducible(shape, given: tuple[list[Part], bool]):
+    assert wrap(shape, *given) == wrap(shape, *given)
+
+
+def test_form_of_several_inputs_has_the_row_that_the_worker_gets():
+    shape = replace(PLAIN, kind="raw", top_k="2")
+    wrapped = wrap(shape, TWO, several=True)
+    assert wrapped.row == {"image": b"\x89PNG", "text": b"seven", "top_k": b"2"}
+    assert wrapped.body.count(b"Content-Disposition") == 3
+    without = wrap(replace(shape, boundary=None), TWO, several=True)
+    assert dict(without.headers)["Content-Type"] == "multipart/form-data"
+    assert without.row is None
+
+
+def test_graph_in_json_is_written_as_it_is():
+    wrapped = wrap(replace(PLAIN, kind="json"), [Part("data", b'{"nodes": [NaN]}', "graph")], several=False)
+    assert wrapped.body == b'{"data": {"nodes": [NaN]}}'
+
+
+def test_models_that_compute_longer_get_fewer_cases():
+    counts = Counter(model_of(number, MODELS) for number in range(2000))
+    assert counts["cells"] == counts["membrane"] == 100
+    assert {counts[model] for model in MODELS if model not in ("cells", "membrane")} == {300}
+    assert model_of(7, ("cells",)) == "cells"
 
 
 def test_cases_are_equal_with_one_seed_and_differ_otherwise():
@@ -169,6 +262,8 @@ UNPARSED = error(500, "ErrorDataDecoderException")
         (sent("image/png"), Answer(500, UNPARSED, 1), "5xx"),
         (sent(FORM), Answer(500, error(500, "ArrayIndexOutOfBoundsException"), 1), None),
         (sent("image/png"), Answer(500, error(500, "ArrayIndexOutOfBoundsException"), 1), "5xx"),
+        (sent("multipart/form-data; boundary="), Answer(500, error(500, "StringIndexOutOfBoundsException"), 1), None),
+        (sent("image/png"), Answer(500, error(500, "StringIndexOutOfBoundsException"), 1), "5xx"),
         (sent("x" * 8200), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), None),
         (sent(FORM), Answer(0, b"ClientOSError(104, 'Connection reset by peer')", 1), None),
         (sent(size=17 << 20), Answer(0, b"ClientOSError(None, 'Can not write request body for http://x')", 1), None),
@@ -184,6 +279,16 @@ def test_tally_finds_the_problem_of_an_answer(case: Case, answer: Answer, proble
     tally = Tally()
     assert tally.add(case, answer, deadline=30) == problem
     assert tally.sent == tally.served + tally.rejected.total() + tally.known.total() + tally.failed.total() == 1
+
+
+def test_answers_agree_if_the_best_scores_of_all_classes_are_near():
+    detections = [{"label": label, "class": 0, "score": score} for label, score in (("a", 0.9), ("b", 0.6), ("a", 0.4))]
+    found = scores({"detections": detections})
+    assert found == {"a": 0.9, "b": 0.6}
+    assert agree(found, {"a": 0.85, "b": 0.65}, 0.1)
+    assert not agree(found, {"a": 0.9}, 0.1)
+    assert not agree({}, found, 0.1)
+    assert agree(scores([]), scores(None), 0.1)
 
 
 def run_of(memory: list[int], pids: list[int], frontend: int = 100) -> Run:

@@ -104,7 +104,8 @@ class Peer:
 
 
 PEERS = (
-    Peer("litserve", "litserve", "lit"),
+    # with the content type of JSON, FastAPI would parse the body
+    Peer("litserve", "litserve", "lit", Wire(content_type="application/octet-stream")),
     Peer("bentoml", "bentoml", "bento", Wire(content_type="application/json", pack=bento_request, top=bento_first)),
     Peer("ray-serve", "ray", "rayserve"),
     Peer(

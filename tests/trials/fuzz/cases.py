@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from tests.trials.fuzz.corpus import corpus
-from tests.trials.fuzz.mutate import mutated
+from tests.trials.fuzz import parts
+from tests.trials.fuzz.corpus import corpus, headers
 from tests.trials.fuzz.shapes import drawing, shapes, wrap
 
 UNDAMAGED = 0.1  # share of cases with an unchanged input of the corpus: only their shape is unusual
 AT_THE_BODY_LIMIT = 0.004  # share of cases that are padded to the largest body, or to one byte more
 BODY_LIMIT = 16 << 20
+SHARES = {"cells": 1, "membrane": 1}  # of a turn's cases: these models compute longer
+USUAL_SHARE = 3
 draw_shape = drawing(shapes)
 
 
@@ -59,25 +61,31 @@ class Case:
         return shlex.join(["curl", "-g", "-X", self.method, *arguments, "--data-binary", f"@{file}", base + self.path])
 
 
+def model_of(number: int, models: tuple[str, ...]) -> str:
+    """Return the model of a case: the models take turns by the case's number."""
+    turns = [model for model in models for _ in range(SHARES.get(model, USUAL_SHARE))]
+    return turns[number % len(turns)]
+
+
 def case(seed: int, number: int, models: tuple[str, ...]) -> Case:
     """Generate a case.
 
     Args:
         seed: of the run.
         number: of the case.
-        models: of the run; they take turns by the case's number.
+        models: of the run.
     """
-    model = models[number % len(models)]
+    model = model_of(number, models)
     random = Random(f"{seed} {number} {model}")
     files = corpus(model)
     name = random.choice(list(files))
-    content = files[name]
-    is_text = model == "text"
+    several = len(parts.kinds(model)) > 1
+    inputs = parts.split(model, files[name], in_json=bool(headers(model)))
     damaged = random.random() >= UNDAMAGED
     if damaged:
-        content = mutated(content, list(files.values()), random, is_text)
+        inputs = parts.damaged(inputs, list(files.values()), several, random)
     shape = draw_shape(random)
-    wrapped = wrap(shape, content, is_text)
+    wrapped = wrap(shape, inputs, several)
     body, row = wrapped.body, wrapped.row
     if random.random() < AT_THE_BODY_LIMIT:
         body, row = body.ljust(BODY_LIMIT + random.randint(0, 1), b" "), None

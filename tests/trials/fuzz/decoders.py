@@ -27,7 +27,7 @@ def run(model: str, seconds: int) -> None:
         errors = importlib.import_module("handlers.core.errors")
         request = importlib.import_module("handlers.core.request")
     # these import Pillow, which must first be imported inside `instrument_imports`
-    from tests.trials.fuzz.corpus import corpus
+    from tests.trials.fuzz.corpus import corpus, headers
     from tests.trials.fuzz.findings import FOLDER
 
     folder = FOLDER / "atheris" / model
@@ -45,7 +45,7 @@ def run(model: str, seconds: int) -> None:
 
     def decode(content: bytes) -> None:
         try:
-            [inputs] = reader.read({"body": content}, {}).inputs
+            [inputs] = reader.read({"body": content}, headers(model)).inputs
             handler.decode(inputs)
         except errors.RequestError:
             pass

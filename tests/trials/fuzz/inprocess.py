@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -15,10 +14,10 @@ from random import Random
 
 from bundle.build.dryrun import DryRun
 from bundle.paths import MODEL_STORE
-from bundle.samples import ranking
-from tests.trials.fuzz.cases import Case, case
-from tests.trials.fuzz.corpus import good
+from tests.trials.fuzz import corpus
+from tests.trials.fuzz.cases import Case, case, model_of
 from tests.trials.fuzz.findings import FOLDER, Findings
+from tests.trials.fuzz.verdict import agree, scores
 
 BATCH = 8  # requests
 NEIGHBOURS = 2  # valid requests in a batch
@@ -62,10 +61,12 @@ def fuzz(
         progress: is called after each batch with its number of cases.
     """
     result = InProcess(model)
-    numbers = [number for number in range(cases) if models[number % len(models)] == model]
+    numbers = [number for number in range(cases) if model_of(number, models) == model]
+    own_headers = corpus.headers(model)
     with quiet(FOLDER / f"{model}.decoders.log"), DryRun(MODEL_STORE / f"{model}.mar") as worker:
-        rows = [row for row in ({"body": content} for content in good(model).values()) if is_served(worker, row)]
-        alone = [worker.predict([row])[0] for row in rows]
+        asked = [{"body": content} for content in corpus.good(model).values()]
+        found = [(row, answer) for row in asked for answer in worker.predict([row], [own_headers]) if answer[0] == 200]
+        rows, alone = [row for row, _ in found], [answer for _, answer in found]
         for start in range(0, len(numbers), BATCH - NEIGHBOURS):
             part = numbers[start : start + BATCH - NEIGHBOURS]
             mutated = [one for one in (case(seed, number, models) for number in part) if one.row is not None]
@@ -74,7 +75,7 @@ def fuzz(
             begin = time.monotonic()
             answers = worker.predict(
                 [rows[one] if isinstance(one, int) else one.row for one in batch],
-                [{} if isinstance(one, int) else headers(one) for one in batch],
+                [own_headers if isinstance(one, int) else headers(one) for one in batch],
             )
             seconds = time.monotonic() - begin
             result.slowest = max(result.slowest, seconds)
@@ -82,10 +83,6 @@ def fuzz(
             check(result, batch, answers, alone, seconds, findings)
             progress(len(part))
     return result
-
-
-def is_served(worker: DryRun, row: dict) -> bool:
-    return worker.predict([row])[0][0] == 200
 
 
 def check(
@@ -118,15 +115,7 @@ def headers(one: Case) -> dict[str, str]:
 
 
 def alike(seen: tuple[int, object], expected: tuple[int, object]) -> bool:
-    """Whether two answers have the same status, the same classes and nearly the same probabilities."""
-    return seen[0] == expected[0] and ranked(seen[1]).keys() == ranked(expected[1]).keys() and all(
-        math.isclose(value, ranked(expected[1])[label], abs_tol=TOLERANCE) for label, value in ranked(seen[1]).items()
-    )  # fmt: skip
-
-
-def ranked(body: object) -> dict[str, float]:
-    """Return the probability of each class, without those near zero, whose order may change."""
-    return {each.label: each.probability for each in ranking(body) if each.probability > TOLERANCE}
+    return seen[0] == expected[0] and agree(scores(seen[1]), scores(expected[1]), TOLERANCE)
 
 
 @contextmanager

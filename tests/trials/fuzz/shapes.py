@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TypeVar
 from urllib.parse import parse_qsl, quote_plus
@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.trials.fuzz.mutate import generic, tree
+from tests.trials.fuzz.parts import FIELD, Part
 
 BOUNDARY = "------------------------fuzz"
 JSON_TYPE = "application/json"
@@ -31,6 +32,7 @@ PATHS = (
     "/predictions/{model}?top_k=1&data=x", "/explanations/{model}", "/predictions/no-such-model",
 )  # fmt: skip
 FIELDS = ("data", "data", "data", "instances", "top_k", "Data", "", "body", "a" * 300, "data[]", "\u00e9")
+BOUNDARIES = ("", "other", BOUNDARY + "-", "x" * 200, "a b", '"unclosed')
 SHAPES = ("raw", "raw", "raw", "json", "json", "instances", "multipart", "urlencoded", "base64", "data url")
 
 
@@ -43,7 +45,8 @@ class Shape:
         content_type: of a raw body; None: no Content-Type.
         path: with `{model}` for the model's name.
         top_k: a JSON value, or the text in a form; None: no such field.
-        field: name of the field with the input.
+        field: name of the field with the input; with the usual name, all inputs keep the names of their fields.
+        boundary: of a form, as its Content-Type has it; None: it has none.
         chunked: whether the body is sent without a length.
         changes: number of mutations of the JSON tree, and of the finished body.
         seed: of these mutations.
@@ -56,6 +59,7 @@ class Shape:
     headers: tuple[tuple[str, str], ...]
     top_k: object
     field: str
+    boundary: str | None
     chunked: bool
     changes: tuple[int, int]
     seed: int
@@ -101,7 +105,8 @@ shapes = st.builds(
     method=mostly("POST", st.sampled_from(["POST", "PUT", "PATCH", "GET", "DELETE"])),
     headers=mostly((), st.lists(st.sampled_from(HEADERS), max_size=4).map(tuple)),
     top_k=mostly(None, top_ks),
-    field=mostly("data", st.sampled_from(FIELDS)),
+    field=mostly(FIELD, st.sampled_from(FIELDS)),
+    boundary=mostly(BOUNDARY, st.sampled_from((None, *BOUNDARIES))),
     chunked=mostly(False, st.booleans()),
     changes=mostly((0, 0), st.tuples(st.integers(0, 3), st.integers(0, 1))),
     seed=st.integers(0, 2**32 - 1),
@@ -129,69 +134,82 @@ def drawing(strategy: st.SearchStrategy[T]) -> Callable[[Random], T]:
     return draw
 
 
-def wrap(shape: Shape, content: bytes, is_text: bool) -> Wrapped:
-    """Put an input into a request of this shape.
+def wrap(shape: Shape, inputs: list[Part], several: bool) -> Wrapped:
+    """Put inputs into a request of this shape.
 
     Args:
         shape: of the request.
-        content: the input.
-        is_text: whether the model takes text. JSON contains text as it is, and other inputs in base64.
+        inputs: one, or any number of them if the model takes several.
+        several: whether it does. Such a model takes no raw body: the request is a form instead.
     """
     random = Random(shape.seed)
-    if shape.kind in ("json", "instances", "data url"):
-        content_type, body = JSON_TYPE, as_json(shape, content, is_text, random)
-    elif shape.kind == "base64":
-        content_type, body = "text/plain", base64.encodebytes(content)
-    elif shape.kind == "multipart":
-        content_type, body = f"multipart/form-data; boundary={BOUNDARY}", multipart(shape, content)
-    elif shape.kind == "urlencoded":
-        content_type, body = "application/x-www-form-urlencoded", urlencoded(shape, content)
+    if shape.field != FIELD:
+        inputs = [replace(part, field=shape.field) if index == 0 else part for index, part in enumerate(inputs)]
+    kind = "multipart" if several and shape.kind in ("raw", "base64") else shape.kind
+    if kind in ("json", "instances", "data url"):
+        content_type, body = JSON_TYPE, as_json(shape, inputs, several, random)
+    elif kind == "base64":
+        content_type, body = "text/plain", base64.encodebytes(inputs[0].content)
+    elif kind == "multipart":
+        boundary = "" if shape.boundary is None else f"; boundary={shape.boundary}"
+        content_type, body = f"multipart/form-data{boundary}", multipart(shape, inputs)
+    elif kind == "urlencoded":
+        content_type, body = "application/x-www-form-urlencoded", urlencoded(shape, inputs)
     else:
-        content_type, body = shape.content_type, content
+        content_type, body = shape.content_type, inputs[0].content
     damaged = body
     for _ in range(shape.changes[1]):
         damaged = generic.mutated(damaged, [body], random)
     headers = (*(() if content_type is None else (("Content-Type", content_type),)), *shape.headers)
-    return Wrapped(headers, damaged, row(shape, content, content_type, damaged, intact=damaged == body))
+    return Wrapped(headers, damaged, row(shape, kind, inputs, content_type, damaged, intact=damaged == body))
 
 
-def as_json(shape: Shape, content: bytes, is_text: bool, random: Random) -> bytes:
-    value = content.decode("utf-8", "replace") if is_text else base64.b64encode(content).decode()
-    if shape.kind == "data url":
-        value = f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+def as_json(shape: Shape, inputs: list[Part], several: bool, random: Random) -> bytes:
+    pairs = tuple((part.field, in_json(part, shape.kind == "data url")) for part in inputs)
     if shape.kind == "instances":
-        options: dict = {"instances": [value, {shape.field: value}][: 1 + shape.seed % 2]}
-    else:
-        options = {shape.field: value}
-    node = tree.build(options | ({} if shape.top_k is None else {"top_k": shape.top_k}))
+        objects = [tree.Object(pairs)] * 2 if several else [pairs[0][1], tree.Object(pairs)]
+        pairs = (("instances", objects[: 1 + shape.seed % 2]),)
+    top_k = () if shape.top_k is None else (("top_k", tree.build(shape.top_k)),)
+    node: object = tree.Object((*pairs, *top_k))
     for _ in range(shape.changes[0]):
         node = tree.mutated(node, random)
     return tree.write(node).encode("utf-8", "surrogatepass")
 
 
-def form(shape: Shape, content: bytes) -> list[tuple[str, bytes]]:
+def in_json(part: Part, as_url: bool) -> object:
+    """Return a part as a node of a JSON tree."""
+    if as_url or part.kind == "file":
+        head = "data:application/octet-stream;base64," if as_url else ""
+        return head + base64.b64encode(part.content).decode()
+    text = part.content.decode("utf-8", "replace")
+    return text if part.kind == "text" else tree.Verbatim(text)
+
+
+def form(shape: Shape, inputs: list[Part]) -> list[tuple[str, bytes]]:
     option = [] if shape.top_k is None else [("top_k", str(shape.top_k).encode("utf-8", "surrogatepass"))]
-    return [(shape.field, content), *option]
+    return [*((part.field, part.content) for part in inputs), *option]
 
 
-def multipart(shape: Shape, content: bytes) -> bytes:
+def multipart(shape: Shape, inputs: list[Part]) -> bytes:
     parts = [
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; filename="file"\r\n\r\n'.encode() + value
-        for name, value in form(shape, content)
+        for name, value in form(shape, inputs)
     ]
     return b"\r\n".join([*parts, f"--{BOUNDARY}--\r\n".encode()])
 
 
-def urlencoded(shape: Shape, content: bytes) -> bytes:
-    return "&".join(f"{quote_plus(name)}={quote_plus(value)}" for name, value in form(shape, content)).encode()
+def urlencoded(shape: Shape, inputs: list[Part]) -> bytes:
+    return "&".join(f"{quote_plus(name)}={quote_plus(value)}" for name, value in form(shape, inputs)).encode()
 
 
-def row(shape: Shape, content: bytes, content_type: str | None, body: bytes, intact: bool) -> dict | None:
+def row(
+    shape: Shape, kind: str, inputs: list[Part], content_type: str | None, body: bytes, intact: bool
+) -> dict | None:
     """Return the row that `ts.protocol.otf_message_handler` would pass to the handler, or None if it is unknown."""
-    if shape.kind == "multipart":
-        return dict(form(shape, content)) if intact else None
+    if kind == "multipart":
+        return dict(form(shape, inputs)) if intact and shape.boundary == BOUNDARY else None
     if content_type == "application/x-www-form-urlencoded":
-        return dict(parse_qsl(body.decode("latin-1"), True)) if intact and shape.kind == "urlencoded" else None
+        return dict(parse_qsl(body.decode("latin-1"), True)) if intact and kind == "urlencoded" else None
     if content_type == "multipart/form-data":
         return None
     value: object = body

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 
+from bundle.samples import ranking
 from tests.trials.fuzz.cases import BODY_LIMIT, Case
 
 FAULTS = ("5xx", "late", "no answer", "wrong body")
@@ -80,6 +81,8 @@ def known_frontend_error(case: Case, answer: Answer) -> str | None:
         return "500 ErrorDataDecoderException: a form that Netty cannot parse"
     if answer.status == 500 and b'"ArrayIndexOutOfBoundsException"' in answer.body and is_form(case):
         return "500 ArrayIndexOutOfBoundsException: a form with a part whose headers Netty cannot parse"
+    if answer.status == 500 and b'"StringIndexOutOfBoundsException"' in answer.body and is_form(case):
+        return "500 StringIndexOutOfBoundsException: a form whose boundary is empty"
     if not answer.status and b"ClientOSError(104" in answer.body and header_bytes(case) > HEADER_LIMIT:
         return "reset: headers of more than 8 KiB, answered before the body is read"
     if not answer.status and len(case.body) > BODY_LIMIT and b"ClientOSError" in answer.body:
@@ -122,3 +125,16 @@ def fault(answer: Answer, deadline: float) -> str | None:
 
 def not_json(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def scores(answer: object) -> dict[str, float]:
+    """Return the best score of each class in an answer (parsed JSON)."""
+    best: dict[str, float] = {}
+    for each in ranking(answer):
+        best.setdefault(each.label, each.probability)
+    return best
+
+
+def agree(seen: dict[str, float], expected: dict[str, float], tolerance: float) -> bool:
+    """Return whether no class's score differs by more than the tolerance. A class that is missing has the score 0."""
+    return all(abs(seen.get(label, 0.0) - expected.get(label, 0.0)) <= tolerance for label in {*seen, *expected})
