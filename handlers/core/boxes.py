@@ -20,11 +20,12 @@ from torchvision.ops import batched_nms, box_convert
 
 Format = Literal["torchvision", "yolo", "yolov5"]
 Detections = dict[str, Tensor]
+Shares = tuple[float, float, float, float]  # left, top, right and bottom, in shares of an image's sides
 
 GREY = (114, 114, 114)  # around the image, as in the training of the YOLO family
 MIN_SCORE = 0.01  # of a candidate: thousands of boxes with lower scores would make the suppression slow
 MAX_CANDIDATES = 1000  # of an image, before the suppression
-WHOLE = (0.0, 0.0, 1.0, 1.0)  # left, top, right and bottom, in shares of an image's sides
+WHOLE: Shares = (0.0, 0.0, 1.0, 1.0)
 NONE = -1  # pads the rows: as a score, below every threshold
 
 
@@ -47,10 +48,12 @@ class Placement:
         moved = (points - points.new_tensor(self.corner)) * points.new_tensor(self.scale)
         return moved.clamp_min(0).minimum(points.new_tensor(self.size))
 
-    def shares(self, size: tuple[int, int]) -> tuple[float, ...]:
+    def shares(self, size: tuple[int, int]) -> Shares:
         """Return where an input of this width and height lies: left, top, right and bottom, in shares of the image."""
         edges = [-self.corner[0], -self.corner[1], size[0] - self.corner[0], size[1] - self.corner[1]]
-        return tuple(e * s / side for e, s, side in zip(edges, self.scale * 2, self.size * 2, strict=True))
+        sides = zip(edges, self.scale * 2, self.size * 2, strict=True)
+        left, top, right, bottom = (edge * scale / side for edge, scale, side in sides)
+        return left, top, right, bottom
 
 
 def fit(

@@ -36,7 +36,8 @@ class ExplanationOptions(inputs.PictureOptions):
     """The options of a request for an explanation."""
 
     method: str | None = None  # by default, the first of those that the model can do
-    target: int | str | None = None  # a class index or a label; by default, the predicted class
+    # a class index or a label, which may be a number, too; by default, the predicted class
+    target: Annotated[str | int, Field(union_mode="left_to_right")] | None = None
     n_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     n_samples: Annotated[int, Field(ge=1, le=1000)] | None = None
 
@@ -201,7 +202,7 @@ class ExplainedHandler(LabelledHandler):
             others = ", ".join(name for name in explainable.methods if name not in GRADIENTS)
             raise UnsupportedOperation(f"{found.method} is not finite for this input. Use another method: {others}.")
         label = self.labels[found.target]
-        place = {"box": explainable.boxes[found.target]} if explainable.boxes else {}
+        place: dict = {"box": explainable.boxes[found.target]} if explainable.boxes else {}
         if options.format == "png":
             caption = f"{label}: {self.probability(found.score):.1%} ({found.method})"
             return Picture(explainable.draw(*found.attributions, caption, **place))

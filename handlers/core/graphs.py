@@ -11,7 +11,8 @@ from handlers.core.errors import GraphTooLarge, InvalidGraph
 from handlers.core.settings import NaturalInt, PositiveInt
 
 Index = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+LARGEST = float(numpy.finfo(numpy.float32).max)
+Number = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 # Find only the first invalid entry: errors for each of a million entries take minutes and gigabytes
 FIRST = Field(fail_fast=True)
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from bundle.build.dryrun import DryRun
 from handlers.core.cache import AnswerCache
 from handlers.core.slots import Picture
-from tests.unit.numbered import BATCH_SIZE, CLASSES, MAX_INSTANCES, SLOW_SECONDS, approximately, row
+from tests.unit.numbered import BATCH_SIZE, CLASSES, MAX_INSTANCES, approximately, row
 
 ROOT = Path(__file__).resolve().parents[2]
 HANDLERS = sorted((ROOT / "handlers").glob("*.py"))
@@ -195,54 +195,6 @@ def test_answer_that_is_not_json_fails_only_its_request(worker: DryRun, monkeypa
     monkeypatch.setattr(worker.handler, "encode", lambda *_: next(answers))
     (status, body), good = worker.predict([row(0), row(1)])
     assert (status, body["type"], good) == (500, "InternalError", (200, {"value": 1}))
-
-
-def test_decoding_past_its_time_limit_rejects_the_remaining_requests(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
-    """Without this limit, valid inputs could together take so long that TorchServe kills the worker."""
-    impatient = worker.handler.settings.model_copy(update={"max_decode_seconds": SLOW_SECONDS / 2})
-    monkeypatch.setattr(worker.handler, "settings", impatient)
-    rows = [row(0), {"body": b"slow"}, row(2), {"instances": [row(3)["body"]]}]
-    answers = worker.predict(rows)
-    assert [status for status, _ in answers] == [200, 200, 429, 429]
-    assert [body["type"] for _, body in answers[2:]] == ["Overloaded"] * 2
-    assert answers[0] == (200, approximately(worker.predict([row(0)])[0][1]))
-    [(status, body)] = worker.predict([{"instances": [b"slow", row(1)["body"]]}])
-    assert (status, body["type"]) == (429, "Overloaded")
-
-
-def test_running_past_its_time_limit_rejects_the_remaining_instances(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
-    """The first run is always made, so that a model that is slower than the limit answers."""
-    impatient = worker.handler.settings.model_copy(update={"max_inference_seconds": SLOW_SECONDS / 2})
-    monkeypatch.setattr(worker.handler, "settings", impatient)
-    monkeypatch.setattr(worker.handler, "run_size", 2)
-    model = worker.handler.model
-
-    def slow(numbers: torch.Tensor) -> torch.Tensor:
-        time.sleep(SLOW_SECONDS)
-        return model(numbers)
-
-    monkeypatch.setattr(worker.handler, "model", slow)
-    answers = worker.predict([row(0), row(1), {"instances": [row(2)["body"], row(3)["body"]]}, row(4)])
-    assert [status for status, _ in answers] == [200, 200, 429, 429]
-    assert answers[2][1]["type"] == "Overloaded"
-
-
-def test_reading_past_the_time_limit_of_decoding_rejects_the_remaining_requests(
-    worker: DryRun, monkeypatch: pytest.MonkeyPatch
-):
-    impatient = worker.handler.settings.model_copy(update={"max_decode_seconds": SLOW_SECONDS / 2})
-    monkeypatch.setattr(worker.handler, "settings", impatient)
-    read, rows_read = worker.handler.read, []
-
-    def slow(own: dict, headers: object) -> object:
-        rows_read.append(own)
-        time.sleep(SLOW_SECONDS)
-        return read(own, headers)
-
-    monkeypatch.setattr(worker.handler, "read", slow)
-    answers = worker.predict([row(0), row(1), row(2)])
-    assert [status for status, _ in answers] == [429] * 3
-    assert len(rows_read) == 1
 
 
 # --- options -----------------------------------------------------------------------------------------------------

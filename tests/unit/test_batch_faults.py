@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bundle.build.dryrun import DryRun
 from handlers.core import device
-from tests.unit.numbered import BATCH_SIZE, approximately, row
+from tests.unit.numbered import BATCH_SIZE, SLOW_SECONDS, approximately, row
 
 
 @pytest.fixture
@@ -39,6 +39,54 @@ NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB"
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 OUT_OF_MEMORY = [torch.OutOfMemoryError(NO_ROOM), RuntimeError(IN_TORCHSCRIPT + NO_ROOM)]
 BROKEN = [torch.AcceleratorError(ILLEGAL), RuntimeError(IN_TORCHSCRIPT + ILLEGAL)]
+
+
+def test_decoding_past_its_time_limit_rejects_the_remaining_requests(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
+    """Without this limit, valid inputs could together take so long that TorchServe kills the worker."""
+    impatient = worker.handler.settings.model_copy(update={"max_decode_seconds": SLOW_SECONDS / 2})
+    monkeypatch.setattr(worker.handler, "settings", impatient)
+    rows = [row(0), {"body": b"slow"}, row(2), {"instances": [row(3)["body"]]}]
+    answers = worker.predict(rows)
+    assert [status for status, _ in answers] == [200, 200, 429, 429]
+    assert [body["type"] for _, body in answers[2:]] == ["Overloaded"] * 2
+    assert answers[0] == (200, approximately(worker.predict([row(0)])[0][1]))
+    [(status, body)] = worker.predict([{"instances": [b"slow", row(1)["body"]]}])
+    assert (status, body["type"]) == (429, "Overloaded")
+
+
+def test_running_past_its_time_limit_rejects_the_remaining_instances(worker: DryRun, monkeypatch: pytest.MonkeyPatch):
+    """The first run is always made, so that a model that is slower than the limit answers."""
+    impatient = worker.handler.settings.model_copy(update={"max_inference_seconds": SLOW_SECONDS / 2})
+    monkeypatch.setattr(worker.handler, "settings", impatient)
+    monkeypatch.setattr(worker.handler, "run_size", 2)
+    model = worker.handler.model
+
+    def slow(numbers: torch.Tensor) -> torch.Tensor:
+        time.sleep(SLOW_SECONDS)
+        return model(numbers)
+
+    monkeypatch.setattr(worker.handler, "model", slow)
+    answers = worker.predict([row(0), row(1), {"instances": [row(2)["body"], row(3)["body"]]}, row(4)])
+    assert [status for status, _ in answers] == [200, 200, 429, 429]
+    assert answers[2][1]["type"] == "Overloaded"
+
+
+def test_reading_past_the_time_limit_of_decoding_rejects_the_remaining_requests(
+    worker: DryRun, monkeypatch: pytest.MonkeyPatch
+):
+    impatient = worker.handler.settings.model_copy(update={"max_decode_seconds": SLOW_SECONDS / 2})
+    monkeypatch.setattr(worker.handler, "settings", impatient)
+    read, rows_read = worker.handler.read, []
+
+    def slow(own: dict, headers: object) -> object:
+        rows_read.append(own)
+        time.sleep(SLOW_SECONDS)
+        return read(own, headers)
+
+    monkeypatch.setattr(worker.handler, "read", slow)
+    answers = worker.predict([row(0), row(1), row(2)])
+    assert [status for status, _ in answers] == [429] * 3
+    assert len(rows_read) == 1
 
 
 def test_torchscript_error_is_a_plain_runtime_error():

@@ -94,6 +94,17 @@ def test_upright_size_of_a_turned_photograph_is_as_a_person_sees_it(orientation:
     assert upright_size(file.getvalue(), ImageLimits()) == size
 
 
+@pytest.mark.parametrize(("target", "index"), [("20", 1), ("1", 2), ("0", 3), (1, 1), ("3", 3)])
+def test_target_that_is_a_label_and_an_index_means_the_label(target: str | int, index: int):
+    handler = MNISTHandler()
+    handler.labels = ["10", "20", "1", "0"]
+    of_json = ExplanationOptions.model_validate({"target": target})
+    of_form = ExplanationOptions.model_validate_strings({"target": str(target)})
+    assert handler.class_index(of_json.target) == index
+    if isinstance(target, str):
+        assert handler.class_index(of_form.target) == index
+
+
 # --- the shipped models ------------------------------------------------------------------------------------------
 
 

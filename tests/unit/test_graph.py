@@ -112,9 +112,18 @@ def test_a_million_nodes_are_rejected_by_their_number(molecule: DryRun):
         ({"nodes": [0], "edges": [[-1] * 300_000]}, "data.edges.0"),
         ({"nodes": [0], "edge_attr": [["1"] * 300_000]}, "data.edge_attr.0.0"),
         ({"nodes": [0], "edge_attr": [0] * 300_000}, "data.edge_attr.0"),
+        ({"nodes": [0], "edge_attr": [[1e300]]}, "data.edge_attr.0.0"),
         ({"nodes": [0]} | {str(key): 0 for key in range(300_000)}, "data.0"),
     ],
-    ids=["nodes", "edges", "ends of an edge", "features", "lists of features", "unknown fields"],
+    ids=[
+        "nodes",
+        "edges",
+        "ends of an edge",
+        "features",
+        "lists of features",
+        "too large for float32",
+        "unknown fields",
+    ],
 )
 def test_only_the_first_of_many_faults_is_described(molecule: DryRun, graph: dict, named: str):
     """Pydantic needs a kilobyte for each fault: a body of 16 MiB with faults only would take gigabytes and minutes."""
