@@ -39,12 +39,15 @@ def test_sample_has_its_white_cell(cells):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_images_of_many_sizes_at_once_get_their_own_boxes(cells):
-    sizes = [(640 + 40 * i, 480 + 30 * i) for i in range(CLIENTS)]
+def test_images_of_many_sizes_beside_poisoned_neighbours_get_their_own_boxes(cells):
+    sizes = [(640 + 40 * i, 480 + 30 * i) for i in range(CLIENTS // 2)]
+    images = [resized(*size) for size in sizes]
+    contents = [each for image in images for each in (image, image[:3000])]  # the other half of them is truncated
     with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = list(pool.map(lambda size: requests.post(cells, data=resized(*size), timeout=60).json(), sizes))
-    for (width, _), answer in zip(sizes, answers, strict=True):
-        [box] = white_cells(answer)
+        answers = list(pool.map(lambda content: requests.post(cells, data=content, timeout=60), contents))
+    for (width, _), answer, poisoned in zip(sizes, answers[::2], answers[1::2], strict=True):
+        assert (poisoned.status_code, poisoned.json()["type"]) == (400, "UndecodableImage")
+        [box] = white_cells(answer.json())
         assert box == pytest.approx([side * width / 640 for side in WHITE_CELL], abs=20 * width / 640)
 
 

@@ -62,6 +62,16 @@ def test_run_within_its_thresholds_exits_0_and_writes_its_report(served: Place, 
     assert "holds the results of another run" in again.stderr
 
 
+def test_run_of_models_on_request_checks_the_answers_to_their_samples(served_on_request: Place, tmp_path: Path):
+    models = ("molecule", "avdigits", "cells", "membrane")
+    run = loadtest(served_on_request, tmp_path / "run", LENIENT, *models, "--users", "4", "--duration", "8s")
+    assert run.returncode == 0, run.stdout + run.stderr
+    for model in models:
+        row = stats(tmp_path / "run")[model]
+        assert int(row["Request Count"]) > 0, model
+        assert row["Failure Count"] == "0", model
+
+
 def test_run_with_missed_thresholds_exits_1_and_counts_like_locust(served: Place, tmp_path: Path):
     """The counts of the two worker processes must add up to locust's."""
     limits = {"defaults": LENIENT["defaults"] | {"throughput": 1_000_000}, "models": {"text": {"p99_ms": 0.1}}}

@@ -42,3 +42,16 @@ def test_graphs_of_many_sizes_share_batches_beside_poisoned_neighbours(served_on
         [best, _] = answer.json()["top_k"]
         assert best["label"] == expected["label"]
         assert best["probability"] == pytest.approx(expected["probability"], abs=1e-4)
+
+
+def test_graph_with_millions_of_faults_is_rejected_and_the_worker_survives(served_on_request: Place):
+    before = [worker["pid"] for worker in served_on_request.client.describe("molecule")["workers"]]
+    body = '{"data": {"nodes": [' + "-1," * 5_000_000 + "-1]}}"
+    url = f"{served_on_request.url('inference_address')}/predictions/molecule"
+    with ThreadPoolExecutor(2) as pool:
+        headers = {"Content-Type": "application/json"}
+        faulty = pool.submit(requests.post, url, data=body, headers=headers, timeout=60)
+        answer = pool.submit(post, served_on_request, random_graph(0)).result()
+    assert (faulty.result().status_code, faulty.result().json()["type"]) == (400, "UnsupportedInput")
+    assert answer.status_code == 200, answer.text
+    assert [worker["pid"] for worker in served_on_request.client.describe("molecule")["workers"]] == before

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bundle.catalog import select
 from bundle.load.generator import LoadResult
-from tests.trials import soak
+from models.molecule.model import build
+from tests.trials import memory, soak
 from tests.trials.faults.load import recovery_time
 from tests.trials.faults.traffic import Answer, error_type, longest_silence, p99, statuses
 from tests.trials.faults.trial import Outcome
@@ -156,3 +158,14 @@ def test_growth_during_soak_is_named():
 def test_memory_slope_is_in_megabytes_per_hour():
     slices = [replace(kept, memory={"mnist": 600 + 30 * kept.hours}) for kept in slices_of_a_run(10)]
     assert soak.memory_slope(slices, "mnist") == pytest.approx(30)
+
+
+@pytest.mark.slow
+def test_memory_of_a_worker_is_measured_beside_its_weights():
+    [folder] = select(["molecule"])
+    weights, size, found = memory.measured(folder)
+    model = build()
+    assert weights == sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    assert size == folder.config["batchSize"]
+    assert 0 < weights < found.loaded - found.bare < 500e6
+    assert found.bare < min(found.single, found.full)
