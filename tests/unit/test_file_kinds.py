@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import struct
 import tarfile
 import zipfile
@@ -44,7 +45,8 @@ def rejected(file: Path) -> BundleError:
 
 def follow(error: BundleError, model: nn.Module) -> None:
     """Run the suggested lines with another module of the same class as `model`; the file must compute the same."""
-    exec(error.details, {"model": SmallNet(3, 32)})
+    Path("suggested.py").write_text(error.details)
+    runpy.run_path("suggested.py", {"model": SmallNet(3, 32)})
     made = load_torchscript(Path("theirs.torchscript.pt"))
     torch.testing.assert_close(made(IMAGES), model(IMAGES))
 

@@ -13,7 +13,7 @@ UNDAMAGED = 0.1  # share of cases with an unchanged input of the corpus: only th
 AT_THE_BODY_LIMIT = 0.004  # share of cases that are padded to the largest body, or to one byte more
 BODY_LIMIT = 16 << 20
 SHARES = {"cells": 1, "membrane": 1}  # of a turn's cases: these models compute longer
-USUAL_SHARE = 3
+USUAL_SHARE = 6
 draw_shape = drawing(shapes)
 
 
