@@ -23,7 +23,7 @@ from tests.unit.inputs import encode_image
 from tests.unit.serialized import serving_with
 
 EXPLAIN = {"explain": "True"}
-MEASURED = ("molecule", "avdigits")  # models whose metrics.json has the figures of their explanations
+MEASURED = ("molecule", "avdigits", "cells")  # models whose metrics.json has the figures of their explanations
 PATIENT = 300.0  # seconds: a test machine may be slow
 
 
