@@ -132,7 +132,8 @@ class DetectionHandler(ExplainedHandler):
             outputs = self.original(*arguments(pixels[None].float().to(self.device)))
             [found] = boxes_explained.candidates(outputs, kind, classes)
             explained = boxes_explained.best_boxes(*found)
-        place, corners = boxes.WHOLE, None
+        place: tuple[float, ...] = boxes.WHOLE
+        corners = None
         if sample.info:
             placement, _ = cast("tuple[Placement, bytes]", sample.info)
             place = placement.shares((pixels.size(2), pixels.size(1)))

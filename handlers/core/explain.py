@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, JsonValue
@@ -202,7 +202,7 @@ class ExplainedHandler(LabelledHandler):
             others = ", ".join(name for name in explainable.methods if name not in GRADIENTS)
             raise UnsupportedOperation(f"{found.method} is not finite for this input. Use another method: {others}.")
         label = self.labels[found.target]
-        place: dict = {"box": explainable.boxes[found.target]} if explainable.boxes else {}
+        place: dict[str, Any] = {"box": explainable.boxes[found.target]} if explainable.boxes else {}
         if options.format == "png":
             caption = f"{label}: {self.probability(found.score):.1%} ({found.method})"
             return Picture(explainable.draw(*found.attributions, caption, **place))
