@@ -43,7 +43,7 @@ def graphs(data_dir: Path, count: int) -> list[dict]:
     """Return molecules of the test split."""
     from models.molecule import train
 
-    _, _, test = train.split(train.load(data_dir))
+    _, test = train.split(train.load(data_dir))
     chosen = [test[index] for index in numpy.random.default_rng(0).permutation(len(test))[:count].tolist()]
     found = [{"nodes": each.x.argmax(1).tolist(), "edges": each.edge_index.T.tolist()} for each in chosen]
     return [{"body": {"data": graph}} for graph in found]
