@@ -271,9 +271,7 @@ UNZIPPED: list[tuple[Callable[[Path, bytes], bool], Callable[[Path], FileKind]]]
         plain("a pointer of Git LFS in place of the file", "Run: git lfs pull"),
     ),
     (
-        lambda _, start: (
-            start.startswith((b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"\xfd7zXZ")) or start[257:262] == b"ustar"
-        ),
+        lambda _, start: start.startswith(COMPRESSED) or start[257:262] == b"ustar",
         plain("a compressed archive", "Unpack it, and name the model's file."),
     ),
     (is_safetensors, safetensors),
