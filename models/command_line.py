@@ -55,7 +55,10 @@ def arguments(
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=positive, help="CPU threads of each process (default: one for each core)")
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="continue a stopped run from its checkpoint, such as last.ckpt"
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="continue a stopped run from its last checkpoint. A model with stages has a folder stage-N for each",
     )
     parser.add_argument(
         "--patience",
