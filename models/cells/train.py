@@ -110,7 +110,7 @@ class Detector(training.Classifier):
     def training_step(self, batch: tuple, _: int) -> Tensor:
         images, targets = batch
         logits, distances = self.model.predict(images)
-        points = self.points
+        points = self.points.to(images.device)
         owners = [assign(points, target["boxes"]) for target in targets]
         rows = torch.cat([torch.full_like(owner, i)[owner >= 0] for i, owner in enumerate(owners)])
         columns = torch.cat([(owner >= 0).nonzero().flatten() for owner in owners])
@@ -140,7 +140,7 @@ def assign(points: Tensor, boxes: Tensor) -> Tensor:
     It is the smallest box in which the point lies near the centre.
     """
     if not len(boxes):
-        return torch.full((len(points),), -1)
+        return torch.full((len(points),), -1, device=points.device)
     from_centre = (points[:, None] - (boxes[:, :2] + boxes[:, 2:]) / 2).abs()  # [A, M, 2]
     reach = ((boxes[:, 2:] - boxes[:, :2]) / 2).clamp(STRIDE / 2 + 0.01, RADIUS * STRIDE)  # the nearest point at least
     area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).expand(len(points), -1)
