@@ -287,7 +287,8 @@ console.run(app, "wait")
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_cleans_up_and_ends_with_128_plus_its_number(number: signal.Signals):
-    started = ["env", "--default-signal=INT", sys.executable, "-c", WAITS]  # background jobs of a shell ignore SIGINT
+    # background jobs of a shell ignore SIGINT, and nohup's ignore SIGHUP
+    started = ["env", "--default-signal=INT,HUP", sys.executable, "-c", WAITS]
     with subprocess.Popen(started, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(number)
