@@ -35,6 +35,7 @@ def detect(workbench: Workbench, *files: bytes) -> list[list[dict]]:
     return [body["detections"] for _, body in answers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "turned"), FORMATS)
 @pytest.mark.parametrize("has_labels", [True, False])
 def test_yolo_format_is_found_and_boxes_are_in_pixels_of_the_image(workbench: Workbench, kind, turned, has_labels):

@@ -45,6 +45,7 @@ def check_halves(workbench: Workbench) -> None:
 UNCHANGED = {"mean": [0.0] * 3, "std": [1.0] * 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [Levels, AsDict])
 def test_segmenter_is_found_by_its_output(workbench: Workbench, network):
     folder = workbench.add(network(3), labels=workbench.labels(NAMES), **UNCHANGED)

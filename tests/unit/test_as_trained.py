@@ -46,6 +46,7 @@ def test_text_in_training_equals_the_handlers(multimodal: MultimodalHandler):
         assert not row[len(decoded) :].any()
 
 
+@pytest.mark.slow
 def test_cells_found_by_the_evaluation_equal_the_handlers(tmp_path):
     [folder] = select(["cells"])
     drawn = Image.open(FOLDER / "sample.jpg")

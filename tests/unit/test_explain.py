@@ -333,6 +333,7 @@ def test_explanations_of_real_inputs_are_complete_and_name_what_matters(worker: 
     assert recorded["drop"] > 2 * recorded["random_drop"]
 
 
+@pytest.mark.slow
 def test_silence_whose_gradients_are_not_finite_is_explained_by_ablation(tmp_path: Path):
     [folder] = select(["audio"])
     silence = encode_sound(numpy.zeros(16_000), 16_000)

@@ -143,6 +143,7 @@ def test_features_follow_their_edges_in_an_explanation(tmp_path: Path):
 ALL = json.loads(AVDIGITS.sample_file.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [["image"], ["text"], ["audio"], ["image", "audio"], ["image", "text", "audio"]])
 def test_each_input_that_was_sent_has_attributions(avdigits: DryRun, fields: list[str]):
     sent = {name: ALL[name] for name in fields}

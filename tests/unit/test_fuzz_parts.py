@@ -112,6 +112,7 @@ def test_tree_mutations_with_one_seed_are_equal(seed: int, changes: int):
     assert written(Random(seed)) == written(Random(seed))
 
 
+@pytest.mark.slow
 def test_mutated_graphs_have_the_faults_that_a_handler_must_find():
     found = [each for each in map(mutated_graph, range(500)) if isinstance(each, dict)]
     nodes, edges = (
