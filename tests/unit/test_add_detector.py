@@ -14,7 +14,7 @@ from bundle.build.inspect_detector import known_classes
 from tests.unit.networks import Blobs, Fixed, Listed
 from tests.unit.workbench import CLASSES, LABELS, Workbench
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 FORMATS = [("yolo", True), ("yolov5", False)]
 ROWS = torch.rand(1, 1600, 4, generator=torch.Generator().manual_seed(0)) * 600  # boxes in pixels
 
@@ -35,7 +35,6 @@ def detect(workbench: Workbench, *files: bytes) -> list[list[dict]]:
     return [body["detections"] for _, body in answers]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "turned"), FORMATS)
 @pytest.mark.parametrize("has_labels", [True, False])
 def test_yolo_format_is_found_and_boxes_are_in_pixels_of_the_image(workbench: Workbench, kind, turned, has_labels):
@@ -140,7 +139,6 @@ def test_list_of_dicts_with_a_class_without_label_is_rejected(workbench: Workben
     workbench.rejects(Blobs(CLASSES, True), "This one takes one tensor", format="torchvision")
 
 
-@pytest.mark.slow
 def test_scripted_detector_of_torchvision_is_served(workbench: Workbench):
     model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES)
     folder = workbench.add(model)

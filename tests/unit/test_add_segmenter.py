@@ -13,7 +13,7 @@ from bundle.build.dryrun import DryRun
 from tests.unit.networks import AsDict, Levels
 from tests.unit.workbench import Workbench
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 NAMES = ["dark", "grey", "bright"]
 
 
@@ -45,7 +45,6 @@ def check_halves(workbench: Workbench) -> None:
 UNCHANGED = {"mean": [0.0] * 3, "std": [1.0] * 3}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("network", [Levels, AsDict])
 def test_segmenter_is_found_by_its_output(workbench: Workbench, network):
     folder = workbench.add(network(3), labels=workbench.labels(NAMES), **UNCHANGED)

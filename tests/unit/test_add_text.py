@@ -14,7 +14,7 @@ from bundle.errors import UsageError
 from tests.unit.networks import Typed, Words
 from tests.unit.workbench import CLASSES, LABELS, SmallNet, WordNet, Workbench
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 VOCABULARY = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(CLASSES))]
 
 

@@ -20,6 +20,8 @@ from tests.shipped import ON_REQUEST
 from tests.unit.inputs import encode_image
 from tests.unit.serialized import serving_with
 
+pytestmark = pytest.mark.slow
+
 EXPLAIN = {"explain": "True"}
 MEASURED = ("molecule", "avdigits", "cells")  # models whose metrics.json has the figures of their explanations
 PATIENT = 300.0  # seconds: a test machine may be slow
@@ -143,7 +145,6 @@ def test_features_follow_their_edges_in_an_explanation(tmp_path: Path):
 ALL = json.loads(AVDIGITS.sample_file.read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fields", [["image"], ["text"], ["audio"], ["image", "audio"], ["image", "text", "audio"]])
 def test_each_input_that_was_sent_has_attributions(avdigits: DryRun, fields: list[str]):
     sent = {name: ALL[name] for name in fields}
@@ -327,7 +328,6 @@ def test_scores_in_blocks_keep_their_sum():
 # --- the models ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_REQUEST)
 def test_sample_of_each_model_served_on_request_is_explained(name: str, tmp_path: Path):
     [folder] = select([name])
