@@ -1,9 +1,8 @@
 """Classify a sound file (WAV, FLAC, OGG or MP3): the k most probable classes."""
 
-from typing import Annotated, cast
+from typing import cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from handlers.core import inputs
@@ -11,8 +10,7 @@ from handlers.core.batch import Sample
 from handlers.core.curves import explainable_sound
 from handlers.core.explain import Explainable, ExplainedClassifier
 from handlers.core.inputs import Sound
-from handlers.core.settings import PositiveInt
-from handlers.core.sounds import SoundLimits, loudest_window, read_sound, resample
+from handlers.core.sounds import SoundWindow, read_window
 
 
 class AudioMFCCHandler(ExplainedClassifier):
@@ -22,9 +20,8 @@ class AudioMFCCHandler(ExplainedClassifier):
     window is classified: the answer is one word, and its cost does not grow with the length of the clip.
     """
 
-    class Settings(ExplainedClassifier.Settings, SoundLimits):
-        sample_rate: PositiveInt = 16_000  # Hz, of the model
-        window_seconds: Annotated[float, Field(gt=0)] = 1.0  # of the model
+    class Settings(ExplainedClassifier.Settings, SoundWindow):
+        pass
 
     settings: Settings
 
@@ -33,18 +30,10 @@ class AudioMFCCHandler(ExplainedClassifier):
 
     def decode(self, inputs: Inputs) -> Sample:
         """Decode a sound file into a waveform, float32 [window]; `info` is its start in the clip, in seconds."""
-        waveform = resample(*read_sound(inputs.data, self.settings), self.settings.sample_rate)
-        waveform = waveform - waveform.mean()  # a constant offset of the microphone is not sound
-        samples, start = loudest_window(waveform, self.window)
-        return Sample(torch.from_numpy(samples), start / self.settings.sample_rate)
-
-    @property
-    def window(self) -> int:
-        """The length of the model's window, in samples."""
-        return round(self.settings.window_seconds * self.settings.sample_rate)
+        return Sample(*read_window(inputs.data, self.settings))
 
     def example(self) -> Sample:
-        return Sample(torch.zeros(self.window))
+        return Sample(torch.zeros(self.settings.window))
 
     def explainable(self, sample: Sample) -> Explainable:
         """Compare with silence."""

@@ -15,7 +15,7 @@ from handlers.core.boxes import Detections, Format, Placement
 from handlers.core.errors import InvalidOption, NonFiniteOutput
 from handlers.core.explain import Explainable, ExplainedHandler
 from handlers.core.heatmaps import explainable_image
-from handlers.core.images import ImageLimits, flatten, open_image, open_upright
+from handlers.core.images import WHOLE, ImageLimits, flatten, open_image, open_upright
 from handlers.core.inputs import Image
 from handlers.core.outputs import Outputs, main_output
 from handlers.core.request import Request
@@ -132,8 +132,7 @@ class DetectionHandler(ExplainedHandler):
             outputs = self.original(*arguments(pixels[None].float().to(self.device)))
             [found] = boxes_explained.candidates(outputs, kind, classes)
             explained = boxes_explained.best_boxes(*found)
-        place: tuple[float, ...] = boxes.WHOLE
-        corners = None
+        place, corners = WHOLE, None
         if sample.info:
             placement, _ = cast("tuple[Placement, bytes]", sample.info)
             place = placement.shares((pixels.size(2), pixels.size(1)))

@@ -1,11 +1,10 @@
 """Recognise a digit from any of its picture, a few words, and a recording of its name."""
 
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from handlers.core import inputs
@@ -14,12 +13,13 @@ from handlers.core.curves import explainable_sound
 from handlers.core.digits import SIDE, read_digit
 from handlers.core.explain import Explainable, ExplainedClassifier
 from handlers.core.heatmaps import explainable_image
-from handlers.core.images import ImageLimits
+from handlers.core.images import WHOLE, ImageLimits, Shares
 from handlers.core.inputs import Image, Sound, Text, in_field
 from handlers.core.settings import PositiveInt
-from handlers.core.sounds import SoundLimits, loudest_window, read_sound, resample
+from handlers.core.sounds import SoundWindow, read_window
 from handlers.core.texts import TextLimits, check_text
 from handlers.core.together import together
+from handlers.core.words import explainable_words
 
 FIELDS = ("image", "text", "audio")  # the columns of `present`
 
@@ -34,10 +34,15 @@ class MultimodalHandler(ExplainedClassifier):
     The answer is {"top_k": [...], "inputs": [the names of the inputs that were used]}.
     """
 
-    class Settings(ExplainedClassifier.Settings, ImageLimits, SoundLimits, TextLimits):
+    class Settings(ExplainedClassifier.Settings, ImageLimits, SoundWindow, TextLimits):
         max_characters: PositiveInt = 200  # longer texts are rejected: all texts of a batch are padded to the longest
-        sample_rate: PositiveInt = 16_000  # Hz, of the model
-        window_seconds: Annotated[float, Field(gt=0)] = 1.0  # of the model
+
+    class Info(NamedTuple):
+        """What stays with a request: the names of the inputs, and where the model's pixels and window lie in them."""
+
+        sent: list[str]
+        place: Shares = WHOLE
+        start: float = 0.0  # s
 
     settings: Settings
 
@@ -58,41 +63,29 @@ class MultimodalHandler(ExplainedClassifier):
         Raises:
             RequestError: an input cannot be decoded or exceeds a limit; the message begins with the field's name.
         """
-        decoders: dict[str, Callable] = {
-            "image": lambda content: read_digit(content, self.settings)[0],
-            "text": self.decode_text,
-            "audio": lambda content: self.decode_audio(content)[0],
-        }
-        tensors, present = self.nothing(), []
-        for column, name in enumerate(FIELDS):
-            value = getattr(inputs, name)
-            present.append(value is not None)
-            if value is not None:
-                with in_field(name):
-                    tensors[column] = decoders[name](value)
-        used = [name for name, there in zip(FIELDS, present, strict=True) if there]
-        return Sample((*tensors, torch.tensor(present)), info=used)
+        image, text, audio = self.nothing()
+        place, start = WHOLE, 0.0
+        if inputs.image is not None:
+            with in_field("image"):
+                image, place = read_digit(inputs.image, self.settings)
+        if inputs.text is not None:
+            with in_field("text"):
+                text = self.decode_text(inputs.text)
+        if inputs.audio is not None:
+            with in_field("audio"):
+                audio, start = read_window(inputs.audio, self.settings)
+        sent = [name for name in FIELDS if getattr(inputs, name) is not None]
+        present = torch.tensor([name in sent for name in FIELDS])
+        return Sample((image, text, audio, present), info=self.Info(sent, place, start))
 
-    def nothing(self) -> list[Tensor]:
-        """Return the tensors of a sample without any input."""
+    def nothing(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the picture, the text and the sound of a sample without any input."""
         pixels = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
-        return [pixels, torch.zeros(1, dtype=torch.int64), torch.zeros(self.window)]
+        return pixels, torch.zeros(1, dtype=torch.int64), torch.zeros(self.settings.window)
 
     def decode_text(self, text: str) -> Tensor:
         check_text(text, self.settings)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long() + 1
-
-    def decode_audio(self, content: bytes) -> tuple[Tensor, float]:
-        """Return the waveform, and its start in the clip, in seconds."""
-        waveform = resample(*read_sound(content, self.settings), self.settings.sample_rate)
-        waveform = waveform - waveform.mean()  # a constant offset of the microphone is not sound
-        samples, start = loudest_window(waveform, self.window)
-        return torch.from_numpy(samples), start / self.settings.sample_rate
-
-    @property
-    def window(self) -> int:
-        """The length of the model's window, in samples."""
-        return round(self.settings.window_seconds * self.settings.sample_rate)
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
         """Stack the inputs, and pad the texts to the longest of the batch."""
@@ -102,27 +95,26 @@ class MultimodalHandler(ExplainedClassifier):
         return torch.stack(images), padded, torch.stack(waveforms), torch.stack(present)
 
     def encode(self, row: Tensor, info: Any, options: ExplainedClassifier.Options) -> dict:
-        """Return the ranking, and the names of the inputs, which are `info`."""
-        return {**super().encode(row, info, options), "inputs": info}
+        """Return the ranking, and the names of the inputs; `info` is an `Info`."""
+        return {**super().encode(row, info, options), "inputs": info.sent}
 
     def example(self) -> Sample:
         image, _, waveform = self.nothing()
-        return Sample((image, torch.ones(12, dtype=torch.int64), waveform, torch.ones(len(FIELDS), dtype=torch.bool)))
+        tensors = image, torch.ones(12, dtype=torch.int64), waveform, torch.ones(len(FIELDS), dtype=torch.bool)
+        return Sample(tensors, info=self.Info(list(FIELDS)))
 
     def explainable(self, sample: Sample) -> Explainable:
         """Compare with paper without ink, a text without words, and silence. Letters cannot be differentiated."""
         images, texts, waveforms, present = cast("tuple[Tensor, ...]", sample.tensors)
-        sent = sample.inputs
+        sent, info = sample.inputs, cast("MultimodalHandler.Info", sample.info)
         explained: dict[str, Explainable] = {}
         if present[0]:
-            place = read_digit(sent.image, self.settings)[1] if sent else None
-            blank = torch.zeros(1, SIDE, SIDE)
-            explained["image"] = explainable_image(Sample(images, place, sent), blank, self.settings, field="image")
+            digit = Sample(images, info.place, sent)
+            explained["image"] = explainable_image(digit, torch.zeros(1, SIDE, SIDE), self.settings, field="image")
         if present[1]:
-            explained["text"] = explainable_words(sent.text if sent else "a text", texts)
+            explained["text"] = explainable_letters(sent.text if sent else "a text", texts)
         if present[2]:
-            start = self.decode_audio(sent.audio)[1] if sent else 0.0
-            explained["audio"] = explainable_sound(waveforms, start, self.settings.sample_rate)
+            explained["audio"] = explainable_sound(waveforms, info.start, self.settings.sample_rate)
 
         def arguments(*parts: Tensor) -> tuple[Tensor, ...]:
             count, device = len(parts[0]), parts[0].device
@@ -134,7 +126,7 @@ class MultimodalHandler(ExplainedClassifier):
         return together(explained, arguments)
 
 
-def explainable_words(text: str, letters: Tensor) -> Explainable:
+def explainable_letters(text: str, letters: Tensor) -> Explainable:
     """Return a text as something to explain: a word that is removed becomes padding.
 
     Args:
@@ -150,26 +142,4 @@ def explainable_words(text: str, letters: Tensor) -> Explainable:
         spaces = kept.any(1, keepdim=True)  # without any word, there are none
         return (letters.to(kept.device) * torch.cat([kept, spaces], dim=1).round().long()[:, word_of.to(kept.device)],)
 
-    def describe(scores: Tensor) -> dict:
-        parts = [
-            {"token": text[start:end], "start": start, "end": end, "score": score}
-            for (start, end), score in zip(words, scores.tolist(), strict=True)
-        ]
-        return {"attributions": parts}
-
-    def draw(scores: Tensor, caption: str) -> bytes:
-        from handlers.core import drawing
-
-        spans = [(*word, score) for word, score in zip(words, scores.tolist(), strict=True)]
-        return drawing.coloured_text(text, spans, caption)
-
-    return Explainable(
-        inputs=(torch.ones(1, len(words)),),
-        baselines=(torch.zeros(1, len(words)),),
-        groups=(torch.arange(len(words))[None],),
-        arguments=arguments,
-        describe=describe,
-        draw=draw,
-        differentiable=False,
-        windows=((1,),),
-    )
+    return explainable_words(text, len(words), lambda: words, arguments, windows=((1,),))

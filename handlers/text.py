@@ -16,6 +16,7 @@ from handlers.core.inputs import Text
 from handlers.core.outputs import main_output
 from handlers.core.settings import PositiveInt
 from handlers.core.texts import TextLimits, check_text
+from handlers.core.words import explainable_words
 
 MASKS = ("[MASK]", "<mask>", "[UNK]", "<unk>")  # what tokenizers call tokens without a meaning of their own
 
@@ -95,31 +96,14 @@ class TextHandler(ExplainedClassifier):
                 return ids.to(kept.device) * mask + self.settings.pad_id * (1 - mask), mask
             return torch.where(mask == 1, ids.to(kept.device), self.mask_id), torch.ones_like(mask)
 
-        def spans(attributions: Tensor) -> list[tuple[int, int, float]]:
+        def spans() -> list[tuple[int, int]]:
             offsets = self.tokenizer.encode(text).offsets
             found = []
-            for word, score in zip(words.tolist(), attributions.tolist(), strict=True):
+            for word in words.tolist():
                 start, end = offsets[word]
                 while start < end and text[start].isspace():  # some tokenizers count the space before a word
                     start += 1
-                found.append((start, end, score))
+                found.append((start, end))
             return found
 
-        def describe(attributions: Tensor) -> dict:
-            parts = [{"token": text[a:b], "start": a, "end": b, "score": score} for a, b, score in spans(attributions)]
-            return {"attributions": parts}
-
-        def draw(attributions: Tensor, caption: str) -> bytes:
-            from handlers.core import drawing  # imports Pillow, which predictions do not need
-
-            return drawing.coloured_text(text, spans(attributions), caption)
-
-        return Explainable(
-            inputs=(torch.ones(1, len(words)),),
-            baselines=(torch.zeros(1, len(words)),),
-            groups=(torch.arange(len(words))[None],),
-            arguments=arguments,
-            describe=describe,
-            draw=draw,
-            differentiable=False,
-        )
+        return explainable_words(text, len(words), spans, arguments)

@@ -18,14 +18,14 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms, box_convert
 
+from handlers.core.images import Shares
+
 Format = Literal["torchvision", "yolo", "yolov5"]
 Detections = dict[str, Tensor]
-Shares = tuple[float, float, float, float]  # left, top, right and bottom, in shares of an image's sides
 
 GREY = (114, 114, 114)  # around the image, as in the training of the YOLO family
 MIN_SCORE = 0.01  # of a candidate: thousands of boxes with lower scores would make the suppression slow
 MAX_CANDIDATES = 1000  # of an image, before the suppression
-WHOLE: Shares = (0.0, 0.0, 1.0, 1.0)
 NONE = -1  # pads the rows: as a score, below every threshold
 
 

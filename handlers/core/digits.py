@@ -8,13 +8,12 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from handlers.core.errors import BlankImage
-from handlers.core.images import ImageLimits, flatten, open_image
+from handlers.core.images import WHOLE, ImageLimits, Shares, flatten, open_image
 
 SIDE, BOX = 28, 20  # pixels; in MNIST a digit fits a box of 20 x 20, and its centre of mass is that of 28 x 28
 WORKING_BOX = 4 * BOX  # pixels; the lowest resolution at which strokes are measured and thickened
 MAX_SIDE = 512  # pixels; larger images are reduced, because they show no more of a digit
 MIN_CONTRAST = 20  # of 255, between ink and background
-WHOLE = (0.0, 0.0, 1.0, 1.0)  # left, top, right and bottom, in shares of an image's sides
 FAINT, FIRM = 0.04, 0.2  # thresholds of ink, as a share of the strongest ink: in MNIST's images, and in all others
 MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
 
@@ -22,7 +21,7 @@ MIN_STROKE = 2.0  # pixels in the box of 20; MNIST's own strokes are 2 to 4
 MOMENTS = numpy.stack([numpy.ones(SIDE**2), *numpy.indices((SIDE, SIDE)).reshape(2, -1)], axis=1, dtype=numpy.float32)
 
 
-def read_digit(content: bytes, limits: ImageLimits) -> tuple[Tensor, tuple[float, ...]]:
+def read_digit(content: bytes, limits: ImageLimits) -> tuple[Tensor, Shares]:
     """Decode an image file into pixels as in MNIST.
 
     Returns:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from handlers.core.explain import Explainable
-from handlers.core.images import ImageLimits, flatten, open_image, upright_size
+from handlers.core.images import WHOLE, ImageLimits, Shares, flatten, open_image, upright_size
 from handlers.core.slots import Sample
 
 CELLS = 7  # squares along a side that are removed together: single pixels are too many, and say little alone
@@ -34,8 +34,8 @@ def explainable_image(
     block = -(-max(height, width) // MOST_SCORES)
     columns = -(-width // cell)
     squares = (torch.arange(height) // cell)[:, None] * columns + torch.arange(width) // cell
-    place = cast("tuple[float, ...]", sample.info)
-    places = list(zip(place or (0.0, 0.0, 1.0, 1.0), ("width", "height") * 2, strict=True))
+    place = cast("Shares | None", sample.info)
+    places = list(zip(place or WHOLE, ("width", "height") * 2, strict=True))
 
     def describe(attributions: Tensor) -> dict:
         sides = dict(zip(("width", "height"), upright_size(getattr(sample.inputs, field), limits), strict=True))

@@ -50,6 +50,10 @@ DECODE_ERRORS = (
 )
 
 
+Shares = tuple[float, float, float, float]  # left, top, right and bottom, in shares of an image's sides
+WHOLE: Shares = (0.0, 0.0, 1.0, 1.0)
+
+
 class ImageLimits(BaseModel):
     max_pixels: Annotated[int, Field(gt=0)] = 50_000_000  # width x height; a 48-megapixel photograph passes
     # the same for formats that Pillow decodes in Python, at 1 us per pixel: run-length BMP, PPM of other than 8 bits

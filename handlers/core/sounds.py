@@ -6,7 +6,9 @@ from typing import Annotated
 import numpy
 import soundfile
 import soxr
+import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from handlers.core.errors import AudioTooLong, EmptyInput, UndecodableAudio
 from handlers.core.settings import PositiveInt
@@ -17,6 +19,16 @@ class SoundLimits(BaseModel):
     min_sample_rate: PositiveInt = 1_000  # Hz, of the input
     max_sample_rate: PositiveInt = 384_000
     max_values: PositiveInt = 32_000_000  # samples x channels; a small file may decompress to very many
+
+
+class SoundWindow(SoundLimits):
+    sample_rate: PositiveInt = 16_000  # Hz, of the model
+    window_seconds: Annotated[float, Field(gt=0)] = 1.0  # of the model
+
+    @property
+    def window(self) -> int:
+        """The length of the model's window, in samples."""
+        return round(self.window_seconds * self.sample_rate)
 
 
 class SoundBytes(io.BytesIO):
@@ -104,3 +116,18 @@ def loudest_window(waveform: numpy.ndarray, window: int) -> tuple[numpy.ndarray,
     loudness = numpy.convolve(power, numpy.hanning(window // hop), mode="valid")
     start = min(int(loudness.argmax()) * hop, len(waveform) - window)
     return waveform[start : start + window].copy(), start
+
+
+def read_window(content: bytes, settings: SoundWindow) -> tuple[Tensor, float]:
+    """Decode a sound file into the model's window, as `loudest_window` chooses it.
+
+    Returns:
+        mono float32 [window], and where it starts in the clip, in seconds; negative if the clip was padded.
+
+    Raises:
+        UndecodableAudio, AudioTooLong, EmptyInput: as `read_sound` and `resample`.
+    """
+    waveform = resample(*read_sound(content, settings), settings.sample_rate)
+    waveform = waveform - waveform.mean()  # a constant offset of the microphone is not sound
+    samples, start = loudest_window(waveform, settings.window)
+    return torch.from_numpy(samples), start / settings.sample_rate

@@ -32,7 +32,7 @@ def test_sound_in_training_equals_the_handlers(multimodal: MultimodalHandler, sa
     word = numpy.exp(-(((time - 0.7) / 0.1) ** 2))  # the loudest part lies late, and there is a constant offset
     noise = numpy.random.default_rng(samples).uniform(-0.5, 0.5, samples)
     waveform = (noise * word + 0.05).astype("float32")
-    decoded, _ = multimodal.decode_audio(encode_sound(waveform, sample_rate))
+    *_, decoded, _ = multimodal.decode(multimodal.Inputs(audio=encode_sound(waveform, sample_rate))).tensors
     assert decoded.abs().max() > 0.1
     torch.testing.assert_close(avdigits.window(waveform, sample_rate), decoded, rtol=0, atol=1e-4)  # 16 bits
 
