@@ -5,6 +5,7 @@ others. Captum, and the original module that can be differentiated, are loaded a
 never explains pays nothing.
 """
 
+import abc
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -123,12 +124,12 @@ class ExplainedHandler(LabelledHandler):
     ExplainOptions = ExplanationOptions
     least_score = -math.inf  # of a class that can be explained
 
+    @abc.abstractmethod
     def explainable(self, sample: Sample) -> Explainable:
         """Return a sample as something to explain. `sample.inputs` has the inputs that it was decoded from.
 
         The functions `describe` and `draw` should leave their work until they are called.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `explainable`, to be asked for explanations")
 
     def class_scores(self, outputs: Outputs) -> Tensor:
         """Return the score of each class, float32 [N, classes], for the module's outputs of N samples."""

@@ -18,7 +18,7 @@ from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
 from handlers.core.admission import Deadline
 from handlers.core.attribution import Run
-from handlers.core.explain import ExplanationOptions
+from handlers.core.explain import ExplainedClassifier, ExplanationOptions
 from handlers.core.images import ImageLimits, upright_size
 from handlers.mnist import MNISTHandler
 from tests.held_out import requests
@@ -103,6 +103,14 @@ def test_target_that_is_a_label_and_an_index_means_the_label(target: str | int, 
     assert handler.class_index(of_json.target) == index
     if isinstance(target, str):
         assert handler.class_index(of_form.target) == index
+
+
+def test_handler_without_explainable_does_not_start():
+    class Incomplete(ExplainedClassifier):
+        pass
+
+    with pytest.raises(TypeError, match="explainable"):
+        Incomplete()
 
 
 # --- the shipped models ------------------------------------------------------------------------------------------
