@@ -64,8 +64,8 @@ def arguments(
         "--patience",
         type=positive,
         metavar="EPOCHS",
-        help="stop when the validation loss has not improved for so many epochs, and keep the best weights instead of "
-        "the last. A model without a validation split is judged by its training loss",
+        help="early stopping: end the run after this number of epochs without a lower validation loss, and keep the "
+        "best weights. A model without a validation split uses the training loss",
     )
     parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     parser.add_argument("--devices", type=positive, default=1, help="processes on this machine, each with its own GPU")

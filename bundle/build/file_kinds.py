@@ -211,9 +211,9 @@ def is_safetensors(file: Path, start: bytes) -> bool:
 def onnx(file: Path) -> FileKind:
     return FileKind(
         "an ONNX model",
-        "PyTorch does not load ONNX. Save the original PyTorch module with torch.jit.script. If there is none, the "
-        "package onnx2torch (pip install onnx2torch) converts many models: the lines above, with an input of your "
-        "model's shape.",
+        "PyTorch cannot load ONNX files. Save the original PyTorch module with torch.jit.script. If you do not have "
+        "it, install onnx2torch (pip install onnx2torch), which converts many models, and run the lines above with an "
+        "input of your model's shape.",
         [
             "from onnx2torch import convert",
             f"torch.jit.trace(convert({source(file)}).eval(), torch.rand(1, 3, 224, 224)).save({target(file)})",
