@@ -1,7 +1,5 @@
 """Reading of requests: every accepted form, and the error for every other one."""
 
-import base64
-import inspect
 import json
 import re
 from typing import Annotated, Literal
@@ -11,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, model_validator
 
-from handlers.core import errors, inputs
+from handlers.core import inputs
 from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import (
     EmptyInput,
     InputTooLarge,
-    InvalidBase64,
     InvalidJSON,
     InvalidOption,
     MalformedRequest,
@@ -26,7 +23,7 @@ from handlers.core.errors import (
     UnknownField,
     UnsupportedInput,
 )
-from handlers.core.inputs import Image, Sound, Text, binary
+from handlers.core.inputs import Image, Sound, Text
 from handlers.core.request import Request, RequestReader
 
 MAX_INSTANCES = 4
@@ -373,63 +370,6 @@ class NamedTexts(inputs.Inputs):
 def test_reader_of_an_invalid_declaration_raises(declared_inputs: type, declared_options: type, named: str):
     with pytest.raises(TypeError, match=named):
         RequestReader(declared_inputs, declared_options, MAX_INSTANCES)
-
-
-# --- base64 ------------------------------------------------------------------------------------------------------
-
-
-@given(st.binary(min_size=1), st.sampled_from(["{}", "data:image/png;base64,{}", "  {}\n", "data:;base64, {}\r\n"]))
-def test_base64_decodes_to_the_encoded_bytes(content: bytes, wrapping: str):
-    for encode in (base64.b64encode, base64.encodebytes):  # one line; lines of 76 characters
-        assert binary(wrapping.format(encode(content).decode())) == content
-
-
-@given(st.binary())
-def test_bytes_are_returned_unchanged(content: bytes):
-    assert binary(content) is content
-
-
-@pytest.mark.parametrize(
-    "text", ["not base64!", "aGVsbG8", "aGVs*G8=", "aGVsbG8=aGVsbG8=", "é", "\ud800", "data:image/png", "data:,%00"]
-)
-def test_invalid_base64_is_rejected(text: str):
-    with pytest.raises(InvalidBase64, match="bytes, or base64"):
-        binary(text)
-
-
-@pytest.mark.parametrize("text", [" ", "data:image/png;base64,"])
-def test_base64_without_content_is_rejected_as_empty(text: str):
-    with pytest.raises(EmptyInput):
-        binary(text)
-
-
-@given(st.text())
-def test_any_text_is_decoded_or_rejected(text: str):
-    try:
-        assert binary(text)
-    except (InvalidBase64, EmptyInput):
-        pass
-
-
-# --- the error classes ------------------------------------------------------------------------------------------
-
-
-def test_tree_in_the_docstring_matches_the_error_classes():
-    drawn, path = {}, []
-    for line in errors.__doc__.splitlines():
-        if match := re.match(r"[ │├└─]*(?=\w+(  |$))", line):
-            name = re.findall(r"\w+", line)[0]
-            path = path[: (len(match[0]) - 4) // 4] + [name]
-            drawn[name] = path[-2] if len(path) > 1 else "Exception"
-    classes = dict(inspect.getmembers(errors, lambda member: inspect.isclass(member)))
-    assert drawn == {name: cls.__base__.__name__ for name, cls in classes.items()}
-
-
-def test_only_request_errors_and_overload_have_a_4xx_status():
-    for error in (value for value in vars(errors).values() if inspect.isclass(value)):
-        has_4xx = issubclass(error, errors.RequestError) or error is errors.Overloaded
-        assert error.code // 100 == (4 if has_4xx else 5)
-        assert error("why").body() == {"code": error.code, "type": error.__name__, "message": "why"}
 
 
 def test_picture_is_refused_for_instances_and_accepted_for_one_input():
