@@ -29,20 +29,8 @@ def arguments(
         folder: of the model.
         more: functions that add options of this model to the parser.
     """
-    module = f"python -m models.{folder.name}.train"
-    parser = argparse.ArgumentParser(
-        prog=module,
-        description=description,
-        epilog=EXAMPLES.format(module=module, name=folder.name),
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("DATA_DIR", "data")),
-        help="folder of the data set; it is downloaded if it is missing",
-    )
-    parser.add_argument("--out", type=Path, default=folder, help="folder for weights and metrics")
+    parser = basic_parser(description, folder)
+    parser.epilog = EXAMPLES.format(module=parser.prog, name=folder.name)
     parser.add_argument(
         "--log-dir",
         type=Path,
@@ -53,7 +41,6 @@ def arguments(
         "--epochs", type=positive, default=recipe.epochs, help="of the first stage, if the stages differ"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=positive, help="CPU threads of each process (default: one for each core)")
     parser.add_argument(
         "--resume",
         type=Path,
@@ -103,6 +90,22 @@ def arguments(
         torch.set_num_threads(options.threads)
     lightning.seed_everything(options.seed, verbose=False)
     return options
+
+
+def basic_parser(description: str, folder: Path) -> argparse.ArgumentParser:
+    """Return a parser of the options that do not depend on how a model is trained."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m models.{folder.name}.train", description=description, formatter_class=HelpFormatter
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("DATA_DIR", "data")),
+        help="folder of the data set; it is downloaded if it is missing",
+    )
+    parser.add_argument("--out", type=Path, default=folder, help="folder for weights and metrics")
+    parser.add_argument("--threads", type=positive, help="CPU threads of each process (default: one for each core)")
+    return parser
 
 
 def warm_start(parser: argparse.ArgumentParser) -> None:

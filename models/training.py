@@ -258,7 +258,7 @@ def save(
     seconds: float,
     report: dict,
 ) -> None:
-    """Write weights.safetensors, index_to_name.json and metrics.json, and print the metrics.
+    """Write the files of a run, and print its metrics.
 
     Args:
         options: of the run; `--out` is the folder to write to.
@@ -268,11 +268,6 @@ def save(
         seconds: of training.
         report: the metrics, measured after `round_weights`.
     """
-    folder = options.out
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder / "weights.safetensors")
-    (folder / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels)), indent=2) + "\n")
-    matrix = report.pop("confusion_matrix")
     metrics = {
         **report,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -286,6 +281,15 @@ def save(
         "torch": torch.__version__,
         "commit": COMMIT,
     }
+    write(options.out, model, labels, metrics)
+
+
+def write(folder: Path, model: nn.Module, labels: list[str], metrics: dict) -> None:
+    """Write weights.safetensors, index_to_name.json and metrics.json into a folder, and print the metrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / "weights.safetensors")
+    (folder / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels)), indent=2) + "\n")
+    matrix = metrics.pop("confusion_matrix")
     text = json.dumps(metrics, indent=2)
     rows = ",\n".join("    " + json.dumps(row, separators=(",", ":")) for row in matrix)
     text = text.removesuffix("\n}") + ',\n  "confusion_matrix": [\n' + rows + "\n  ]\n}\n"

@@ -7,9 +7,6 @@ seconds. The radius of the subtrees and the ridge were chosen by cross-validatio
     python -m models.molecule.train --data-dir data
 """
 
-import argparse
-import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,9 +19,9 @@ from torch_geometric.data import Dataset
 from torch_geometric.datasets import TUDataset
 from torch_geometric.loader import DataLoader
 
-from models import evaluation, training
-from models.molecule.model import FOLDER, LABELS, MoleculeNet
-from models.weights import round_weights, save_weights
+from models import command_line, evaluation, training
+from models.molecule.model import FOLDER, LABELS, SUBTREES, MoleculeNet
+from models.weights import round_weights
 
 RIDGE = 0.1  # of ridge regression
 HELD_OUT = 0.1  # of all graphs, for the test
@@ -111,6 +108,8 @@ def fit(model: MoleculeNet, graphs: Graphs, ridge: float) -> dict:
         the number of parameters, the accuracy in cross-validation, and the factor of `sharpness`.
     """
     keys, matrix, targets = tabulate(model, graphs)
+    if len(keys) > SUBTREES:
+        raise SystemExit(f"The graphs have {len(keys)} features. Set SUBTREES in model.py to at least this number.")
     kernel = torch.sparse.mm(matrix, matrix.t()).to_dense() / (model.radius + 1)
     scores, accuracy = cross_validate(kernel, targets, ridge)
     coefficients, intercept = solve(kernel, targets, ridge)
@@ -128,13 +127,9 @@ def fit(model: MoleculeNet, graphs: Graphs, ridge: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data_dir = Path(os.environ.get("DATA_DIR", "data"))
-    parser.add_argument("--data-dir", type=Path, default=data_dir, help="folder of the data set (%(default)s)")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for weights and metrics (the model's)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = command_line.basic_parser(__doc__, FOLDER).parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
 
     known, test = split(load(options.data_dir))
     model, start = MoleculeNet().eval(), time.monotonic()
@@ -151,11 +146,7 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": training.COMMIT,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    save_weights(model, options.out / "weights.safetensors")
-    (options.out / "index_to_name.json").write_text(json.dumps(dict(enumerate(LABELS)), indent=2) + "\n")
-    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(metrics)
+    training.write(options.out, model, LABELS, metrics)
 
 
 if __name__ == "__main__":

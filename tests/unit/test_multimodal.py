@@ -68,7 +68,7 @@ def alike(one: tuple[int, dict], other: tuple[int, dict]) -> bool:
 def test_decode_of_a_subset_marks_what_is_present(handler: MultimodalHandler, subset: tuple[str, ...]):
     sample = decode(handler, **of(subset))
     image, text, waveform, present = sample.tensors
-    assert sample.info == list(subset)
+    assert sample.info.sent == list(subset)
     assert present.tolist() == [name in subset for name in FIELDS]
     assert (image.shape, image.dtype) == ((1, 28, 28), torch.uint8)
     assert (waveform.shape, waveform.dtype) == ((16_000,), torch.float32)
