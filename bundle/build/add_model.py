@@ -27,14 +27,14 @@ from bundle.errors import BundleError
 from bundle.paths import relative
 
 CONFIG = """\
-# TorchServe's own settings of this model
+# TorchServe's settings of this model
 minWorkers: 1
 maxWorkers: 2
-batchSize: {batch_size}         # most requests in one batch
-maxBatchDelay: 5     # ms that a batch waits to fill. A lone request waits this long: not more than an inference takes
-responseTimeout: 60  # s; a worker that takes longer is killed
-startupTimeout: 120  # s
-jobQueueSize: 500    # requests that wait before further ones get 503
+batchSize: {batch_size}         # maximum number of requests in one batch
+maxBatchDelay: 5     # ms to wait for a full batch, even with a single request; no longer than an inference takes
+responseTimeout: 60  # s; a worker that takes longer for a batch is killed
+startupTimeout: 120  # s; a worker that takes longer to start is killed
+jobQueueSize: 500    # maximum number of requests in the queue; further requests get 503
 {device}
 handler:             # read by handlers/{handler}.py
 {settings}
