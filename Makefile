@@ -134,7 +134,7 @@ ifdef TESTS
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(TESTS)
 else
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-l slow-units-m-z
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-z
 	$(BIN)/python -m pytest tests/server
 endif
 
@@ -159,7 +159,7 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units slow-units-a-l slow-units-m-z
+.PHONY: check fast-units slow-units-a-d slow-units-e-z
 check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
@@ -167,7 +167,7 @@ fast-units: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
 
 # in two parts, for two cores; with pytest-xdist instead, a worker died, and the run did not end
-slow-units-a-l slow-units-m-z: slow-units-%: dev .venv/loadtest.done
+slow-units-a-d slow-units-e-z: slow-units-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
 
 lock: dev  ## update requirements/*.txt to the newest versions

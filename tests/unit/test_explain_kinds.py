@@ -339,7 +339,7 @@ def test_sample_of_each_model_served_on_request_is_explained(name: str, tmp_path
         [(status, answer)] = worker.predict([row], [EXPLAIN])
         assert status == 200, answer
         assert len(json.dumps(answer)) < 1_000_000
-        [(status, picture)] = worker.predict([row | {"format": "png"}], [EXPLAIN])
+        [(status, picture)] = worker.predict([row | {"format": "png", "n_steps": 5, "n_samples": 5}], [EXPLAIN])
         assert status == 200, picture
         with Image.open(io.BytesIO(picture)) as image:
             assert image.format == "PNG"
