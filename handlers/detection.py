@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from handlers.core import boxes, boxes_drawn, boxes_explained, inputs, settings
+from handlers.core import boxes, boxes_explained, inputs, settings
 from handlers.core.batch import Sample
 from handlers.core.boxes import Detections, Format, Placement
 from handlers.core.errors import InvalidOption, NonFiniteOutput
@@ -112,7 +112,9 @@ class DetectionHandler(ExplainedHandler):
         row = {name: values[kept][: options.max_detections] for name, values in row.items()}
         if options.format == "png":
             image = flatten(open_image(content, self.settings))
-            return boxes_drawn.draw(image, row, placement, self.labels, self.settings.max_picture_pixels)
+            from handlers.core import boxes_drawn  # imports much; see boxes.load_operators
+
+            return Picture(boxes_drawn.draw(image, row, placement, self.labels, self.settings.max_picture_pixels))
         return {"detections": boxes.describe(row, placement, self.labels)}
 
     def explainable(self, sample: Sample) -> Explainable:

@@ -11,6 +11,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.ops import batched_nms
 
 from bundle.build.dryrun import DryRun
 from bundle.build.torchvision_source import ListedImages
@@ -277,6 +278,19 @@ def test_masks_of_a_picture_show_the_best_one_where_they_overlap():
     assert shown[90, 190].tolist() == [0, 0, round(200 * opacity)]
     none = boxes_drawn.lay_masks(image, masks * 0, [(200, 0, 0), (0, 0, 200)], placement)
     assert none.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_suppression_keeps_the_boxes_that_torchvisions_own_keeps(count: int):
+    generator = torch.Generator().manual_seed(0)
+    corners, sizes = (side * torch.rand(count, 2, generator=generator) for side in (400, 80))
+    candidates = torch.cat((corners, corners + sizes), dim=1)
+    scores, labels = torch.rand(count, generator=generator) + 0.1, torch.randint(3, (count,), generator=generator)
+    found = boxes.suppress(candidates, scores, labels, 0.5)
+    kept = batched_nms(candidates, scores, labels, 0.5)
+    assert found["scores"].equal(scores[kept])
+    assert found["boxes"].equal(candidates[kept])
+    assert found["labels"].equal(labels[kept])
 
 
 def test_best_detections_are_kept_and_padded():
