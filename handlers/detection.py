@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 
 import numpy
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from handlers.core import boxes, boxes_explained, inputs, settings
@@ -18,6 +18,7 @@ from handlers.core.heatmaps import explainable_image
 from handlers.core.images import WHOLE, ImageLimits, flatten, open_image, open_upright
 from handlers.core.inputs import Image
 from handlers.core.outputs import Outputs, main_output
+from handlers.core.precision import Precision
 from handlers.core.request import Request
 from handlers.core.settings import PositiveInt
 from handlers.core.slots import Picture
@@ -42,9 +43,17 @@ class DetectionHandler(ExplainedHandler):
         max_detections: PositiveInt = 100  # of an answer; a request may ask for fewer
         iou_threshold: Share = 0.5  # YOLO: overlap above which the worse of two boxes of a class is dropped
         max_picture_pixels: PositiveInt = 4_000_000  # of an answer with format=png; a larger image is reduced
-        # One setting, not "auto": rounding changes the number and order of detections, so that precisions cannot be
-        # compared by their outputs, and bfloat16 rounds a coordinate to whole pixels
-        precision: Literal["float32", "bfloat16", "float16"] = "float32"
+        # Not "auto", because rounding changes detections: only for a model that was measured in it
+        precision: Literal["float32", "bfloat16", "float16"] | list[Precision] = "float32"
+
+        @model_validator(mode="after")
+        def check_precision(self) -> "DetectionHandler.Settings":
+            if isinstance(self.precision, list) and self.format == "torchvision":
+                raise ValueError(
+                    "precision must be one name with the format torchvision: its outputs differ in number, so that "
+                    "precisions cannot be compared by them"
+                )
+            return self
 
     class Inputs(inputs.Inputs):
         data: Image

@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from PIL import ExifTags, Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.ops import batched_nms
@@ -16,6 +17,7 @@ from torchvision.ops import batched_nms
 from bundle.build.dryrun import DryRun
 from bundle.build.torchvision_source import ListedImages
 from handlers.core import boxes, boxes_drawn
+from handlers.detection import DetectionHandler
 from tests.unit.serialized import serving_with
 
 LABELS = ["cat", "dog"]
@@ -363,3 +365,12 @@ def check_mask(mask: dict, expected: Tensor) -> None:
     assert part.size == (right - left, bottom - top)
     agreement = torch.from_numpy(numpy.array(part)) == (expected[top:bottom, left:right] > 0.5)
     assert agreement.float().mean() > 0.98
+
+
+def test_list_of_precisions_is_only_accepted_for_outputs_that_can_be_compared():
+    both = ["float32", "bfloat16"]
+    assert DetectionHandler.Settings(format="yolo", precision=both).precision == both
+    with pytest.raises(ValidationError, match="precision must be one name with the format torchvision"):
+        DetectionHandler.Settings(format="torchvision", precision=both)
+    with pytest.raises(ValidationError):
+        DetectionHandler.Settings(format="yolo", precision="auto")
