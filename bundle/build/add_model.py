@@ -25,6 +25,7 @@ from bundle.build.new_model import KINDS, NewModel
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, read_labels
 from bundle.errors import BundleError
 from bundle.paths import relative
+from handlers.core.explain import WITH_ACTIVATIONS
 
 CONFIG = """\
 # TorchServe's settings of this model
@@ -95,6 +96,8 @@ def add_model(
     serialized = load_torchscript(new.serialized)
     quantised = "quantized::" in str(serialized.inlined_graph)
     report(f"{relative(new.serialized)}: {describe(serialized, new.serialized, quantised)}")
+    if hasattr(serialized, WITH_ACTIVATIONS):
+        report(f"has the method {WITH_ACTIVATIONS}: explanations with grad_cam use it")
     handler = new.stated_handler or KINDS[find_kind(serialized, new, report)][0]
     found = HANDLERS[handler].inspect(serialized, new, names, report)
     names = labels_of(new, names, found.classes, report)

@@ -112,14 +112,18 @@ def test_int8_archive_answers_like_the_float32_one(tmp_path: Path):
     assert [note.split(":")[0] for note in built.notes] == ["bfloat16", "float16", "int8"]
     assert all("keep their first class" in note and "probability changes by" in note for note in built.notes)
     rows = [{"body": file.read_bytes()} for file in sorted((folder.path / "examples").iterdir())[:32]]
-    answers = {}
+    answers, maps = {}, {}
     for wanted in ("float32", "int8"):
         mar = archive_in(folder, wanted, tmp_path)
         with DryRun(mar) as worker:
             assert worker.handler.precision == wanted
             answers[wanted] = [body["top_3_classes"][0] for _, body in worker.predict(rows)]
+            explained = {"data": rows[0]["body"], "method": "grad_cam"}
+            maps[wanted] = worker.predict([explained], [{"explain": "True"}])
     same_class = sum(one == other for one, other in zip(*answers.values(), strict=True))
     assert same_class >= 30
+    assert maps["int8"] == maps["float32"], "explanations are computed in float32"
+    assert maps["int8"][0][0] == 200
 
 
 def archive_in(folder: ModelFolder, wanted: str, tmp_path: Path) -> Path:
