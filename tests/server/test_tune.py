@@ -64,6 +64,7 @@ def test_tuning_with_bad_settings_finds_and_writes_better_ones(
     slow_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr(search, "ENOUGH", 2)
+    monkeypatch.setattr(search, "REPEATS", 1)
     before = files(slow_folder)
     old = slow_folder.config
     mar = archive(slow_folder, tmp_path / "store").path
