@@ -187,8 +187,9 @@ clean:  ## stop the server; remove archives and build products (not .venv, not d
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
+# --no-deps, because serve.txt is complete, and pip would also download the newest torch for captum
 .venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt | .venv/bin/python
-	$(PIP) $(QUIET) -r requirements/serve.txt
+	$(PIP) $(QUIET) --no-deps -r requirements/serve.txt
 	$(PIP) $(QUIET) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r requirements/torch.txt
 	$(BIN)/python -m bundle.server.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
 	@touch $@

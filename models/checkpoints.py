@@ -1,10 +1,12 @@
 """What a training run adds to Lightning's checkpoints, so that it can be continued."""
 
+import sys
 import time
 from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 
@@ -67,3 +69,23 @@ def read_checkpoint(file: Path, settings: list[dict]) -> dict:
     if differing:
         raise SystemExit(f"error: --resume {file}: it is a checkpoint of a run with " + "; ".join(differing))
     return state
+
+
+def after_signal(exc: SystemExit, last: Path) -> SystemExit:
+    """Say how to continue a run that a signal ended, and return the exit with the usual status of that signal.
+
+    Lightning exits with 1 after Ctrl-C, and with 0 after SIGTERM, as if the run were complete.
+
+    Args:
+        exc: the exit of Lightning, or another one, which is returned.
+        last: the file of the last checkpoint.
+    """
+    if isinstance(exc, SIGTERMException):
+        status = 143
+    elif isinstance(exc.__context__, KeyboardInterrupt):
+        status = 130
+    else:
+        return exc
+    how = f"Continue it with --resume {last}" if last.is_file() else "No epoch was complete, so there is no checkpoint."
+    print(f"The run is stopped. {how}", file=sys.stderr)
+    return SystemExit(status)

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from models.checkpoints import Continuation, read_checkpoint
+from models.checkpoints import Continuation, after_signal, read_checkpoint
 from models.weights import save_weights
 
 Augmentation = Callable[[Tensor], Tensor]
@@ -155,7 +155,7 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
     If several processes train, only the first one returns; the others end here.
 
     Raises:
-        SystemExit: `--resume` names a file that is not a checkpoint of this run.
+        SystemExit: `--resume` names a file that is not a checkpoint of this run, or a signal ended it.
     """
     names = [f"stage-{number}" for number in range(1, len(stages) + 1)] if len(stages) > 1 else [""]
     settings = [
@@ -178,7 +178,10 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
         loggers = [CSVLogger(log.log_dir, name="", version=part), log]
         continuation = Continuation(settings[number], version, list(finished), seconds)
         trainer = make_trainer(options, stage, loggers, continuation)
-        trainer.fit(stage.classifier, stage.batches, stage.validation, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(stage.classifier, stage.batches, stage.validation, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as exc:
+            raise after_signal(exc, Path(log.log_dir) / "checkpoints" / "last.ckpt") from None
         checkpoint, part = None, ""
         best = trainer.checkpoint_callback
         if options.patience and trainer.is_global_zero:

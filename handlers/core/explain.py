@@ -210,7 +210,8 @@ class ExplainedHandler(LabelledHandler):
         label = self.labels[found.target]
         place: dict[str, Any] = {"box": explainable.boxes[found.target]} if explainable.boxes else {}
         if options.format == "png":
-            caption = f"{label}: {self.probability(found.score):.1%} ({found.method})"
+            legend = "red: what it depends on" if found.method == "saliency" else "red speaks for it, blue against it"
+            caption = f"{label}: {self.probability(found.score):.1%}; {legend} ({found.method.replace('_', ' ')})"
             return Picture(explainable.draw(*found.attributions, caption, **place))
         return {
             "target": {"label": label, "class": found.target, **self.describe_target(found), **place},
