@@ -186,7 +186,7 @@ class SegmentationHandler(ExplainedHandler):
         return {"classes": classes, "mask": masks.base64_png(mask), "size": list(info.size)}
 
     def predicted(self, score: Tensor, baseline_score: Tensor) -> int:
-        """Return the class that gains most over the baseline, which is of one class, too."""
+        """Return the class that gains most over the baseline."""
         return int((score - baseline_score).argmax())
 
     def explainable(self, sample: Sample) -> Explainable:

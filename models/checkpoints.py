@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 
@@ -35,9 +36,7 @@ class Continuation(lightning.Callback):
         self.random = state_dict["random"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        torch.set_rng_state(self.random["cpu"])  # also in a new run, because Lightning seeds again for ddp
-        if len(self.random["gpus"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(self.random["gpus"])
+        set_random_state(self.random)  # also in a new run, because Lightning seeds again for ddp
         if trainer.global_rank:  # otherwise all processes would augment their inputs in the same way
             torch.manual_seed(int(torch.randint(2**62, ())) + trainer.global_rank)
 
@@ -46,8 +45,14 @@ def random_state() -> dict:
     return {"cpu": torch.get_rng_state(), "gpus": torch.cuda.get_rng_state_all()}
 
 
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if len(state["gpus"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["gpus"])
+
+
 def read_checkpoint(file: Path, settings: list[dict]) -> dict:
-    """Return the state of `Continuation` in a checkpoint, and as "epoch" the number of finished epochs.
+    """Return the state of `Continuation` in a checkpoint; "epochs" of the stage are finished, with "weights".
 
     Args:
         file: the checkpoint.
@@ -58,7 +63,8 @@ def read_checkpoint(file: Path, settings: list[dict]) -> dict:
     """
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        state = checkpoint["callbacks"][Continuation.__name__] | {"epoch": checkpoint["epoch"] + 1}
+        state = checkpoint["callbacks"][Continuation.__name__]
+        state |= {"epochs": checkpoint["epoch"] + 1, "weights": checkpoint["state_dict"]}
     except OSError as exc:
         raise SystemExit(f"error: --resume {file}: {exc.strerror}") from exc
     except Exception as exc:  # what reading another file raises depends on its content
@@ -71,14 +77,14 @@ def read_checkpoint(file: Path, settings: list[dict]) -> dict:
     return state
 
 
-def after_signal(exc: SystemExit, last: Path) -> SystemExit:
+def after_signal(exc: SystemExit, last: Path | None) -> SystemExit:
     """Say how to continue a run that a signal ended, and return the exit with the usual status of that signal.
 
     Lightning exits with 1 after Ctrl-C, and with 0 after SIGTERM, as if the run were complete.
 
     Args:
         exc: the exit of Lightning, or another one, which is returned.
-        last: the file of the last checkpoint.
+        last: the file of the last checkpoint; None if there is none.
     """
     if isinstance(exc, SIGTERMException):
         status = 143
@@ -86,6 +92,7 @@ def after_signal(exc: SystemExit, last: Path) -> SystemExit:
         status = 130
     else:
         return exc
-    how = f"Continue it with --resume {last}" if last.is_file() else "No epoch was complete, so there is no checkpoint."
-    print(f"The run is stopped. {how}", file=sys.stderr)
+    how = f"Continue it with --resume {last}" if last else "No epoch was complete, so there is no checkpoint."
+    if rank_zero_only.rank == 0:
+        print(f"The run is stopped. {how}", file=sys.stderr)
     return SystemExit(status)

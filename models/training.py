@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from models.checkpoints import Continuation, after_signal, read_checkpoint
+from models.checkpoints import Continuation, after_signal, read_checkpoint, set_random_state
 from models.weights import save_weights
 
 Augmentation = Callable[[Tensor], Tensor]
@@ -164,11 +164,17 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
     ]
     finished: list[dict[str, Tensor]] = []
     seconds, version, part = 0.0, None, ""
-    checkpoint = options.resume
+    checkpoint = last = options.resume
     if checkpoint:
         state = read_checkpoint(checkpoint, settings)
         finished, seconds, version = state["finished"], state["seconds"], state["version"]
-        part = f"from-epoch-{state['epoch']}"  # because CSVLogger would delete the file of the part before
+        if state["epochs"] == state["settings"]["epochs"] and not options.patience:
+            # a whole stage: Lightning would not average its weights again
+            finished.append(state["weights"])
+            set_random_state(state["random"])
+            checkpoint = None
+        else:
+            part = f"from-epoch-{state['epochs']}"  # because CSVLogger would delete the file of the part before
         for stage, weights in zip(stages, finished, strict=False):
             stage.classifier.load_state_dict(weights)
     for number in range(len(finished), len(stages)):
@@ -181,7 +187,8 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
         try:
             trainer.fit(stage.classifier, stage.batches, stage.validation, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as exc:
-            raise after_signal(exc, Path(log.log_dir) / "checkpoints" / "last.ckpt") from None
+            raise after_signal(exc, last_checkpoint(trainer) or last) from None
+        last = last_checkpoint(trainer)
         checkpoint, part = None, ""
         best = trainer.checkpoint_callback
         if options.patience and trainer.is_global_zero:
@@ -195,6 +202,13 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
         if not first:
             raise SystemExit
     return seconds
+
+
+def last_checkpoint(trainer: lightning.Trainer) -> Path | None:
+    """Return the file of the last checkpoint that a trainer wrote; None if it wrote none."""
+    assert isinstance(trainer.checkpoint_callback, ModelCheckpoint), "make_trainer has one"
+    written = trainer.checkpoint_callback.last_model_path
+    return Path(written) if written else None
 
 
 def make_trainer(

@@ -73,6 +73,9 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     source = folder.bundle.serialized
+    is_classifier = isinstance(handler, ClassifierHandler)
+    # only one of the two modules returns a classifier's auxiliary outputs
+    served = main_output if is_classifier else all_outputs
     if source and not source.mean:
         file = folder.existing(source.file)
         module = load_torchscript(file)
@@ -80,7 +83,7 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
             shutil.copy(file, target)
             if has_activations(module, handler):
                 batches = with_batches(module, lambda size: example_batch(folder, handler, size))[1]
-                check_activations(folder.name, module, batches, all_outputs)
+                check_activations(folder.name, module, batches, served)
             return
     eager, inputs = load(folder, handler)
     if layer := folder.bundle.grad_cam:
@@ -89,14 +92,11 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
         check_images(folder.name, inputs)
         within = "classifier" if isinstance(eager, PreprocessedImages) else ""
         eager = add_activations(folder.name, eager, layer, within)
-    is_classifier = isinstance(handler, ClassifierHandler)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", "Scripted .* always returns")  # GoogLeNet and Inception: see `main_output`
         torch.jit.script(eager).save(target)
         exported = torch.jit.load(target)
-        # only one of the two modules returns a classifier's auxiliary outputs
-        served = main_output if is_classifier else all_outputs
         compare(folder.name, eager, exported, inputs, served)
         if has_activations(exported, handler):
             check_activations(folder.name, exported, inputs, served)

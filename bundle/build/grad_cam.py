@@ -15,7 +15,7 @@ from handlers.core.explain import WITH_ACTIVATIONS
 from handlers.core.outputs import tensors
 
 OWN_METHOD = f"Define the method `{WITH_ACTIVATIONS}` in the module instead: see models/README.md."
-# TorchScript gives a second class of one name another name: the archive's content would change
+# A cache: TorchScript gives a second class of one name another name, which would change the archive's content
 CLASSES: dict[tuple[type, str], type] = {}
 
 
@@ -125,15 +125,23 @@ def check_activations(
                 message = f"{name}: `{WITH_ACTIVATIONS}` and `forward` return different outputs."
                 raise BundleError(message, str(exc)) from exc
         shape = list(activations.shape)
-        if len(shape) != 4 or shape[0] != len(arguments[0]) or shape[2] * shape[3] == 1:
+        if len(shape) != 4 or shape[0] != len(arguments[0]) or not is_map(shape, arguments[0]):
             raise BundleError(
-                f"{name}: Grad-CAM needs activations [N, C, H, W] of more than one pixel; for a batch of "
-                f"{len(arguments[0])}, those of the layer have the shape {shape}. Take another layer."
+                f"{name}: Grad-CAM needs activations [N, C, H, W] of more than one pixel, with the sides of the image; "
+                f"for a batch of {len(arguments[0])}, those of the layer have the shape {shape}. Take another layer."
             )
-    check_gradients(name, module, batches[0][0])
+    check_gradients(name, module, batches[0][0], served)
 
 
-def check_gradients(name: str, module: torch.jit.ScriptModule, images: Tensor) -> None:
+def is_map(shape: list[int], images: Tensor) -> bool:
+    """Return whether [N, C, H, W] has more than one pixel, and H : W as in the images; it has not in [N, H, W, C]."""
+    (height, width), (image_height, image_width) = shape[2:], images.shape[2:]
+    return height * width > 1 and 0.5 <= height * image_width / (width * image_height) <= 2
+
+
+def check_gradients(
+    name: str, module: torch.jit.ScriptModule, images: Tensor, served: Callable[[object], object]
+) -> None:
     """Check that the outputs can be differentiated by the activations.
 
     Raises:
@@ -142,7 +150,7 @@ def check_gradients(name: str, module: torch.jit.ScriptModule, images: Tensor) -
     try:
         with torch.enable_grad(), torch.jit.optimized_execution(False):
             outputs, activations = getattr(module, WITH_ACTIVATIONS)(images.float().requires_grad_())
-            total = torch.stack([each.sum() for each in tensors(outputs) if each.requires_grad]).sum()
+            total = torch.stack([each.sum() for each in tensors(served(outputs)) if each.requires_grad]).sum()
             torch.autograd.grad(total, activations)
     except RuntimeError as exc:
         raise BundleError(

@@ -61,7 +61,8 @@ class Run:
         """Weight each channel of the layer by its mean gradient (Selvaraju et al. 2017)."""
         assert self.activations
         [image] = self.inputs
-        # optimised, TorchScript may differentiate what lies before and behind the layer in one step
+        # optimised, TorchScript may differentiate what lies before and behind the layer in one step, and the layer's
+        # activations get no gradient
         with torch.jit.optimized_execution(False):
             scores, activations = self.activations(image.clone().requires_grad_())
         [gradients] = torch.autograd.grad(scores.sum(), activations)

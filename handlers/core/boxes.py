@@ -33,7 +33,7 @@ NONE = -1  # pads the rows: as a score, below every threshold
 def load_operators() -> None:
     """Load the compiled operators of torchvision, such as `nms`, which the archives of its detectors call, too.
 
-    `import torchvision` would do so as well, but also imports TorchDynamo: 80 MB and some seconds for each worker.
+    `import torchvision` would do so as well, but also imports TorchDynamo: 80 MB and a second for each worker.
     """
     spec = importlib.util.find_spec("torchvision")
     assert spec is not None, "torchvision is a requirement of the handlers"
@@ -162,7 +162,7 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float
     boxes, labels = boxes[best], labels[best]
     if not len(boxes):
         return {"boxes": boxes, "scores": scores, "labels": labels}
-    apart = labels[:, None] * (boxes.max() + 1)  # boxes of different classes never overlap
+    apart = labels[:, None] * (boxes.max() - boxes.min() + 1)  # so that boxes of different classes never overlap
     kept = torch.ops.torchvision.nms(boxes + apart, scores, iou_threshold)
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
 

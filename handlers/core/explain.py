@@ -29,6 +29,7 @@ SMALL_GAP = 0.05  # of the difference between the scores of input and baseline
 GRADIENTS = ("integrated_gradients", "saliency", "grad_cam")
 REMOVALS = ("feature_ablation", "shapley_value_sampling", "kernel_shap", "lime")
 COMPLETE = ("integrated_gradients", "shapley_value_sampling", "kernel_shap")  # their sum is promised
+LEGENDS = {"saliency": "red: what it depends on", "grad_cam": "red speaks for it"}  # these are never negative
 WITH_ACTIVATIONS = "with_activations"  # method of a module: its outputs, and the activations of a layer, [N, C, H, W]
 
 Attributions = tuple[Tensor, ...]
@@ -210,7 +211,7 @@ class ExplainedHandler(LabelledHandler):
         label = self.labels[found.target]
         place: dict[str, Any] = {"box": explainable.boxes[found.target]} if explainable.boxes else {}
         if options.format == "png":
-            legend = "red: what it depends on" if found.method == "saliency" else "red speaks for it, blue against it"
+            legend = LEGENDS.get(found.method, "red speaks for it, blue against it")
             caption = f"{label}: {self.probability(found.score):.1%}; {legend} ({found.method.replace('_', ' ')})"
             return Picture(explainable.draw(*found.attributions, caption, **place))
         return {

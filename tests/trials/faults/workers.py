@@ -107,7 +107,11 @@ def kill_only(stack: Stack, seconds: float) -> Outcome:
 
 
 def killed_only(stack: Stack, model: str, sent: PoissonTraffic, seconds: float, batch: int = 4) -> Outcome:
-    """Kill the only worker of a model that gets this traffic, and whose batches have at most so many requests."""
+    """Kill the only worker of a model under this traffic.
+
+    Args:
+        batch: how many requests the worker may hold then. Only they may fail.
+    """
     [pid] = pids(stack, model)
     with sent as traffic:
         time.sleep(seconds)
