@@ -93,6 +93,5 @@ def after_signal(exc: SystemExit, last: Path | None) -> SystemExit:
     else:
         return exc
     how = f"Continue it with --resume {last}" if last else "No epoch was complete, so there is no checkpoint."
-    if rank_zero_only.rank == 0:
-        print(f"The run is stopped. {how}", file=sys.stderr)
+    rank_zero_only(print)(f"The run is stopped. {how}", file=sys.stderr)
     return SystemExit(status)
