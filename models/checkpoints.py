@@ -52,7 +52,7 @@ def set_random_state(state: dict) -> None:
 
 
 def read_checkpoint(file: Path, settings: list[dict]) -> dict:
-    """Return the state of `Continuation` in a checkpoint; "epochs" of the stage are finished, with "weights".
+    """Return the state of `Continuation` in a checkpoint, the number of finished "epochs", and their "weights".
 
     Args:
         file: the checkpoint.
@@ -77,14 +77,14 @@ def read_checkpoint(file: Path, settings: list[dict]) -> dict:
     return state
 
 
-def after_signal(exc: SystemExit, last: Path | None) -> SystemExit:
+def after_signal(exc: SystemExit, last: Path | str | None) -> SystemExit:
     """Say how to continue a run that a signal ended, and return the exit with the usual status of that signal.
 
     Lightning exits with 1 after Ctrl-C, and with 0 after SIGTERM, as if the run were complete.
 
     Args:
         exc: the exit of Lightning, or another one, which is returned.
-        last: the file of the last checkpoint; None if there is none.
+        last: the file of the last checkpoint; None or empty if no epoch was complete.
     """
     if isinstance(exc, SIGTERMException):
         status = 143

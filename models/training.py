@@ -184,16 +184,15 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
         loggers = [CSVLogger(log.log_dir, name="", version=part), log]
         continuation = Continuation(settings[number], version, list(finished), seconds)
         trainer = make_trainer(options, stage, loggers, continuation)
+        written = trainer.checkpoint_callback
+        assert isinstance(written, ModelCheckpoint), "make_trainer has one"
         try:
             trainer.fit(stage.classifier, stage.batches, stage.validation, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as exc:
-            raise after_signal(exc, last_checkpoint(trainer) or last) from None
-        last = last_checkpoint(trainer)
-        checkpoint, part = None, ""
-        best = trainer.checkpoint_callback
+            raise after_signal(exc, written.last_model_path or last) from None
+        last, checkpoint, part = written.last_model_path, None, ""
         if options.patience and trainer.is_global_zero:
-            assert isinstance(best, ModelCheckpoint), "make_trainer has one"
-            stage.classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+            stage.classifier.load_state_dict(torch.load(written.best_model_path, weights_only=True)["state_dict"])
         finished.append({name: value.cpu().clone() for name, value in stage.classifier.state_dict().items()})
         seconds += time.monotonic() - start
     if torch.distributed.is_initialized():
@@ -202,13 +201,6 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
         if not first:
             raise SystemExit
     return seconds
-
-
-def last_checkpoint(trainer: lightning.Trainer) -> Path | None:
-    """Return the file of the last checkpoint that a trainer wrote; None if it wrote none."""
-    assert isinstance(trainer.checkpoint_callback, ModelCheckpoint), "make_trainer has one"
-    written = trainer.checkpoint_callback.last_model_path
-    return Path(written) if written else None
 
 
 def make_trainer(
