@@ -22,6 +22,7 @@ from bundle.build.inspect_detector import inspect_detector
 from bundle.build.inspect_model import Found, Report, describe, find_kind
 from bundle.build.inspect_segmenter import inspect_segmenter
 from bundle.build.new_model import KINDS, NewModel
+from bundle.build.user_modules import adapt
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, read_labels
 from bundle.errors import BundleError
 from bundle.paths import relative
@@ -96,9 +97,9 @@ def add_model(
     serialized = load_torchscript(new.serialized)
     quantised = "quantized::" in str(serialized.inlined_graph)
     report(f"{relative(new.serialized)}: {describe(serialized, new.serialized, quantised)}")
-    if hasattr(serialized, WITH_ACTIVATIONS):
-        report(f"has the method {WITH_ACTIVATIONS}: explanations with grad_cam use it")
     handler = new.stated_handler or KINDS[find_kind(serialized, new, report)][0]
+    if hasattr(serialized, WITH_ACTIVATIONS) and adapt(serialized, handler) is serialized:
+        report(f"has the method {WITH_ACTIVATIONS}: explanations with grad_cam use it")
     found = HANDLERS[handler].inspect(serialized, new, names, report)
     names = labels_of(new, names, found.classes, report)
 
