@@ -79,11 +79,13 @@ def test_cells_found_in_bfloat16_are_close_to_those_in_float32(tmp_path):
             found[precision] = [answer["detections"] for _, answer in worker.predict(rows)]
     assert found["float32"] != found["bfloat16"]
     for plain, rounded in zip(found["float32"], found["bfloat16"], strict=True):
-        assert len(plain) == len(rounded) > 5
-        plain, rounded = (sorted(each, key=lambda detection: detection["box"]) for each in (plain, rounded))
-        assert [each["label"] for each in plain] == [each["label"] for each in rounded]
-        scores, boxes = (
-            [torch.tensor([each[name] for each in one]) for one in (plain, rounded)] for name in ("score", "box")
-        )
-        torch.testing.assert_close(*scores, rtol=0, atol=0.03)
-        torch.testing.assert_close(*boxes, rtol=0, atol=4.0)  # pixels of 640: a neighbouring box may win
+        for some, others in ((plain, rounded), (rounded, plain)):
+            clear = [each for each in some if each["score"] > 0.4]  # the threshold of 0.35 may part two near scores
+            assert len(clear) > 5
+            assert all(any(is_close(each, other) for other in others) for each in clear)
+
+
+def is_close(one: dict, other: dict) -> bool:
+    """Return whether two detections are of the same cell: pixels of 640, because a neighbouring box may win."""
+    distances = (abs(a - b) for a, b in zip(one["box"], other["box"], strict=True))
+    return one["label"] == other["label"] and abs(one["score"] - other["score"]) < 0.03 and max(distances) < 4

@@ -158,6 +158,7 @@ def test_map_of_a_repeated_request_stays_the_same(fused: DryRun):
 def test_predictions_beside_maps_are_answered_as_alone(fused: DryRun):
     good = {"data": PHOTOGRAPH}
     [alone], [map_alone] = fused.predict([good]), fused.predict([good | {"method": "grad_cam"}], [EXPLAIN])
+    assert numpy.max(map_alone[1]["attributions"]) > 0
     wrong = {"data": b"no image", "method": "grad_cam"}
     rows = [good, good | {"method": "grad_cam"}, good, wrong]
     answers = fused.predict(rows, [{}, EXPLAIN, {}, EXPLAIN])
