@@ -46,7 +46,7 @@ class Run:
     groups: Attributions
     windows: tuple[tuple[int, ...], ...] | None
     batch_size: int
-    activations: Callable[..., tuple[Tensor, Tensor]]
+    activations: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def integrated_gradients(self, steps: int) -> Attributions:
         return IntegratedGradients(self.scores).attribute(
@@ -59,6 +59,7 @@ class Run:
 
     def grad_cam(self, _: int | None = None) -> Attributions:
         """Weight each channel of the layer by its mean gradient (Selvaraju et al. 2017)."""
+        assert self.activations, "only models with a named layer list this method"
         [image] = self.inputs
         # optimised, TorchScript may differentiate what lies before and behind the layer in one step, and the layer's
         # activations get no gradient
