@@ -49,13 +49,14 @@ def main(
         outcomes = run(stack, wanted, seconds)
     console.print(table(wanted, outcomes))
     for trial in wanted:
-        for limit in outcomes[trial.name].broken:
-            console.print(f"[red]{trial.name}: not met: {limit}[/red]")
         console.print(f"{trial.name}: {summary(outcomes[trial.name])}", markup=False)
     if write:
         reliability.write_section("faults", section(wanted, outcomes, seconds))
         console.print("RELIABILITY.md is written.")
-    raise typer.Exit(1 if any(outcome.broken for outcome in outcomes.values()) else 0)
+    broken = [f"{trial.name}: not met: {limit}" for trial in wanted for limit in outcomes[trial.name].broken]
+    for line in broken:  # last, because a log is read from its end
+        console.print(f"[red]{line}[/red]")
+    raise typer.Exit(1 if broken else 0)
 
 
 def run(stack: Stack, trials: list[Trial], seconds: float) -> dict[str, Outcome]:
