@@ -6,11 +6,13 @@ is measured here, on the worker's own device.
 """
 
 import logging
+import os
+import tempfile
 import time
 import warnings
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -39,15 +41,16 @@ def fastest(
 ) -> tuple[str, torch.jit.ScriptModule]:
     """Freeze the model in the requested precision, or in the fastest one of several.
 
-    Of several, only those that the device supports natively are tried, and float32. If a single requested precision
-    does not work here, a warning is logged, and the model computes in float32.
+    Of several, only those that the device supports natively are tried, and float32. All workers of a server take the
+    choice of the first one, so that equal inputs get equal answers. If a single requested precision does not work here,
+    a warning is logged, and the model computes in float32.
 
     Args:
         model: scripted in float32.
         requested: the setting `precision`.
         device: of the worker.
         inputs: a batch on the device, for the measurement.
-        folder: the unpacked archive, which may contain an int8 module.
+        folder: the unpacked archive, which may contain an int8 module, and where the workers agree.
 
     Returns:
         the precision, and the module. Its outputs may have the reduced dtype.
@@ -57,6 +60,9 @@ def fastest(
     """
     if requested == "int8" and not (folder / INT8_NAME).is_file():
         raise FileNotFoundError(f"the archive has no {INT8_NAME}: build it with `bundle: int8: true`")
+    choice = folder / f".precision-{os.getppid()}"  # of this TorchServe: the next one may run on another machine
+    if (requested == "auto" or isinstance(requested, list)) and choice.is_file():
+        requested = cast(Precision, choice.read_text())
     native = native_precisions(device, folder)
     fixed = isinstance(requested, str) and requested != "auto"
     tried = [requested] if fixed else [name for name in native if requested == "auto" or name in requested]
@@ -80,7 +86,23 @@ def fastest(
         return chosen, modules[chosen]
     seconds = measure(modules, inputs, device)
     best = min(seconds, key=lambda name: seconds[name])
-    return (best, modules[best]) if seconds[best] < WORTHWHILE * seconds["float32"] else ("float32", modules["float32"])
+    own = best if seconds[best] < WORTHWHILE * seconds["float32"] else "float32"
+    first = record_first(choice, own)
+    return (first, modules[first]) if first in modules else (own, modules[own])
+
+
+def record_first(file: Path, choice: str) -> str:
+    """Write a worker's choice to the file, unless another worker was first, and return what the file has."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as written:
+            written.write(choice)
+            written.flush()
+            os.link(written.name, file)  # whole from the beginning, and only for one of several workers
+    except FileExistsError:
+        return file.read_text()
+    except OSError as exc:  # such as a read-only folder that is served without an archive
+        logger.warning("workers of this model may choose different precisions: %s", exc)
+    return choice
 
 
 def native_precisions(device: torch.device, folder: Path) -> list[str]:
