@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchaudio.datasets import SPEECHCOMMANDS
 from torchaudio.functional import highpass_biquad, melscale_fbanks, resample
 
-from models import command_line, evaluation, training
+from models import command_line, data_sets, evaluation, training
 from models.audio.model import CLASSES, FOLDER, SAMPLE_RATE, SAMPLES, KeywordNet
 from models.weights import round_weights
 
@@ -69,7 +69,8 @@ def held_out(clip: str) -> bool:
 
 def downloaded_clips(data_dir: Path, split: str) -> Iterator[tuple[Tensor, str]]:
     """Yield clips of the same twelve classes from the full data set, with its own list of test clips."""
-    dataset = SPEECHCOMMANDS(data_dir, download=True, subset={"train": "training", "test": "testing"}[split])
+    with data_sets.downloaded("Speech Commands", data_dir):
+        dataset = SPEECHCOMMANDS(data_dir, download=True, subset={"train": "training", "test": "testing"}[split])
     metadata = [dataset.get_metadata(n) for n in range(len(dataset))]
     words = [(path, word) for path, _, word, *_ in metadata if word in WORDS]
     others = [(path, "_unknown_") for path, _, word, *_ in metadata if word not in WORDS]

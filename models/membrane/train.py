@@ -6,7 +6,6 @@ This reads `isbi2012-membrane.zip` in the data directory: `membrane/image/N.png`
     python -m models.membrane.train --data-dir data --epochs 240
 """
 
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch.nn import functional
 from torchmetrics import JaccardIndex
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from models import command_line, training
+from models import command_line, data_sets, training
 from models.membrane.model import FOLDER, LABELS, UNet
 from models.weights import round_weights
 
@@ -36,10 +35,11 @@ def load(data_dir: Path) -> tuple[Tensor, Tensor]:
     Raises:
         SystemExit: the file is missing.
     """
-    file = data_dir / "isbi2012-membrane.zip"
-    if not file.is_file():
-        raise SystemExit(f"{file} is missing. Get the 2D EM segmentation challenge of ISBI 2012, and pack it so.")
-    with zipfile.ZipFile(file) as archive:
+    source = (
+        "download https://github.com/zhixuhao/unet, and pack its images of data/membrane/train as "
+        "membrane/image/N.png and membrane/label/N.png."
+    )
+    with data_sets.open_archive(data_dir / "isbi2012-membrane.zip", "the slices of ISBI 2012", source) as archive:
 
         def read(kind: str) -> Tensor:
             names = [f"membrane/{kind}/{index}.png" for index in range(SLICES)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets import MNIST
 
-from models import command_line, evaluation, training
+from models import command_line, data_sets, evaluation, training
 from models.mnist.model import CLASSES, FOLDER, DigitNet
 from models.weights import round_weights
 
@@ -24,8 +24,13 @@ LABELS = [str(digit) for digit in range(CLASSES)]
 
 
 def load(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Load the split "train" or "test": uint8 [N, 1, 28, 28], and int64 [N]."""
-    dataset = MNIST(data_dir, train=split == "train", download=True)
+    """Load the split "train" or "test": uint8 [N, 1, 28, 28], and int64 [N].
+
+    Raises:
+        SystemExit: the data set is missing, and cannot be downloaded.
+    """
+    with data_sets.downloaded("MNIST", data_dir):
+        dataset = MNIST(data_dir, train=split == "train", download=True)
     return dataset.data.unsqueeze(1), dataset.targets
 
 

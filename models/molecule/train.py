@@ -19,7 +19,7 @@ from torch_geometric.data import Dataset
 from torch_geometric.datasets import TUDataset
 from torch_geometric.loader import DataLoader
 
-from models import command_line, evaluation, training
+from models import command_line, data_sets, evaluation, training
 from models.molecule.model import FOLDER, LABELS, SUBTREES, MoleculeNet
 from models.weights import round_weights
 
@@ -40,13 +40,18 @@ class Graphs:
 
 
 def load(data_dir: Path) -> TUDataset:
-    """Load NCI1: one-hot node types, and each edge in both directions."""
+    """Load NCI1: one-hot node types, and each edge in both directions.
+
+    Raises:
+        SystemExit: the data set is missing, and cannot be downloaded.
+    """
     raw = data_dir / "graphs" / "NCI1" / "raw"
-    if not raw.is_dir():
-        return TUDataset(data_dir / "graphs", "NCI1")
-    with TemporaryDirectory() as root:  # PyTorch Geometric writes beside the raw files, which may be read-only
-        shutil.copytree(raw, Path(root) / "NCI1" / "raw")
-        return TUDataset(root, "NCI1")
+    with data_sets.downloaded("NCI1", data_dir / "graphs"):
+        if not raw.is_dir():
+            return TUDataset(data_dir / "graphs", "NCI1")
+        with TemporaryDirectory() as root:  # PyTorch Geometric writes beside the raw files, which may be read-only
+            shutil.copytree(raw, Path(root) / "NCI1" / "raw")
+            return TUDataset(root, "NCI1")
 
 
 def split(dataset: TUDataset) -> tuple[Dataset, Dataset]:

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 
-from models import command_line, evaluation, training
+from models import command_line, data_sets, evaluation, training
 from models.text import vectors
 from models.text.model import FOLDER, INTENTS, PADDING, VOCABULARY, IntentNet
 from models.weights import round_weights
@@ -38,14 +38,16 @@ CLOSINGS = ("please", "thanks", "thank you", "thank you very much", "cheers", "f
 
 
 def load(data_dir: Path) -> dict[str, list[tuple[str, str]]]:
-    """Load the (text, intent) pairs of the splits "train", "val", "test", "oos_train", "oos_val" and "oos_test"."""
+    """Load the (text, intent) pairs of the splits "train", "val", "test", "oos_train", "oos_val" and "oos_test".
+
+    Raises:
+        SystemExit: the data set is missing, and cannot be downloaded.
+    """
     file = data_dir / "clinc150" / "data_full.json"
     if not file.exists():
-        try:
+        with data_sets.downloaded("CLINC150", data_dir):
             response = requests.get(SOURCE, timeout=60)
             response.raise_for_status()
-        except requests.RequestException as exc:
-            raise SystemExit(f"{file} is missing, and the download from {SOURCE} failed: {exc}") from exc
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(response.content)
     return {split: [(text, intent) for text, intent in rows] for split, rows in json.loads(file.read_text()).items()}
