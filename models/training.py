@@ -6,8 +6,10 @@
 
 import argparse
 import json
+import logging
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,11 @@ from torch import Tensor, nn
 
 from models.checkpoints import Continuation, after_signal, read_checkpoint, set_random_state
 from models.weights import save_weights
+
+# Lightning prints what it found (no GPU, no TPU), an advertisement, and hints that do not apply here.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+for hint in ("You defined a `validation_step`", r"`isinstance\(treespec, LeafSpec\)`", "The number of training"):
+    warnings.filterwarnings("ignore", hint)
 
 Augmentation = Callable[[Tensor], Tensor]
 Rows = TypeVar("Rows", Tensor, list[int])
@@ -303,4 +310,14 @@ def write(folder: Path, model: nn.Module, labels: list[str], metrics: dict) -> N
     rows = ",\n".join("    " + json.dumps(row, separators=(",", ":")) for row in matrix)
     text = text.removesuffix("\n}") + ',\n  "confusion_matrix": [\n' + rows + "\n  ]\n}\n"
     (folder / "metrics.json").write_text(text)
-    print({key: value for key, value in metrics.items() if key != "recipe"})
+    print_figures(metrics)
+    print(f"Wrote weights.safetensors, index_to_name.json and metrics.json into {folder}.")
+
+
+def print_figures(metrics: dict) -> None:
+    """Print the numbers of metrics.json, a line for each group."""
+    for name, value in metrics.items():
+        if isinstance(value, int | float | str):
+            print(f"{name}: {value}")
+        elif isinstance(value, dict) and name != "recipe":
+            print(f"{name}: {', '.join(f'{key} {figure}' for key, figure in value.items())}")

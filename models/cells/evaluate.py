@@ -80,4 +80,4 @@ def save(options: argparse.Namespace, folder: Path, recipe: training.Recipe, sec
         "commit": training.COMMIT,
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(metrics)
+    training.print_figures(metrics)
