@@ -31,19 +31,21 @@ class FileKind:
         what: completes the sentence "It is ...".
         how: what to do, in whole sentences.
         code: lines of Python that make a TorchScript file of it, after `import torch`.
+        explains: whether this says all of why PyTorch cannot load the file.
     """
 
     what: str
     how: str
     code: list[str] = field(default_factory=list)
+    explains: bool = True
 
     def error(self, file: Path, cause: str) -> BundleError:
         """Return the error that says this of a file.
 
         Args:
-            cause: PyTorch's message. It is printed above the error if there are no lines of Python.
+            cause: PyTorch's message. It is printed above the error if the kind does not explain it.
         """
-        above = "\n".join(["import torch", *self.code]) if self.code else cause
+        above = "\n".join(["import torch", *self.code]) if self.code else "" if self.explains else cause
         return BundleError(f"{relative(file)} cannot be loaded as TorchScript: it is {self.what}. {self.how}", above)
 
 
@@ -58,7 +60,7 @@ def identify(file: Path) -> FileKind:
     for matches, kind in UNZIPPED:
         if matches(file, start):
             return kind(file)
-    return FileKind("damaged, or in an unknown format", f"Make one: {MAKE}")
+    return FileKind("damaged, or in an unknown format", f"Make one: {MAKE}", explains=False)
 
 
 # --- zip archives ----------------------------------------------------------------------------------------------------
@@ -73,6 +75,7 @@ def of_zip(file: Path) -> FileKind:
             return FileKind(
                 "TorchScript that this PyTorch cannot load",
                 "A newer PyTorch saved it, it needs operators of a package that is not installed, or it is damaged.",
+                explains=False,
             )
         if any(name.startswith("data/aotinductor/") for name in inner):
             return FileKind(

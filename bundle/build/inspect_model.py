@@ -90,7 +90,7 @@ def find_kind(model: torch.jit.ScriptModule, new: NewModel, report: Report) -> s
         tokens = torch.ones(1, 16, dtype=torch.int64)
         if any(failure_on(model, (tokens,) * count) is None for count in (1, 2, 3)):
             raise BundleError(
-                f"{exc} It runs on token ids: for a text classifier, set KIND=text.", exc.details
+                "The model runs on token ids, not on images. Set KIND=text if it is a text classifier."
             ) from exc
         raise
     kind = kind_of(output, images.side)
