@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"  # the repository's own; it also has the code that its model.py files share
 HANDLERS = ROOT / "handlers"
 MODEL_STORE = ROOT / "model_store"
+FRONTEND = ROOT / "bundle" / "frontend"  # the Java agent: sources and jar
 
 
 def models_dir() -> Path:

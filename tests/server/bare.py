@@ -1,0 +1,131 @@
+"""A bare TorchServe with the agent: no proxy, and none of the bundle's commands and handlers."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import requests
+
+from bundle.server import frontend
+from bundle.server.client import Client
+from bundle.server.frontend import OFF, OPTIONS
+from bundle.server.java import java_home
+from bundle.server.settings import Settings
+from tests.support import wait_for
+
+HANDLER = """
+import os, time
+
+
+def handle(data, context):
+    "Answer each request with the size of its batch and what arrived; a body such as b'sleep 2' takes 2 seconds."
+    if data is None or context is None:
+        return None
+    answers = []
+    for row in data:
+        body = row.get("body", b"")
+        body = bytes(body).decode("latin-1") if isinstance(body, (bytes, bytearray)) else str(body)
+        if body.startswith("sleep "):
+            time.sleep(float(body.split()[1]))
+        fields = {name: str(bytes(value) if isinstance(value, bytearray) else value) for name, value in row.items()}
+        answers.append({"batch": len(data), "worker": os.getpid(), "fields": fields})
+    return answers
+"""
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A running server.
+
+    Attributes:
+        process: Java.
+        console: what Java printed.
+    """
+
+    inference: str
+    management: str
+    process: psutil.Process
+    console: Path
+
+    def post(self, model: str, body: bytes = b"x", **arguments: object) -> requests.Response:
+        return requests.post(f"{self.inference}/predictions/{model}", body, **{"timeout": 30, **arguments})
+
+    def client(self) -> Client:
+        return Client(self.inference, self.management)
+
+    def has_workers(self, model: str, count: int) -> bool:
+        """Return whether so many workers are READY; not so before the API answers."""
+        try:
+            return self.client().workers(model).ready == count
+        except requests.ConnectionError:
+            return False
+
+    def workers(self, model: str) -> list[int]:
+        """Return the process ids of a model's workers."""
+        [described] = requests.get(f"{self.management}/models/{model}", timeout=20).json()
+        return [worker["pid"] for worker in described["workers"]]
+
+
+def archive(store: Path, name: str, **config: object) -> None:
+    """Write the archive of a model with this configuration and one worker.
+
+    Args:
+        config: keys of model-config.yaml.
+    """
+    config = {"minWorkers": 1, "maxWorkers": 1, "responseTimeout": 60, "startupTimeout": 60, **config}
+    model = {"modelName": name, "handler": "handler.py", "modelVersion": "1.0", "configFile": "model-config.yaml"}
+    with zipfile.ZipFile(store / f"{name}.mar", "w") as file:
+        file.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
+        file.writestr("handler.py", HANDLER)
+        file.writestr("model-config.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()))
+
+
+@contextmanager
+def bare(folder: Path, models: dict[str, dict], off: str = "", **settings: str) -> Iterator[Bare]:
+    """Serve models while the block runs.
+
+    Args:
+        models: the keys of each model's model-config.yaml.
+        off: names of patches to leave out, as in BUNDLE_FRONTEND_OFF.
+        settings: further keys of config.properties.
+    """
+    store = folder / "store"
+    store.mkdir(parents=True)
+    for name, config in models.items():
+        archive(store, name, **config)
+    isolated = Settings.isolated(store, enable_envvars_config="true", enable_model_api="true", **settings)
+    (folder / "config.properties").write_text("enable_envvars_config=true\nenable_model_api=true\n")
+    given = {key: value for key, value in os.environ.items() if not key.startswith("TS_") and key != OPTIONS}
+    environment = frontend.with_agent(given) | isolated.overrides
+    environment |= {"TMPDIR": str(folder), "TEMP": str(folder), "LOG_LOCATION": str(folder / "logs")}
+    environment |= {"METRICS_LOCATION": str(folder / "logs"), "JAVA_HOME": str(java_home()), OFF: off}
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(folder / "config.properties")]
+    command += [
+        "--no-config-snapshots",
+        "--model-store",
+        str(store),
+        "--models",
+        *(f"{name}={name}.mar" for name in models),
+    ]
+    console = folder / "console.log"
+    with console.open("wb") as output:
+        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=output, stderr=output)
+    process = psutil.Process(int((folder / ".model_server.pid").read_text()))
+    server = Bare(isolated.url("inference_address"), isolated.url("management_address"), process, console)
+    try:
+        for name, config in models.items():
+            wait_for(partial(server.has_workers, name, config.get("minWorkers", 1)), 90)
+        yield server
+    finally:
+        family = [process, *process.children(recursive=True)] if process.is_running() else []
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family, timeout=30)
