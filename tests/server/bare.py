@@ -21,12 +21,20 @@ from bundle.server.java import java_home
 from bundle.server.settings import Settings
 from tests.support import wait_for
 
-HANDLER = """
+HANDLER = '''
 import os, time
+
+if os.path.exists(os.path.join(os.environ["TEMP"], "broken")):
+    raise SystemExit("broken")
+if os.path.exists(os.path.join(os.environ["TEMP"], "slow")):
+    time.sleep(6)
 
 
 def handle(data, context):
-    "Answer each request with the size of its batch and what arrived; a body such as b'sleep 2' takes 2 seconds."
+    """Answer each request with the size of its batch and what arrived.
+
+    The body b'sleep 2' takes 2 seconds; b'exit' ends the worker.
+    """
     if data is None or context is None:
         return None
     answers = []
@@ -35,10 +43,12 @@ def handle(data, context):
         body = bytes(body).decode("latin-1") if isinstance(body, (bytes, bytearray)) else str(body)
         if body.startswith("sleep "):
             time.sleep(float(body.split()[1]))
+        if body == "exit":
+            os._exit(1)
         fields = {name: str(bytes(value) if isinstance(value, bytearray) else value) for name, value in row.items()}
         answers.append({"batch": len(data), "worker": os.getpid(), "fields": fields})
     return answers
-"""
+'''
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,12 @@ class Bare:
     process: psutil.Process
     console: Path
 
+    def break_workers(self) -> None:
+        """Make each further start of a worker fail."""
+        (self.console.parent / "broken").touch()
+
     def post(self, model: str, body: bytes = b"x", **arguments: object) -> requests.Response:
-        return requests.post(f"{self.inference}/predictions/{model}", body, **{"timeout": 30, **arguments})
+        return requests.post(f"{self.inference}/predictions/{model}", body, **{"timeout": 120, **arguments})
 
     def client(self) -> Client:
         return Client(self.inference, self.management)
@@ -67,6 +81,12 @@ class Bare:
             return self.client().workers(model).ready == count
         except requests.ConnectionError:
             return False
+
+    def scale(self, model: str, count: int) -> None:
+        """Set a model's number of workers, and wait until further ones are gone."""
+        query = {"min_worker": count, "max_worker": count, "synchronous": "true"}
+        answer = requests.put(f"{self.management}/models/{model}", params=query, timeout=60)
+        assert answer.status_code in (200, 206), answer.text  # 206: new workers are still starting
 
     def workers(self, model: str) -> list[int]:
         """Return the process ids of a model's workers."""
@@ -122,7 +142,7 @@ def bare(folder: Path, models: dict[str, dict], off: str = "", **settings: str) 
     server = Bare(isolated.url("inference_address"), isolated.url("management_address"), process, console)
     try:
         for name, config in models.items():
-            wait_for(partial(server.has_workers, name, config.get("minWorkers", 1)), 90)
+            wait_for(partial(server.has_workers, name, config.get("minWorkers", 1)), 300)
         yield server
     finally:
         family = [process, *process.children(recursive=True)] if process.is_running() else []

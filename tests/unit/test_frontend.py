@@ -12,9 +12,30 @@ from bundle.server import frontend
 from bundle.server.frontend import JAR, OFF, OPTIONS
 from bundle.server.java import java_home
 
-PATCHES = ["gather"]
+PATCHES = ["gather", "overload", "lost", "timeouts", "forms", "drain", "management", "scaling", "gzip"]
 NO_COMPILER = shutil.which("javac") is None
 HELLO = 'public class Hello { public static void main(String[] a) { System.out.println("started"); } }'
+# reads the list of a model's workers while it changes
+SCALING = """
+import java.util.List;
+public class Scaling {
+    public static void main(String[] arguments) throws Exception {
+        Class<?> manager = Class.forName("org.pytorch.serve.wlm.WorkLoadManager");
+        Class<?> name = Class.forName("org.pytorch.serve.wlm.ModelVersionName");
+        var make = manager.getDeclaredMethod("lambda$modelChanged$0", name);
+        make.setAccessible(true);
+        @SuppressWarnings("unchecked")
+        List<Object> workers = (List<Object>) make.invoke(null, (Object) null);
+        workers.addAll(List.of(1, 2, 3));
+        try {
+            for (Object worker : workers) workers.remove(worker);
+            System.out.println("read");
+        } catch (java.util.ConcurrentModificationException error) {
+            System.out.println(error);
+        }
+    }
+}
+"""
 # a Model of another TorchServe: it has the method, and no queue in it
 OTHER_MODEL = """
 package org.pytorch.serve.wlm;
@@ -51,6 +72,12 @@ def test_every_patch_finds_its_place_in_the_installed_torchserve(tmp_path: Path)
     assert states_of(tmp_path, str(building.torchserve_jar())) == dict.fromkeys(PATCHES, "in")
 
 
+def test_agent_loads_no_class_of_torchserve_before_it_is_changed(tmp_path: Path):
+    console = tmp_path / "console.log"
+    console.write_text(run_java(f"-javaagent:{JAR}", "-cp", str(building.torchserve_jar()), "bundle.frontend.Agent"))
+    assert frontend.states(console) == dict.fromkeys(PATCHES, "in")
+
+
 def test_patched_classes_pass_the_verifier():
     torchserve = str(building.torchserve_jar())
     run_java("-Xverify:all", "-cp", f"{JAR}:{torchserve}", "bundle.frontend.Agent", "verify")
@@ -65,7 +92,7 @@ def test_patch_that_is_turned_off_is_not_applied(tmp_path: Path, off: str):
 def test_unknown_patch_that_is_turned_off_is_reported(tmp_path: Path):
     states = states_of(tmp_path, str(building.torchserve_jar()), **{OFF: "gahter"})
     assert states["gahter"].startswith("refused: there is no patch with this name")
-    assert states["gather"] == "in"
+    assert states == {**dict.fromkeys(PATCHES, "in"), "gahter": states["gahter"]}
 
 
 @pytest.mark.skipif(NO_COMPILER, reason="no JDK")
@@ -81,11 +108,20 @@ def test_class_of_another_version_is_left_alone_and_java_starts(tmp_path: Path):
 
 
 @pytest.mark.skipif(NO_COMPILER, reason="no JDK")
+@pytest.mark.parametrize(("off", "printed"), [("", "read"), ("scaling", "java.util.ConcurrentModificationException")])
+def test_list_of_workers_is_read_while_it_changes_with_the_patch_only(tmp_path: Path, off: str, printed: str):
+    compile_java(tmp_path, SCALING)
+    class_path = f"{tmp_path}:{building.torchserve_jar()}"
+    output = run_java(f"-javaagent:{JAR}", "-cp", class_path, "Scaling", **{OFF: off})
+    assert output.splitlines()[-1] == printed
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="no JDK")
 def test_java_without_torchserve_starts_with_the_agent(tmp_path: Path):
     compile_java(tmp_path, HELLO)
     output = run_java(f"-javaagent:{JAR}", "-cp", str(tmp_path), "Hello")
     assert "started" in output
-    assert "frontend patch gather: refused: org.pytorch.serve.wlm.Model: the class is missing" in output
+    assert "frontend patch all: refused: java.lang.NoClassDefFoundError: org/pytorch/serve" in output
 
 
 @pytest.mark.skipif(NO_COMPILER, reason="no JDK")

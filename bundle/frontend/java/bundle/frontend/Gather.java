@@ -22,8 +22,9 @@ import org.pytorch.serve.wlm.Model;
  * larger they are. A model whose model-config.yaml has `patience: fixed` waits for maxBatchDelay as before.
  */
 public final class Gather implements Patch {
-    private static final String QUEUE = "java/util/concurrent/LinkedBlockingDeque";
-    private static final String POLL = "(JLjava/util/concurrent/TimeUnit;)Ljava/lang/Object;";
+    static final String QUEUE = "java/util/concurrent/LinkedBlockingDeque";
+    static final String POLL_BATCH = "(Ljava/lang/String;JLjava/util/Map;)V";
+    static final String POLL = "(JLjava/util/concurrent/TimeUnit;)Ljava/lang/Object;";
     private static final Map<Model, Boolean> FIXED = Collections.synchronizedMap(new WeakHashMap<>());
 
     @Override
@@ -39,7 +40,7 @@ public final class Gather implements Patch {
     @Override
     public void change(ClassNode code) throws Refusal {
         // the first poll of each method takes a management job, or waits for the first request
-        MethodNode batch = Code.method(code, "pollBatch", "(Ljava/lang/String;JLjava/util/Map;)V");
+        MethodNode batch = Code.method(code, "pollBatch", POLL_BATCH);
         Code.redirect(batch, Code.calls(batch, QUEUE, "poll", POLL, 3).get(2), Gather.class, "next", true);
         // this one is for workers with asyncCommunication
         MethodNode async = Code.method(code, "pollInferJob", "(Ljava/util/Map;IL" + QUEUE + ";)V");

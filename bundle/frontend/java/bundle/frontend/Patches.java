@@ -17,7 +17,17 @@ import java.util.stream.Collectors;
 
 /** Apply the patches to TorchServe's classes, and give the JVM the changed ones when it loads them. */
 final class Patches implements ClassFileTransformer {
-    private static final List<Patch> ALL = List.of(new Gather());
+    private static final List<Patch> ALL = 
+            List.of(
+                    new Gather(),
+                    new Overload(),
+                    new Lost(),
+                    new Timeouts(),
+                    new Forms(),
+                    new Drain(),
+                    new Management(),
+                    new Scaling(),
+                    new Gzip());
 
     private final Map<String, byte[]> originals = new HashMap<>();
     private final Map<String, byte[]> changed = new HashMap<>();
@@ -94,12 +104,20 @@ final class Patches implements ClassFileTransformer {
         ClassLoader loader = new ClassLoader(Patches.class.getClassLoader()) {
             @Override
             protected Class<?> loadClass(String name, boolean resolve) throws ClassNotFoundException {
-                byte[] code = changed.get(name.replace('.', '/'));
-                if (code == null) {
+                if (!name.startsWith("org.pytorch.")) {
                     return super.loadClass(name, resolve);
                 }
-                Class<?> known = findLoadedClass(name);
-                return known != null ? known : defineClass(name, code, 0, code.length);
+                Class<?> known = findLoadedClass(name); // all of them here, because they refer to each other
+                return known != null ? known : define(name, name.replace('.', '/'));
+            }
+
+            private Class<?> define(String name, String path) throws ClassNotFoundException {
+                try {
+                    byte[] code = changed.containsKey(path) ? changed.get(path) : code(path);
+                    return defineClass(name, code, 0, code.length);
+                } catch (Refusal error) {
+                    throw new ClassNotFoundException(name, error);
+                }
             }
         };
         for (String name : changed.keySet()) {
