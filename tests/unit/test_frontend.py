@@ -11,6 +11,7 @@ from bundle.build import frontend as building
 from bundle.server import frontend
 from bundle.server.frontend import JAR, OFF, OPTIONS
 from bundle.server.java import java_home
+from bundle.server.status import Status
 
 PATCHES = ["gather", "overload", "lost", "timeouts", "forms", "drain", "management", "scaling", "gzip"]
 NO_COMPILER = shutil.which("javac") is None
@@ -140,3 +141,17 @@ def test_environment_keeps_other_java_options():
 
 def test_states_without_a_console_are_empty(tmp_path: Path):
     assert frontend.states(tmp_path / "console.log") == {}
+
+
+@pytest.mark.parametrize(
+    ("patches", "line"),
+    [
+        ({"a": "in", "b": "in"}, "patches of the frontend: a, b"),
+        ({"a": "in", "b": "off"}, "patches of the frontend: a; b is off"),
+        ({"a": "refused: Model: no poll"}, "patches of the frontend: none; a is refused: Model: no poll"),
+        ({}, "patches of the frontend: none"),
+    ],
+    ids=str,
+)
+def test_status_shows_each_patch(patches: dict[str, str], line: str):
+    assert Status(1, 2, 3, [], patches).frontend() == line
