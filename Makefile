@@ -134,7 +134,7 @@ ifdef TESTS
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(TESTS)
 else
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-l slow-units-m-z
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-z
 	$(BIN)/python -m pytest tests/server
 endif
 
@@ -159,7 +159,7 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units slow-units-a-l slow-units-m-z
+.PHONY: check fast-units slow-units-a-d slow-units-e-z
 check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
@@ -167,7 +167,7 @@ fast-units: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
 
 # in two parts, for two cores; with pytest-xdist instead, a worker died, and the run did not end
-slow-units-a-l slow-units-m-z: slow-units-%: dev .venv/loadtest.done
+slow-units-a-d slow-units-e-z: slow-units-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
 
 lock: dev  ## update requirements/*.txt to the newest versions
@@ -190,8 +190,9 @@ clean:  ## stop the server; remove archives and build products (not .venv, not d
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
+# --no-deps, because serve.txt is complete, and pip would also download the newest torch for captum
 .venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt | .venv/bin/python
-	$(PIP) $(QUIET) -r requirements/serve.txt
+	$(PIP) $(QUIET) --no-deps -r requirements/serve.txt
 	$(PIP) $(QUIET) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r requirements/torch.txt
 	$(BIN)/python -m bundle.server.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
 	@touch $@

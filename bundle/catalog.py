@@ -67,6 +67,7 @@ class BundleSection(Section):
     agreement: Annotated[float, Field(gt=0, le=1)] = 0.995  # share of the examples that must keep their first class
     int8: bool = False  # also make an int8 module, calibrated on half of the examples
     served: Literal["always", "on request"] = "always"
+    grad_cam: str | None = None  # the layer whose activations explain an image: a name of named_modules()
     torchvision: TorchvisionSource | None = None
     serialized: SerializedSource | None = None
 
@@ -83,6 +84,15 @@ class BundleSection(Section):
     def check_examples(self) -> "BundleSection":
         if self.int8 and not self.examples:
             raise ValueError("int8 needs `examples`, a folder of inputs to calibrate it with")
+        return self
+
+    @model_validator(mode="after")
+    def check_grad_cam(self) -> "BundleSection":
+        if self.grad_cam and self.serialized:
+            raise ValueError(
+                "grad_cam needs a Python module. A TorchScript file needs the method `with_activations` instead: see "
+                "models/README.md"
+            )
         return self
 
 

@@ -8,6 +8,7 @@ from bundle.errors import BundleError
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"  # the repository's own; it also has the code that its model.py files share
 HANDLERS = ROOT / "handlers"
+HANDLER_REQUIREMENTS = HANDLERS / "requirements.txt"  # what a worker needs
 MODEL_STORE = ROOT / "model_store"
 FRONTEND = ROOT / "bundle" / "frontend"  # the Java agent: sources and jar
 

@@ -6,10 +6,10 @@ from typing import Annotated, Literal, cast
 
 import numpy
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from handlers.core import boxes, boxes_drawn, boxes_explained, inputs, settings
+from handlers.core import boxes, boxes_explained, inputs, settings
 from handlers.core.batch import Sample
 from handlers.core.boxes import Detections, Format, Placement
 from handlers.core.errors import InvalidOption, NonFiniteOutput
@@ -18,6 +18,7 @@ from handlers.core.heatmaps import explainable_image
 from handlers.core.images import WHOLE, ImageLimits, flatten, open_image, open_upright
 from handlers.core.inputs import Image
 from handlers.core.outputs import Outputs, main_output
+from handlers.core.precision import Precision
 from handlers.core.request import Request
 from handlers.core.settings import PositiveInt
 from handlers.core.slots import Picture
@@ -42,9 +43,17 @@ class DetectionHandler(ExplainedHandler):
         max_detections: PositiveInt = 100  # of an answer; a request may ask for fewer
         iou_threshold: Share = 0.5  # YOLO: overlap above which the worse of two boxes of a class is dropped
         max_picture_pixels: PositiveInt = 4_000_000  # of an answer with format=png; a larger image is reduced
-        # One setting, not "auto": rounding changes the number and order of detections, so that precisions cannot be
-        # compared by their outputs, and bfloat16 rounds a coordinate to whole pixels
-        precision: Literal["float32", "bfloat16", "float16"] = "float32"
+        # Not "auto", because rounding changes detections: only for a model that was measured in it
+        precision: Literal["float32", "bfloat16", "float16"] | list[Precision] = "float32"
+
+        @model_validator(mode="after")
+        def check_precision(self) -> "DetectionHandler.Settings":
+            if isinstance(self.precision, list) and self.format == "torchvision":
+                raise ValueError(
+                    "precision must be one name with the format torchvision: its outputs differ in number, so that "
+                    "precisions cannot be compared by them"
+                )
+            return self
 
     class Inputs(inputs.Inputs):
         data: Image
@@ -112,7 +121,9 @@ class DetectionHandler(ExplainedHandler):
         row = {name: values[kept][: options.max_detections] for name, values in row.items()}
         if options.format == "png":
             image = flatten(open_image(content, self.settings))
-            return boxes_drawn.draw(image, row, placement, self.labels, self.settings.max_picture_pixels)
+            from handlers.core import boxes_drawn  # imports much; see boxes.load_operators
+
+            return Picture(boxes_drawn.draw(image, row, placement, self.labels, self.settings.max_picture_pixels))
         return {"detections": boxes.describe(row, placement, self.labels)}
 
     def explainable(self, sample: Sample) -> Explainable:

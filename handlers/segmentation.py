@@ -54,6 +54,7 @@ class SegmentationHandler(ExplainedHandler):
         tile: PositiveInt = 520  # side of the model's input, in pixels
         overlap: NaturalInt = 64  # least overlap of two tiles, in pixels
         max_tiles: PositiveInt = 32  # of one image
+        blank: Literal["mean", "shuffled"] = "mean"  # what an explanation puts in the place of pixels
 
         @model_validator(mode="after")
         def check_overlap(self) -> "SegmentationHandler.Settings":
@@ -185,7 +186,7 @@ class SegmentationHandler(ExplainedHandler):
         return {"classes": classes, "mask": masks.base64_png(mask), "size": list(info.size)}
 
     def predicted(self, score: Tensor, baseline_score: Tensor) -> int:
-        """Return the class that gains most over an image of one colour, which is of one class, too."""
+        """Return the class that gains most over the baseline."""
         return int((score - baseline_score).argmax())
 
     def explainable(self, sample: Sample) -> Explainable:
@@ -199,6 +200,17 @@ class SegmentationHandler(ExplainedHandler):
         def class_scores(outputs: Outputs) -> Tensor:
             return self.reduce(outputs).float().softmax(1)[:, :, :height, :width].mean((2, 3))
 
-        blank = pixels[:, :height, :width].float().mean((1, 2), keepdim=True).expand(pixels.shape)
+        blank = shuffled(pixels).float() if self.settings.blank == "shuffled" else mean_colour(pixels, height, width)
         image = explainable_image(Sample(pixels, place, sample.inputs), blank, self.settings, cells=CELLS)
         return replace(image, class_scores=class_scores, steps=STEPS)
+
+
+def mean_colour(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Return pixels, float32 [C, H, W], that all have the mean colour of the upper left [C, height, width]."""
+    return pixels[:, :height, :width].float().mean((1, 2), keepdim=True).expand(pixels.shape)
+
+
+def shuffled(pixels: Tensor) -> Tensor:
+    """Return the pixels, [C, H, W], in an order that is random, and the same for all images of a size."""
+    order = torch.randperm(pixels[0].numel(), generator=torch.Generator().manual_seed(0))
+    return pixels.flatten(1)[:, order].view_as(pixels)

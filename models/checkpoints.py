@@ -1,10 +1,13 @@
 """What a training run adds to Lightning's checkpoints, so that it can be continued."""
 
+import sys
 import time
 from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 
@@ -33,9 +36,7 @@ class Continuation(lightning.Callback):
         self.random = state_dict["random"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        torch.set_rng_state(self.random["cpu"])  # also in a new run, because Lightning seeds again for ddp
-        if len(self.random["gpus"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(self.random["gpus"])
+        set_random_state(self.random)  # also in a new run, because Lightning seeds again for ddp
         if trainer.global_rank:  # otherwise all processes would augment their inputs in the same way
             torch.manual_seed(int(torch.randint(2**62, ())) + trainer.global_rank)
 
@@ -44,8 +45,14 @@ def random_state() -> dict:
     return {"cpu": torch.get_rng_state(), "gpus": torch.cuda.get_rng_state_all()}
 
 
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if len(state["gpus"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["gpus"])
+
+
 def read_checkpoint(file: Path, settings: list[dict]) -> dict:
-    """Return the state of `Continuation` in a checkpoint, and as "epoch" the number of finished epochs.
+    """Return the state of `Continuation` in a checkpoint, the number of finished "epochs", and their "weights".
 
     Args:
         file: the checkpoint.
@@ -56,7 +63,8 @@ def read_checkpoint(file: Path, settings: list[dict]) -> dict:
     """
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        state = checkpoint["callbacks"][Continuation.__name__] | {"epoch": checkpoint["epoch"] + 1}
+        state = checkpoint["callbacks"][Continuation.__name__]
+        state |= {"epochs": checkpoint["epoch"] + 1, "weights": checkpoint["state_dict"]}
     except OSError as exc:
         raise SystemExit(f"error: --resume {file}: {exc.strerror}") from exc
     except Exception as exc:  # what reading another file raises depends on its content
@@ -67,3 +75,23 @@ def read_checkpoint(file: Path, settings: list[dict]) -> dict:
     if differing:
         raise SystemExit(f"error: --resume {file}: it is a checkpoint of a run with " + "; ".join(differing))
     return state
+
+
+def after_signal(exc: SystemExit, last: Path | str | None) -> SystemExit:
+    """Say how to continue a run that a signal ended, and return the exit with the usual status of that signal.
+
+    Lightning exits with 1 after Ctrl-C, and with 0 after SIGTERM, as if the run were complete.
+
+    Args:
+        exc: the exit of Lightning, or another one, which is returned.
+        last: the file of the last checkpoint; None or empty if no epoch was complete.
+    """
+    if isinstance(exc, SIGTERMException):
+        status = 143
+    elif isinstance(exc.__context__, KeyboardInterrupt):
+        status = 130
+    else:
+        return exc
+    how = f"Continue it with --resume {last}" if last else "No epoch was complete, so there is no checkpoint."
+    rank_zero_only(print)(f"The run is stopped. {how}", file=sys.stderr)
+    return SystemExit(status)

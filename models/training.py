@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from models.checkpoints import Continuation, read_checkpoint
+from models.checkpoints import Continuation, after_signal, read_checkpoint, set_random_state
 from models.weights import save_weights
 
 Augmentation = Callable[[Tensor], Tensor]
@@ -155,7 +155,7 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
     If several processes train, only the first one returns; the others end here.
 
     Raises:
-        SystemExit: `--resume` names a file that is not a checkpoint of this run.
+        SystemExit: `--resume` names a file that is not a checkpoint of this run, or a signal ended it.
     """
     names = [f"stage-{number}" for number in range(1, len(stages) + 1)] if len(stages) > 1 else [""]
     settings = [
@@ -164,11 +164,17 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
     ]
     finished: list[dict[str, Tensor]] = []
     seconds, version, part = 0.0, None, ""
-    checkpoint = options.resume
+    checkpoint = last = options.resume
     if checkpoint:
         state = read_checkpoint(checkpoint, settings)
         finished, seconds, version = state["finished"], state["seconds"], state["version"]
-        part = f"from-epoch-{state['epoch']}"  # because CSVLogger would delete the file of the part before
+        if state["epochs"] == state["settings"]["epochs"] and not options.patience:
+            # a whole stage: Lightning would not average its weights again
+            finished.append(state["weights"])
+            set_random_state(state["random"])
+            checkpoint = None
+        else:
+            part = f"from-epoch-{state['epochs']}"  # because CSVLogger would delete the file of the part before
         for stage, weights in zip(stages, finished, strict=False):
             stage.classifier.load_state_dict(weights)
     for number in range(len(finished), len(stages)):
@@ -178,12 +184,15 @@ def fit(options: argparse.Namespace, *stages: Stage) -> float:
         loggers = [CSVLogger(log.log_dir, name="", version=part), log]
         continuation = Continuation(settings[number], version, list(finished), seconds)
         trainer = make_trainer(options, stage, loggers, continuation)
-        trainer.fit(stage.classifier, stage.batches, stage.validation, ckpt_path=checkpoint, weights_only=True)
-        checkpoint, part = None, ""
-        best = trainer.checkpoint_callback
+        written = trainer.checkpoint_callback
+        assert isinstance(written, ModelCheckpoint), "make_trainer has one"
+        try:
+            trainer.fit(stage.classifier, stage.batches, stage.validation, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as exc:
+            raise after_signal(exc, written.last_model_path or last) from None
+        last, checkpoint, part = written.last_model_path, None, ""
         if options.patience and trainer.is_global_zero:
-            assert isinstance(best, ModelCheckpoint), "make_trainer has one"
-            stage.classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+            stage.classifier.load_state_dict(torch.load(written.best_model_path, weights_only=True)["state_dict"])
         finished.append({name: value.cpu().clone() for name, value in stage.classifier.state_dict().items()})
         seconds += time.monotonic() - start
     if torch.distributed.is_initialized():

@@ -22,19 +22,21 @@ from bundle.build.inspect_detector import inspect_detector
 from bundle.build.inspect_model import Found, Report, describe, find_kind
 from bundle.build.inspect_segmenter import inspect_segmenter
 from bundle.build.new_model import KINDS, NewModel
+from bundle.build.user_modules import adapt
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, read_labels
 from bundle.errors import BundleError
 from bundle.paths import relative
+from handlers.core.explain import WITH_ACTIVATIONS
 
 CONFIG = """\
-# TorchServe's own settings of this model
+# TorchServe's settings of this model
 minWorkers: 1
 maxWorkers: 2
-batchSize: {batch_size}         # most requests in one batch
-maxBatchDelay: 5     # ms that a batch waits to fill. A lone request waits this long: not more than an inference takes
-responseTimeout: 60  # s; a worker that takes longer is killed
-startupTimeout: 120  # s
-jobQueueSize: 500    # requests that wait before further ones get 503
+batchSize: {batch_size}         # maximum number of requests in one batch
+maxBatchDelay: 5     # ms to wait for a full batch, even with a single request; no longer than an inference takes
+responseTimeout: 60  # s; a worker that takes longer for a batch is killed
+startupTimeout: 120  # s; a worker that takes longer to start is killed
+jobQueueSize: 500    # maximum number of requests in the queue; further requests get 503
 {device}
 handler:             # read by handlers/{handler}.py
 {settings}
@@ -96,6 +98,8 @@ def add_model(
     quantised = "quantized::" in str(serialized.inlined_graph)
     report(f"{relative(new.serialized)}: {describe(serialized, new.serialized, quantised)}")
     handler = new.stated_handler or KINDS[find_kind(serialized, new, report)][0]
+    if hasattr(serialized, WITH_ACTIVATIONS) and adapt(serialized, handler) is serialized:
+        report(f"has the method {WITH_ACTIVATIONS}: explanations with grad_cam use it")
     found = HANDLERS[handler].inspect(serialized, new, names, report)
     names = labels_of(new, names, found.classes, report)
 

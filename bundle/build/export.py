@@ -18,6 +18,7 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from bundle.build import torchvision_source
 from bundle.build.file_kinds import identify
+from bundle.build.grad_cam import add_activations, check_activations, check_images
 from bundle.build.handler import labels
 from bundle.build.imports import import_file, imports_from
 from bundle.build.user_modules import adapt
@@ -26,6 +27,7 @@ from bundle.errors import BundleError
 from bundle.paths import MODELS, relative
 from handlers.core.batch import BatchHandler
 from handlers.core.classifier import ClassifierHandler
+from handlers.core.explain import WITH_ACTIVATIONS, ExplainedHandler
 from handlers.core.outputs import count_rows, main_output, tensors
 
 SIZES = (1, 3)  # of the batches on which an export is compared
@@ -48,6 +50,17 @@ class PreprocessedImages(nn.Module):
         return self.classifier((images.float() / 255 - self.mean) / self.std)
 
 
+class ExplainedImages(PreprocessedImages):
+    """The same for a user's TorchScript file that also returns the activations of a layer."""
+
+    @torch.jit.export
+    def with_activations(self, images: Tensor):
+        """Return the outputs for images, uint8 [N, C, H, W], and the activations."""
+        normalised = (images.float() / 255 - self.mean) / self.std
+        # mypy does not know the submodule's methods; TorchScript accepts no words behind the next line's comment
+        return self.classifier.with_activations(normalised)  # type: ignore[operator]
+
+
 def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> None:
     """Write the folder's module to `target` as TorchScript, and check that the file computes the same as the module.
 
@@ -55,27 +68,38 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
         handler: the folder's, of `load_handler`.
 
     Raises:
-        BundleError: the weights are missing, the file computes something else, or the number of classes is not that of
-            the labels.
+        BundleError: the weights are missing, the file computes something else, the number of classes is not that of
+            the labels, or the layer for Grad-CAM is invalid.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     source = folder.bundle.serialized
+    is_classifier = isinstance(handler, ClassifierHandler)
+    # only one of the two modules returns a classifier's auxiliary outputs
+    served = main_output if is_classifier else all_outputs
     if source and not source.mean:
         file = folder.existing(source.file)
         module = load_torchscript(file)
         if adapt(module, folder.bundle.handler) is module:
             shutil.copy(file, target)
+            if has_activations(module, handler):
+                batches = with_batches(module, lambda size: example_batch(folder, handler, size))[1]
+                check_activations(folder.name, module, batches, served)
             return
     eager, inputs = load(folder, handler)
-    is_classifier = isinstance(handler, ClassifierHandler)
+    if layer := folder.bundle.grad_cam:
+        if not isinstance(handler, ExplainedHandler):
+            raise BundleError(f"{folder.name}: bundle: grad_cam: needs a handler with explanations.")
+        check_images(folder.name, inputs)
+        within = "classifier" if isinstance(eager, PreprocessedImages) else ""
+        eager = add_activations(folder.name, eager, layer, within)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", "Scripted .* always returns")  # GoogLeNet and Inception: see `main_output`
         torch.jit.script(eager).save(target)
         exported = torch.jit.load(target)
-        # only one of the two modules returns a classifier's auxiliary outputs
-        served = main_output if is_classifier else lambda outputs: list(tensors(outputs))
         compare(folder.name, eager, exported, inputs, served)
+        if has_activations(exported, handler):
+            check_activations(folder.name, exported, inputs, served)
         if is_classifier:
             classes, names = main_output(exported(*inputs[0])).shape[-1], labels(folder, handler) or []
             if classes != len(names):
@@ -83,6 +107,15 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
                     f"{folder.name}: the model has {classes} classes, but there are {len(names)} labels. Correct "
                     "index_to_name.json."
                 )
+
+
+def has_activations(module: torch.jit.ScriptModule, handler: BaseHandler | None) -> bool:
+    """Return whether explanations will read the activations of a layer."""
+    return isinstance(handler, ExplainedHandler) and hasattr(module, WITH_ACTIVATIONS)
+
+
+def all_outputs(outputs: object) -> list[Tensor]:
+    return list(tensors(outputs))
 
 
 def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
@@ -118,7 +151,8 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
                 )
             return model.build(), inputs
     shape = image_shape(folder, handler)
-    return with_batches(PreprocessedImages(module, mean, std).eval(), lambda size: (random_images(size, *shape),))
+    preprocessed = ExplainedImages if hasattr(module, WITH_ACTIVATIONS) else PreprocessedImages
+    return with_batches(preprocessed(module, mean, std).eval(), lambda size: (random_images(size, *shape),))
 
 
 def check_kind(folder: ModelFolder, name: str, handler: BaseHandler | None, preset: torchvision_source.Preset) -> None:

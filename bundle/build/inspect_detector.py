@@ -44,6 +44,9 @@ UNCHANGED: dict[int, Normalisation] = {3: ([0.0] * 3, [1.0] * 3, "unchanged")}  
 LAYOUTS = {"yolo": "[N, 4 + classes, boxes]", "yolov5": "[N, boxes, 5 + classes]"}
 BEFORE_CLASSES = {"yolo": 4, "yolov5": 5}  # values of a box before the probabilities of its classes
 CLEARLY_MORE = 4  # times as many boxes as values: without labels, the longer dimension is that of the boxes
+PATIENCE: dict[str, tuple[object, str]] = {
+    "max_explain_seconds": (20, "s; an explanation runs the model on an image many times")
+}
 BATCH = 4  # most requests in one batch: an image is large
 ROUNDING = 1e-3  # of a probability
 PAIR = torch.tensor([[240, 320], [200, 160]])  # heights and widths of two trial images
@@ -97,6 +100,7 @@ def inspect_torchvision(model: torch.jit.ScriptModule, new: NewModel, names: lis
     settings: dict[str, tuple[object, str]] = {
         "format": ("torchvision", ""),
         "longest_side": (longest, "pixels; a larger image is reduced before the model resizes it"),
+        **PATIENCE,
     }
     return Found(classes, settings, batch_size=BATCH)
 
@@ -151,6 +155,7 @@ def inspect_yolo(model: torch.jit.ScriptModule, new: NewModel, names: list[str] 
     settings: dict[str, tuple[object, str]] = {
         "format": (chosen, LAYOUTS[chosen]),
         "size": ([images.side] * 2, "height and width of the input"),
+        **PATIENCE,
     }
     return Found(classes, settings, images, batch_size=BATCH)
 

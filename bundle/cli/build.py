@@ -35,7 +35,7 @@ def archive(
 
 def build(folders: list["ModelFolder"], store: Path, force: bool = False) -> None:
     """Build the archives of these folders into the store, with a progress bar."""
-    from bundle.build.archive import archive as build_archive  # imports torch, which takes seconds
+    from bundle.build.archive import archive as build_archive
 
     with progress() as bars:
         for folder in folders:

@@ -79,8 +79,9 @@ class Client:
         """Register an archive of the store as a version of `model`.
 
         Args:
-            workers: number of workers to start; by default, as in its model-config.yaml. This returns when they have
-                started. Until then, TorchServe does not answer other clients whose connections share its thread.
+            workers: number of workers to start. TorchServe ignores it if the archive's model-config.yaml has
+                `minWorkers`. This returns when the workers have started. Until then, TorchServe does not answer other
+                clients whose connections share its thread.
 
         Raises:
             BundleError: TorchServe rejects the archive.

@@ -28,8 +28,8 @@ class Deadline:
     def check(self) -> None:
         """Raise Overloaded once the deadline has passed."""
         if time.monotonic() > self.at:
-            steps = ", or ask for fewer steps or samples" if self.work == "Explaining" else ""
-            raise Overloaded(f"{self.work} this batch took too long. Retry, or send fewer inputs per request{steps}.")
+            other = ", or choose another method, or fewer steps or samples" if self.work == "Explaining" else ""
+            raise Overloaded(f"{self.work} this batch took too long. Retry, or send fewer inputs per request{other}.")
 
 
 def check_wait(arrival: float | None, longest: float | None) -> None:

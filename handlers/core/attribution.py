@@ -1,4 +1,7 @@
-"""The methods of Captum, each called with what fits a worker: batches of a known size, and features in groups."""
+"""The methods of Captum, each called with what fits a worker: batches of a known size, and features in groups.
+
+Grad-CAM is computed here: Captum's needs hooks, which a module that was loaded from TorchScript does not call.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from captum.attr import (
     ShapleyValueSampling,
 )
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 EVALUATIONS = 400  # of shapley_value_sampling by default: permutations x features
 KERNEL_WIDTH = 0.25  # of LIME, in cosine distance, as its authors set it for texts
@@ -33,6 +37,7 @@ class Run:
         groups: in the same shapes; see `Explainable`.
         windows: for occlusion.
         batch_size: the largest N.
+        activations: for Grad-CAM, [N, ...] of each input -> the scores, [N], and activations of a layer, [N, C, H, W].
     """
 
     scores: Callable[..., Tensor]
@@ -41,6 +46,7 @@ class Run:
     groups: Attributions
     windows: tuple[tuple[int, ...], ...] | None
     batch_size: int
+    activations: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def integrated_gradients(self, steps: int) -> Attributions:
         return IntegratedGradients(self.scores).attribute(
@@ -50,6 +56,19 @@ class Run:
     def saliency(self, _: int | None = None) -> Attributions:
         leaves = tuple(each.clone().requires_grad_() for each in self.inputs)
         return Saliency(self.scores).attribute(leaves)
+
+    def grad_cam(self, _: int | None = None) -> Attributions:
+        """Weight each channel of the layer by its mean gradient (Selvaraju et al. 2017)."""
+        assert self.activations, "only models with a named layer list this method"
+        [image] = self.inputs
+        # optimised, TorchScript may differentiate what lies before and behind the layer in one step, and the layer's
+        # activations get no gradient
+        with torch.jit.optimized_execution(False):
+            scores, activations = self.activations(image.clone().requires_grad_())
+        [gradients] = torch.autograd.grad(scores.sum(), activations)
+        heat = (gradients.mean((2, 3), keepdim=True) * activations).sum(1, keepdim=True).relu()
+        heat = interpolate(heat, image.shape[2:], mode="bilinear")
+        return (heat.expand_as(image) / image.size(1),)  # shared among the channels, which are added up later
 
     def occlusion(self, _: int | None = None) -> Attributions:
         assert self.windows

@@ -6,9 +6,11 @@ The detections of an image are `boxes` float32 [K, 4] (x1, y1, x2, y2 in pixels 
 """
 
 import base64
+import importlib.util
 import io
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import batched_nms, box_convert
 
 from handlers.core.images import Shares
 
@@ -27,6 +28,21 @@ GREY = (114, 114, 114)  # around the image, as in the training of the YOLO famil
 MIN_SCORE = 0.01  # of a candidate: thousands of boxes with lower scores would make the suppression slow
 MAX_CANDIDATES = 1000  # of an image, before the suppression
 NONE = -1  # pads the rows: as a score, below every threshold
+
+
+def load_operators() -> None:
+    """Load the compiled operators of torchvision, such as `nms`, which the archives of its detectors call, too.
+
+    `import torchvision` would do so as well, but also imports TorchDynamo: 80 MB and a second for each worker.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    assert spec is not None, "torchvision is a requirement of the handlers"
+    [folder] = spec.submodule_search_locations or []
+    [library] = [file for file in Path(folder).glob("_C.*") if file.suffix in (".so", ".pyd")]
+    torch.ops.load_library(library)
+
+
+load_operators()  # here, because an archive that calls them cannot be loaded before
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +150,8 @@ def yolo_candidates(outputs: Tensor, kind: Format, classes: int) -> tuple[Tensor
         )
     rows = rows.float()
     probabilities = rows[..., 4:] if kind == "yolo" else rows[..., 4:5] * rows[..., 5:]
-    return box_convert(rows[..., :4], "cxcywh", "xyxy"), probabilities
+    centre, size = rows[..., :2], rows[..., 2:4]
+    return torch.cat((centre - size / 2, centre + size / 2), dim=-1), probabilities
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Detections:
@@ -143,7 +160,10 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float
     best = best[~(scores < MIN_SCORE)]  # a score that is not a number stays, so that the answer is an error
     scores = scores[: len(best)]
     boxes, labels = boxes[best], labels[best]
-    kept = batched_nms(boxes, scores, labels, iou_threshold)
+    if not len(boxes):
+        return {"boxes": boxes, "scores": scores, "labels": labels}
+    apart = labels[:, None] * (boxes.max() - boxes.min() + 1)  # so that boxes of different classes never overlap
+    kept = torch.ops.torchvision.nms(boxes + apart, scores, iou_threshold)
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
 
 

@@ -9,7 +9,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_keypoints
 
 from handlers.core.boxes import Detections, Placement
-from handlers.core.slots import Picture
 
 # dark enough for white text, and distinct also for colour-blind readers (after Okabe and Ito 2008)
 COLOURS = ((0, 114, 178), (190, 75, 0), (0, 120, 90), (160, 60, 120), (120, 90, 0), (60, 60, 60))
@@ -17,8 +16,8 @@ SHOWN_KEYPOINT = 0.0  # least score: torchvision's scores of keypoints are logit
 MASK_OPACITY = 0.45
 
 
-def draw(image: Image.Image, row: Detections, placement: Placement, labels: list[str], max_pixels: int) -> Picture:
-    """Draw boxes with their labels and scores, and masks and keypoints if there are some.
+def draw(image: Image.Image, row: Detections, placement: Placement, labels: list[str], max_pixels: int) -> bytes:
+    """Draw boxes with their labels and scores, and masks and keypoints if there are some. Return a PNG file.
 
     Args:
         image: "RGB", the original. If it has more than `max_pixels`, the picture is a reduced copy.
@@ -56,7 +55,7 @@ def draw(image: Image.Image, row: Detections, placement: Placement, labels: list
         canvas = draw_keypoints(canvas, points, colors=(220, 50, 32), radius=2 * unit, visibility=visible)
     file = io.BytesIO()
     to_pil_image(canvas).save(file, "PNG", compress_level=1)
-    return Picture(file.getvalue())
+    return file.getvalue()
 
 
 def lay_masks(image: Image.Image, masks: Tensor, colours: list[tuple], placement: Placement) -> Image.Image:

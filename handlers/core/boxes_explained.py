@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from handlers.core.boxes import Format, yolo_candidates
 from handlers.core.outputs import Outputs, main_output
@@ -36,4 +35,6 @@ def scores_at(explained: Tensor, boxes: Tensor, probabilities: Tensor) -> Tensor
     """Return the score of each class at the boxes that are explained, [classes, 4] -> float32 [classes]."""
     if not len(boxes):
         return probabilities.new_zeros(len(explained))
+    from torchvision.ops import box_iou  # imports much; see boxes.load_operators
+
     return (probabilities * box_iou(boxes, explained)).amax(0)

@@ -198,4 +198,4 @@ def curve(waveform: numpy.ndarray, scores: numpy.ndarray, seconds: float, captio
         pen.line([(x, upper + lower), (x, upper + lower + 5)], fill=BLACK)
         label = f"{tenth / 10:g}"
         pen.text((min(x + 2, WIDTH - 24), upper + lower + 6), label, BLACK, font(13))
-    return captioned(canvas, caption + "; seconds")
+    return captioned(canvas, caption + "; time in seconds")

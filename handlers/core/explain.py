@@ -26,9 +26,11 @@ from handlers.core.slots import Picture, Sample
 
 STEPS, MOST_STEPS = (50, 200), 400  # of the integral: without `n_steps`, 50; if the gap is not small, 200
 SMALL_GAP = 0.05  # of the difference between the scores of input and baseline
-GRADIENTS = ("integrated_gradients", "saliency")
+GRADIENTS = ("integrated_gradients", "saliency", "grad_cam")
 REMOVALS = ("feature_ablation", "shapley_value_sampling", "kernel_shap", "lime")
 COMPLETE = ("integrated_gradients", "shapley_value_sampling", "kernel_shap")  # their sum is promised
+LEGENDS = {"saliency": "red: what it depends on", "grad_cam": "red speaks for it"}  # these are never negative
+WITH_ACTIVATIONS = "with_activations"  # method of a module: its outputs, and the activations of a layer, [N, C, H, W]
 
 Attributions = tuple[Tensor, ...]
 
@@ -81,7 +83,8 @@ class Explainable:
     @property
     def methods(self) -> list[str]:
         """The methods that fit the inputs, the default first."""
-        gradients = GRADIENTS if self.differentiable else ()
+        is_image = len(self.inputs) == 1 and self.inputs[0].ndim == 4
+        gradients = [name for name in GRADIENTS if self.differentiable and (is_image or name != "grad_cam")]
         first = self.preferred or (GRADIENTS[0] if self.differentiable else "shapley_value_sampling")
         return list(dict.fromkeys([first, *gradients, *REMOVALS, *(["occlusion"] if self.windows else [])]))
 
@@ -169,7 +172,10 @@ class ExplainedHandler(LabelledHandler):
     def methods(self, explainable: Explainable | None = None) -> list[str]:
         """Return what this model can do with an input, the default first; without one, with the handler's example."""
         explainable = explainable or self.explainable(self.example())
-        return [name for name in explainable.methods if name not in GRADIENTS or self.gradients]
+        impossible: tuple[str, ...] = () if self.gradients else GRADIENTS
+        if not hasattr(self.original, WITH_ACTIVATIONS):
+            impossible += ("grad_cam",)
+        return [name for name in explainable.methods if name not in impossible]
 
     def read(self, row: dict, headers: Mapping) -> Request:
         request = super().read(row, headers)
@@ -205,7 +211,8 @@ class ExplainedHandler(LabelledHandler):
         label = self.labels[found.target]
         place: dict[str, Any] = {"box": explainable.boxes[found.target]} if explainable.boxes else {}
         if options.format == "png":
-            caption = f"{label}: {self.probability(found.score):.1%} ({found.method})"
+            legend = LEGENDS.get(found.method, "red speaks for it, blue against it")
+            caption = f"{label}: {self.probability(found.score):.1%}; {legend} ({found.method.replace('_', ' ')})"
             return Picture(explainable.draw(*found.attributions, caption, **place))
         return {
             "target": {"label": label, "class": found.target, **self.describe_target(found), **place},
@@ -218,6 +225,11 @@ class ExplainedHandler(LabelledHandler):
         """Return the scores of all classes, float32 [N, classes], for [N, ...] of each input, on the device."""
         outputs = self.original(*explainable.arguments(*parts))
         return (explainable.class_scores or self.class_scores)(outputs)
+
+    def scores_and_activations(self, explainable: Explainable, parts: Attributions) -> tuple[Tensor, Tensor]:
+        """Return the scores of all classes, and the activations of the layer that the archive's module names."""
+        outputs, activations = getattr(self.original, WITH_ACTIVATIONS)(*explainable.arguments(*parts))
+        return (explainable.class_scores or self.class_scores)(outputs), activations
 
     def attribute(
         self, explainable: Explainable, options: ExplanationOptions, deadline: admission.Deadline
@@ -249,11 +261,15 @@ class ExplainedHandler(LabelledHandler):
             deadline.check()  # Captum calls this for each batch of its work
             return self.scores(explainable, changed)[:, target]
 
+        def activations(*same: Tensor) -> tuple[Tensor, Tensor]:
+            of_classes, found = self.scores_and_activations(explainable, same)
+            return of_classes[:, target], found
+
         def found(attributions: Attributions) -> Explanation:
             host = tuple(each.detach()[0].float().cpu() for each in attributions)
             return Explanation(target, method, score, baseline_score, host)
 
-        run = attribution.Run(scores, parts, blank, groups, explainable.windows, self.run_size)
+        run = attribution.Run(scores, parts, blank, groups, explainable.windows, self.run_size, activations)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.enable_grad():
             torch.manual_seed(0)
             if method != "integrated_gradients":

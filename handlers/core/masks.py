@@ -88,9 +88,9 @@ class Blend:
             NonFiniteOutput: a score is not finite.
         """
         assert self.sum is not None, "an image has at least one tile"
-        if not bool(self.sum.isfinite().all()):
+        if not all(extreme.isfinite() for extreme in self.sum.aminmax()):
             raise NonFiniteOutput("The model's output for this input is not a finite number.")
-        return self.sum.argmax(0).byte().cpu()
+        return self.sum.max(0).indices.byte().cpu()  # argmax takes ten times as long on a CPU
 
 
 def shares(mask: Image.Image, labels: list[str]) -> list[dict]:

@@ -28,7 +28,7 @@ def together(parts: dict[str, Explainable], arguments: Callable[..., tuple[Tenso
 
         *attributions, caption = attributions_and_caption
         panels = [
-            part.draw(scores, f"{name}: {scores.sum().item():+.3g}")  # type: ignore[union-attr]  # tensors come first
+            part.draw(scores, f"{name}, sum of its scores: {scores.sum().item():+.3g}")  # type: ignore[union-attr]  # tensors come first
             for (name, part), scores in zip(parts.items(), attributions, strict=True)
         ]
         return drawing.stacked(panels, str(caption))

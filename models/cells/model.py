@@ -83,8 +83,9 @@ class CellNet(nn.Module):
         coarse = self.from_coarse(self.coarse(fine))
         coarse = nn.functional.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False)
         features = self.fuse(self.from_fine(fine) + coarse)
-        distances = nn.functional.softplus(self.locate(features)) * self.stride
-        return self.classify(features).flatten(2), distances.flatten(2)
+        # float: where the layers compute in bfloat16, a sum of two distances would be rounded to half a pixel
+        distances = nn.functional.softplus(self.locate(features).float()) * self.stride
+        return self.classify(features).float().flatten(2), distances.flatten(2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Detect cells, uint8 [N, 3, 288, 384] (RGB) -> float32 [N, 4 + classes, 1728].

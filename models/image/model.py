@@ -38,18 +38,31 @@ class ImageNet32(nn.Module):
         """Scale uint8 [N, 3, H, W] to float32, with zero mean and unit variance over the training set."""
         return (images.float() / 255 - self.mean) / self.std
 
-    def logits(self, pixels: Tensor) -> Tensor:
-        """Classify normalised images, float32 [N, 3, 32, 32] -> float32 [N, 10]."""
-        features = self.blocks(self.whiten(pixels))
+    def features(self, pixels: Tensor) -> Tensor:
+        """Compute features of normalised images, float32 [N, 3, 32, 32] -> float32 [N, C, 3, 3]."""
+        return self.blocks(self.whiten(pixels))
+
+    def logits(self, features: Tensor) -> Tensor:
         return self.classify(features.amax(dim=(2, 3))) / 8
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images, uint8 [N, 3, 32, 32] (RGB) -> logits float32 [N, 10]."""
         pixels = self.normalise(images)
         if self.training:
-            return self.logits(pixels)
+            return self.logits(self.features(pixels))
         # averaged over an image and its mirror image, as in the paper's section 3.5: 1 % more accurate, twice the work
-        return (self.logits(pixels) + self.logits(pixels.flip(3))) / 2
+        return (self.logits(self.features(pixels)) + self.logits(self.features(pixels.flip(3)))) / 2
+
+    @torch.jit.export
+    def with_activations(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify as `forward` in evaluation mode does; also return the features, [N, 2 C, 3, 3], for Grad-CAM.
+
+        The second half of the channels is that of the mirror image, turned back.
+        """
+        pixels = self.normalise(images)
+        both = torch.cat((self.features(pixels), self.features(pixels.flip(3)).flip(3)), dim=1)
+        of_image, of_mirror = both.chunk(2, dim=1)
+        return (self.logits(of_image) + self.logits(of_mirror)) / 2, both
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:

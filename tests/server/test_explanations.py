@@ -40,9 +40,12 @@ def test_explanation_of_the_sample_is_json_about_the_expected_class(served: Plac
     assert raw.json()["target"] == body["target"]
 
 
-@pytest.mark.parametrize("model", SHIPPED)
-def test_explanation_with_format_png_is_a_picture(served: Place, model: str):
-    answer = explain(served, model, format="png", method="feature_ablation")
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [*((name, "feature_ablation") for name in SHIPPED), ("mnist", "grad_cam"), ("image", "grad_cam")],
+)
+def test_explanation_with_format_png_is_a_picture(served: Place, model: str, method: str):
+    answer = explain(served, model, format="png", method=method)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png"), answer.text
     with Image.open(io.BytesIO(answer.content)) as image:
         assert image.format == "PNG"

@@ -93,7 +93,7 @@ def assert_like(got: str, printed: str, command: str) -> None:
 
 def alike(got: object, expected: object) -> bool:
     if isinstance(expected, float):
-        return isinstance(got, (int, float)) and math.isclose(got, expected, abs_tol=0.01)
+        return isinstance(got, (int, float)) and math.isclose(got, expected, rel_tol=0.01, abs_tol=0.01)
     if isinstance(expected, dict):
         return isinstance(got, dict) and got.keys() == expected.keys() and all(alike(got[k], expected[k]) for k in got)
     if isinstance(expected, list):

@@ -4,14 +4,15 @@ python -m tests.trials.explanations mnist image --write
 
 Completeness: the attributions of a method must add up to the difference between the scores of input and baseline.
 Deletion: removing the fifth of the parts that an explanation ranks highest must lower the class's probability far more
-than removing a random fifth. A part is what the methods remove as a whole: a square, 50 ms, a token.
+than removing a random fifth. A part is what the methods remove as a whole: a square, 50 ms, a token. Of masks it is a
+pixel, because every square has some of a class that covers the picture.
 """
 
 import json
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,15 @@ def explained_sample(handler: ExplainedHandler, row: dict) -> Sample:
     return sample
 
 
+def in_parts(handler: ExplainedHandler, explainable: Explainable) -> Explainable:
+    """Return an input with the parts that deletion removes as its groups."""
+    if type(handler).__name__ != "SegmentationHandler":  # of the archive, which has its own copy
+        return explainable
+    [image] = explainable.inputs
+    pixels = torch.arange(image[0, 0].numel()).view(1, 1, *image.shape[2:])
+    return replace(explainable, groups=(pixels.expand_as(image),))
+
+
 def without(explainable: Explainable, removed: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Replace the parts with these numbers by the baseline."""
     triples = zip(explainable.inputs, explainable.baselines, explainable.groups, strict=True)
@@ -101,8 +111,9 @@ def measure(handler: ExplainedHandler, rows: list[dict], method: str | None = No
                 gaps.append(gap)
                 differences.append(difference)
                 within.append(gap <= 0.05 * difference)
+            explainable = in_parts(handler, explainable)
             parts = importance(explainable, found.attributions)
-            if type(handler).__name__ == "GraphHandler":  # of the archive, which has its own copy
+            if type(handler).__name__ == "GraphHandler":
                 parts = parts[: len(found.attributions[0])]  # the atoms; without a bond, it is another molecule
             count = max(1, round(REMOVED * len(parts)))
             choices = [parts.topk(count).indices]

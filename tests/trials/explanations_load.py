@@ -3,7 +3,7 @@
 python -m tests.trials.explanations_load image --rounds 5
 
 It starts a server of its own. The explanations go to the model's own workers, or to a second registration of its
-archive under another name, with one worker of its own. The three cases take turns in every round.
+archive under another name, which starts as many workers again. The three cases take turns in every round.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from tests.trials import reliability
 UTILISATION = 0.3  # of the capacity, by the predictions
 CLIENTS = 32  # of the measurement of the capacity
 EVERY = 1.0  # seconds from one explanation to the next
-NONE, SHARED, APART = "without explanations", "in the model's workers", "in a worker of their own"
+NONE, SHARED, APART = "without explanations", "in the model's workers", "in workers of their own"
 
 
 def register_apart(place: Place, name: str) -> str:

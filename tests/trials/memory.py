@@ -8,16 +8,13 @@ of a server share.
 """
 
 import json
-import multiprocessing
-import os
+import subprocess
+import sys
 import tempfile
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 from rich.table import Table
 
@@ -26,9 +23,9 @@ from bundle.build.archive import archive
 from bundle.catalog import ModelFolder, select
 from bundle.cli.console import console, progress
 from bundle.errors import BundleError
+from bundle.paths import ROOT
 from tests.trials import reliability
 
-BATCHES = 5  # of each size: the first ones compile
 WEIGHTS = "model.pt"  # in an archive
 
 
@@ -41,12 +38,14 @@ class Memory:
         loaded: after the model is loaded and warmed up.
         single: after batches of one request.
         full: after batches of the model's `batchSize`.
+        used: then, without the freed memory that the worker keeps for its next batch.
     """
 
     bare: int
     loaded: int
     single: int
     full: int
+    used: int
 
 
 def measure(file: Path, content: bytes, headers: dict[str, str], size: int) -> Memory:
@@ -55,45 +54,11 @@ def measure(file: Path, content: bytes, headers: dict[str, str], size: int) -> M
     Raises:
         BundleError: the process died, or the model does not answer the content.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(theirs, file, content, headers, size))
-    process.start()
-    theirs.close()
-    try:
-        found = ours.recv()
-    except EOFError:
-        raise BundleError(f"The worker of {file.name} died.") from None
-    finally:
-        process.join()
-    if isinstance(found, str):
-        raise BundleError(f"The worker of {file.name} did not answer its sample.", found)
-    return found
-
-
-def work(pipe: Connection, file: Path, content: bytes, headers: dict[str, str], size: int) -> None:
-    """Be the worker: send its `Memory`, or the answer to a request that failed, as text."""
-    import ts.model_service_worker  # noqa: F401  # what a real worker imports before its handler
-
-    from bundle.build.dryrun import DryRun
-
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a worker prints its metrics
-        bare = resident()
-        with DryRun(file) as worker:
-            found = [bare, resident()]
-            for requests in (1, size):
-                for _ in range(BATCHES):
-                    for status, body in worker.predict([{"body": content}] * requests, [headers] * requests):
-                        if status != 200:
-                            pipe.send(f"{status} {body}")
-                            return
-                found.append(resident())
-    pipe.send(Memory(*found))
-
-
-def resident() -> int:
-    info = psutil.Process().memory_info()
-    return info.rss - info.shared
+    command = [sys.executable, "-m", "tests.trials.memory_worker", str(file), str(size), json.dumps(headers)]
+    run = subprocess.run(command, input=content, capture_output=True, cwd=ROOT)
+    if run.returncode:
+        raise BundleError(f"The worker of {file.name} did not answer its sample.", run.stderr.decode()[-2000:])
+    return Memory(*json.loads(run.stdout.splitlines()[-1]))
 
 
 def weights(file: Path) -> int:
@@ -123,7 +88,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Also write the figures, in bytes, as JSON.")] = None,
 ) -> None:
     """Measure the memory of one worker of each model."""
-    table = Table("model", "weights MB", "bare worker MB", "+ loaded", "+ batches of 1", "+ full batches", "batch size")
+    table = Table("model", "weights MB", "bare worker MB", "+ loaded", "+ batches of 1", "+ full batches", "in use")
     figures = {}
     with progress() as bars:
         folders = select(models or [])
@@ -131,9 +96,9 @@ def main(
         for folder in bars.track(folders, task_id=task):
             bytes_, size, memory = measured(folder)
             figures[folder.name] = {"weights": bytes_, "batch_size": size, **vars(memory)}
-            more = (memory.loaded, memory.single, memory.full)
+            more = (memory.loaded, memory.single, memory.full, memory.used)
             cells = [bytes_ / 1e6, memory.bare / 1e6, *((each - memory.bare) / 1e6 for each in more)]
-            table.add_row(folder.name, *(f"{cell:,.1f}" for cell in cells), str(size))
+            table.add_row(folder.name, *(f"{cell:,.1f}" for cell in cells))
     console.print(table)
     if output:
         output.write_text(json.dumps(figures, indent=2))

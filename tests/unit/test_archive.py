@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from bundle import mar
-from bundle.build.archive import REQUIREMENTS, archive
+from bundle.build.archive import archive
 from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
-from bundle.paths import HANDLERS, MODELS, ROOT
+from bundle.paths import HANDLER_REQUIREMENTS, HANDLERS, MODELS, ROOT
 from bundle.signing import check, make_keys
 from tests.shipped import SHIPPED
 
@@ -92,11 +92,23 @@ def test_archive_is_rebuilt_for_another_signing_key(folder, tmp_path, monkeypatc
     check(store / "mnist.mar", trusted["other"])
 
 
+def test_current_archive_is_found_without_torch(folder, tmp_path):
+    """Importing torch would take `make serve` seconds."""
+    archive(folder, store=tmp_path)
+    lines = ("import sys", "from pathlib import Path", "from bundle.build.archive import archive")
+    lines += ("from bundle.catalog import ModelFolder",)
+    lines += (f"print(archive(ModelFolder(Path({str(folder.path)!r})), Path({str(tmp_path)!r})).rebuilt)",)
+    command = [sys.executable, "-c", "\n".join((*lines, "print('torch' in sys.modules)"))]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "False"], run.stderr
+
+
 IN_A_CHANGED_CHECKOUT = """
 import json, sys
 from pathlib import Path
 from bundle.build.archive import fingerprint
 from bundle.catalog import select
+import bundle.build.contents
 import models.mnist.model
 
 [folder], root = select(["mnist"]), Path.cwd()
@@ -170,7 +182,7 @@ def test_archive_of_an_invalid_folder_is_rejected_with_the_reason(folder, tmp_pa
 
 
 def test_requirements_of_archives_are_the_locked_versions():
-    pins = re.findall(r"^([a-z-]+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE)
+    pins = re.findall(r"^([a-z-]+)==(\S+)", HANDLER_REQUIREMENTS.read_text(), re.MULTILINE)
     locked = dict(
         re.findall(
             r"^([a-z-]+)==(\S+)",

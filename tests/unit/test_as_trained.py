@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import select
+from handlers.core.precision import freeze
 from handlers.multimodal import MultimodalHandler
 from models.avdigits import train as avdigits
 from models.avdigits.phrases import NAMES
@@ -52,6 +53,7 @@ def test_cells_found_by_the_evaluation_equal_the_handlers(tmp_path):
     drawn = Image.open(FOLDER / "sample.jpg")
     files = [encode_image(each, "JPEG") for each in (drawn, ImageOps.mirror(drawn), ImageOps.invert(drawn))]
     with DryRun(archive(folder, store=tmp_path).path) as worker:
+        worker.handler.model = worker.handler.original  # in float32
         answers = worker.predict([{"data": file, "score_threshold": str(CERTAIN).encode()} for file in files])
     model = build()
     for (status, answer), file in zip(answers, files, strict=True):
@@ -63,3 +65,27 @@ def test_cells_found_by_the_evaluation_equal_the_handlers(tmp_path):
         assert found["scores"].tolist() == pytest.approx([each["score"] for each in served], abs=1e-4)
         boxes = torch.tensor([each["box"] for each in served])
         torch.testing.assert_close(found["boxes"], boxes, rtol=0, atol=0.02)  # answers have two decimals
+
+
+@pytest.mark.slow
+def test_cells_found_in_bfloat16_are_close_to_those_in_float32(tmp_path):
+    [folder] = select(["cells"])
+    drawn = Image.open(FOLDER / "sample.jpg")
+    rows = [{"body": encode_image(each, "JPEG")} for each in (drawn, ImageOps.mirror(drawn), ImageOps.flip(drawn))]
+    with DryRun(archive(folder, store=tmp_path).path) as worker:
+        found = {}
+        for precision in ("float32", "bfloat16"):
+            worker.handler.model = freeze(torch.jit.script(build()), precision, torch.device("cpu"))
+            found[precision] = [answer["detections"] for _, answer in worker.predict(rows)]
+    assert found["float32"] != found["bfloat16"]
+    for plain, rounded in zip(found["float32"], found["bfloat16"], strict=True):
+        for some, others in ((plain, rounded), (rounded, plain)):
+            clear = [each for each in some if each["score"] > 0.4]  # the threshold of 0.35 may part two near scores
+            assert len(clear) > 5
+            assert all(any(is_close(each, other) for other in others) for each in clear)
+
+
+def is_close(one: dict, other: dict) -> bool:
+    """Return whether two detections are of the same cell: pixels of 640, because a neighbouring box may win."""
+    distances = (abs(a - b) for a, b in zip(one["box"], other["box"], strict=True))
+    return one["label"] == other["label"] and abs(one["score"] - other["score"]) < 0.03 and max(distances) < 4

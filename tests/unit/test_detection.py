@@ -9,12 +9,15 @@ import numpy
 import pytest
 import torch
 from PIL import ExifTags, Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.ops import batched_nms
 
 from bundle.build.dryrun import DryRun
 from bundle.build.torchvision_source import ListedImages
 from handlers.core import boxes, boxes_drawn
+from handlers.detection import DetectionHandler
 from tests.unit.serialized import serving_with
 
 LABELS = ["cat", "dog"]
@@ -279,6 +282,19 @@ def test_masks_of_a_picture_show_the_best_one_where_they_overlap():
     assert none.tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_suppression_keeps_the_boxes_that_torchvisions_own_keeps(count: int):
+    generator = torch.Generator().manual_seed(0)
+    corners, sizes = (side * torch.rand(count, 2, generator=generator) for side in (400, 80))
+    candidates = torch.cat((corners, corners + sizes), dim=1)
+    scores, labels = torch.rand(count, generator=generator) + 0.1, torch.randint(3, (count,), generator=generator)
+    found = boxes.suppress(candidates, scores, labels, 0.5)
+    kept = batched_nms(candidates, scores, labels, 0.5)
+    assert found["scores"].equal(scores[kept])
+    assert found["boxes"].equal(candidates[kept])
+    assert found["labels"].equal(labels[kept])
+
+
 def test_best_detections_are_kept_and_padded():
     images = [
         {"boxes": torch.arange(12.0).view(3, 4), "scores": torch.tensor([0.2, 0.9, 0.5]), "labels": torch.arange(3)},
@@ -349,3 +365,12 @@ def check_mask(mask: dict, expected: Tensor) -> None:
     assert part.size == (right - left, bottom - top)
     agreement = torch.from_numpy(numpy.array(part)) == (expected[top:bottom, left:right] > 0.5)
     assert agreement.float().mean() > 0.98
+
+
+def test_list_of_precisions_is_only_accepted_for_outputs_that_can_be_compared():
+    both = ["float32", "bfloat16"]
+    assert DetectionHandler.Settings(format="yolo", precision=both).precision == both
+    with pytest.raises(ValidationError, match="precision must be one name with the format torchvision"):
+        DetectionHandler.Settings(format="torchvision", precision=both)
+    with pytest.raises(ValidationError):
+        DetectionHandler.Settings(format="yolo", precision="auto")

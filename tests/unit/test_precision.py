@@ -101,6 +101,15 @@ def mnist_with_examples(tmp_path: Path, count: int = 120, **bundle: object) -> M
     return ModelFolder(path)
 
 
+def with_module(folder: ModelFolder, source: str) -> ModelFolder:
+    """Replace the folder's module, and forget what its configuration says of the old one's layers."""
+    (folder.path / "model.py").write_text(source)
+    config = folder.config
+    del config["bundle"]["grad_cam"]
+    (folder.path / CONFIG_NAME).write_text(yaml.safe_dump(config))
+    return ModelFolder(folder.path)
+
+
 VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a processor with VNNI")
 
 
@@ -112,14 +121,18 @@ def test_int8_archive_answers_like_the_float32_one(tmp_path: Path):
     assert [note.split(":")[0] for note in built.notes] == ["bfloat16", "float16", "int8"]
     assert all("keep their first class" in note and "probability changes by" in note for note in built.notes)
     rows = [{"body": file.read_bytes()} for file in sorted((folder.path / "examples").iterdir())[:32]]
-    answers = {}
+    answers, maps = {}, {}
     for wanted in ("float32", "int8"):
         mar = archive_in(folder, wanted, tmp_path)
         with DryRun(mar) as worker:
             assert worker.handler.precision == wanted
             answers[wanted] = [body["top_3_classes"][0] for _, body in worker.predict(rows)]
+            explained = {"data": rows[0]["body"], "method": "grad_cam"}
+            maps[wanted] = worker.predict([explained], [{"explain": "True"}])
     same_class = sum(one == other for one, other in zip(*answers.values(), strict=True))
     assert same_class >= 30
+    assert maps["int8"] == maps["float32"], "explanations are computed in float32"
+    assert maps["int8"][0][0] == 200
 
 
 def archive_in(folder: ModelFolder, wanted: str, tmp_path: Path) -> Path:
@@ -267,8 +280,7 @@ LARGE = MODEL.format(
 def test_archive_keeps_the_allowed_precisions_that_are_accurate(
     source: str, wanted: str | list[str], notes: dict[str, str], kept: str | list[str], tmp_path: Path
 ):
-    folder = set_precision(mnist_with_examples(tmp_path, agreement=0.9), wanted)
-    (folder.path / "model.py").write_text(source)
+    folder = with_module(set_precision(mnist_with_examples(tmp_path, agreement=0.9), wanted), source)
     built = archive(folder, store=tmp_path / "store")
     assert [note.split(":")[0] for note in built.notes] == list(notes)
     for note, expected in zip(built.notes, notes.values(), strict=True):
@@ -280,8 +292,7 @@ def test_archive_keeps_the_allowed_precisions_that_are_accurate(
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "pinned"), [(FRAGILE, "bfloat16"), (ACCUMULATING, "bfloat16"), (LARGE, "float16")])
 def test_archive_with_an_inaccurate_pinned_precision_is_rejected(source: str, pinned: str, tmp_path: Path):
-    folder = set_precision(mnist_with_examples(tmp_path, agreement=0.9), pinned)
-    (folder.path / "model.py").write_text(source)
+    folder = with_module(set_precision(mnist_with_examples(tmp_path, agreement=0.9), pinned), source)
     with pytest.raises(BundleError, match=f"not accurate enough in {pinned}: .* to auto or float32"):
         archive(folder, store=tmp_path / "store")
     assert not (tmp_path / "store" / "mnist.mar").exists()
@@ -290,8 +301,7 @@ def test_archive_with_an_inaccurate_pinned_precision_is_rejected(source: str, pi
 @VNNI
 @pytest.mark.slow
 def test_archive_with_an_inaccurate_int8_module_is_rejected(tmp_path: Path):
-    folder = mnist_with_examples(tmp_path, count=440, int8=True)
-    (folder.path / "model.py").write_text(FRAGILE)
+    folder = with_module(mnist_with_examples(tmp_path, count=440, int8=True), FRAGILE)
     with pytest.raises(BundleError, match=r"in int8: .* keep their first class \(at least 99.50% must\)"):
         archive(folder, store=tmp_path / "store")
     assert not (tmp_path / "store" / "mnist.mar").exists()

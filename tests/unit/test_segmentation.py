@@ -126,6 +126,12 @@ def test_class_that_does_not_occur_is_not_in_the_answer(tiled):
     assert answer["classes"] == [{"label": "white", "class": 2, "share": 1.0, "pixels": 600}]
 
 
+def test_pixel_with_equal_scores_gets_the_first_of_the_classes():
+    blend = masks.Blend(torch.Size((2, 2)), torch.ones(2, 2))
+    blend.add(torch.tensor([[[0.0, 1.0], [2.0, 0.0]], [[0.0, 1.0], [3.0, 0.0]], [[0.0, 1.0], [3.0, -1.0]]]), 0, 0)
+    assert blend.mask().tolist() == [[0, 0], [1, 0]]
+
+
 @pytest.mark.parametrize("size", [(160, 160), (150, 90), (65, 64), (20, 160), (40, 9)])
 def test_tiles_agree_with_the_whole_image(tiled, whole, size):
     content = encode(speckled(*size))

@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -97,17 +98,37 @@ def test_two_processes_train_digits_as_accurately_as_one(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stopped", "stage"), [("0.1", "stage-1"), ("1.0", "stage-2")])
+@pytest.mark.parametrize(("stopped", "stage"), [("0.1", "stage-1"), ("1.-1", "stage-1"), ("1.0", "stage-2")])
 def test_stopped_run_that_is_continued_ends_with_the_weights_of_an_uninterrupted_one(
     train: Train, tmp_path: Path, stopped: str, stage: str
 ):
     whole = train("whole", "--noise")
     with pytest.raises(SystemExit):
-        train("run", "--noise", "--stop-in", stopped)
+        train("run", "--noise", f"--stop-in={stopped}")
     last = tmp_path / "run-logs" / "version_0" / stage / "checkpoints" / "last.ckpt"
     continued = train("run-continued", "--noise", "--resume", str(last))
     torch.testing.assert_close(weights(continued), weights(whole), rtol=0, atol=0)
     assert not torch.equal(weights(train("other", "--noise", "--seed", "1"))["0.bias"], weights(whole)["0.bias"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("stopped", "hint"),
+    [("0.-1", "No epoch was complete"), ("0.0", "--resume {last}\n"), ("1.-1", "--resume {last}\n")],
+)
+def test_signal_ends_a_run_with_its_status_and_says_how_to_continue(
+    tmp_path: Path, number: int, status: int, stopped: str, hint: str
+):
+    folders = ["--out", str(tmp_path / "out"), "--log-dir", str(tmp_path)]
+    options = ["--accelerator", "cpu", f"--stop-in={stopped}", f"--signal={int(number)}"]
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "tests.unit.tiny_training", *folders, *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == status, run.stderr[-3000:]
+    last = tmp_path / "version_0" / "stage-1" / "checkpoints" / "last.ckpt"
+    assert "The run is stopped. " in run.stderr
+    assert hint.format(last=last) in run.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

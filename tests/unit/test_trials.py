@@ -169,3 +169,5 @@ def test_memory_of_a_worker_is_measured_beside_its_weights():
     assert size == folder.config["batchSize"]
     assert 0 < weights < found.loaded - found.bare < 500e6
     assert found.bare < min(found.single, found.full)
+    assert weights < found.used - found.bare
+    assert found.used <= found.full + 1e6  # pages that the allocator takes back meanwhile

@@ -1,6 +1,7 @@
 """A train.py in small, for the tests of the options: two stages of a network without random layers."""
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Jitter:
 
 def stops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop-in", help="STAGE.EPOCH at the end of which the program ends, as if it were killed")
+    parser.add_argument("--signal", type=int, help="with which it ends; by default, it exits with 3")
     parser.add_argument("--noise", action="store_true")
     parser.add_argument("--worse", action="store_true", help="validate on wrong labels, so that every epoch is worse")
 
@@ -31,10 +33,13 @@ class Stopping(training.Classifier):
     """End the program in the epoch after `stop_in`, when the checkpoint has been written."""
 
     stop_in: int | None = None
+    signal: int | None = None
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch - 1 == self.stop_in:
-            raise SystemExit(3)
+            if self.signal is None:
+                raise SystemExit(3)
+            os.kill(os.getpid(), self.signal)
 
 
 def main() -> None:
@@ -54,7 +59,7 @@ def main() -> None:
     classifiers = [Stopping(model, each, augment) for each in (recipe, replace(recipe, epochs=3, learning_rate=0.02))]
     if options.stop_in:
         stage, epoch = map(int, options.stop_in.split("."))
-        classifiers[stage].stop_in = epoch
+        classifiers[stage].stop_in, classifiers[stage].signal = epoch, options.signal
     seconds = training.fit(options, *(training.Stage(each, batches, validation) for each in classifiers))
     report = {
         **evaluation.evaluate(round_weights(model), validation, CLASSES),

@@ -11,12 +11,12 @@ from bundle.cli.console import console, note, progress
 from bundle.errors import UsageError
 from tests.docker.stack import Stack, running
 from tests.trials import reliability
-from tests.trials.faults import load, operation, workers
+from tests.trials.faults import load, on_request, operation, workers
 from tests.trials.faults.report import section, summary
 from tests.trials.faults.trial import Outcome, Trial
 
 TRIALS: dict[str, Trial] = {
-    trial.name: trial for trial in (*workers.TRIALS, *load.TRIALS, *operation.TRIALS)
+    trial.name: trial for trial in (*workers.TRIALS, *load.TRIALS, *on_request.TRIALS, *operation.TRIALS)
 }  # the order matters: `rollout` and the trials after it find another version of mnist
 SETTINGS = {
     "PROXY_RATE": "10000r/s",  # all load comes from one client here

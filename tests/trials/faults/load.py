@@ -34,25 +34,25 @@ def picture(width: int, height: int, kind: str) -> bytes:
     return file.getvalue()
 
 
-def ask(url: str, body: bytes) -> Answer:
+def ask(url: str, body: bytes, expected: str) -> Answer:
     began = time.monotonic()
     try:
         answer = requests.post(url, data=body, timeout=40)
     except requests.RequestException as exc:
         return Answer(began, time.monotonic(), None, problem=type(exc).__name__)
-    right = answer.status_code == 200 and '"top_k"' in answer.text
+    right = answer.status_code == 200 and expected in answer.text
     problem = "" if right else error_type(answer.text)
     return Answer(began, time.monotonic(), answer.status_code, right, "Retry-After" in answer.headers, problem)
 
 
-def closed_loop(url: str, body: bytes, clients: int, seconds: float) -> list[Answer]:
+def closed_loop(url: str, body: bytes, clients: int, seconds: float, expected: str = '"top_k"') -> list[Answer]:
     """Send requests from many clients: each sends the next after an answer, or 50 ms after a rejection."""
     deadline = time.monotonic() + seconds
     answers: list[Answer] = []
 
     def client(_: int) -> None:
         while time.monotonic() < deadline:
-            answers.append(ask(url, body))
+            answers.append(ask(url, body, expected))
             if not answers[-1].right:
                 time.sleep(0.05)
 
@@ -97,16 +97,23 @@ def flood(stack: Stack, seconds: float) -> Outcome:
 
 
 def overload(stack: Stack, seconds: float) -> Outcome:
-    url = f"{stack.url('PORT')}/predictions/image"
-    body = picture(2000, 1500, "PNG")
-    answers = closed_loop(url, body, 16, seconds + 2)
+    return overloaded(f"{stack.url('PORT')}/predictions/image", picture(2000, 1500, "PNG"), '"top_k"', seconds)
+
+
+def overloaded(url: str, body: bytes, expected: str, seconds: float) -> Outcome:
+    """Send three times as many requests as are answered, each with this body.
+
+    Args:
+        expected: text that every correct answer contains.
+    """
+    answers = closed_loop(url, body, 16, seconds + 2, expected)
     rate = sum(answer.right for answer in answers) / (seconds + 2)
-    with PoissonTraffic(url, body, '"top_k"', 0.5 * rate) as calm:
+    with PoissonTraffic(url, body, expected, 0.5 * rate) as calm:
         time.sleep(seconds)
-    with PoissonTraffic(url, body, '"top_k"', 3 * rate) as storm:
+    with PoissonTraffic(url, body, expected, 3 * rate) as storm:
         time.sleep(max(5 * seconds, 15))
         ended = storm.stop()
-        with PoissonTraffic(url, body, '"top_k"', 0.5 * rate, seed=2) as after:  # while the backlog is still there
+        with PoissonTraffic(url, body, expected, 0.5 * rate, seed=2) as after:  # while the backlog is still there
             time.sleep(seconds + 5)
     recovery = recovery_time(after.answers, ended, median(calm.answers))
     outcome = Outcome(storm.answers + after.answers, recovery)

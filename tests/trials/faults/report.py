@@ -7,9 +7,9 @@ COLUMNS = ("sent", "answered", "refused", "failed", "lost", "silence_seconds", "
 HEAD = """\
 ## Faults
 
-`make test-faults` injects faults into the Docker stack, with two workers per model. It sends requests at random times
-and counts every answer. Rejected: 429 or 503 with Retry-After. Failed: any other wrong answer. Lost: no answer. Gap:
-the longest time without a correct answer, in seconds. Recovery: seconds until normal service.
+`make test-faults` injects faults into the Docker stack, with two workers per model, and one of `cells`. It sends
+requests at random times and counts every answer. Rejected: 429 or 503 with Retry-After. Failed: any other wrong answer.
+Lost: no answer. Gap: the longest time without a correct answer, in seconds. Recovery: seconds until normal service.
 
 All load comes from one client, so the proxy's limits per client are lifted. To keep the trials short, the container
 restarts when a model has lacked workers for 15 s instead of 120 s, and `/tmp` has 2 GB instead of 4.

@@ -101,19 +101,29 @@ def kill_one(stack: Stack, seconds: float) -> Outcome:
 
 def kill_only(stack: Stack, seconds: float) -> Outcome:
     scale(stack, "mnist", 1)
-    [pid] = pids(stack, "mnist")
-    with digit_traffic(stack) as traffic:
+    outcome = killed_only(stack, "mnist", digit_traffic(stack), seconds)
+    scale(stack, "mnist", 2)
+    return outcome
+
+
+def killed_only(stack: Stack, model: str, sent: PoissonTraffic, seconds: float, batch: int = 4) -> Outcome:
+    """Kill the only worker of a model under this traffic.
+
+    Args:
+        batch: how many requests the worker may hold then. Only they may fail.
+    """
+    [pid] = pids(stack, model)
+    with sent as traffic:
         time.sleep(seconds)
         killed = kill(stack, pid)
-        back = eventually(lambda: has_ready_workers(stack, "mnist", 1, {pid}), 60)
+        back = eventually(lambda: has_ready_workers(stack, model, 1, {pid}), 60)
         recovery = time.monotonic() - killed
         time.sleep(seconds)
-    scale(stack, "mnist", 2)
     outcome = Outcome(traffic.answers, recovery)
     outcome.require(outcome.lost == 0, "every request is answered")
     outcome.require(all(answer.seconds < DEADLINE for answer in traffic.answers), "no request exceeds its deadline")
     outcome.require(
-        outcome.failed <= 4, "only requests in the worker fail; others are queued or rejected with Retry-After"
+        outcome.failed <= batch, "only requests in the worker fail; others are queued or rejected with Retry-After"
     )
     outcome.require(back, "the worker recovers automatically")
     return outcome

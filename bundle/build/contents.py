@@ -1,0 +1,100 @@
+"""Collect what an archive contains, and pack it with torch-model-archiver."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from bundle.build.export import export
+from bundle.build.handler import handler_settings, labels, load_handler
+from bundle.build.precision import drop_inaccurate_precisions, set_precision
+from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
+from bundle.errors import BundleError
+from bundle.paths import HANDLER_REQUIREMENTS, HANDLERS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The parts of an archive, before they are packed.
+
+    Attributes:
+        module: the TorchScript file.
+        config: the model-config.yaml.
+        extra: the folder of everything else, as a worker will see it.
+    """
+
+    module: Path
+    config: Path
+    extra: Path
+
+
+def build(folder: ModelFolder, temporary: Path) -> tuple[Path, list[str]]:
+    """Build the folder's archive in the folder `temporary`; return it, and what the build found out, a line each.
+
+    Raises:
+        BundleError: a part of the archive is missing or invalid.
+    """
+    stage = gather(folder, temporary / "stage")
+    notes = []
+    if folder.bundle.examples:
+        in_float32 = replace(stage, config=temporary / CONFIG_NAME)
+        shutil.copy(stage.config, in_float32.config)
+        set_precision(in_float32.config, "float32")
+        plain = pack(folder, in_float32, temporary)
+        notes = drop_inaccurate_precisions(folder, plain, stage.module, stage.extra, stage.config)
+    return pack(folder, stage, temporary), notes
+
+
+def gather(folder: ModelFolder, target: Path) -> Stage:
+    """Collect the parts of the folder's archive in the folder `target`."""
+    stage = Stage(target / "model.pt", target / CONFIG_NAME, target / "extra")
+    handler = load_handler(folder)
+    export(folder, handler, stage.module)
+    shutil.copytree(HANDLERS / "core", stage.extra / "handlers" / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(HANDLERS / "__init__.py", stage.extra / "handlers")
+    stage_config(folder, stage.config)
+    for file in folder.extra_files:
+        shutil.copy(file, stage.extra)
+    if names := labels(folder, handler):
+        (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
+    return stage
+
+
+def stage_config(folder: ModelFolder, target: Path) -> None:
+    """Write the archive's model-config.yaml: for a torchvision model, with the image sizes of its weights."""
+    if folder.bundle.torchvision:
+        target.write_text(yaml.safe_dump(folder.config | {"handler": handler_settings(folder)}, sort_keys=False))
+    else:
+        shutil.copy(folder.path / CONFIG_NAME, target)
+
+
+def pack(folder: ModelFolder, stage: Stage, temporary: Path) -> Path:
+    """Run torch-model-archiver, and return the archive that it writes into the folder `temporary`."""
+    handler = shutil.copy(folder.handler_file, temporary)
+    requirements = shutil.copy(HANDLER_REQUIREMENTS, temporary / "requirements.txt")
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--force"]
+    options = {
+        "--model-name": folder.name,
+        "--version": folder.bundle.version,
+        "--serialized-file": stage.module,
+        "--handler": handler,
+        "--extra-files": stage.extra,
+        "--config-file": stage.config,
+        "--requirements-file": requirements,
+        "--export-path": temporary,
+    }
+    for option, value in options.items():
+        command += [option, str(value)]
+    # the archiver works in a folder of TMPDIR that is named after the model: two builds must not share a TMPDIR
+    scratch = temporary / "scratch"
+    scratch.mkdir(exist_ok=True)
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(scratch)})
+    built = temporary / f"{folder.name}.mar"
+    if run.returncode or not built.is_file():
+        raise BundleError(f"torch-model-archiver failed for {folder.name}.", run.stdout + run.stderr)
+    return built
