@@ -24,31 +24,50 @@ from tests.support import wait_for
 HANDLER = '''
 import os, time
 
-if os.path.exists(os.path.join(os.environ["TEMP"], "broken")):
+if os.path.exists(os.path.join(os.environ["TEMP"], "break-NAME")):
     raise SystemExit("broken")
-if os.path.exists(os.path.join(os.environ["TEMP"], "slow")):
-    time.sleep(6)
+if "NAME" == "slow":
+    time.sleep(SLOW_START)
 
 
 def handle(data, context):
     """Answer each request with the size of its batch and what arrived.
 
-    The body b'sleep 2' takes 2 seconds; b'exit' ends the worker.
+    The body b'sleep 2' takes 2 seconds; b'raise' fails the batch; b'exit' ends the worker, and leaves a file.
     """
     if data is None or context is None:
         return None
     answers = []
     for row in data:
-        body = row.get("body", b"")
+        body = row.get("body", row.get("data", b""))
         body = bytes(body).decode("latin-1") if isinstance(body, (bytes, bytearray)) else str(body)
         if body.startswith("sleep "):
             time.sleep(float(body.split()[1]))
+        if body == "raise":
+            raise ValueError("raise")
         if body == "exit":
+            open(os.path.join(os.environ["TEMP"], f"exit-{os.getpid()}"), "w").close()
             os._exit(1)
         fields = {name: str(bytes(value) if isinstance(value, bytearray) else value) for name, value in row.items()}
         answers.append({"batch": len(data), "worker": os.getpid(), "fields": fields})
     return answers
 '''
+SLOW_START = 5  # seconds that the workers of a model with the name `slow` need to start
+PATIENCE = 2  # seconds
+PLAIN = {"batchSize": 1, "maxBatchDelay": 1}
+BATCHES = {"batchSize": 8, "maxBatchDelay": 1000 * PATIENCE}
+# the models of the server that the tests of the patches share
+MODELS = {
+    "plain": PLAIN,
+    "two": {**PLAIN, "minWorkers": 2, "maxWorkers": 2},
+    "small": {**PLAIN, "jobQueueSize": 2},
+    "batches": BATCHES,
+    "patient": {**BATCHES, "patience": "fixed"},
+    "late": {**PLAIN, "clientTimeoutInMills": 1000},
+    "stuck": {**PLAIN, "responseTimeout": 2},
+    "broken": {**PLAIN, "maxRetryTimeoutInSec": 1},
+}
+ONE_THREAD = {"number_of_netty_threads": "1"}  # which every connection shares
 
 
 @dataclass(frozen=True)
@@ -62,12 +81,21 @@ class Bare:
 
     inference: str
     management: str
+    grpc: str
     process: psutil.Process
     console: Path
 
-    def break_workers(self) -> None:
-        """Make each further start of a worker fail."""
-        (self.console.parent / "broken").touch()
+    @property
+    def folder(self) -> Path:
+        return self.console.parent
+
+    def break_workers(self, model: str) -> None:
+        """Make each further start of a worker of this model fail."""
+        (self.folder / f"break-{model}").touch()
+
+    def exits(self) -> set[int]:
+        """Return the process ids of the workers that a request has ended."""
+        return {int(file.name.removeprefix("exit-")) for file in self.folder.glob("exit-*")}
 
     def post(self, model: str, body: bytes = b"x", **arguments: object) -> requests.Response:
         return requests.post(f"{self.inference}/predictions/{model}", body, **{"timeout": 120, **arguments})
@@ -88,6 +116,12 @@ class Bare:
         answer = requests.put(f"{self.management}/models/{model}", params=query, timeout=60)
         assert answer.status_code in (200, 206), answer.text  # 206: new workers are still starting
 
+    def restore(self, model: str) -> None:
+        """Set a model's number of workers to that of its archive, and wait until they are READY."""
+        count = MODELS[model].get("minWorkers", 1)
+        self.scale(model, count)
+        wait_for(partial(self.has_workers, model, count), 60)
+
     def workers(self, model: str) -> list[int]:
         """Return the process ids of a model's workers."""
         [described] = requests.get(f"{self.management}/models/{model}", timeout=20).json()
@@ -104,7 +138,7 @@ def archive(store: Path, name: str, **config: object) -> None:
     model = {"modelName": name, "handler": "handler.py", "modelVersion": "1.0", "configFile": "model-config.yaml"}
     with zipfile.ZipFile(store / f"{name}.mar", "w") as file:
         file.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
-        file.writestr("handler.py", HANDLER)
+        file.writestr("handler.py", HANDLER.replace("NAME", name).replace("SLOW_START", str(SLOW_START)))
         file.writestr("model-config.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()))
 
 
@@ -139,7 +173,9 @@ def bare(folder: Path, models: dict[str, dict], off: str = "", **settings: str) 
     with console.open("wb") as output:
         subprocess.run(command, cwd=folder, env=environment, check=True, stdout=output, stderr=output)
     process = psutil.Process(int((folder / ".model_server.pid").read_text()))
-    server = Bare(isolated.url("inference_address"), isolated.url("management_address"), process, console)
+    urls = isolated.url("inference_address"), isolated.url("management_address")
+    grpc = f"127.0.0.1:{isolated.listeners()['grpc_inference_port'][1]}"
+    server = Bare(*urls, grpc, process, console)
     try:
         for name, config in models.items():
             wait_for(partial(server.has_workers, name, config.get("minWorkers", 1)), 300)

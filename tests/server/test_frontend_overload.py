@@ -4,44 +4,30 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import requests
 
-from tests.server.bare import Bare, bare
+from bundle.server.grpc_client import GrpcError, predict
+from tests.server.bare import Bare
 from tests.support import wait_for
 
-MODELS = {
-    "small": {"batchSize": 1, "maxBatchDelay": 1, "jobQueueSize": 2},
-    "none": {"batchSize": 1, "maxBatchDelay": 1},
-    "broken": {"batchSize": 1, "maxBatchDelay": 1, "maxRetryTimeoutInSec": 1},
-}
 PHOTO = bytes(range(256)) * 64
 FORM = "application/x-www-form-urlencoded"
 
 
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
-    with bare(tmp_path_factory.mktemp("patched"), MODELS) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
-    with bare(tmp_path_factory.mktemp("stock"), {"small": MODELS["small"]}, off="overload forms") as server:
-        yield server
-
-
-def beyond_the_queue(server: Bare) -> requests.Response:
-    """Return the answer to a request that finds the queue full."""
+@contextmanager
+def full_queue(server: Bare) -> Iterator[None]:
+    """Keep the queue of the model `small` full while the block runs."""
+    predict(server.grpc, "small", b"x")  # its first call compiles the protocol, which takes a while
     with ThreadPoolExecutor(3) as pool:
         busy = pool.submit(server.post, "small", b"sleep 3")
-        time.sleep(0.7)
+        time.sleep(0.5)
         queued = [pool.submit(server.post, "small") for _ in range(2)]
-        time.sleep(0.7)
-        answer = server.post("small")
+        time.sleep(0.5)
+        yield
         assert [future.result().status_code for future in (busy, *queued)] == [200] * 3
-    return answer
 
 
 def error(answer: requests.Response) -> tuple[int, str, str | None]:
@@ -49,26 +35,29 @@ def error(answer: requests.Response) -> tuple[int, str, str | None]:
 
 
 def test_request_beyond_the_queue_is_429_with_retry_after(patched: Bare):
-    answer = beyond_the_queue(patched)
+    with full_queue(patched):
+        answer = patched.post("small")
+        with pytest.raises(GrpcError, match='RESOURCE_EXHAUSTED: The queue of model "small" is full'):
+            predict(patched.grpc, "small", b"x")
     assert error(answer) == (429, "QueueFull", "1")
     assert answer.json()["message"] == 'The queue of model "small" is full: 2 requests wait. Retry later.'
 
 
-def test_model_without_workers_is_503_with_retry_after(patched: Bare):
-    patched.scale("none", 0)
-    answer = patched.post("none")
-    assert error(answer) == (503, "NoWorkers", "10")
-    assert answer.json()["message"] == 'The model "none" has no workers. Retry later.'
-
-
 def test_model_whose_workers_fail_at_each_start_is_503_with_retry_after(patched: Bare):
-    patched.break_workers()
-    for pid in patched.workers("broken"):
-        os.kill(pid, 9)
+    patched.break_workers("broken")
+    [pid] = patched.workers("broken")
+    os.kill(pid, 9)
     waiting = patched.post("broken")  # queued before TorchServe gives up
     assert waiting.status_code == 503, waiting.text
     wait_for(lambda: "fail at each start" in patched.post("broken").text, 120)
     assert error(patched.post("broken")) == (503, "NoWorkers", "10")
+
+
+def test_failed_batch_is_500(patched: Bare):
+    answer = patched.post("plain", b"raise")
+    assert error(answer) == (500, "InternalServerException", None)
+    with pytest.raises(GrpcError, match="INTERNAL: Prediction failed"):
+        predict(patched.grpc, "plain", b"raise")
 
 
 def test_body_that_curl_calls_a_form_arrives_whole(patched: Bare):
@@ -102,9 +91,13 @@ def test_form_that_does_not_decode_is_400(patched: Bare, body: bytes, kind: str)
     assert error(answer) == (400, "InvalidForm", None), answer.text
 
 
-def test_full_queue_and_photo_without_the_patches(stock: Bare):
-    answer = beyond_the_queue(stock)
+def test_full_queue_failed_batch_and_photo_without_the_patches(unpatched: Bare):
+    with full_queue(unpatched):
+        answer = unpatched.post("small")
+        with pytest.raises(GrpcError, match="INTERNAL"):
+            predict(unpatched.grpc, "small", b"x")
     assert error(answer) == (503, "ServiceUnavailableException", None)
-    photo = stock.post("small", PHOTO, headers={"Content-Type": FORM})
-    assert error(photo) == (500, "ErrorDataDecoderException", None)
     assert "has no worker" in answer.json()["message"]
+    assert unpatched.post("plain", b"raise").status_code == 503
+    photo = unpatched.post("small", PHOTO, headers={"Content-Type": FORM})
+    assert error(photo) == (500, "ErrorDataDecoderException", None)

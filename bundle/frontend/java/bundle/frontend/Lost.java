@@ -17,6 +17,7 @@ import java.util.concurrent.TimeUnit;
 import org.pytorch.serve.job.Job;
 import org.pytorch.serve.util.messages.BaseModelRequest;
 import org.pytorch.serve.util.messages.ModelInferenceRequest;
+import org.pytorch.serve.util.messages.WorkerCommands;
 import org.pytorch.serve.wlm.Batch;
 import org.pytorch.serve.wlm.BatchAggregator;
 import org.pytorch.serve.wlm.Model;
@@ -33,7 +34,7 @@ import org.pytorch.serve.wlm.WorkerThread;
  *
  * <ul>
  *   <li>The requests of a worker that ends, collected or inside it, go back to the front of the queue, once.
- *   <li>The second time they are answered 503: one of them may be what ends the workers.
+ *   <li>One of them may be what ends workers. So each is then computed alone, and answered 503 if its worker ends again.
  *   <li>Those of a worker that did not answer in time are answered 504. A second worker would only take as long.
  *   <li>Those of a model without workers are answered 503.
  * </ul>
@@ -42,6 +43,7 @@ import org.pytorch.serve.wlm.WorkerThread;
  */
 public final class Lost implements Patch {
     private static final String WORKER = "org/pytorch/serve/wlm/WorkerThread";
+    private static final String MODEL = "org/pytorch/serve/wlm/Model";
     private static final String AGGREGATOR = "org/pytorch/serve/wlm/BatchAggregator";
     private static final String REQUEST = "Lorg/pytorch/serve/util/messages/BaseModelRequest;";
     private static final int RETRY_SECONDS = 1;
@@ -55,7 +57,7 @@ public final class Lost implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(WORKER, "org/pytorch/serve/wlm/ModelManager", Code.REST_JOB);
+        return List.of(WORKER, "org/pytorch/serve/wlm/ModelManager", MODEL, Code.REST_JOB);
     }
 
     @Override
@@ -69,12 +71,17 @@ public final class Lost implements Patch {
             Code.requireField(code, Answers.STREAMS);
             return;
         }
+        if (code.name.equals(MODEL)) {
+            String command = "()Lorg/pytorch/serve/util/messages/WorkerCommands;";
+            MethodNode batch = Code.method(code, "pollBatch", Gather.POLL_BATCH);
+            Code.redirectAll(batch, "org/pytorch/serve/job/Job", "getCmd", command, Lost.class, "command", false);
+            return;
+        }
         MethodNode add = Code.method(code, "addJob", "(Lorg/pytorch/serve/job/Job;)Z");
-        String model = "org/pytorch/serve/wlm/Model";
-        Code.redirectAll(add, model, "addJob", "(Lorg/pytorch/serve/job/Job;)Z", Lost.class, "add", false);
+        Code.redirectAll(add, MODEL, "addJob", "(Lorg/pytorch/serve/job/Job;)Z", Lost.class, "add", false);
         String unregister = "(Ljava/lang/String;Ljava/lang/String;Z)I";
         String update = "(Ljava/lang/String;Ljava/lang/String;IIZZ)Ljava/util/concurrent/CompletableFuture;";
-        String changed = "(L" + model + ";ZZ)Ljava/util/concurrent/CompletableFuture;";
+        String changed = "(L" + MODEL + ";ZZ)Ljava/util/concurrent/CompletableFuture;";
         String manager = "org/pytorch/serve/wlm/WorkLoadManager";
         for (MethodNode method :
                 List.of(Code.method(code, "unregisterModel", unregister), Code.method(code, "updateModel", update))) {
@@ -94,6 +101,11 @@ public final class Lost implements Patch {
         Code.redirectAll(run, WORKER, "isHealthy", "()Z", Lost.class, "isHealthy", false);
         // the worker's own thread does this, too; both at once raise ConcurrentModificationException
         Code.redirectAll(shutdown, AGGREGATOR, "sendError", error, Lost.class, "leave", false);
+    }
+
+    /** Return a request's kind, to decide whether it shares a batch: TorchServe leaves descriptions alone. */
+    public static WorkerCommands command(Job job) {
+        return RETURNED.contains(job) ? WorkerCommands.DESCRIBE : job.getCmd();
     }
 
     /** Collect the next batch of a worker. A worker that has died meanwhile does not get it. */

@@ -1,10 +1,12 @@
 package bundle.frontend;
 
 import groovyjarjarasm.asm.tree.ClassNode;
+import groovyjarjarasm.asm.tree.MethodInsnNode;
 import groovyjarjarasm.asm.tree.MethodNode;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.handler.codec.http.HttpResponseStatus;
 import java.util.List;
+import java.util.Set;
 import org.pytorch.serve.archive.model.ModelNotFoundException;
 import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
 import org.pytorch.serve.http.ServiceUnavailableException;
@@ -14,13 +16,22 @@ import org.pytorch.serve.wlm.Model;
 import org.pytorch.serve.wlm.ModelManager;
 
 /**
- * A full queue is 429, a model without workers is 503, both with Retry-After.
+ * A full queue is 429, a model without workers is 503, both with Retry-After; a batch whose handler failed is 500.
  *
- * <p>TorchServe answers both with 503 and "has no worker", so that a client cannot tell overload from an outage. It also
- * accepts requests for a model whose workers it has given up restarting; nobody would ever answer them.
+ * <p>TorchServe answers all three with 503, so that a client cannot tell overload, an outage and a bug apart. It also
+ * accepts requests for a model whose workers it has given up restarting; nobody would ever answer them. Over gRPC the
+ * three are RESOURCE_EXHAUSTED, UNAVAILABLE and INTERNAL, where TorchServe has INTERNAL, INTERNAL and UNAVAILABLE.
  */
 public final class Overload implements Patch {
     private static final String API = "org/pytorch/serve/util/ApiUtils";
+    private static final String GRPC = "org/pytorch/serve/grpcimpl/InferenceImpl";
+    private static final String AGGREGATOR = "org/pytorch/serve/wlm/BatchAggregator";
+    // what TorchServe's Python worker says about a handler that raised, or returned something invalid
+    private static final Set<String> FAILURES = Set.of(
+            "Prediction failed",
+            "Invalid model predict output",
+            "number of batch response mismatched",
+            "Unsupported model output data type.");
     private static final int FULL_SECONDS = 1;
     private static final int NO_WORKERS_SECONDS = 10;
 
@@ -31,7 +42,7 @@ public final class Overload implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(API, Code.HTTP_HANDLER);
+        return List.of(API, GRPC, AGGREGATOR, Code.HTTP_HANDLER);
     }
 
     @Override
@@ -40,18 +51,27 @@ public final class Overload implements Patch {
             String result = "Lorg/pytorch/serve/job/RestJob;";
             String input = "Lorg/pytorch/serve/util/messages/RequestInput;";
             String texts = "Ljava/lang/String;Ljava/lang/String;";
-            MethodNode add = Code.method(
-                    code, "addRESTInferenceJob", "(Lio/netty/channel/ChannelHandlerContext;" + texts + input + ")" + result);
-            String manager = "org/pytorch/serve/wlm/ModelManager";
-            Code.redirect(
-                    add,
-                    Code.calls(add, manager, "addJob", "(Lorg/pytorch/serve/job/Job;)Z", 1).get(0),
-                    Overload.class,
-                    "add",
-                    false);
+            String parameters = "(Lio/netty/channel/ChannelHandlerContext;" + texts + input + ")";
+            redirectAdd(Code.method(code, "addRESTInferenceJob", parameters + result), "add");
+        } else if (code.name.equals(GRPC)) {
+            String request = "Lorg/pytorch/serve/grpc/inference/PredictionsRequest;";
+            String command = "Lorg/pytorch/serve/util/messages/WorkerCommands;";
+            String parameters = "(" + request + "Lio/grpc/stub/StreamObserver;" + command + ")";
+            redirectAdd(Code.method(code, "prediction", parameters + "V"), "addGrpc");
+        } else if (code.name.equals(AGGREGATOR)) {
+            String answer = "(Lorg/pytorch/serve/util/messages/ModelWorkerResponse;)Z";
+            MethodNode send = Code.method(code, "sendResponse", answer);
+            String error = "(ILjava/lang/String;)V";
+            Code.redirectAll(send, "org/pytorch/serve/job/Job", "sendError", error, Overload.class, "fail", false);
         } else {
             Code.redirectError(code, "SERVICE_UNAVAILABLE", Overload.class, "sendError");
         }
+    }
+
+    private static void redirectAdd(MethodNode in, String ours) throws Refusal {
+        String manager = "org/pytorch/serve/wlm/ModelManager";
+        MethodInsnNode add = Code.calls(in, manager, "addJob", "(Lorg/pytorch/serve/job/Job;)Z", 1).get(0);
+        Code.redirect(in, add, Overload.class, ours, false);
     }
 
     /** Queue a request. Called in place of `manager.addJob(job)`. */
@@ -78,6 +98,22 @@ public final class Overload implements Patch {
         int waiting = model.getPendingRequestsInJobQueue();
         throw new Rejection(
                 429, FULL_SECONDS, "QueueFull", "The queue of " + named + " is full: " + waiting + " requests wait.");
+    }
+
+    /** Queue a request that came over gRPC, or answer it. */
+    public static boolean addGrpc(ModelManager manager, Job job)
+            throws ModelNotFoundException, ModelVersionNotFoundException {
+        try {
+            return add(manager, job);
+        } catch (Rejection why) {
+            job.sendError(why.status, why.getMessage() + " Retry later.");
+            return true; // nothing is left to do
+        }
+    }
+
+    /** Answer a request whose batch failed. Called in place of `job.sendError(status, message)`. */
+    public static void fail(Job job, int status, String message) {
+        job.sendError(status == 503 && FAILURES.contains(message) ? 500 : status, message);
     }
 
     /** Send the answer to a request that failed with 503. */
