@@ -58,9 +58,8 @@ PLAIN = {"batchSize": 1, "maxBatchDelay": 1}
 BATCHES = {"batchSize": 8, "maxBatchDelay": 1000 * PATIENCE}
 # the models of the server that the tests of the patches share
 MODELS = {
-    "plain": PLAIN,
+    "one": {**PLAIN, "jobQueueSize": 2},
     "two": {**PLAIN, "minWorkers": 2, "maxWorkers": 2},
-    "small": {**PLAIN, "jobQueueSize": 2},
     "batches": BATCHES,
     "patient": {**BATCHES, "patience": "fixed"},
     "late": {**PLAIN, "clientTimeoutInMills": 1000},

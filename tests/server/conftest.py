@@ -107,6 +107,6 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
 @pytest.fixture(scope="session")
 def unpatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
     """The same without the patches, and with fewer models."""
-    models = {name: BARE_MODELS[name] for name in ("plain", "small", "batches", "patient", "late")}
+    models = {name: BARE_MODELS[name] for name in ("one", "batches", "late")}
     with bare(tmp_path_factory.mktemp("unpatched"), models, off="all", **ONE_THREAD) as server:
         yield server

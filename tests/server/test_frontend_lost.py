@@ -43,9 +43,9 @@ def posted(server: Bare, pool: ThreadPoolExecutor, model: str, *bodies: bytes, *
 
 
 def test_request_inside_a_killed_worker_is_answered_by_the_next(patched: Bare, pool):
-    inside, queued = posted(patched, pool, "plain", b"sleep 3", b"x")
-    [killed] = patched.workers("plain")
-    kill(patched, "plain")
+    inside, queued = posted(patched, pool, "one", b"sleep 3", b"x")
+    [killed] = patched.workers("one")
+    kill(patched, "one")
     assert inside.result().status_code == 200, inside.result().text
     assert inside.result().json()["worker"] == queued.result().json()["worker"] != killed
 
@@ -71,18 +71,18 @@ def test_requests_of_a_worker_that_is_scaled_down_are_answered_by_the_other(patc
 
 
 def test_every_request_of_a_model_that_loses_its_workers_is_503_at_once(patched: Bare, pool):
-    sent = posted(patched, pool, "plain", b"sleep 20", b"x", b"x")
+    sent = posted(patched, pool, "one", b"sleep 20", b"x", b"x")
     scaled = time.monotonic()
-    patched.scale("plain", 0)
+    patched.scale("one", 0)
     answers = [future.result() for future in sent]
     assert [error(answer) for answer in answers] == [(503, "NoWorkers", "1")] * 3
     assert time.monotonic() - scaled < 10
-    answer = patched.post("plain")
+    answer = patched.post("one")
     assert error(answer) == (503, "NoWorkers", "10")
-    assert answer.json()["message"] == 'The model "plain" has no workers. Retry later.'
-    with pytest.raises(GrpcError, match='UNAVAILABLE: The model "plain" has no workers.'):
-        predict(patched.grpc, "plain", b"x")
-    patched.restore("plain")
+    assert answer.json()["message"] == 'The model "one" has no workers. Retry later.'
+    with pytest.raises(GrpcError, match='UNAVAILABLE: The model "one" has no workers.'):
+        predict(patched.grpc, "one", b"x")
+    patched.restore("one")
 
 
 def test_request_that_was_only_collected_for_a_killed_worker_is_answered_by_the_next(patched: Bare, pool):
@@ -126,13 +126,13 @@ def test_every_request_is_answered_200_while_workers_are_scaled_and_killed(patch
 
 def test_requests_are_lost_without_the_patches(unpatched: Bare, pool):
     sent = [
-        *posted(unpatched, pool, "plain", b"sleep 4", b"x", timeout=6)[1:],
+        *posted(unpatched, pool, "one", b"sleep 4", b"x", timeout=6)[1:],
         *posted(unpatched, pool, "late", b"sleep 3", timeout=6),
-        *posted(unpatched, pool, "patient", b"x", timeout=6),
+        *posted(unpatched, pool, "batches", b"x", timeout=6),
     ]
-    kill(unpatched, "patient")
-    unpatched.scale("plain", 0)
+    kill(unpatched, "batches")
+    unpatched.scale("one", 0)
     for future in sent:
         with pytest.raises(requests.ReadTimeout):
             future.result()
-    unpatched.restore("plain")
+    unpatched.restore("one")

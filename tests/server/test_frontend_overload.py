@@ -19,12 +19,12 @@ FORM = "application/x-www-form-urlencoded"
 
 @contextmanager
 def full_queue(server: Bare) -> Iterator[None]:
-    """Keep the queue of the model `small` full while the block runs."""
-    predict(server.grpc, "small", b"x")  # its first call compiles the protocol, which takes a while
+    """Keep the queue of the model `one` full while the block runs."""
+    predict(server.grpc, "one", b"x")  # its first call compiles the protocol, which takes a while
     with ThreadPoolExecutor(3) as pool:
-        busy = pool.submit(server.post, "small", b"sleep 3")
+        busy = pool.submit(server.post, "one", b"sleep 3")
         time.sleep(0.5)
-        queued = [pool.submit(server.post, "small") for _ in range(2)]
+        queued = [pool.submit(server.post, "one") for _ in range(2)]
         time.sleep(0.5)
         yield
         assert [future.result().status_code for future in (busy, *queued)] == [200] * 3
@@ -36,11 +36,11 @@ def error(answer: requests.Response) -> tuple[int, str, str | None]:
 
 def test_request_beyond_the_queue_is_429_with_retry_after(patched: Bare):
     with full_queue(patched):
-        answer = patched.post("small")
-        with pytest.raises(GrpcError, match='RESOURCE_EXHAUSTED: The queue of model "small" is full'):
-            predict(patched.grpc, "small", b"x")
+        answer = patched.post("one")
+        with pytest.raises(GrpcError, match='RESOURCE_EXHAUSTED: The queue of model "one" is full'):
+            predict(patched.grpc, "one", b"x")
     assert error(answer) == (429, "QueueFull", "1")
-    assert answer.json()["message"] == 'The queue of model "small" is full: 2 requests wait. Retry later.'
+    assert answer.json()["message"] == 'The queue of model "one" is full: 2 requests wait. Retry later.'
 
 
 def test_model_whose_workers_fail_at_each_start_is_503_with_retry_after(patched: Bare):
@@ -54,14 +54,14 @@ def test_model_whose_workers_fail_at_each_start_is_503_with_retry_after(patched:
 
 
 def test_failed_batch_is_500(patched: Bare):
-    answer = patched.post("plain", b"raise")
+    answer = patched.post("one", b"raise")
     assert error(answer) == (500, "InternalServerException", None)
     with pytest.raises(GrpcError, match="INTERNAL: Prediction failed"):
-        predict(patched.grpc, "plain", b"raise")
+        predict(patched.grpc, "one", b"raise")
 
 
 def test_body_that_curl_calls_a_form_arrives_whole(patched: Bare):
-    answer = patched.post("small", PHOTO, headers={"Content-Type": FORM})
+    answer = patched.post("one", PHOTO, headers={"Content-Type": FORM})
     assert answer.json()["fields"] == {"body": str(PHOTO)}
 
 
@@ -79,7 +79,7 @@ def test_body_that_curl_calls_a_form_arrives_whole(patched: Bare):
     ids=str,
 )
 def test_form_is_decoded_and_any_other_body_is_raw(patched: Bare, body: bytes, fields: dict):
-    assert patched.post("small", body, headers={"Content-Type": FORM}).json()["fields"] == fields
+    assert patched.post("one", body, headers={"Content-Type": FORM}).json()["fields"] == fields
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_form_is_decoded_and_any_other_body_is_raw(patched: Bare, body: bytes, f
     [(b"text=100%", FORM), (b"--b\r\nfoo\r\n\r\nx\r\n--b--\r\n", "multipart/form-data; boundary=b")],
 )
 def test_form_that_does_not_decode_is_400(patched: Bare, body: bytes, kind: str):
-    answer = patched.post("small", body, headers={"Content-Type": kind})
+    answer = patched.post("one", body, headers={"Content-Type": kind})
     assert error(answer) == (400, "InvalidForm", None), answer.text
 
 
 def test_full_queue_failed_batch_and_photo_without_the_patches(unpatched: Bare):
     with full_queue(unpatched):
-        answer = unpatched.post("small")
+        answer = unpatched.post("one")
         with pytest.raises(GrpcError, match="INTERNAL"):
-            predict(unpatched.grpc, "small", b"x")
+            predict(unpatched.grpc, "one", b"x")
     assert error(answer) == (503, "ServiceUnavailableException", None)
     assert "has no worker" in answer.json()["message"]
-    assert unpatched.post("plain", b"raise").status_code == 503
-    photo = unpatched.post("small", PHOTO, headers={"Content-Type": FORM})
+    assert unpatched.post("one", b"raise").status_code == 503
+    photo = unpatched.post("one", PHOTO, headers={"Content-Type": FORM})
     assert error(photo) == (500, "ErrorDataDecoderException", None)
