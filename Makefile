@@ -49,7 +49,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
-  tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock sbom clean
+  tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend sbom clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -173,6 +173,9 @@ slow-units-a-d slow-units-e-z: slow-units-%: dev .venv/loadtest.done
 lock: dev  ## update requirements/*.txt to the newest versions
 	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
+
+frontend: dev  ## build the Java agent for TorchServe's frontend, bundle/frontend/frontend.jar; needs a JDK 17
+	$(BIN)/python -m bundle.build.frontend
 
 sbom: dev  ## write the bill of materials for scanners, build/sbom.json (CycloneDX)
 	@$(BUNDLE) sbom

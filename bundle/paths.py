@@ -10,6 +10,7 @@ MODELS = ROOT / "models"  # the repository's own; it also has the code that its 
 HANDLERS = ROOT / "handlers"
 HANDLER_REQUIREMENTS = HANDLERS / "requirements.txt"  # what a worker needs
 MODEL_STORE = ROOT / "model_store"
+FRONTEND = ROOT / "bundle" / "frontend"  # the Java agent: sources and jar
 
 
 def models_dir() -> Path:

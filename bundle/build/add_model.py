@@ -33,10 +33,10 @@ CONFIG = """\
 minWorkers: 1
 maxWorkers: 2
 batchSize: {batch_size}         # maximum number of requests in one batch
-maxBatchDelay: 5     # ms to wait for a full batch, even with a single request; no longer than an inference takes
+maxBatchDelay: 5     # ms that a batch waits for further requests; only with `patience: fixed`
 responseTimeout: 60  # s; a worker that takes longer for a batch is killed
 startupTimeout: 120  # s; a worker that takes longer to start is killed
-jobQueueSize: 500    # maximum number of requests in the queue; further requests get 503
+jobQueueSize: 500    # maximum number of requests in the queue; further requests get 429
 {device}
 handler:             # read by handlers/{handler}.py
 {settings}

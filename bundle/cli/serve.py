@@ -120,21 +120,24 @@ def status(
 
     Exit with 0 if every worker is there, with 1 if one is missing, with 3 if no server is running.
     """
+    from bundle.server import frontend
     from bundle.server.process import Server
     from bundle.server.status import status_of
 
-    running = Server().running()
+    server = Server()
+    running = server.running()
     if running is None:
         if as_json:
             console.print_json(data={"running": False})
             raise typer.Exit(NotRunning.status)
         raise NotRunning(NOT_RUNNING)
-    seen = status_of(running)
+    seen = status_of(running, frontend.states(server.console))
     if as_json:
         console.print_json(data=seen.as_dict())
     else:
         console.print(seen.table())
         console.print(seen.process())
+        console.print(seen.frontend(), soft_wrap=True, markup=False)
     raise typer.Exit(0 if seen.healthy else 1)
 
 

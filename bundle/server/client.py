@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +17,6 @@ from bundle.server.keys import Api, Keys
 
 DESCRIPTION_SECONDS = 10  # a healthy server describes its models faster
 MANAGEMENT_SECONDS = 150  # more than unregister_model_timeout, which is 120
-SCALE_TRIES, PAUSE_SECONDS = 5, 0.2
-CONCURRENT_MODIFICATION = "ConcurrentModificationException"
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,7 @@ class Client:
 
         Args:
             workers: number of workers to start. TorchServe ignores it if the archive's model-config.yaml has
-                `minWorkers`. This returns when the workers have started. Until then, TorchServe does not answer other
-                clients whose connections share its thread.
+                `minWorkers`. This returns when the workers have started.
 
         Raises:
             BundleError: TorchServe rejects the archive.
@@ -92,19 +88,10 @@ class Client:
     def scale(self, model: str, version: str, minimum: int, maximum: int) -> None:
         """Set the minimum and maximum number of workers, which start and end in the background.
 
-        TorchServe's lists of workers are not locked: it may fail while it ends workers, and then the call is retried.
-
         Raises:
-            BundleError: TorchServe rejects the call, or still fails after `SCALE_TRIES` tries.
+            BundleError: TorchServe rejects the call.
         """
-        for left in reversed(range(SCALE_TRIES)):
-            try:
-                self._manage("PUT", f"/{model}/{version}", min_worker=minimum, max_worker=maximum)
-                return
-            except BundleError as exc:
-                if not left or CONCURRENT_MODIFICATION not in exc.details:
-                    raise
-                time.sleep(PAUSE_SECONDS)
+        self._manage("PUT", f"/{model}/{version}", min_worker=minimum, max_worker=maximum)
 
     def set_default(self, model: str, version: str) -> None:
         """Make a version the default."""

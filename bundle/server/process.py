@@ -24,6 +24,7 @@ from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.files import write_atomically
 from bundle.paths import ROOT
+from bundle.server import frontend
 from bundle.server.client import Client
 from bundle.server.identity import start_mark, start_mark_of_command
 from bundle.server.java import java_home
@@ -156,8 +157,8 @@ class Server:
         if changed := [name for name, digest in digests.items() if running.served[name] != digest]:
             return f"The running server has other archives of {', '.join(changed)}."
         return (
-            "The running server has other settings (config.properties, bundle/config, TS_*, BUNDLE_BEHIND_PROXY or "
-            "TRUSTED_KEY)."
+            "The running server has other settings (config.properties, bundle/config, TS_*, BUNDLE_BEHIND_PROXY, "
+            "TRUSTED_KEY or the frontend's patches)."
         )
 
     def adopt(self, running: Running, folder: ModelFolder) -> None:
@@ -175,7 +176,7 @@ class Server:
         """
         self.check(folders)
         environment = {
-            **self.settings.passed_on(),
+            **frontend.with_agent(self.settings.passed_on()),
             "BUNDLE_PYTHON": sys.executable,
             "TRUSTED_KEY": str(key_of("TRUSTED_KEY") or ""),  # "", because no worker starts without it
             "PATH": f"{GUARDS}{os.pathsep}{os.environ.get('PATH', os.defpath)}",

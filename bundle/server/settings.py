@@ -11,6 +11,7 @@ from ts.model_server import load_properties
 
 from bundle.errors import BundleError
 from bundle.paths import ROOT
+from bundle.server import frontend
 from bundle.server.ports import free_ports
 from bundle.signing import key_of
 
@@ -141,6 +142,7 @@ class Settings:
         environment = self.environment()
         overrides = sorted(f"{key}={value}" for key, value in environment.items() if key.startswith("TS_"))
         overrides += [f"{BEHIND_PROXY}={environment.get(BEHIND_PROXY, 'false').lower()}"]
+        overrides += [frontend.fingerprint(environment)]
         trusted = [key] if (key := key_of("TRUSTED_KEY")) else []
         texts = [file.read_text() for file in (self.file, *SIDE_FILES, *trusted)]
         return hashlib.sha256("\n".join([*texts, *overrides]).encode()).hexdigest()

@@ -52,12 +52,14 @@ class Status:
         pid: of the Java process.
         child_processes: workers and their helpers.
         memory_bytes: resident, of all these processes.
+        patches: the state of each patch of the frontend: "in", "off", or "refused: " and the reason.
     """
 
     pid: int
     child_processes: int
     memory_bytes: int
     models: list[ModelStatus]
+    patches: dict[str, str]
 
     @property
     def healthy(self) -> bool:
@@ -82,9 +84,18 @@ class Status:
         """Return a line about the processes."""
         return f"PID {self.pid}, {self.child_processes} child processes, {self.memory_bytes / 2**30:.1f} GiB resident"
 
+    def frontend(self) -> str:
+        """Return a line about the frontend's patches."""
+        applied = [name for name, state in self.patches.items() if state == "in"]
+        others = [f"{name} is {state}" for name, state in self.patches.items() if state != "in"]
+        return "; ".join([f"patches of the frontend: {', '.join(applied) or 'none'}", *others])
 
-def status_of(running: Running) -> Status:
+
+def status_of(running: Running, patches: dict[str, str]) -> Status:
     """Ask the management API and the operating system.
+
+    Args:
+        patches: as in `Status`.
 
     Raises:
         NotRunning: the server has ended.
@@ -96,7 +107,7 @@ def status_of(running: Running) -> Status:
         raise NotRunning("TorchServe has ended. See the log: make logs")
     family = [process, *process.children(recursive=True)]
     memory = sum(member.memory_info().rss for member in family)
-    return Status(running.pid, len(family) - 1, memory, models)
+    return Status(running.pid, len(family) - 1, memory, models, patches)
 
 
 def model_status(name: str, described: dict) -> ModelStatus:

@@ -18,7 +18,7 @@ GAUGES = {
     "bundle_workers_ready": "READY workers.",
     "bundle_workers_wanted": "Minimum number of workers.",
     "bundle_queue_pending": "Queued requests.",
-    "bundle_queue_capacity": "Requests that the queue can hold; further ones get 503.",
+    "bundle_queue_capacity": "Requests that the queue can hold; further ones get 429.",
 }
 METRICS = (
     *GAUGES,

@@ -39,7 +39,7 @@ class Options:
         gate: a folder in which the file `closed` tells a proxy that the server takes no requests.
         start_seconds: to wait at most until every model is READY.
         patience_seconds: how long workers may be missing, or the management API unavailable. TorchServe itself gives up
-            on a worker after 300 s, and then never answers its requests.
+            on a worker after 300 s.
         drain_seconds: to wait at most for requests in flight before the end.
     """
 

@@ -85,10 +85,10 @@ addresses() {
 }
 
 # upstream FILE PORT: writes the upstream's servers. max_fails=0, because one slow model must not take a server out of
-# rotation. Each address is listed twice, because nginx retries a request only on another server.
+# rotation.
 upstream() {
   if [ -n "$known" ]; then
-    echo "$known" | sed "s|.*|server &:$2 max_fails=0; server &:$2 max_fails=0;|" >"$run/$1.servers"
+    echo "$known" | sed "s|.*|server &:$2 max_fails=0;|" >"$run/$1.servers"
   else
     echo "server 127.0.0.1:$2 down;" >"$run/$1.servers"
   fi

@@ -6,8 +6,8 @@ value) -> its slot. The template knows neither the inputs nor the format of an a
 
 A request that fails is rejected in its own slot, with its own status. The other requests of the batch are unaffected.
 An unexpected exception is a bug. Its traceback is logged, and the response is 500: for one request if it belongs to
-one, otherwise for the batch. (TorchServe's own response, 503, would mean "overloaded, retry".) After a fault of the
-accelerator itself the worker exits, and TorchServe starts another one.
+one, otherwise for the batch. After a fault of the accelerator itself the worker exits, and TorchServe starts another
+one, which gets the batch's requests.
 """
 
 import json

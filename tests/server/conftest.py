@@ -9,6 +9,8 @@ import pytest
 from bundle.paths import MODEL_STORE, MODELS
 from bundle.samples import first
 from bundle.signing import make_keys
+from tests.server.bare import MODELS as BARE_MODELS
+from tests.server.bare import ONE_THREAD, Bare, bare
 from tests.server.place import Place, new_place, serving
 from tests.shipped import ON_REQUEST, SHIPPED
 
@@ -93,3 +95,18 @@ def good(trusting: Place) -> Iterator[Path]:
     for file in archive.parent.iterdir():
         if file.stem != "mnist":
             shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+@pytest.fixture(scope="session")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    """A bare server with the patches of the frontend. All tests share it; a test must undo its changes."""
+    with bare(tmp_path_factory.mktemp("patched"), BARE_MODELS, **ONE_THREAD) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def unpatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    """The same without the patches, and with fewer models."""
+    models = {name: BARE_MODELS[name] for name in ("one", "batches", "late")}
+    with bare(tmp_path_factory.mktemp("unpatched"), models, off="all", **ONE_THREAD) as server:
+        yield server

@@ -35,6 +35,7 @@ def test_serve_again_changes_nothing(served):
 
 def test_status_shows_version_and_workers_of_every_model(served):
     shown = served.bundle("status")
+    assert "patches of the frontend: gather" in shown.stdout
     assert shown.returncode == 0, shown.stdout + shown.stderr
     for name in SHIPPED:
         model = served.client.describe(name)

@@ -14,18 +14,15 @@ from werkzeug import Response
 
 from bundle.catalog import ModelFolder, select
 from bundle.errors import BundleError
-from bundle.server import client as module
-from bundle.server.client import SCALE_TRIES, Client, WorkerCount, check_sample, curl_lines
+from bundle.server.client import Client, WorkerCount, check_sample, curl_lines
 from bundle.server.keys import Keys
 
-CONCURRENT = {"code": 500, "type": "ConcurrentModificationException"}  # as TorchServe answers under load
 REJECTED = {"code": 400, "type": "BadRequestException", "message": "the reason"}
 [MNIST] = select(["mnist"])
 
 
 @pytest.fixture
-def client(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Client:
-    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.01)
+def client(httpserver: HTTPServer) -> Client:
     url = httpserver.url_for("").rstrip("/")
     return Client(url, url)
 
@@ -123,22 +120,7 @@ def test_rejection_without_a_message_shows_the_whole_body(httpserver: HTTPServer
     assert caught.value.details == body
 
 
-def test_scale_retries_concurrent_modification(httpserver: HTTPServer, client: Client):
-    for _ in range(2):
-        httpserver.expect_ordered_request("/models/mnist/1.0", method="PUT").respond_with_json(CONCURRENT, status=500)
-    httpserver.expect_ordered_request("/models/mnist/1.0", method="PUT").respond_with_json({}, status=202)
-    client.scale("mnist", "1.0", 2, 3)
-    assert asked(httpserver) == ["PUT /models/mnist/1.0?min_worker=2&max_worker=3"] * 3
-
-
-def test_scale_gives_up_after_max_tries(httpserver: HTTPServer, client: Client):
-    httpserver.expect_request("/models/mnist/1.0", method="PUT").respond_with_json(CONCURRENT, status=500)
-    with pytest.raises(BundleError, match="refused PUT /models/mnist/1.0 with 500"):
-        client.scale("mnist", "1.0", 2, 3)
-    assert len(httpserver.log) == SCALE_TRIES
-
-
-def test_scale_does_not_retry_rejections(httpserver: HTTPServer, client: Client):
+def test_scale_asks_once_when_rejected(httpserver: HTTPServer, client: Client):
     httpserver.expect_request("/models/mnist/1.0", method="PUT").respond_with_json(REJECTED, status=400)
     with pytest.raises(BundleError):
         client.scale("mnist", "1.0", 2, 3)

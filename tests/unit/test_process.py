@@ -16,7 +16,7 @@ import pytest
 from bundle.catalog import select
 from bundle.cli import serve
 from bundle.errors import BundleError
-from bundle.server import process
+from bundle.server import frontend, process
 from bundle.server.process import Running, Server, end
 from bundle.server.settings import Settings
 from tests.unit.processes import RUNS, child, isolated, java_is
@@ -64,6 +64,7 @@ def test_started_server_is_recorded_and_found(server: Server):
     command = started.process().cmdline()
     assert f"-Djava.io.tmpdir={started.temporary}" in command
     assert str(server.store) in command
+    assert f'"-javaagent:{frontend.JAR}"' in started.process().environ()[frontend.OPTIONS]
     assert started.inference == server.settings.url("inference_address")
     assert started.keys() is None
 

@@ -115,6 +115,8 @@ def test_fingerprint_changes_with_everything_that_needs_a_restart(tmp_path: Path
     found.append(Settings(file).fingerprint())
     monkeypatch.setenv("TRUSTED_KEY", str(make_keys(tmp_path / "signing.key")))
     found.append(Settings(file).fingerprint())
-    assert len(set(found)) == 4
+    monkeypatch.setenv("BUNDLE_FRONTEND_OFF", "gather")
+    found.append(Settings(file).fingerprint())
+    assert len(set(found)) == 5
     monkeypatch.setenv("OTHER", "value")
     assert Settings(file).fingerprint() == found[-1]

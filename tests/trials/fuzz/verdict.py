@@ -77,12 +77,6 @@ def known_frontend_error(case: Case, answer: Answer) -> str | None:
     """
     if answer.status == 413 and not answer.body and len(case.body) > BODY_LIMIT // 2:
         return "bare 413: a body over 16 MiB, or a form whose parts come near it"
-    if answer.status == 500 and b'"ErrorDataDecoderException"' in answer.body and is_form(case):
-        return "500 ErrorDataDecoderException: a form that Netty cannot parse"
-    if answer.status == 500 and b'"ArrayIndexOutOfBoundsException"' in answer.body and is_form(case):
-        return "500 ArrayIndexOutOfBoundsException: a form with a part whose headers Netty cannot parse"
-    if answer.status == 500 and b'"StringIndexOutOfBoundsException"' in answer.body and is_form(case):
-        return "500 StringIndexOutOfBoundsException: a form whose boundary is empty"
     if not answer.status and b"ClientOSError(104" in answer.body and header_bytes(case) > HEADER_LIMIT:
         return "reset: headers of more than 8 KiB, answered before the body is read"
     if not answer.status and len(case.body) > BODY_LIMIT and b"ClientOSError" in answer.body:

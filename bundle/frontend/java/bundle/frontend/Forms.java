@@ -1,0 +1,98 @@
+package bundle.frontend;
+
+import groovyjarjarasm.asm.tree.ClassNode;
+import groovyjarjarasm.asm.tree.MethodNode;
+import io.netty.buffer.ByteBuf;
+import io.netty.channel.ChannelHandlerContext;
+import io.netty.handler.codec.DecoderException;
+import io.netty.handler.codec.http.FullHttpRequest;
+import io.netty.handler.codec.http.HttpHeaderNames;
+import io.netty.handler.codec.http.HttpHeaderValues;
+import io.netty.handler.codec.http.HttpResponseStatus;
+import io.netty.handler.codec.http.HttpUtil;
+import java.nio.charset.CharacterCodingException;
+import java.nio.charset.StandardCharsets;
+import java.util.Arrays;
+import java.util.List;
+import org.pytorch.serve.util.NettyUtils;
+
+/**
+ * `curl --data-binary @file` works without a Content-Type, and a form that cannot be decoded is 400.
+ *
+ * <p>curl calls every body of `-d` and `--data-binary` a form (application/x-www-form-urlencoded). TorchServe answers a
+ * photograph that is sent like that with 500 and a stack trace in its log.
+ */
+public final class Forms implements Patch {
+    @Override
+    public String name() {
+        return "forms";
+    }
+
+    @Override
+    public List<String> classes() {
+        return List.of(Code.REQUEST_PARSER, Code.HTTP_HANDLER);
+    }
+
+    @Override
+    public void change(ClassNode code) throws Refusal {
+        if (code.name.equals(Code.REQUEST_PARSER)) {
+            MethodNode parse = Code.method(code, "parseRequest", Code.PARSE_REQUEST);
+            Code.begin(parse, Forms.class, "check", 1); // a static method's second parameter: the request
+        } else {
+            Code.redirectError(code, "INTERNAL_SERVER_ERROR", Forms.class, "sendError");
+        }
+    }
+
+    /** Give a body that is no form, although it is called one, its real type. Called before a request is parsed. */
+    public static void check(FullHttpRequest request) {
+        CharSequence type = HttpUtil.getMimeType(request);
+        if (type != null && HttpHeaderValues.APPLICATION_X_WWW_FORM_URLENCODED.contentEqualsIgnoreCase(type)) {
+            ByteBuf body = request.content();
+            if (isJson(body)) {
+                request.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
+            } else if (isRaw(body)) {
+                request.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_OCTET_STREAM);
+            }
+        }
+    }
+
+    /** Return whether the first visible character opens a JSON object or array. */
+    private static boolean isJson(ByteBuf body) {
+        int first = body.forEachByte(value -> value >= 0 && value <= ' ');
+        return first >= 0 && (body.getByte(first) == '{' || body.getByte(first) == '[');
+    }
+
+    /** Return whether a body has no `name=value`, or something that is no text. */
+    private static boolean isRaw(ByteBuf body) {
+        if (!body.isReadable()) {
+            return false; // a form without fields
+        }
+        boolean fields = body.indexOf(body.readerIndex(), body.writerIndex(), (byte) '=') >= 0;
+        boolean controls = body.forEachByte(value -> value < 0 || value >= ' ' || Character.isWhitespace(value)) >= 0;
+        if (!fields || controls) {
+            return true;
+        }
+        try {
+            StandardCharsets.UTF_8.newDecoder().decode(body.nioBuffer());
+            return false;
+        } catch (CharacterCodingException error) {
+            return true;
+        }
+    }
+
+    /** Send the answer to a request that failed with 500. */
+    public static void sendError(ChannelHandlerContext client, HttpResponseStatus status, Throwable error) {
+        if (isOfForm(error)) {
+            String why = error instanceof DecoderException && error.getCause() == null ? error.getMessage() : "it is malformed";
+            Answers.error(client, 400, "InvalidForm", "The form cannot be decoded: " + why, 0);
+        } else {
+            NettyUtils.sendError(client, status, error);
+        }
+    }
+
+    /** Return whether the library that decodes forms failed. For some malformed forms, it raises IndexOutOfBounds. */
+    private static boolean isOfForm(Throwable error) {
+        return Arrays.stream(error.getStackTrace())
+                .anyMatch(caller -> caller.getClassName().startsWith("io.netty.handler.codec.http.multipart."));
+    }
+}

@@ -1,0 +1,239 @@
+package bundle.frontend;
+
+import groovyjarjarasm.asm.tree.ClassNode;
+import groovyjarjarasm.asm.tree.MethodNode;
+import java.util.ArrayList;
+import java.util.Collections;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.Set;
+import java.util.WeakHashMap;
+import java.util.concurrent.ArrayBlockingQueue;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.ExecutionException;
+import java.util.concurrent.TimeUnit;
+import org.pytorch.serve.job.Job;
+import org.pytorch.serve.util.messages.BaseModelRequest;
+import org.pytorch.serve.util.messages.ModelInferenceRequest;
+import org.pytorch.serve.util.messages.WorkerCommands;
+import org.pytorch.serve.wlm.Batch;
+import org.pytorch.serve.wlm.BatchAggregator;
+import org.pytorch.serve.wlm.Model;
+import org.pytorch.serve.wlm.ModelManager;
+import org.pytorch.serve.wlm.WorkLoadManager;
+import org.pytorch.serve.wlm.WorkerState;
+import org.pytorch.serve.wlm.WorkerThread;
+
+/**
+ * No request is lost when a worker ends.
+ *
+ * <p>TorchServe forgets the requests that a worker's thread has collected and not yet sent, and those in the queue of a
+ * model that loses its last worker. With this patch:
+ *
+ * <ul>
+ *   <li>The requests of a worker that ends, collected or inside it, go back to the front of the queue, once.
+ *   <li>One of them may be what ends workers. So each is then computed alone, and answered 503 if its worker ends again.
+ *   <li>Those of a worker that did not answer in time are answered 504. A second worker would only take as long.
+ *   <li>Those of a model without workers are answered 503.
+ * </ul>
+ *
+ * All of these answers have Retry-After.
+ */
+public final class Lost implements Patch {
+    private static final String WORKER = "org/pytorch/serve/wlm/WorkerThread";
+    private static final String MODEL = "org/pytorch/serve/wlm/Model";
+    private static final String AGGREGATOR = "org/pytorch/serve/wlm/BatchAggregator";
+    private static final String REQUEST = "Lorg/pytorch/serve/util/messages/BaseModelRequest;";
+    private static final int RETRY_SECONDS = 1;
+    private static final Set<WorkerThread> TIMED_OUT = ConcurrentHashMap.newKeySet();
+    private static final Set<Job> RETURNED = Collections.synchronizedSet(Collections.newSetFromMap(new WeakHashMap<>()));
+
+    @Override
+    public String name() {
+        return "lost";
+    }
+
+    @Override
+    public List<String> classes() {
+        return List.of(WORKER, "org/pytorch/serve/wlm/ModelManager", MODEL, Code.REST_JOB);
+    }
+
+    @Override
+    public void change(ClassNode code) throws Refusal {
+        if (code.name.equals(WORKER)) {
+            changeWorker(Code.method(code, "run", "()V"), Code.method(code, "shutdown", "()V"));
+            return;
+        }
+        if (code.name.equals(Code.REST_JOB)) {
+            Code.requireField(code, Answers.CLIENT);
+            Code.requireField(code, Answers.STREAMS);
+            return;
+        }
+        if (code.name.equals(MODEL)) {
+            String command = "()Lorg/pytorch/serve/util/messages/WorkerCommands;";
+            MethodNode batch = Code.method(code, "pollBatch", Gather.POLL_BATCH);
+            Code.redirectAll(batch, "org/pytorch/serve/job/Job", "getCmd", command, Lost.class, "command", false);
+            return;
+        }
+        MethodNode add = Code.method(code, "addJob", "(Lorg/pytorch/serve/job/Job;)Z");
+        Code.redirectAll(add, MODEL, "addJob", "(Lorg/pytorch/serve/job/Job;)Z", Lost.class, "add", false);
+        String unregister = "(Ljava/lang/String;Ljava/lang/String;Z)I";
+        String update = "(Ljava/lang/String;Ljava/lang/String;IIZZ)Ljava/util/concurrent/CompletableFuture;";
+        String changed = "(L" + MODEL + ";ZZ)Ljava/util/concurrent/CompletableFuture;";
+        String manager = "org/pytorch/serve/wlm/WorkLoadManager";
+        for (MethodNode method :
+                List.of(Code.method(code, "unregisterModel", unregister), Code.method(code, "updateModel", update))) {
+            Code.redirectAll(method, manager, "modelChanged", changed, Lost.class, "modelChanged", false);
+        }
+    }
+
+    private static void changeWorker(MethodNode run, MethodNode shutdown) throws Refusal {
+        String error = "(" + REQUEST + "Ljava/lang/String;I)V";
+        String state = "(Ljava/lang/String;Lorg/pytorch/serve/wlm/WorkerState;)" + REQUEST;
+        String queue = "java/util/concurrent/ArrayBlockingQueue";
+        String poll = "(JLjava/util/concurrent/TimeUnit;)Ljava/lang/Object;";
+        Code.redirectAll(run, AGGREGATOR, "getRequest", state, Lost.class, "collect", false);
+        Code.redirectAll(run, queue, "poll", poll, Lost.class, "reply", true);
+        Code.redirectAll(run, AGGREGATOR, "sendError", error, Lost.class, "fail", true);
+        Code.redirectAll(run, AGGREGATOR, "cleanJobs", "()V", Lost.class, "clean", true);
+        Code.redirectAll(run, WORKER, "isHealthy", "()Z", Lost.class, "isHealthy", false);
+        // the worker's own thread does this, too; both at once raise ConcurrentModificationException
+        Code.redirectAll(shutdown, AGGREGATOR, "sendError", error, Lost.class, "leave", false);
+    }
+
+    /** Return a request's kind, to decide whether it shares a batch: TorchServe leaves descriptions alone. */
+    public static WorkerCommands command(Job job) {
+        return RETURNED.contains(job) ? WorkerCommands.DESCRIBE : job.getCmd();
+    }
+
+    /** Collect the next batch of a worker. A worker that has died meanwhile does not get it. */
+    public static BaseModelRequest collect(BatchAggregator batch, String worker, WorkerState state)
+            throws InterruptedException, ExecutionException {
+        BaseModelRequest request = batch.getRequest(worker, state);
+        if (Thread.interrupted()) { // TorchServe interrupts the thread of a worker that has ended
+            throw new InterruptedException();
+        }
+        return request;
+    }
+
+    /** Wait for the worker's answer, and remember whether it came in time. */
+    public static Object reply(ArrayBlockingQueue<?> replies, long timeout, TimeUnit unit, WorkerThread worker)
+            throws InterruptedException {
+        Object reply = replies.poll(timeout, unit);
+        if (reply == null) {
+            TIMED_OUT.add(worker);
+        }
+        return reply;
+    }
+
+    /** Answer the requests inside a worker that has ended, if they are not to be repeated. */
+    public static void fail(
+            BatchAggregator batch, BaseModelRequest request, String error, int status, WorkerThread worker) {
+        if (!isPlain(batch) || !(request instanceof ModelInferenceRequest) || !error.equals("Worker died.")) {
+            batch.sendError(request, error, status);
+        } else if (TIMED_OUT.contains(worker) && worker.getState() != WorkerState.WORKER_SCALED_DOWN) {
+            String message = "The worker of model \"" + Batch.model(batch).getModelName()
+                    + "\" did not answer within responseTimeout.";
+            Batch.requests(batch).values().forEach(job -> Answers.fail(job, 504, "WorkerTimeout", message, RETRY_SECONDS));
+            batch.cleanJobs();
+        } // otherwise, `clean` comes next
+    }
+
+    /** Return the requests that a worker which has ended still holds to the queue. */
+    public static void clean(BatchAggregator batch, WorkerThread worker) {
+        TIMED_OUT.remove(worker);
+        if (isPlain(batch)) {
+            Model model = Batch.model(batch);
+            List<Job> left = new ArrayList<>(Batch.requests(batch).values());
+            Collections.reverse(left); // each goes to the front
+            for (Job job : left) {
+                if (!job.isControlCmd()) {
+                    giveBack(model, job);
+                }
+            }
+            if (isAbandoned(model)) {
+                answerAll(model);
+            }
+        }
+        batch.cleanJobs();
+    }
+
+    private static void giveBack(Model model, Job job) {
+        if (!Answers.hasBegun(job) && RETURNED.add(job)) {
+            try {
+                model.addFirst(job);
+                return;
+            } catch (IllegalStateException full) {
+                // the queue has filled up meanwhile
+            }
+        }
+        String message = "The worker of model \"" + model.getModelName() + "\" ended before it answered this request.";
+        Answers.fail(job, 503, "WorkerDied", message, RETRY_SECONDS);
+    }
+
+    /** Return whether TorchServe starts a worker again. If it gives up the last one, nobody is left to answer. */
+    public static boolean isHealthy(WorkerThread worker) {
+        boolean healthy = worker.isHealthy();
+        if (!healthy && isAbandoned(Batch.model(worker))) {
+            answerAll(Batch.model(worker));
+        }
+        return healthy;
+    }
+
+    /** Called in place of `sendError` when a worker is scaled down: see `clean`. */
+    public static void leave(BatchAggregator batch, BaseModelRequest request, String error, int status) {
+        if (!isPlain(batch)) {
+            batch.sendError(request, error, status);
+        }
+    }
+
+    /** Queue a request; the last worker may have gone since TorchServe looked. */
+    public static boolean add(Model model, Job job) {
+        boolean queued = model.addJob(job);
+        if (queued && isAbandoned(model)) {
+            answerAll(model);
+        }
+        return queued;
+    }
+
+    /** Change a model's number of workers. */
+    public static CompletableFuture<Integer> modelChanged(
+            WorkLoadManager manager, Model model, boolean isStartup, boolean isCleanUp) {
+        CompletableFuture<Integer> done = manager.modelChanged(model, isStartup, isCleanUp);
+        if (manager.hasNoWorker(model.getModelVersionName())) {
+            answerAll(model);
+        }
+        return done;
+    }
+
+    /** Return whether a model has no workers, or only workers that TorchServe does not start again. */
+    static boolean isAbandoned(Model model) {
+        for (WorkerThread worker : ModelManager.getInstance().getWorkers(model.getModelVersionName())) {
+            if (worker != null && worker.isHealthy()) { // null: the list was copied while it became shorter
+                return false;
+            }
+        }
+        return true;
+    }
+
+    /** Answer everything in a model's queue. */
+    private static void answerAll(Model model) {
+        try {
+            Map<String, Job> one = new HashMap<>();
+            while (model.pollMgmtJob(Model.DEFAULT_DATA_QUEUE, 0, one)) {
+                String named = "The model \"" + model.getModelName() + "\" has no workers any more. Retry later.";
+                one.values().forEach(job -> Answers.fail(job, 503, "NoWorkers", named, RETRY_SECONDS));
+                one.clear();
+            }
+        } catch (InterruptedException error) {
+            Thread.currentThread().interrupt();
+        }
+    }
+
+    /** Return whether a worker takes one batch at a time: not with sequences, streams or asyncCommunication. */
+    private static boolean isPlain(BatchAggregator batch) {
+        return batch.getClass() == BatchAggregator.class;
+    }
+}

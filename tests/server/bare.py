@@ -1,0 +1,186 @@
+"""A bare TorchServe with the agent: no proxy, and none of the bundle's commands and handlers."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import requests
+
+from bundle.server import frontend
+from bundle.server.client import Client
+from bundle.server.frontend import OFF, OPTIONS
+from bundle.server.java import java_home
+from bundle.server.settings import Settings
+from tests.support import wait_for
+
+HANDLER = '''
+import os, time
+
+if os.path.exists(os.path.join(os.environ["TEMP"], "break-NAME")):
+    raise SystemExit("broken")
+if "NAME" == "slow":
+    time.sleep(SLOW_START)
+
+
+def handle(data, context):
+    """Answer each request with the size of its batch and what arrived.
+
+    The body b'sleep 2' takes 2 seconds; b'raise' fails the batch; b'exit' ends the worker, and leaves a file.
+    """
+    if data is None or context is None:
+        return None
+    answers = []
+    for row in data:
+        body = row.get("body", row.get("data", b""))
+        body = bytes(body).decode("latin-1") if isinstance(body, (bytes, bytearray)) else str(body)
+        if body.startswith("sleep "):
+            time.sleep(float(body.split()[1]))
+        if body == "raise":
+            raise ValueError("raise")
+        if body == "exit":
+            open(os.path.join(os.environ["TEMP"], f"exit-{os.getpid()}"), "w").close()
+            os._exit(1)
+        fields = {name: str(bytes(value) if isinstance(value, bytearray) else value) for name, value in row.items()}
+        answers.append({"batch": len(data), "worker": os.getpid(), "fields": fields})
+    return answers
+'''
+SLOW_START = 5  # seconds that the workers of a model with the name `slow` need to start
+PATIENCE = 2  # seconds
+PLAIN = {"batchSize": 1, "maxBatchDelay": 1}
+BATCHES = {"batchSize": 8, "maxBatchDelay": 1000 * PATIENCE}
+# the models of the server that the tests of the patches share
+MODELS = {
+    "one": {**PLAIN, "jobQueueSize": 2},
+    "two": {**PLAIN, "minWorkers": 2, "maxWorkers": 2},
+    "batches": BATCHES,
+    "patient": {**BATCHES, "patience": "fixed"},
+    "late": {**PLAIN, "clientTimeoutInMills": 1000},
+    "stuck": {**PLAIN, "responseTimeout": 2},
+    "broken": {**PLAIN, "maxRetryTimeoutInSec": 1},
+}
+ONE_THREAD = {"number_of_netty_threads": "1"}  # which every connection shares
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A running server.
+
+    Attributes:
+        process: Java.
+        console: what Java printed.
+    """
+
+    inference: str
+    management: str
+    grpc: str
+    process: psutil.Process
+    console: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.console.parent
+
+    def break_workers(self, model: str) -> None:
+        """Make each further start of a worker of this model fail."""
+        (self.folder / f"break-{model}").touch()
+
+    def exits(self) -> set[int]:
+        """Return the process ids of the workers that a request has ended."""
+        return {int(file.name.removeprefix("exit-")) for file in self.folder.glob("exit-*")}
+
+    def post(self, model: str, body: bytes = b"x", **arguments: object) -> requests.Response:
+        return requests.post(f"{self.inference}/predictions/{model}", body, **{"timeout": 120, **arguments})
+
+    def client(self) -> Client:
+        return Client(self.inference, self.management)
+
+    def has_workers(self, model: str, count: int) -> bool:
+        """Return whether so many workers are READY; not so before the API answers."""
+        try:
+            return self.client().workers(model).ready == count
+        except requests.ConnectionError:
+            return False
+
+    def scale(self, model: str, count: int) -> None:
+        """Set a model's number of workers, and wait until further ones are gone."""
+        query = {"min_worker": count, "max_worker": count, "synchronous": "true"}
+        answer = requests.put(f"{self.management}/models/{model}", params=query, timeout=60)
+        assert answer.status_code in (200, 206), answer.text  # 206: new workers are still starting
+
+    def restore(self, model: str) -> None:
+        """Set a model's number of workers to that of its archive, and wait until they are READY."""
+        count = MODELS[model].get("minWorkers", 1)
+        self.scale(model, count)
+        wait_for(partial(self.has_workers, model, count), 60)
+
+    def workers(self, model: str) -> list[int]:
+        """Return the process ids of a model's workers."""
+        [described] = requests.get(f"{self.management}/models/{model}", timeout=20).json()
+        return [worker["pid"] for worker in described["workers"]]
+
+
+def archive(store: Path, name: str, **config: object) -> None:
+    """Write the archive of a model with this configuration and one worker.
+
+    Args:
+        config: keys of model-config.yaml.
+    """
+    config = {"minWorkers": 1, "maxWorkers": 1, "responseTimeout": 60, "startupTimeout": 60, **config}
+    model = {"modelName": name, "handler": "handler.py", "modelVersion": "1.0", "configFile": "model-config.yaml"}
+    with zipfile.ZipFile(store / f"{name}.mar", "w") as file:
+        file.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
+        file.writestr("handler.py", HANDLER.replace("NAME", name).replace("SLOW_START", str(SLOW_START)))
+        file.writestr("model-config.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()))
+
+
+@contextmanager
+def bare(folder: Path, models: dict[str, dict], off: str = "", **settings: str) -> Iterator[Bare]:
+    """Serve models while the block runs.
+
+    Args:
+        models: the keys of each model's model-config.yaml.
+        off: names of patches to leave out, as in BUNDLE_FRONTEND_OFF.
+        settings: further keys of config.properties.
+    """
+    store = folder / "store"
+    store.mkdir(parents=True)
+    for name, config in models.items():
+        archive(store, name, **config)
+    isolated = Settings.isolated(store, enable_envvars_config="true", enable_model_api="true", **settings)
+    (folder / "config.properties").write_text("enable_envvars_config=true\nenable_model_api=true\n")
+    given = {key: value for key, value in os.environ.items() if not key.startswith("TS_") and key != OPTIONS}
+    environment = frontend.with_agent(given) | isolated.overrides
+    environment |= {"TMPDIR": str(folder), "TEMP": str(folder), "LOG_LOCATION": str(folder / "logs")}
+    environment |= {"METRICS_LOCATION": str(folder / "logs"), "JAVA_HOME": str(java_home()), OFF: off}
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--ts-config", str(folder / "config.properties")]
+    command += [
+        "--no-config-snapshots",
+        "--model-store",
+        str(store),
+        "--models",
+        *(f"{name}={name}.mar" for name in models),
+    ]
+    console = folder / "console.log"
+    with console.open("wb") as output:
+        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=output, stderr=output)
+    process = psutil.Process(int((folder / ".model_server.pid").read_text()))
+    urls = isolated.url("inference_address"), isolated.url("management_address")
+    grpc = f"127.0.0.1:{isolated.listeners()['grpc_inference_port'][1]}"
+    server = Bare(*urls, grpc, process, console)
+    try:
+        for name, config in models.items():
+            wait_for(partial(server.has_workers, name, config.get("minWorkers", 1)), 300)
+        yield server
+    finally:
+        family = [process, *process.children(recursive=True)] if process.is_running() else []
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family, timeout=30)

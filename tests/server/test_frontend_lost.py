@@ -1,0 +1,138 @@
+"""The frontend's patches `lost` and `timeouts`: every request is answered, whatever happens to its worker."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+import requests
+
+from bundle.server.grpc_client import GrpcError, predict
+from tests.server.bare import Bare
+from tests.support import wait_for
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+def error(answer: requests.Response) -> tuple[int, str, str | None]:
+    return answer.status_code, answer.json()["type"], answer.headers.get("Retry-After")
+
+
+def kill(server: Bare, model: str) -> None:
+    """Kill a model's first worker, if it is not just being restarted."""
+    with suppress(ProcessLookupError):
+        os.kill(server.workers(model)[0], signal.SIGKILL)
+
+
+def posted(server: Bare, pool: ThreadPoolExecutor, model: str, *bodies: bytes, **options: float) -> list[Future]:
+    """Send requests, and wait until the first is in the worker and the others are in the queue, in this order."""
+    sent = []
+    for body in bodies:
+        sent.append(pool.submit(server.post, model, body, **options))
+        time.sleep(0.1 if len(sent) > 1 else 0.5)
+    time.sleep(0.3)
+    return sent
+
+
+def test_request_inside_a_killed_worker_is_answered_by_the_next(patched: Bare, pool):
+    inside, queued = posted(patched, pool, "one", b"sleep 3", b"x")
+    [killed] = patched.workers("one")
+    kill(patched, "one")
+    assert inside.result().status_code == 200, inside.result().text
+    assert inside.result().json()["worker"] == queued.result().json()["worker"] != killed
+
+
+def test_request_that_ends_its_worker_ends_two_and_fails_alone(patched: Bare, pool):
+    before = patched.exits()
+    busy, *batch = posted(patched, pool, "batches", b"sleep 1.5", b"x", b"exit", b"x", b"x")
+    assert busy.result().status_code == 200
+    answers = [future.result() for future in batch]
+    assert error(answers.pop(1)) == (503, "WorkerDied", "1")
+    assert [answer.status_code for answer in answers] == [200] * 3, [answer.text for answer in answers]
+    assert [answer.json()["batch"] for answer in answers] == [1] * 3
+    assert len(patched.exits() - before) == 2
+
+
+def test_requests_of_a_worker_that_is_scaled_down_are_answered_by_the_other(patched: Bare, pool):
+    inside = posted(patched, pool, "two", b"sleep 3", b"sleep 3", b"sleep 0")
+    patched.scale("two", 1)
+    answers = [future.result() for future in inside]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert len({answer.json()["worker"] for answer in answers}) == 1  # the one that stayed
+    patched.restore("two")
+
+
+def test_every_request_of_a_model_that_loses_its_workers_is_503_at_once(patched: Bare, pool):
+    sent = posted(patched, pool, "one", b"sleep 20", b"x", b"x")
+    scaled = time.monotonic()
+    patched.scale("one", 0)
+    answers = [future.result() for future in sent]
+    assert [error(answer) for answer in answers] == [(503, "NoWorkers", "1")] * 3
+    assert time.monotonic() - scaled < 10
+    answer = patched.post("one")
+    assert error(answer) == (503, "NoWorkers", "10")
+    assert answer.json()["message"] == 'The model "one" has no workers. Retry later.'
+    with pytest.raises(GrpcError, match='UNAVAILABLE: The model "one" has no workers.'):
+        predict(patched.grpc, "one", b"x")
+    patched.restore("one")
+
+
+def test_request_that_was_only_collected_for_a_killed_worker_is_answered_by_the_next(patched: Bare, pool):
+    [collected] = posted(patched, pool, "patient", b"x")
+    kill(patched, "patient")
+    assert collected.result().status_code == 200
+
+
+def test_request_beyond_the_client_timeout_is_504_at_once_and_not_computed_later(patched: Bare, pool):
+    start = time.monotonic()
+    inside, queued = posted(patched, pool, "late", b"sleep 4", b"sleep 60")
+    assert error(inside.result()) == error(queued.result()) == (504, "ClientTimeout", "1")
+    assert 0.9 < time.monotonic() - start < 3.5
+    wait_for(lambda: patched.post("late").status_code == 200, 20)
+
+
+def test_request_whose_worker_does_not_answer_in_time_is_504(patched: Bare):
+    assert error(patched.post("stuck", b"sleep 20")) == (504, "WorkerTimeout", "1")
+
+
+def test_every_request_is_answered_200_while_workers_are_scaled_and_killed(patched: Bare, pool):
+    stop = threading.Event()
+
+    def client(_: int) -> list[int]:
+        statuses = []
+        while not stop.is_set():
+            statuses.append(patched.post("two", b"sleep 0.02", timeout=15).status_code)
+        return statuses
+
+    clients = [pool.submit(client, number) for number in range(8)]
+    patched.scale("two", 1)
+    patched.restore("two")
+    kill(patched, "two")
+    time.sleep(1)
+    patched.restore("two")
+    stop.set()
+    statuses = [status for future in clients for status in future.result()]
+    assert set(statuses) == {200}
+    assert len(statuses) > 50
+
+
+def test_requests_are_lost_without_the_patches(unpatched: Bare, pool):
+    sent = [
+        *posted(unpatched, pool, "one", b"sleep 4", b"x", timeout=6)[1:],
+        *posted(unpatched, pool, "late", b"sleep 3", timeout=6),
+        *posted(unpatched, pool, "batches", b"x", timeout=6),
+    ]
+    kill(unpatched, "batches")
+    unpatched.scale("one", 0)
+    for future in sent:
+        with pytest.raises(requests.ReadTimeout):
+            future.result()
+    unpatched.restore("one")

@@ -1,0 +1,94 @@
+"""The frontend's patches `drain`, `management` and `gzip`."""
+
+import gzip
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.server.bare import PLAIN, SLOW_START, Bare, archive, bare
+
+
+def longest_during_a_registration(server: Bare) -> float:
+    """Return the longest time that a prediction took while a model that starts slowly was registered."""
+    archive(server.folder / "store", "slow")
+    query = {"url": "slow.mar", "initial_workers": 1, "synchronous": "true"}
+    durations = []
+    with ThreadPoolExecutor(1) as pool:
+        registered = pool.submit(requests.post, f"{server.management}/models", params=query, timeout=120)
+        while not registered.done():
+            start = time.monotonic()
+            assert server.post("one").status_code == 200
+            durations.append(time.monotonic() - start)
+    assert registered.result().status_code == 200, registered.result().text
+    assert requests.delete(f"{server.management}/models/slow", timeout=30).status_code == 200
+    return max(durations)
+
+
+def terminate_while_busy(server: Bare) -> list[int | str]:
+    """Send SIGTERM while a request is in the worker and two are in the queue; return what their clients saw."""
+
+    def post(body: bytes) -> int | str:
+        try:
+            return server.post("one", body).status_code
+        except requests.ConnectionError:
+            return "no answer"
+
+    with ThreadPoolExecutor(3) as pool:
+        sent = [pool.submit(post, b"sleep 3")]
+        time.sleep(0.7)
+        sent += [pool.submit(post, b"x") for _ in range(2)]
+        time.sleep(0.7)
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(0.7)
+        with pytest.raises(requests.ConnectionError):
+            server.post("one")
+        return [future.result() for future in sent]
+
+
+def test_prediction_does_not_wait_for_a_registration(patched: Bare):
+    assert longest_during_a_registration(patched) < SLOW_START / 2
+
+
+def test_gzip_body_arrives_decompressed(patched: Bare):
+    text = b"a text" * 1000
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"}
+    assert patched.post("one", gzip.compress(text), headers=headers).json()["fields"] == {"body": str(text)}
+
+
+@pytest.mark.parametrize("body", [b"no gzip", gzip.compress(b"a text" * 1000)[:-20]], ids=["other", "cut"])
+def test_body_that_is_no_gzip_is_400(patched: Bare, body: bytes):
+    answer = patched.post("one", body, headers={"Content-Encoding": "gzip", "Content-Type": "text/plain"})
+    assert answer.status_code == 400, answer.text
+    assert "The body is not gzip" in answer.json()["message"]
+
+
+def test_gzip_body_that_becomes_too_large_is_400(patched: Bare):
+    body = gzip.compress(bytes(7 * 2**20))  # TorchServe's default limit is 6.25 MiB
+    answer = patched.post("one", body, headers={"Content-Encoding": "gzip", "Content-Type": "text/plain"})
+    assert answer.status_code == 400, answer.text
+    assert "The decompressed body has more than 6553500 bytes." in answer.json()["message"]
+
+
+def test_registration_and_gzip_without_the_patches(unpatched: Bare):
+    body = gzip.compress(b"a text")
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"}
+    assert unpatched.post("one", body, headers=headers).json()["fields"] == {"body": str(body)}
+    assert longest_during_a_registration(unpatched) > SLOW_START / 2
+
+
+@pytest.mark.parametrize("off", ["", "drain"])
+def test_sigterm_answers_what_was_accepted_with_the_patch_only(tmp_path: Path, off: str):
+    with bare(tmp_path, {"one": PLAIN}, off=off) as server:
+        answers = terminate_while_busy(server)
+        _, alive = psutil.wait_procs([server.process], timeout=60)
+    assert alive == []
+    if off:
+        assert "no answer" in answers
+    else:
+        assert answers == [200] * 3

@@ -1,0 +1,157 @@
+"""The Java agent for TorchServe's frontend: its jar is what its sources say, and every patch finds its place."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bundle.build import frontend as building
+from bundle.server import frontend
+from bundle.server.frontend import JAR, OFF, OPTIONS
+from bundle.server.java import java_home
+from bundle.server.status import Status
+
+PATCHES = ["gather", "overload", "lost", "timeouts", "forms", "drain", "management", "scaling", "gzip"]
+NO_COMPILER = shutil.which("javac") is None
+HELLO = 'public class Hello { public static void main(String[] a) { System.out.println("started"); } }'
+# reads the list of a model's workers while it changes
+SCALING = """
+import java.util.List;
+public class Scaling {
+    public static void main(String[] arguments) throws Exception {
+        Class<?> manager = Class.forName("org.pytorch.serve.wlm.WorkLoadManager");
+        Class<?> name = Class.forName("org.pytorch.serve.wlm.ModelVersionName");
+        var make = manager.getDeclaredMethod("lambda$modelChanged$0", name);
+        make.setAccessible(true);
+        @SuppressWarnings("unchecked")
+        List<Object> workers = (List<Object>) make.invoke(null, (Object) null);
+        workers.addAll(List.of(1, 2, 3));
+        try {
+            for (Object worker : workers) workers.remove(worker);
+            System.out.println("read");
+        } catch (java.util.ConcurrentModificationException error) {
+            System.out.println(error);
+        }
+    }
+}
+"""
+# a Model of another TorchServe: it has the method, and no queue in it
+OTHER_MODEL = """
+package org.pytorch.serve.wlm;
+public class Model { public void pollBatch(String thread, long wait, java.util.Map<String, Object> jobs) {} }
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchServe's classes write logs where they are loaded."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run_java(*arguments: str, **environment: str) -> str:
+    java = java_home() / "bin" / "java"
+    variables = {key: value for key, value in os.environ.items() if key not in (OFF, OPTIONS)} | environment
+    return subprocess.run([java, *arguments], env=variables, capture_output=True, text=True, check=True).stdout
+
+
+def states_of(tmp_path: Path, class_path: str, **environment: str) -> dict[str, str]:
+    """Return the states of the patches for the TorchServe on the class path."""
+    console = tmp_path / "console.log"
+    console.write_text(run_java("-cp", f"{JAR}:{class_path}", "bundle.frontend.Agent", **environment))
+    return frontend.states(console)
+
+
+def compile_java(folder: Path, source: str) -> None:
+    file = folder / f"{source.split('class ')[1].split()[0]}.java"
+    file.write_text(source)
+    subprocess.run(["javac", "-d", folder, file], check=True)
+
+
+def test_every_patch_finds_its_place_in_the_installed_torchserve(tmp_path: Path):
+    assert states_of(tmp_path, str(building.torchserve_jar())) == dict.fromkeys(PATCHES, "in")
+
+
+def test_agent_loads_no_class_of_torchserve_before_it_is_changed(tmp_path: Path):
+    console = tmp_path / "console.log"
+    console.write_text(run_java(f"-javaagent:{JAR}", "-cp", str(building.torchserve_jar()), "bundle.frontend.Agent"))
+    assert frontend.states(console) == dict.fromkeys(PATCHES, "in")
+
+
+def test_patched_classes_pass_the_verifier():
+    torchserve = str(building.torchserve_jar())
+    run_java("-Xverify:all", "-cp", f"{JAR}:{torchserve}", "bundle.frontend.Agent", "verify")
+
+
+@pytest.mark.parametrize("off", [*PATCHES, "all"])
+def test_patch_that_is_turned_off_is_not_applied(tmp_path: Path, off: str):
+    states = states_of(tmp_path, str(building.torchserve_jar()), **{OFF: off})
+    assert states == {name: "off" if off in (name, "all") else "in" for name in PATCHES}
+
+
+def test_unknown_patch_that_is_turned_off_is_reported(tmp_path: Path):
+    states = states_of(tmp_path, str(building.torchserve_jar()), **{OFF: "gahter"})
+    assert states["gahter"].startswith("refused: there is no patch with this name")
+    assert states == {**dict.fromkeys(PATCHES, "in"), "gahter": states["gahter"]}
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="no JDK")
+def test_class_of_another_version_is_left_alone_and_java_starts(tmp_path: Path):
+    compile_java(tmp_path, OTHER_MODEL)
+    compile_java(tmp_path, HELLO)
+    class_path = f"{tmp_path}:{building.torchserve_jar()}"
+    console = tmp_path / "console.log"
+    console.write_text(run_java(f"-javaagent:{JAR}", "-cp", class_path, "Hello"))
+    assert "started" in console.read_text()
+    reason = "pollBatch has 0 calls of java/util/concurrent/LinkedBlockingDeque.poll, not 3"
+    assert frontend.states(console)["gather"] == f"refused: org.pytorch.serve.wlm.Model: {reason}"
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="no JDK")
+@pytest.mark.parametrize(("off", "printed"), [("", "read"), ("scaling", "java.util.ConcurrentModificationException")])
+def test_list_of_workers_is_read_while_it_changes_with_the_patch_only(tmp_path: Path, off: str, printed: str):
+    compile_java(tmp_path, SCALING)
+    class_path = f"{tmp_path}:{building.torchserve_jar()}"
+    output = run_java(f"-javaagent:{JAR}", "-cp", class_path, "Scaling", **{OFF: off})
+    assert output.splitlines()[-1] == printed
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="no JDK")
+def test_java_without_torchserve_starts_with_the_agent(tmp_path: Path):
+    compile_java(tmp_path, HELLO)
+    output = run_java(f"-javaagent:{JAR}", "-cp", str(tmp_path), "Hello")
+    assert "started" in output
+    assert "frontend patch all: refused: java.lang.NoClassDefFoundError: org/pytorch/serve" in output
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="no JDK")
+def test_jar_built_again_is_the_committed_one_byte_for_byte(tmp_path: Path):
+    if building.compiler_version() != building.built_with():
+        pytest.skip(f"the jar was made with javac {building.built_with()}")
+    building.build(tmp_path / "again.jar")
+    assert (tmp_path / "again.jar").read_bytes() == JAR.read_bytes(), "build it again: make frontend"
+
+
+def test_environment_keeps_other_java_options():
+    environment = frontend.with_agent({OPTIONS: "-Xss2m", "A": "b"})
+    assert environment == {"A": "b", OPTIONS: f'-Xss2m "-javaagent:{JAR}"'}
+    assert frontend.with_agent({})[OPTIONS] == f'"-javaagent:{JAR}"'
+
+
+def test_states_without_a_console_are_empty(tmp_path: Path):
+    assert frontend.states(tmp_path / "console.log") == {}
+
+
+@pytest.mark.parametrize(
+    ("patches", "line"),
+    [
+        ({"a": "in", "b": "in"}, "patches of the frontend: a, b"),
+        ({"a": "in", "b": "off"}, "patches of the frontend: a; b is off"),
+        ({"a": "refused: Model: no poll"}, "patches of the frontend: none; a is refused: Model: no poll"),
+        ({}, "patches of the frontend: none"),
+    ],
+    ids=str,
+)
+def test_status_shows_each_patch(patches: dict[str, str], line: str):
+    assert Status(1, 2, 3, [], patches).frontend() == line
