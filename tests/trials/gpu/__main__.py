@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 
+from bundle import machine
 from bundle.cli import console as terminal
 from bundle.cli.console import console
-from bundle.paths import ROOT
 from loadtest.bench.devices import CPU, known
 from tests.trials.gpu.runner import Step, run_steps
-from tests.trials.gpu.steps import REHEARSAL, STEPS, open_record
+from tests.trials.gpu.steps import REHEARSAL, STEPS, WORK, open_record
 
 app = terminal.program()
 
@@ -31,16 +31,14 @@ def main(
     steps: Annotated[str, typer.Option(help="The steps to run, with commas between them.")] = ",".join(STEPS),
     minutes: Annotated[float, typer.Option(min=0.1, help="For all steps together.")] = 8,
     again: Annotated[bool, typer.Option("--again", help="Run everything, also what has passed before.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of results and reports.")] = ROOT
-    / "build"
-    / "gpu-check",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of results and reports.")] = WORK,
 ) -> None:
     device = known(devices)
     wanted = [name.strip() for name in steps.split(",")]
     if unknown := [name for name in wanted if name not in STEPS]:
         raise typer.BadParameter(f"there is no step {unknown[0]!r}; there are: {', '.join(STEPS)}.")
     folder = output.resolve() / ("cpu" if device == CPU else f"gpu-{device}")
-    record = open_record(folder)
+    record = open_record(folder, [] if device == CPU else [machine.gpus()[int(device)]])
     if again:
         record.clear()
     # a step has one GPU, which is its first: TorchServe would give its workers all of them in turns

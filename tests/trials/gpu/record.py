@@ -141,5 +141,9 @@ def describe(error: BaseException) -> str:
 
 
 def in_words(values: dict[str, object]) -> str:
-    shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
-    return ", ".join(shown).replace("|", "/").replace("\n", " ")
+    def shown(value: object) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+    return ", ".join(f"{name} {shown(value)}" for name, value in values.items()).replace("|", "/").replace("\n", " ")

@@ -16,7 +16,7 @@ from tests.trials.gpu.record import END, Record, Result
 
 GRACE_SECONDS = 20  # how long an interrupted step has to stop its server
 SHORTEST = 5.0  # s; with less time, a step is not started
-TAIL = 30  # lines of a step's log in the report
+TAIL = 20  # lines of a step's log in the report
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ FREE = 256  # MiB that the other process leaves
 [MNIST] = select(["mnist"])
 
 
-def check(checks: Checks, folder: Path, gpu: bool) -> None:
+def check(checks: Checks, folder: Path, store: Path, gpu: bool) -> None:
     """Run the checks on one server, which serves two workers of each model on one device."""
-    place = new_place(folder / "run", folder.parent / "store")
+    place = new_place(folder / "run", store)
     try:
         if not checks.run("start", lambda: started(place), needed=True):
             return

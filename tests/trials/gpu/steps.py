@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ SECONDS = 1.0  # length of the measurement of a batch size on a device
 FURTHER_INPUTS = {"molecule": [{"data": {"nodes": [0], "edges": []}}]}  # an empty tensor is copied to the device
 REHEARSAL = "REHEARSAL"  # an environment variable: the device is the CPU
 MIB = 2**20
+WORK = ROOT / "build" / "gpu-check"  # archives and networks, wherever the results are
 
 
 def gpu() -> int | None:
@@ -52,16 +54,16 @@ def units(checks: Checks, folder: Path) -> None:
 def answers(checks: Checks, folder: Path) -> None:
     """Compare the workers' answers to samples: alone, in a small batch, and in a full one."""
     for model in select(MODELS):
-        checks.run(model.name, lambda model=model: compared(model, folder, explain=False))
+        checks.run(model.name, lambda model=model: compared(model, explain=False))
     if find_spec("captum") is None:
         checks.note("explanations", skipped="captum is not installed")
         return
     for model in select(MODELS):
-        checks.run(f"explanation, {model.name}", lambda model=model: compared(model, folder, explain=True))
+        checks.run(f"explanation, {model.name}", lambda model=model: compared(model, explain=True))
 
 
-def compared(model: ModelFolder, folder: Path, explain: bool) -> dict:
-    file = archived(model, folder)
+def compared(model: ModelFolder, explain: bool) -> dict:
+    file = archived(model)
     row, header = sample(model)
     rows = [row] if explain else [row, *({"body": each} for each in FURTHER_INPUTS.get(model.name, []))]
     header |= {"explain": "True"} if explain else {}
@@ -69,16 +71,19 @@ def compared(model: ModelFolder, folder: Path, explain: bool) -> dict:
     full = mar.config(file).get("batchSize", 1)
     with DryRun(file) as on_cpu, DryRun(file, gpu=gpu()) as worker:
         assert worker.handler.device.type == (CPU if gpu() is None else "cuda"), f"it uses {worker.handler.device}"
-        expected, worst = answered(on_cpu, rows, header), 0.0
+        expected, worst, slowest = answered(on_cpu, rows, header), 0.0, 0.0
         for size in [1] if explain else dict.fromkeys([1, 5, full]):
             batch = [index % len(rows) for index in range(size)]
+            start = time.perf_counter()
             found = answered(worker, [rows[index] for index in batch], header)
+            slowest = max(slowest, time.perf_counter() - start)  # kernels may still be compiled for a new size
             worst = max(worst, *(compare(expected[i], each) for i, each in zip(batch, found, strict=True)))
-        return {"deviation": worst, "precision": worker.handler.precision, "on the CPU": on_cpu.handler.precision}
+        precisions = f"{worker.handler.precision} (CPU: {on_cpu.handler.precision})"
+        return {"deviation": worst, "precision": precisions, "slowest batch ms": 1000 * slowest}
 
 
-def archived(model: ModelFolder, folder: Path) -> Path:
-    return archive(model, folder.parent / "store").path
+def archived(model: ModelFolder) -> Path:
+    return archive(model, WORK / "store").path
 
 
 def sample(model: ModelFolder) -> tuple[dict, dict[str, str]]:
@@ -95,17 +100,17 @@ def answered(worker: DryRun, rows: list[dict], header: dict[str, str]) -> list[d
 
 
 def serve(checks: Checks, folder: Path) -> None:
-    server.check(checks, folder, gpu=gpu() is not None)
+    server.check(checks, folder, WORK / "store", gpu=gpu() is not None)
 
 
 def throughput(checks: Checks, folder: Path) -> None:
     """Measure whole batches on the device and on the CPU, as `make bench-gpu` does."""
     for name in ("mnist", "text", *networks.NAMES):
-        checks.run(name, lambda name=name: measured(checks, case(name, folder)))
+        checks.run(name, lambda name=name: measured(checks, case(name)))
 
 
-def case(name: str, folder: Path) -> Case:
-    return networks.network(name, folder.parent / "networks") if name in networks.NAMES else CASES[name]
+def case(name: str) -> Case:
+    return networks.network(name, WORK / "networks") if name in networks.NAMES else CASES[name]
 
 
 def measured(checks: Checks, case: Case) -> dict:
@@ -128,11 +133,11 @@ def memory(checks: Checks, folder: Path) -> None:
         torch.zeros(1, device="cuda")
     checks.note("a process without a model", MiB=used() / MIB)
     for model in select(MODELS):
-        checks.run(model.name, lambda model=model: memory_of(model, folder))
+        checks.run(model.name, lambda model=model: memory_of(model))
 
 
-def memory_of(model: ModelFolder, folder: Path) -> dict:
-    file, (row, header) = archived(model, folder), sample(model)
+def memory_of(model: ModelFolder) -> dict:
+    file, (row, header) = archived(model), sample(model)
     if gpu() is not None:
         torch.cuda.empty_cache()
     before, size = used(), mar.config(file).get("batchSize", 1)
@@ -164,20 +169,24 @@ STEPS = {
     "units": Plan("Unit tests", 150, units),
     "answers": Plan("Answers, compared with the CPU's", 150, answers),
     "server": Plan("A server", 150, serve),
-    "throughput": Plan("Throughput", 200, throughput),
-    "memory": Plan("Memory of a worker", 90, memory),
+    "throughput": Plan("Throughput", 240, throughput),
+    "memory": Plan("Memory of a worker", 120, memory),
 }
 
 
-def open_record(folder: Path) -> Record:
-    """Return the record in the folder of a device."""
-    device = ", ".join(machine.gpus()) or "none: a rehearsal on the CPU"
+def open_record(folder: Path, gpus: list[str]) -> Record:
+    """Return the record in the folder of a device.
+
+    Args:
+        gpus: the name of the GPU; empty in a rehearsal.
+    """
+    device = ", ".join(gpus) or "none: a rehearsal on the CPU"
     return Record(folder, {name: plan.title for name, plan in STEPS.items()}, {"GPU": device, **machine.about()})
 
 
 def main(name: str, folder: str) -> None:
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a worker prints its metrics
-        STEPS[name].run(Checks(open_record(Path(folder)), name), Path(folder))
+        STEPS[name].run(Checks(open_record(Path(folder), machine.gpus()), name), Path(folder))
 
 
 if __name__ == "__main__":
