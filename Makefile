@@ -49,7 +49,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
-  tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend sbom clean
+  gpu-check tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend sbom clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -119,6 +119,9 @@ bench: dev .venv/loadtest.done  ## compare the bundle with other servers (CASES=
 
 bench-gpu: dev .venv/loadtest.done  ## compare the handlers on a GPU and on the CPU (DEVICES=cpu,0 CASES=mnist SECONDS=4)
 	@$(BIN)/python -m loadtest.bench.devices $(call options,DEVICES CASES SECONDS OUTPUT)
+
+gpu-check: dev .venv/loadtest.done  ## check everything that needs a GPU, in 8 minutes; continues where it ended (DEVICES=cpu AGAIN=1)
+	@$(BIN)/python -m tests.trials.gpu $(call options,DEVICES STEPS MINUTES OUTPUT) $(if $(AGAIN),--again)
 
 tune: setup .venv/loadtest.done  ## find a model's fastest settings that keep a latency target (MODEL=image P99=100ms MINUTES=5 PATCH=1)
 	@test -n "$(MODEL)" -a -n "$(P99)" || { echo "error: name the model and its target: make tune MODEL=image P99=100ms" >&2; exit 2; }

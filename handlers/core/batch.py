@@ -166,6 +166,7 @@ class BatchHandler(BaseHandler):
         torch.set_num_threads(self.settings.threads)
         memory.keep_freed_memory()
         super().initialize(context)
+        device.select(self.device)
         self.context = context
         self.metrics = HandlerMetrics(context)
         self.cache = AnswerCache(self.settings.cache_entries)
@@ -181,7 +182,7 @@ class BatchHandler(BaseHandler):
         """Replace the model by its fastest equivalent."""
         for _ in range(3):  # TorchScript profiles the first run, and optimises in the second
             start = time.perf_counter()
-            self.model(*self.example_batch(1))
+            to_host(self.model(*self.example_batch(1)))  # on a GPU, the call alone returns before the result is there
         affordable = int(TRIAL_SECONDS / (time.perf_counter() - start))
         size = min(self.batch_size, MAX_TRIAL_SIZE, max(2, affordable))
         batch = self.example_batch(size)

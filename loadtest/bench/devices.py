@@ -103,7 +103,8 @@ def measure_case(case: Case, devices: list[str], sizes: tuple[int, ...], seconds
     """
     with ExitStack() as stack:
         workers = {
-            device: stack.enter_context(dry_run(case, None if device == CPU else int(device))) for device in devices
+            device: stack.enter_context(dry_run(case, None if device == CPU else int(device), max(sizes)))
+            for device in devices
         }
         for device, worker in workers.items():
             if str(worker.handler.device) != (CPU if device == CPU else f"cuda:{device}"):

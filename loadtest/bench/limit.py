@@ -49,9 +49,9 @@ def handler_loop(case: Case, threads: int) -> Loop:
     return lambda batch: lambda: handler.service.predict(requests(case, batch))
 
 
-def dry_run(case: Case, gpu: int | None = None) -> DryRun:
+def dry_run(case: Case, gpu: int | None = None, batch_size: int = max(BATCHES)) -> DryRun:
     """Return a worker of the case's model, on the CPU or on the GPU with this number."""
-    return DryRun(archived(case), batch_size=max(BATCHES), gpu=gpu)
+    return DryRun(archived(case), batch_size, gpu)
 
 
 def archived(case: Case) -> Path:

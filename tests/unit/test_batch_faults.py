@@ -162,6 +162,20 @@ def test_device_errors_are_told_from_bugs():
     assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not device.is_broken(torch.AcceleratorError("CUDA error: out of memory"))
     assert device.is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    for library in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA driver error: out of memory",
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+    ):
+        assert device.is_out_of_memory(RuntimeError(library))
+        assert not device.is_broken(RuntimeError(library))
+    assert device.is_broken(RuntimeError("CUDA driver error: an illegal memory access was encountered"))
     for bug in (RuntimeError("shape '[4]' is invalid"), ValueError("CUDA error: so a text says")):
         assert not device.is_out_of_memory(bug)
         assert not device.is_broken(bug)
+
+
+def test_memory_that_the_cpu_does_not_have_is_recognised():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50)
+    assert device.is_out_of_memory(raised.value)

@@ -1,14 +1,17 @@
-"""The handlers on a GPU. Without one, all tests here but one are skipped."""
+"""The handlers on a GPU. Without one, the tests that need it are skipped."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from ts.torch_handler.base_handler import BaseHandler
 
 from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
 from bundle.samples import first
+from handlers.core import device, precision
 from handlers.core.batch import BatchHandler
 from loadtest.bench.cases import CASES
 from loadtest.bench.devices import measure_case
@@ -69,6 +72,55 @@ def test_to_device_pins_inputs_only_for_a_gpu(monkeypatch: pytest.MonkeyPatch):
     handler.device = torch.device("cpu")
     handler.to_device(given)
     assert calls[1:] == [(False, handler.device, {"non_blocking": True})]
+
+
+def test_select_makes_only_a_gpu_the_current_device(monkeypatch: pytest.MonkeyPatch):
+    selected: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
+    device.select(torch.device("cpu"))
+    device.select(torch.device("cuda", 1))
+    assert selected == [torch.device("cuda", 1)]
+
+
+def test_worker_on_a_gpu_selects_it_before_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    [folder] = select(["mnist"])
+    mar = archive(folder, store=tmp_path).path
+    load = BaseHandler.initialize
+
+    def loaded_on_a_gpu(handler: BaseHandler, context: object) -> None:
+        load(handler, context)
+        handler.device = torch.device("cuda", 1)
+
+    def stop_at(chosen: torch.device) -> None:
+        raise InterruptedError(str(chosen))
+
+    monkeypatch.setattr(BaseHandler, "initialize", loaded_on_a_gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", stop_at)
+    with pytest.raises(InterruptedError, match="cuda:1"):
+        DryRun(mar)
+
+
+@torch.inference_mode()
+def test_module_that_a_gpu_fuser_breaks_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    """The fuser compiles in the second run; a failure must not reach the measurement, where it would end the worker."""
+    runs: list[Tensor] = []
+
+    def fused(inputs: Tensor) -> Tensor:
+        runs.append(inputs)
+        if len(runs) % 3 == 2:
+            raise RuntimeError("NVRTC compilation failed")
+        return inputs
+
+    monkeypatch.setattr(precision, "freeze", lambda *_: fused)
+    model, inputs = torch.jit.script(torch.nn.Identity()), (torch.ones(2),)
+    with pytest.raises(RuntimeError, match="NVRTC"):
+        precision.freeze_checked(model, "bfloat16", torch.device("cuda"), inputs, inputs[0])
+
+
+def test_float32_on_a_gpu_may_differ_by_the_rounding_of_tf32():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert precision.max_error("float32", gpu) > precision.max_error("float32", cpu)
+    assert precision.max_error("bfloat16", gpu) == precision.max_error("bfloat16", cpu)
 
 
 @on_gpu

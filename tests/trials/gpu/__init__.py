@@ -1,0 +1,1 @@
+"""Checks of everything that needs a GPU: `make gpu-check` (README.md)."""
