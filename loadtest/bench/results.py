@@ -12,7 +12,7 @@ from bundle.load.generator import LoadResult
 OURS = "bundle"  # the system that is compared with its peers
 LIMIT = "in-process limit"
 UTILISATION = 0.7  # rate of an open loop, as a share of the best throughput just measured
-CONNECTIONS = 512  # maximum for an open loop: each is a thread of wrk, which hardly starts with more on two cores
+CONNECTIONS = 1024  # maximum for an open loop; further requests wait in the load generator
 TOLERANCE = 0.05  # largest difference between the first class's probability and the reference's
 TOLERATED = 0.01  # largest share of failed requests of a best peer
 LATENCIES = ("p50", "p95", "p99", "longest")

@@ -32,7 +32,7 @@ from loadtest.bench.results import (
 )
 from loadtest.bench.systems.base import Endpoint, System
 
-OPEN_FILES = 4096  # enough for wrk and for each server; wrk opens two for each connection of an open loop
+OPEN_FILES = 4096  # enough for wrk and for each server
 START_GUESS = 20.0  # seconds to start and stop a system
 LIMIT_GUESS = 45.0  # seconds to measure the limit of a case
 LOG_LINES = 20  # last lines of a log that a failure keeps

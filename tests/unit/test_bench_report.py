@@ -167,9 +167,9 @@ def test_open_loop_at_a_peers_rate_has_its_own_row():
     ]
 
 
-@pytest.mark.parametrize(("rate", "is_crowded"), [(10_000, False), (30_000, True)])
+@pytest.mark.parametrize(("rate", "is_crowded"), [(10_000, False), (60_000, True)])
 def test_open_loop_with_too_few_connections_is_marked(rate: int, is_crowded: bool):
-    """At a median latency of 10 ms, 100 or 300 of the 512 connections are busy."""
+    """At a median latency of 10 ms, 100 or 600 of the 1,024 connections are busy."""
     text = report.markdown(results(measurement("bundle", rate, None, rate=rate, rate_of="bundle")), None)
     assert ("| **bundle‡** |" in text) == ("may have waited" in text) == is_crowded
 
