@@ -12,10 +12,14 @@ import yaml
 from PIL import Image
 
 from bundle.build.add_model import NewModel
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun
+from bundle.catalog import ModelFolder
 from loadtest.bench import paths, resnet
 from loadtest.bench.cases import CASES
 from loadtest.bench.paths import GENERATED_FROM, ROOT
 from loadtest.bench.peers import Task, task
+from loadtest.bench.systems import floor
 from loadtest.bench.systems.base import Batching, batching
 from loadtest.bench.systems.torchserve import TorchServe
 
@@ -154,3 +158,20 @@ def test_stock_torchserve_batches_like_the_bundle_or_not_at_all(
     batched = {"batchSize": wanted.size, "maxBatchDelay": wanted.delay}
     assert {key: value for key, value in config.items() if "atch" in key} == (batched if is_batched else {})
     assert config["jobQueueSize"] > max(max(case.concurrencies) for case in CASES.values())
+
+
+def test_floor_has_the_workers_of_the_model_and_returns_the_reference_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its archive runs in TorchServe's worker code."""
+    answer = b'{"top_k": [{"label": "transfer", "class": 130, "probability": 0.99}]}'
+    monkeypatch.setattr(floor, "WORK", tmp_path)
+    monkeypatch.setattr(floor, "reference_answer", lambda case: answer)
+    folder = ModelFolder(floor.make(CASES["text"]))
+    ours = ModelFolder(CASES["text"].folder).config
+    assert {name for name in ours.keys() | folder.config.keys() if ours.get(name) != folder.config.get(name)} == {
+        "bundle",
+        "handler",
+    }
+    with DryRun(archive(folder, tmp_path).path, batch_size=ours["batchSize"]) as worker:
+        assert worker.predict([{"body": "x"}] * 3) == [(200, answer.decode())] * 3
