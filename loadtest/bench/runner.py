@@ -41,8 +41,9 @@ from loadtest.bench.results import (
 from loadtest.bench.systems.base import Endpoint, System
 
 OPEN_FILES = 4096  # enough for wrk and for each server
-START_GUESS = 14.0  # seconds to start and stop a system
+START_GUESS = 10.0  # seconds to start and stop a system
 LOOP_GUESS = 0.8  # seconds to start and end the load generator
+WINDOWS_GUESS = 4  # of a warm-up
 LIMIT_GUESS = 45.0  # seconds to measure the limit of a case
 LOG_LINES = 20  # last lines of a log that a failure keeps
 
@@ -84,7 +85,7 @@ class Plan:
 
     def turn_seconds(self, case: Case) -> float:
         """Return the estimated seconds of one system in one round."""
-        windows = 0.5 * WINDOWS * (self.warm_up / WINDOWS + LOOP_GUESS) if self.warm_up else 0
+        windows = WINDOWS_GUESS * (self.warm_up / WINDOWS + LOOP_GUESS) if self.warm_up else 0
         return START_GUESS + windows + (self.seconds + LOOP_GUESS) * (len(self.clients(case)) + 1)
 
     def order(self, round_: int) -> list[System]:

@@ -1,5 +1,6 @@
 """How the benchmark starts, configures and ends the servers that it measures."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from loadtest.bench.paths import GENERATED_FROM, ROOT
 from loadtest.bench.peers import Task, task
 from loadtest.bench.systems import floor
 from loadtest.bench.systems.base import Batching, batching
+from loadtest.bench.systems.peers import PEERS, Peer
 from loadtest.bench.systems.torchserve import TorchServe
 
 # a benchmark with one server, which ignores SIGTERM
@@ -144,6 +146,14 @@ def test_peer_reads_its_task_from_the_command_line(
 ):
     monkeypatch.setattr(sys, "argv", ["lit", "8080", "text", size, delay])
     assert task() == Task(8080, "text", *expected)
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_peer_has_a_program_and_pinned_packages(peer: Peer):
+    assert (ROOT / "loadtest" / "bench" / "peers" / f"{peer.module}.py").is_file()
+    packages = peer.environment.requirements.read_text().split()
+    assert [package for package in packages if not re.fullmatch(r"[\w.-]+==[\w.]+", package)] == []
+    assert peer.version[0].isdigit()
 
 
 @pytest.mark.parametrize("is_batched", [False, True])
