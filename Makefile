@@ -115,7 +115,7 @@ loadtest-ui: .venv/loadtest.done  ## start locust's web interface on http://127.
 	@$(BIN)/python -m loadtest ui $(LOADTEST_OPTIONS) $(if $(UI_PORT),--port "$(UI_PORT)")
 
 bench: dev .venv/loadtest.done  ## compare the bundle with other servers (CASES=mnist SYSTEMS=bundle,litserve CONCURRENCY=16)
-	@$(BIN)/python -m loadtest.bench $(call options,ROUNDS SECONDS CASES SYSTEMS CONCURRENCY OUTPUT)
+	@$(BIN)/python -m loadtest.bench $(call options,ROUNDS SECONDS CASES SYSTEMS CONCURRENCY OUTPUT) $(if $(RESUME),--resume)
 
 bench-gpu: dev .venv/loadtest.done  ## compare the handlers on a GPU and on the CPU (DEVICES=cpu,0 CASES=mnist SECONDS=4)
 	@$(BIN)/python -m loadtest.bench.devices $(call options,DEVICES CASES SECONDS OUTPUT)

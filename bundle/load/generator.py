@@ -90,7 +90,8 @@ def open_loop(
     """
     check(rate > 0, f"The rate is {rate:g} requests a second, and must be above 0.")
     check(connections >= 1, f"The number of connections is {connections}, and must be at least 1.")
-    return run_wrk("open.lua", url, body, headers, connections, connections, seconds, timeout, {"RATE": rate})
+    settings = {"RATE": rate, "CONNECTIONS": connections}
+    return run_wrk("open.lua", url, body, headers, 1, 1, seconds, timeout, settings)
 
 
 def wrk() -> str:

@@ -25,7 +25,8 @@ OUTPUT = ROOT / "BENCHMARKS.md"
 CHART = ROOT / "loadtest" / "bench" / "throughput.png"
 RESULTS = WORK / "results.json"  # of the run that these two files show
 PARTIAL = WORK / "partial.md"  # the report of a run that is interrupted, or measures a part only
-WARM_UP = 10.0  # seconds; the JVM compiles TorchServe's frontend while it runs
+WARM_UP = 30.0  # longest, in seconds; the JVM compiles TorchServe's frontend meanwhile
+ROUNDS = 3  # the fewest of a published report
 INTERRUPTED = 130  # exit status; run() changes it to 143 after SIGTERM
 
 
@@ -37,7 +38,10 @@ class Bar:
         self.task = bars.add_task("", total=None)
 
     def plan(self, seconds: float) -> None:
-        note(f"This takes about {max(1, round(seconds / 60))} min. Ctrl-C stops it; what was measured is reported.")
+        note(
+            f"This takes about {max(1, round(seconds / 60))} min. Ctrl-C stops it; what was measured is reported, and "
+            "--resume (RESUME=1) continues it."
+        )
         self.bars.update(self.task, total=seconds)
 
     def doing(self, what: str) -> None:
@@ -86,7 +90,7 @@ Cases = Annotated[
     " · `python -m loadtest.bench --report-only`",
 )
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How often each system is started and measured.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each system is started and measured.")] = ROUNDS,
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each run of the load generator, in seconds.")] = 3,
     cases: Cases = None,
     systems: Annotated[
@@ -102,17 +106,22 @@ def main(
             help="Numbers of clients: 1,16,64. By default, those of each case.",
         ),
     ] = None,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before anything counts.")] = WARM_UP,
+    warm_up: Annotated[
+        float, typer.Option(min=0, help="Longest time of load before anything counts, in seconds.")
+    ] = WARM_UP,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Markdown file whose marked section is written. By default BENCHMARKS.md if everything was measured,"
-            " else build/bench/partial.md.",
+            help="Markdown file whose marked section is written. By default BENCHMARKS.md if everything was measured"
+            f" in at least {ROUNDS} rounds, else build/bench/partial.md.",
             show_default=False,
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run: measure only what its results do not have.")
+    ] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report of the last results again, without measuring.")
     ] = False,
@@ -126,7 +135,7 @@ def main(
     else:
         plan = chosen_plan(rounds, seconds, warm_up, cases, systems, concurrency)
         target = output or PARTIAL
-        results = Results(machine.about(), seconds, warm_up)
+        results = started(results_file(target), seconds, warm_up, resume)
         interrupted = measure(results, results_file(target), plan)
         if results.measurements and not (output or interrupted) and is_everything(plan):
             results_file(PARTIAL).replace(RESULTS)
@@ -163,10 +172,26 @@ def chosen_plan(
 
 
 def is_everything(plan: Plan) -> bool:
-    """Return whether all cases are measured with all systems at all their numbers of clients."""
+    """Return whether all cases are measured with all systems at all their numbers of clients, in enough rounds."""
     from loadtest.bench.systems import SYSTEMS
 
-    return len(plan.cases) == len(CASES) and len(plan.systems) == len(SYSTEMS) and plan.concurrencies is None
+    everything = len(plan.cases) == len(CASES) and len(plan.systems) == len(SYSTEMS) and plan.concurrencies is None
+    return everything and plan.rounds >= ROUNDS
+
+
+def started(file: Path, seconds: float, warm_up: float, resume: bool) -> Results:
+    """Return the results that a run adds to: those of the file if it is resumed, else empty ones.
+
+    Raises:
+        BundleError: there are no results to resume, or they are of another commit, machine or setting.
+    """
+    about = machine.about()
+    if not resume:
+        return Results(about, seconds, warm_up)
+    results = Results.read(file)
+    results.check_continues(about, seconds, warm_up)
+    results.about["date"] += f", continued {about['date']}"
+    return results
 
 
 def results_file(output: Path) -> Path:

@@ -45,11 +45,11 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("mnist", "mnist", "digit.png", "image/png", (1, 16, 64, 256, 1024)),
+        Case("mnist", "mnist", "digit.png", "image/png", (1, 4, 16, 64, 256)),
         Case("photo", "resnet18", "photo.jpg", "image/jpeg", (1, 4, 16, 64)),
         Case("photo-12mp", "resnet18", "photo-12mp.jpg", "image/jpeg", (1, 4, 16)),
-        Case("audio", "audio", "word.wav", "audio/wav", (1, 16, 64, 256)),
-        Case("text", "text", "sentence.txt", "text/plain", (1, 16, 64, 256, 1024)),
+        Case("audio", "audio", "word.wav", "audio/wav", (1, 4, 16, 64, 256)),
+        Case("text", "text", "sentence.txt", "text/plain", (1, 4, 16, 64, 256, 1024)),
         Case("cells", "cells", "cells.jpg", "image/jpeg", (16,)),
         Case("membrane", "membrane", "membrane.png", "image/png", (16,)),
         Case("molecule", "molecule", "molecule.json", "application/json", (16,)),

@@ -8,8 +8,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from loadtest.bench.report import closed_rows, measured_cases  # noqa: E402
-from loadtest.bench.results import OURS, Results  # noqa: E402
+from loadtest.bench.results import FLOOR, OURS, Results  # noqa: E402
+from loadtest.bench.rows import closed_rows, measured_cases  # noqa: E402
 
 COLUMNS = 3
 LIMIT = "in-process limit of the peers' pipeline"
@@ -25,7 +25,7 @@ def draw(results: Results, file: Path) -> None:
     columns = min(COLUMNS, len(cases))
     lines = -(-len(cases) // columns)
     figure, grid = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3.3 * lines + 0.5), squeeze=False)
-    peers = [name for name in results.versions if name != OURS]
+    peers = [name for name in results.versions if name not in (OURS, FLOOR)]
     styles = {OURS: (OUR_COLOUR, "o")} | dict(zip(peers, PEERS * len(peers), strict=False))
     panels = [axes for row in grid for axes in row]
     for axes, case in zip(panels, cases, strict=False):

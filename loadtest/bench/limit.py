@@ -139,11 +139,9 @@ def limits(case: str) -> dict[str, Limit]:
 
 def reference(case: str) -> tuple[int, float]:
     """Return the first class of the reference pipeline's answer, and its probability."""
-    from loadtest.bench.pipeline import Pipeline
+    from loadtest.bench import pipeline
 
-    pipeline = Pipeline(case, threads=1)
-    [answer] = pipeline.predict([pipeline.decode(CASES[case].body)])
-    return first(json.dumps(answer).encode())
+    return first(json.dumps(pipeline.reference(case)).encode())
 
 
 def main(case: str) -> None:

@@ -1,12 +1,13 @@
 """The reference pipeline: what a competent user of any server writes for these models. All peers run it.
 
 It decodes each request with the usual libraries, runs the eager float32 module on the batch, and answers in the form of
-the bundle. `limit.py` measures it without a server.
+the bundle. `limit.py` measures it without a server. `python -m loadtest.bench.pipeline CASE` prints its answer as JSON.
 """
 
 import base64
 import io
 import json
+import sys
 from typing import Any
 
 import soundfile
@@ -235,6 +236,13 @@ def labels_of(model: str) -> list[str]:
     return [names[str(index)] for index in range(len(names))]
 
 
+def reference(case: str) -> dict:
+    """Return the answer to a case's input."""
+    pipeline = Pipeline(case, threads=1)
+    [answer] = pipeline.predict([pipeline.decode(CASES[case].body)])
+    return answer
+
+
 STEPS: dict[str, type[Steps]] = {
     "mnist": Digits,
     "resnet18": Photos,
@@ -244,3 +252,6 @@ STEPS: dict[str, type[Steps]] = {
     "membrane": Membranes,
     "molecule": Molecules,
 }
+
+if __name__ == "__main__":
+    print(json.dumps(reference(sys.argv[1])))

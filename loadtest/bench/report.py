@@ -3,7 +3,6 @@
 import math
 import os
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -11,19 +10,24 @@ from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from loadtest.bench.cases import CASES
 from loadtest.bench.results import (
     CONNECTIONS,
+    FEWEST,
+    FLAT,
+    FLOOR,
     LIMIT,
     OURS,
     TOLERANCE,
     TOLERATED,
     UTILISATION,
+    WINDOWS,
     Failure,
     Limit,
     Measurement,
     Results,
+    is_peer,
 )
+from loadtest.bench.rows import closed_rows, measured_cases, throughput
 
 SECTION, TITLE = "bench", "# Benchmarks\n"  # name of the generated section, and the first line of a new document
 DISTURBED = 0.05  # share of the CPU that other processes used; above it, the numbers are not reliable
@@ -32,11 +36,14 @@ CROWDED = "‡"  # marks an open loop that used many of the load generator's con
 CROWD = 0.5  # share of the connections in use, by the median latency; during peaks all are
 
 METHOD = """\
-{rounds}, {seconds:g} s for each number of clients, after {warm_up:g} s of warm-up with the most clients.{medians}
+{rounds}, {seconds:g} s for each number of clients.{medians} Before, every system gets load from the most clients until
+its rate changes by less than {flat:.0%} between two windows of {window:g} s, for {shortest:g} to {longest:g} s.
 The load generator runs on the same machine. MB: the memory of all processes of a server right after the load
 (proportional set size). Best peer: the peer with the highest throughput at this number of clients, among those with
-correct answers and at most {tolerated:.0%} failed requests. Own limit: the throughput of a system's code in a loop
-without a server. This code is the handler for the bundle, and the reference pipeline for all others."""
+correct answers and at most {tolerated:.0%} failed requests. Floor: the bundle's server with a handler that returns a
+constant, which is no peer. Own limit of the bundle: the throughput if each request took the time of the floor, with the
+same number of clients, plus the time of the handler in a loop without a server. Own limit of all others: the throughput
+of the reference pipeline in a loop without a server."""
 MEDIANS = """ Numbers are medians over the rounds, and throughput is shown with its range. Failures are sums. MB and the
 longest latency are maxima."""
 
@@ -64,74 +71,6 @@ OPEN = (
     "longest ms",
     "failed",
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One system at one number of clients: medians over the rounds, sum of failures, largest memory.
-
-    Attributes:
-        spread: lowest and highest throughput of the rounds; None if there was only one.
-        to_best_peer: ratio of the throughput to the best peer's at the same number of clients; None without a peer.
-        to_limit: ratio of the throughput to the system's in-process limit; None if the limit was not measured.
-    """
-
-    system: str
-    clients: int
-    throughput: float
-    spread: tuple[float, float] | None
-    p50: float
-    p99: float
-    failed: int
-    is_sound: bool
-    cpu_per_request: float
-    memory: float
-    to_best_peer: float | None = None
-    to_limit: float | None = None
-
-
-def closed_rows(results: Results, case: str) -> list[Row]:
-    """Return the rows of a case by number of clients, the fastest system first."""
-    groups: dict[tuple[int, str], list[Measurement]] = defaultdict(list)
-    for one in results.measurements:
-        if one.case == case and one.clients is not None:
-            groups[one.clients, one.system].append(one)
-    best: dict[int, float] = defaultdict(float)
-    for (clients, system), seen in groups.items():
-        if system != OURS and results.is_sound(case, system, seen):
-            best[clients] = max(best[clients], throughput(seen))
-
-    def to_limit(system: str, seen: list[Measurement]) -> float | None:
-        limit = results.limits.get(case, {}).get("handler" if system == OURS else "pipeline")
-        return throughput(seen) / limit.rate if limit else None
-
-    rows = [
-        Row(
-            system=system,
-            clients=clients,
-            throughput=throughput(seen),
-            spread=spread(seen),
-            p50=median([one.load.p50 for one in seen]),
-            p99=median([one.load.p99 for one in seen]),
-            failed=sum(one.load.failed for one in seen),
-            is_sound=results.is_sound(case, system, seen),
-            cpu_per_request=median([one.cpu_per_request for one in seen]),
-            memory=max(one.memory for one in seen),
-            to_best_peer=throughput(seen) / best[clients] if best[clients] else None,
-            to_limit=to_limit(system, seen),
-        )
-        for (clients, system), seen in groups.items()
-    ]
-    return sorted(rows, key=lambda row: (row.clients, -row.throughput))
-
-
-def throughput(seen: list[Measurement]) -> float:
-    return median([one.load.throughput for one in seen])
-
-
-def spread(seen: list[Measurement]) -> tuple[float, float] | None:
-    rates = [one.load.throughput for one in seen]
-    return (min(rates), max(rates)) if len(rates) > 1 else None
 
 
 def wrong_systems(results: Results, case: str) -> dict[str, str]:
@@ -201,7 +140,8 @@ def best_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the best throughput of each system: a row for each system, a column for each case."""
     cases = measured_cases(results)
     rows = {case: closed_rows(results, case) for case in cases}
-    systems = [name for name in results.versions if any(row.system == name for held in rows.values() for row in held)]
+    seen = {row.system for held in rows.values() for row in held}
+    systems = [name for name in results.versions if name in seen and name != FLOOR]
 
     def best(case: str, names: list[str]) -> float | None:
         return max((row.throughput for row in rows[case] if row.system in names and row.is_sound), default=None)
@@ -211,16 +151,11 @@ def best_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     ]
     ratios = []
     for case in cases:
-        ours, theirs = best(case, [OURS]), best(case, [name for name in systems if name != OURS])
+        ours, theirs = best(case, [OURS]), best(case, [*filter(is_peer, systems)])
         ratios.append(f"{ours / theirs:.2f}" if ours and theirs else "")
     if any(ratios):
         table.append(("bundle × best peer", *ratios))
     return ["system", *cases], table
-
-
-def measured_cases(results: Results) -> list[str]:
-    seen = {one.case for one in results.measurements}
-    return [case for case in CASES if case in seen]
 
 
 def number(value: float) -> str:
@@ -249,6 +184,21 @@ def limit_line(limits: dict[str, Limit]) -> str:
         for kind, limit in limits.items()
     ]
     return "In-process limit: " + "; ".join(parts) + "."
+
+
+def warm_up_line(results: Results, case: str) -> str:
+    """Return a sentence on how long the systems got load before they were measured; "" if they got none."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for one in results.warm_ups:
+        if one.case == case:
+            seconds[one.system].append(one.seconds)
+    if not seconds:
+        return ""
+    text = "Warm-up: " + ", ".join(f"{system} {median(times):.0f} s" for system, times in seconds.items()) + "."
+    unsteady = {one.system for one in results.warm_ups if one.case == case and not one.is_flat}
+    return text + (
+        f" The rate still changed at its end, in some round: {', '.join(sorted(unsteady))}." if unsteady else ""
+    )
 
 
 def disturbance(results: Results) -> str:
@@ -323,8 +273,11 @@ def method(results: Results) -> str:
     return METHOD.format(
         rounds=rounds_done(results),
         seconds=results.seconds,
-        warm_up=results.warm_up,
         medians=medians,
+        flat=FLAT,
+        window=results.warm_up / WINDOWS,
+        shortest=FEWEST * results.warm_up / WINDOWS,
+        longest=results.warm_up,
         tolerated=TOLERATED,
     )
 
@@ -333,6 +286,8 @@ def case_section(results: Results, case: str) -> list[str]:
     parts = [f"### {case}"]
     if limits := results.limits.get(case):
         parts.append(limit_line(limits))
+    if line := warm_up_line(results, case):
+        parts.append(line)
     parts.append(markdown_table(CLOSED, closed_table(results, case)))
     if wrong := wrong_systems(results, case):
         descriptions = "; ".join(f"{system} {how}" for system, how in wrong.items())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from bundle.files import write_atomically
 from bundle.load.generator import LoadResult
 
 OURS = "bundle"  # the system that is compared with its peers
+FLOOR = "floor"  # the same server with a handler that returns a constant; not a peer
 LIMIT = "in-process limit"
 UTILISATION = 0.7  # rate of an open loop, as a share of the best throughput just measured
-CONNECTIONS = 512  # maximum for an open loop: each is a thread of wrk, which hardly starts with more on two cores
+WINDOWS, FEWEST = 10, 3  # of a warm-up: the most windows, and the fewest
+FLAT = 0.05  # difference between the rates of two windows, below which a system is warm
+CONNECTIONS = 1024  # maximum for an open loop; further requests wait in the load generator
 TOLERANCE = 0.05  # largest difference between the first class's probability and the reference's
 TOLERATED = 0.01  # largest share of failed requests of a best peer
 LATENCIES = ("p50", "p95", "p99", "longest")
@@ -45,6 +49,22 @@ class Measurement:
     @property
     def cpu_per_request(self) -> float:
         return self.cpu_seconds / self.load.answered if self.load.answered else math.inf
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The load that a system got before anything was measured.
+
+    Attributes:
+        seconds: how long it took.
+        is_flat: whether the rate no longer changed at its end.
+    """
+
+    case: str
+    system: str
+    round: int
+    seconds: float
+    is_flat: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,7 @@ class Results:
     Attributes:
         about: machine, date and commit, as text.
         seconds: length of each run of the load generator.
-        warm_up: seconds of load before the first of these, for each system.
+        warm_up: longest time of load before the first of these, in seconds.
         versions: version of every measured system.
         limits: case -> "pipeline" or "handler" -> Limit.
     """
@@ -108,8 +128,31 @@ class Results:
     versions: dict[str, str] = field(default_factory=dict)
     limits: dict[str, dict[str, Limit]] = field(default_factory=dict)
     answers: list[ComparedAnswer] = field(default_factory=list)
+    warm_ups: list[WarmUp] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+
+    def check_continues(self, about: dict[str, str], seconds: float, warm_up: float) -> None:
+        """Check that a run with these settings can be added to these results.
+
+        Raises:
+            BundleError: the commit, the machine, the versions or a setting is another one.
+        """
+        before = {**self.about, "seconds": f"{self.seconds:g}", "warm-up": f"{self.warm_up:g}"}
+        now = {**about, "seconds": f"{seconds:g}", "warm-up": f"{warm_up:g}"}
+        for name, value in now.items():
+            if name != "date" and before.get(name) != value:
+                raise BundleError(
+                    f"The results so far have another {name}: {before.get(name)}, now {value}. "
+                    "Restore it, or measure everything again without --resume."
+                )
+
+    def keep(self, is_kept: Callable[[str | None, str, int | None], bool]) -> None:
+        """Drop everything else of a case, a system and a round."""
+        self.answers = [one for one in self.answers if is_kept(one.case, one.system, one.round)]
+        self.warm_ups = [one for one in self.warm_ups if is_kept(one.case, one.system, one.round)]
+        self.measurements = [one for one in self.measurements if is_kept(one.case, one.system, one.round)]
+        self.failures = [one for one in self.failures if is_kept(one.case, one.system, one.round)]
 
     def wrong_answers(self, case: str) -> list[ComparedAnswer]:
         return [answer for answer in self.answers if answer.case == case and not answer.is_right]
@@ -143,6 +186,7 @@ class Results:
                 ComparedAnswer(**answer | {key: tuple(answer[key]) for key in ("seen", "expected")})
                 for answer in content["answers"]
             ]
+            content["warm_ups"] = [WarmUp(**one) for one in content["warm_ups"]]
             content["measurements"] = [
                 Measurement(**one | {"load": read_load(one["load"])}) for one in content["measurements"]
             ]
@@ -152,6 +196,10 @@ class Results:
             raise BundleError(
                 f"{file} is not a results file of this version ({exc}). Measure again: make bench"
             ) from exc
+
+
+def is_peer(system: str) -> bool:
+    return system not in (OURS, FLOOR)
 
 
 def few_failed(loads: list[LoadResult]) -> bool:

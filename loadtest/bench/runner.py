@@ -1,14 +1,17 @@
 """The measurement: every system with every case, interleaved, one at a time."""
 
+import functools
 import json
 import math
 import resource
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 import requests
@@ -20,20 +23,27 @@ from loadtest.bench.cases import Case
 from loadtest.bench.paths import ROOT
 from loadtest.bench.results import (
     CONNECTIONS,
+    FEWEST,
+    FLAT,
     LIMIT,
     OURS,
     UTILISATION,
+    WINDOWS,
     ComparedAnswer,
     Failure,
     Limit,
     Measurement,
     Results,
+    WarmUp,
     few_failed,
+    is_peer,
 )
 from loadtest.bench.systems.base import Endpoint, System
 
-OPEN_FILES = 4096  # enough for wrk and for each server; wrk opens two for each connection of an open loop
-START_GUESS = 20.0  # seconds to start and stop a system
+OPEN_FILES = 4096  # enough for wrk and for each server
+START_GUESS = 10.0  # seconds to start and stop a system
+LOOP_GUESS = 0.8  # seconds to start and end the load generator
+WINDOWS_GUESS = 4  # of a warm-up
 LIMIT_GUESS = 45.0  # seconds to measure the limit of a case
 LOG_LINES = 20  # last lines of a log that a failure keeps
 
@@ -59,7 +69,7 @@ class Plan:
     Attributes:
         rounds: how often each system is started and measured.
         seconds: length of each run of the load generator.
-        warm_up: seconds of load before the first of these.
+        warm_up: longest time of load before the first of these, in seconds; 0 for none.
         concurrencies: numbers of clients; None for those of each case.
     """
 
@@ -73,19 +83,19 @@ class Plan:
     def clients(self, case: Case) -> tuple[int, ...]:
         return self.concurrencies or case.concurrencies
 
-    @property
-    def compares(self) -> bool:
-        """Whether the bundle and at least one peer are measured."""
-        return len(self.systems) > 1 and any(system.name == OURS for system in self.systems)
+    def turn_seconds(self, case: Case) -> float:
+        """Return the estimated seconds of one system in one round."""
+        windows = WINDOWS_GUESS * (self.warm_up / WINDOWS + LOOP_GUESS) if self.warm_up else 0
+        return START_GUESS + windows + (self.seconds + LOOP_GUESS) * (len(self.clients(case)) + 1)
 
-    def system_seconds(self, case: Case) -> float:
-        return START_GUESS + self.warm_up + self.seconds * (len(self.clients(case)) + 1)
+    def order(self, round_: int) -> list[System]:
+        """Return the systems in the order of a round.
 
-    @property
-    def guess(self) -> float:
-        """The estimated seconds of the whole plan."""
-        systems = sum((len(self.systems) + self.compares) * self.system_seconds(case) for case in self.cases)
-        return len(self.cases) * LIMIT_GUESS + self.rounds * systems
+        The bundle is the last one in the first round, because it is also measured at the best peer's rate.
+        """
+        systems = sorted(self.systems, key=lambda system: system.name == OURS)
+        shift = (round_ - 1) % max(1, len(systems))
+        return systems[len(systems) - shift :] + systems[: len(systems) - shift]
 
 
 @dataclass
@@ -93,7 +103,7 @@ class Runner:
     """A runner of a plan.
 
     Attributes:
-        results: the results so far.
+        results: the results so far. What they have of the plan is not measured again.
         file: where `results` is saved after every measurement.
         expected: the reference's first class and its probability, by case.
         missing: names of the systems that could not be installed.
@@ -106,16 +116,56 @@ class Runner:
     expected: dict[str, tuple[int, float]] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
 
+    @property
+    def guess(self) -> float:
+        """The estimated seconds of what is left of the plan."""
+        left = sum(case.name not in self.expected for case in self.plan.cases) * LIMIT_GUESS
+        for case in self.plan.cases:
+            turns = [(system.name, round_) for system in self.plan.systems for round_ in self.rounds]
+            left += sum(not self.is_complete(case, *turn) for turn in turns) * self.plan.turn_seconds(case)
+        return left
+
+    @property
+    def rounds(self) -> range:
+        return range(1, self.plan.rounds + 1)
+
     def run(self) -> None:
-        self.progress.plan(self.plan.guess)
+        self.drop_incomplete()
+        self.progress.plan(self.guess)
         try:
             self.install()
             for case in self.plan.cases:
-                self.measure_limit(case)
-                for round_ in range(1, self.plan.rounds + 1):
+                if case.name not in self.expected:
+                    self.measure_limit(case)
+                for round_ in self.rounds:
                     self.measure_round(case, round_)
         finally:
             self.results.save(self.file)  # includes the failures since the last measurement
+
+    def is_complete(self, case: Case, system: str, round_: int) -> bool:
+        """Return whether a system was measured at all numbers of clients, and in its one or two open loops."""
+        seen = [
+            one for one in self.results.measurements if (one.case, one.system, one.round) == (case.name, system, round_)
+        ]
+        closed = {one.clients for one in seen if one.clients}
+        opened = sum(one.rate is not None for one in seen)
+        is_compared = system == OURS and bool(self.peer_rates(case))
+        wanted = is_compared + any(few_failed([one.load]) and one.load.throughput for one in seen if one.clients)
+        return closed >= {*self.plan.clients(case)} and opened >= wanted
+
+    def drop_incomplete(self) -> None:
+        """Drop what an interrupted or failed turn left in the results: the system is measured again."""
+        results, known = self.results, {case.name: case for case in self.plan.cases}
+
+        @functools.cache
+        def is_kept(case: str | None, system: str, round_: int | None) -> bool:
+            if case in known:
+                return round_ is not None and self.is_complete(known[case], system, round_)
+            return case is not None
+
+        results.keep(is_kept)
+        limited = [answer for answer in results.answers if answer.case in results.limits]
+        self.expected |= {answer.case: answer.expected for answer in limited}
 
     def install(self) -> None:
         for system in self.plan.systems:
@@ -141,20 +191,16 @@ class Runner:
         self.progress.done(LIMIT_GUESS)
 
     def measure_round(self, case: Case, round_: int) -> None:
-        systems = [system for system in self.plan.systems if system.name not in self.missing]
-        shift = (round_ - 1) % max(1, len(systems))
-        for system in systems[shift:] + systems[:shift]:
-            with self.record_failures(system.name, case.name, round_):
-                self.measure_system(system, case, round_)
-            self.progress.done(self.plan.system_seconds(case))
-        if self.plan.compares:
-            ours = [system for system in systems if system.name == OURS and self.is_measured(system, case, round_)]
-            for system in ours:
-                self.measure_at_peer_rate(system, case, round_)
-            self.progress.done(self.plan.system_seconds(case))
+        for system in self.plan.order(round_):
+            if self.is_complete(case, system.name, round_):
+                continue
+            if system.name not in self.missing:
+                with self.record_failures(system.name, case.name, round_):
+                    self.measure_system(system, case, round_)
+            self.progress.done(self.plan.turn_seconds(case))
 
     def measure_system(self, system: System, case: Case, round_: int) -> None:
-        """Measure a system at every number of clients, then in an open loop.
+        """Measure a system at every number of clients, then in an open loop; the bundle also at the best peer's rate.
 
         The rate of the open loop is a share of the best throughput that had few failures.
         """
@@ -163,7 +209,7 @@ class Runner:
         with system.serve(case) as endpoint:
             self.compare_answer(system, case, round_, endpoint)
             clients = self.plan.clients(case)
-            self.warm_up(where, endpoint, max(clients), self.plan.warm_up)
+            warmed = self.warm_up(where, system, case, round_, endpoint)
             best = 0.0
             for count in clients:
                 self.progress.doing(f"{where}: {count} clients")
@@ -174,34 +220,36 @@ class Runner:
                 self.progress.doing(f"{where}: open loop")
                 with self.record_failures(system.name, case.name, round_):
                     self.measure(system, case, round_, endpoint, rate=UTILISATION * best, rate_of=system.name)
-            self.progress.say(f"{where}: {best:,.0f} requests/s")
+            if system.name == OURS and (rates := self.peer_rates(case)):
+                peer = max(rates, key=rates.__getitem__)
+                self.progress.doing(f"{where}: open loop at the rate of {peer}")
+                with self.record_failures(system.name, case.name, round_):
+                    self.measure(system, case, round_, endpoint, rate=rates[peer], rate_of=peer)
+            self.progress.say(f"{where}: {best:,.0f} requests/s, warm after {warmed:.0f} s")
 
-    def measure_at_peer_rate(self, system: System, case: Case, round_: int) -> None:
-        """Measure the bundle at the rate of the best peer's open loop: latencies compare at equal rates only."""
-        where = f"{case.name}: {system.name} at the best peer's rate, round {round_}"
-        peers = [
-            (one.rate, one.system)
-            for one in self.results.measurements
-            if one.rate and (one.case, one.round) == (case.name, round_) and one.system != OURS
-            if self.results.is_sound(case.name, one.system, [one])
-        ]
-        if peers:
-            rate, peer = max(peers)
-            self.progress.doing(where)
-            with self.record_failures(system.name, case.name, round_), system.serve(case) as endpoint:
-                # the JVM compiles while it runs: the bundle gets as much load before its open loop as the peer did
-                seconds = self.plan.warm_up + self.plan.seconds * len(self.plan.clients(case))
-                self.warm_up(where, endpoint, max(self.plan.clients(case)), seconds)
-                self.measure(system, case, round_, endpoint, rate=rate, rate_of=peer)
+    def peer_rates(self, case: Case) -> dict[str, float]:
+        """Return the median rate of each peer's open loops so far, without peers that are not sound."""
+        opened: dict[str, list[Measurement]] = defaultdict(list)
+        for one in self.results.measurements:
+            if one.case == case.name and one.rate and is_peer(one.system):
+                opened[one.system].append(one)
+        return {
+            peer: median([one.rate for one in seen if one.rate])
+            for peer, seen in opened.items()
+            if self.results.is_sound(case.name, peer, seen)
+        }
 
-    def is_measured(self, system: System, case: Case, round_: int) -> bool:
-        seen = {(one.system, one.case, one.round) for one in self.results.measurements}
-        return (system.name, case.name, round_) in seen
-
-    def warm_up(self, where: str, endpoint: Endpoint, clients: int, seconds: float) -> None:
+    def warm_up(self, where: str, system: System, case: Case, round_: int, endpoint: Endpoint) -> float:
+        """Send load with the most clients until the rate no longer changes, and return how many seconds it took."""
+        if not self.plan.warm_up:
+            return 0
         self.progress.doing(f"{where}: warm up")
-        if seconds:
-            closed_loop(endpoint.url, endpoint.body, endpoint.headers, clients, seconds)
+        window, clients, rates = self.plan.warm_up / WINDOWS, max(self.plan.clients(case)), list[float]()
+        while len(rates) < FEWEST or not is_flat(rates) and len(rates) < WINDOWS:
+            rates.append(closed_loop(endpoint.url, endpoint.body, endpoint.headers, clients, window).throughput)
+        seconds = window * len(rates)
+        self.results.warm_ups.append(WarmUp(case.name, system.name, round_, seconds, is_flat(rates)))
+        return seconds
 
     def compare_answer(self, system: System, case: Case, round_: int, endpoint: Endpoint) -> None:
         if case.name not in self.expected:
@@ -247,6 +295,12 @@ class Runner:
             details = last_lines(exc.details) if isinstance(exc, BundleError) else ""
             self.results.failures.append(Failure(system, case, round_, message, details))
             self.progress.say(f"{system}{f', {case}' if case else ''}: {message}")
+
+
+def is_flat(rates: list[float]) -> bool:
+    """Return whether the last two rates differ by less than FLAT."""
+    before, last = rates[-2:]
+    return abs(last - before) < FLAT * max(last, before)
 
 
 def connections(requests: float) -> int:

@@ -54,7 +54,10 @@ def test_full_run_updates_benchmarks_md(project: Path):
     assert (project / "BENCHMARKS.md").read_text() == text
 
 
-@pytest.mark.parametrize("part", [("--cases", "text"), ("--systems", "bundle"), ("--concurrency", "16")])
+PARTS = [("--cases", "text"), ("--systems", "bundle"), ("--concurrency", "16"), ("--rounds", "2")]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_partial_run_writes_partial_report(project: Path, part: tuple[str, str]):
     assert run(*part) == 0
     assert is_untouched(project)
@@ -66,6 +69,39 @@ def test_interrupted_run_writes_partial_report(project: Path, monkeypatch: pytes
     assert run() == 130
     assert is_untouched(project)
     assert "**900**" in (project / "partial.md").read_text()
+
+
+def test_resumed_run_adds_to_the_results_of_the_interrupted_one(project: Path, monkeypatch: pytest.MonkeyPatch):
+    measuring(monkeypatch, interrupted=True)
+    assert run() == 130
+    measuring(monkeypatch)
+    assert run("--resume") == 0
+    results = Results.read(project / "results.json")
+    assert len(results.measurements) == 2
+    assert ", continued 20" in results.about["date"]
+    assert "the last full run" not in (project / "BENCHMARKS.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "commit", "reason"),
+    [
+        ((), None, "there are no results yet"),
+        (("--seconds", "1"), "a", "another seconds: 3, now 1"),
+        ((), "b", "a, now b"),
+    ],
+)
+def test_run_with_other_conditions_cannot_be_resumed(
+    project: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, commit: str | None, reason: str
+):
+    if commit:
+        monkeypatch.setattr("bundle.machine.commit", lambda: "a")
+        measuring(monkeypatch, interrupted=True)
+        run()
+        monkeypatch.setattr("bundle.machine.commit", lambda: commit)
+    result = programs.run(command.app, "--resume", *options)
+    assert result.status == 1
+    assert reason in " ".join(result.stderr.split())
+    assert is_untouched(project)
 
 
 def test_run_with_an_output_file_writes_only_that_file(project: Path):

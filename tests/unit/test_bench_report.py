@@ -10,8 +10,8 @@ from PIL import Image, ImageColor
 from bundle import machine
 from bundle.errors import BundleError
 from bundle.load.generator import LoadResult
-from loadtest.bench import report
-from loadtest.bench.results import CONNECTIONS, ComparedAnswer, Failure, Limit, Measurement, Results
+from loadtest.bench import report, rows
+from loadtest.bench.results import CONNECTIONS, ComparedAnswer, Failure, Limit, Measurement, Results, WarmUp
 from loadtest.bench.runner import connections
 
 
@@ -41,8 +41,8 @@ def results(*measurements: Measurement, **others: object) -> Results:
     )
 
 
-def row(held: Results, system: str, clients: int = 16) -> report.Row:
-    [found] = [row for row in report.closed_rows(held, "text") if (row.system, row.clients) == (system, clients)]
+def row(held: Results, system: str, clients: int = 16) -> rows.Row:
+    [found] = [row for row in rows.closed_rows(held, "text") if (row.system, row.clients) == (system, clients)]
     return found
 
 
@@ -60,7 +60,7 @@ def test_several_rounds_are_reported_as_median_and_range():
     assert found.cpu_per_request == 1 / 1800
     text = report.markdown(results(*seen), None)
     assert cells(text, "bundle")[1][2] == "900 (100-1,000)"
-    assert "\n3 rounds, 2 s for each number of clients, after 5 s of warm-up with the most clients. Numbers are" in text
+    assert "\n3 rounds, 2 s for each number of clients. Numbers are" in text
 
 
 def test_one_round_is_reported_without_median_and_range():
@@ -90,15 +90,51 @@ def test_ratio_is_to_the_best_peer_at_the_same_number_of_clients():
     assert row(held, "bundle", clients=1).to_best_peer == 0.5
 
 
-def test_limit_of_the_bundle_is_the_handler_and_of_a_peer_the_pipeline():
-    held = results(measurement("bundle", 1000), measurement("litserve", 1000))
-    assert row(held, "bundle").to_limit == 1 / 3  # of the handler's 3000
+def test_own_limit_of_the_bundle_is_floor_and_handler_and_of_a_peer_the_pipeline():
+    held = results(
+        measurement("bundle", 1000),
+        measurement("litserve", 1000),
+        *[measurement("floor", rate, round_=index) for index, rate in enumerate((5500, 6000, 7000))],
+        measurement("floor", 600, clients=1),
+        measurement("bundle", 250, clients=1),
+    )
+    assert row(held, "bundle").to_limit == pytest.approx(1 / 2)  # 1 / (1 / 6000 + 1 / 3000) = 2000
+    assert row(held, "bundle", clients=1).to_limit == pytest.approx(1 / 2)  # 1 / (1 / 600 + 1 / 3000) = 500
     assert row(held, "litserve").to_limit == 1 / 2  # of the pipeline's 2000
+    assert row(held, "floor").to_limit is None
+
+
+@pytest.mark.parametrize("others", [{"limits": {}}, {}])
+def test_own_limit_of_the_bundle_is_missing_without_a_floor_or_a_handler(others: dict):
+    floor = [measurement("floor", 6000)] if others else [measurement("floor", 6000, clients=1)]
+    assert row(results(measurement("bundle", 1000), *floor, **others), "bundle").to_limit is None
+
+
+def test_floor_is_no_peer():
+    names = ("bundle", "floor", "litserve")
+    held = results(measurement("bundle", 1000), measurement("floor", 6000), measurement("litserve", 500))
+    held.versions = dict.fromkeys(names, "1")
+    assert row(held, "bundle").to_best_peer == 2
+    assert row(held, "floor").to_best_peer is None
+    header, best = report.best_table(held)
+    assert [line[0] for line in best] == ["bundle", "litserve", "bundle × best peer"]
+
+
+def test_warm_up_is_reported_with_its_length_and_the_systems_whose_rate_changed():
+    held = results(measurement("bundle", 1000))
+    assert report.warm_up_line(held, "text") == ""
+    turns = [("bundle", 9, True), ("bundle", 12, True), ("bundle", 18, True), ("litserve", 30, False)]
+    held.warm_ups += [WarmUp("text", system, index, *how) for index, (system, *how) in enumerate(turns)]
+    held.warm_ups.append(WarmUp("mnist", "bundle", 1, 27, False))
+    line = "Warm-up: bundle 12 s, litserve 30 s. The rate still changed at its end, in some round: litserve."
+    assert report.warm_up_line(held, "text") == line
+    assert f"\n{line}\n" in report.markdown(held, None)
+    assert "less than 5% between two windows of 0.5 s, for 1.5 to 5 s" in report.method(held)
 
 
 def test_rows_are_sorted_by_clients_and_throughput():
     held = results(measurement("litserve", 400), measurement("bundle", 100), measurement("bundle", 900, clients=64))
-    assert [(row.clients, row.system) for row in report.closed_rows(held, "text")] == [
+    assert [(row.clients, row.system) for row in rows.closed_rows(held, "text")] == [
         (16, "litserve"),
         (16, "bundle"),
         (64, "bundle"),
@@ -167,9 +203,9 @@ def test_open_loop_at_a_peers_rate_has_its_own_row():
     ]
 
 
-@pytest.mark.parametrize(("rate", "is_crowded"), [(10_000, False), (30_000, True)])
+@pytest.mark.parametrize(("rate", "is_crowded"), [(10_000, False), (60_000, True)])
 def test_open_loop_with_too_few_connections_is_marked(rate: int, is_crowded: bool):
-    """At a median latency of 10 ms, 100 or 300 of the 512 connections are busy."""
+    """At a median latency of 10 ms, 100 or 600 of the 1,024 connections are busy."""
     text = report.markdown(results(measurement("bundle", rate, None, rate=rate, rate_of="bundle")), None)
     assert ("| **bundle‡** |" in text) == ("may have waited" in text) == is_crowded
 
@@ -214,6 +250,7 @@ def test_results_read_back_are_equal(tmp_path: Path):
         measurement("bundle", 349, None, rate=350, rate_of="litserve"),
         answers=[ComparedAnswer("text", "litserve", 1, (7, 0.9), (130, 0.99))],
         failures=[Failure("mlserver", None, None, "no", "log")],
+        warm_ups=[WarmUp("text", "bundle", 1, 9, True)],
     )
     held.save(tmp_path / "results.json")
     assert "Infinity" not in (tmp_path / "results.json").read_text()

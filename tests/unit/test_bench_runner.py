@@ -15,12 +15,12 @@ import pytest
 import requests
 
 from bundle.errors import BundleError
-from bundle.load.generator import LoadResult, closed_loop
+from bundle.load.generator import LoadResult
 from bundle.server.ports import free_ports
 from loadtest.bench import runner as bench
 from loadtest.bench import usage
 from loadtest.bench.cases import CASES
-from loadtest.bench.results import Failure, Results
+from loadtest.bench.results import Failure, Measurement, Results, WarmUp
 from loadtest.bench.runner import Plan, Runner
 from loadtest.bench.systems.base import Endpoint
 from tests.support import wait_for
@@ -139,9 +139,9 @@ class RecordedProgress:
         self.lines.append(line)
 
 
-def runner(folder: Path, *systems: Small, rounds: int = 1) -> Runner:
-    plan = Plan([CASE], [*systems], rounds, seconds=0.3, warm_up=0.1, concurrencies=(1, 4))
-    results = Results({}, 0.3, 0.1)
+def runner(folder: Path, *systems: Small, rounds: int = 1, results: Results | None = None) -> Runner:
+    plan = Plan([CASE], [*systems], rounds, seconds=0.3, warm_up=0, concurrencies=(1, 4))
+    results = results or Results({}, 0.3, 0)
     return Runner(plan, results, folder / "results.json", RecordedProgress(), expected={CASE.name: (130, 0.985)})
 
 
@@ -154,10 +154,10 @@ def test_round_measures_every_system_and_ends_its_server(tmp_path: Path):
     rates = {(one.system, one.rate_of): one.rate for one in seen if one.rate}
     best_of_peer = max(one.load.throughput for one in seen if one.system == "peer" and one.clients)
     assert [(one.system, one.clients) for one in seen if one.clients] == [
-        ("bundle", 1),
-        ("bundle", 4),
         ("peer", 1),
         ("peer", 4),
+        ("bundle", 1),
+        ("bundle", 4),
     ]
     assert rates.keys() == {("bundle", "bundle"), ("peer", "peer"), ("bundle", "peer")}
     assert rates["bundle", "peer"] == rates["peer", "peer"] == pytest.approx(0.7 * best_of_peer)
@@ -168,35 +168,79 @@ def test_round_measures_every_system_and_ends_its_server(tmp_path: Path):
     assert not any(psutil.pid_exists(pid) for pid in ours.started + peer.started)
 
 
-@pytest.mark.parametrize("warm_up", [0, 0.1])
-def test_open_loop_at_the_best_peers_rate_has_the_same_warm_up(tmp_path: Path, monkeypatch, warm_up: float):
-    """The seconds of load before the open loop are equal."""
-    begun: list[float] = []
+@pytest.mark.parametrize(
+    ("rates", "windows", "is_flat"),
+    [
+        ([100, 101, 102], 3, True),
+        ([100, 200, 300, 310], 4, True),
+        ([200, 100, 95.2], 3, True),
+        ([200, 100, 94, 150, 149], 5, True),
+        ([0] * 10, 10, False),
+        ([100, 200] * 5, 10, False),
+    ],
+)
+def test_warm_up_lasts_until_the_rate_is_flat(tmp_path: Path, monkeypatch, rates: list, windows: int, is_flat: bool):
+    seen: list[tuple[int, float]] = []
 
-    def closed(*arguments: object) -> LoadResult:
-        begun[-1] += arguments[-1]
-        return closed_loop(*arguments)
+    def closed(url: str, body: bytes, headers: dict, clients: int, seconds: float) -> LoadResult:
+        seen.append((clients, seconds))
+        return LoadResult(seconds, 1, 0, rates[len(seen) - 1], 1, 1, 1, 1)
 
-    @contextmanager
-    def serve(small: Small, case) -> Iterator[Endpoint]:
-        begun.append(0)
-        with Small.serve(small, case) as endpoint:
-            yield endpoint
-
-    counted = type("Counted", (Small,), {"serve": serve})
     monkeypatch.setattr(bench, "closed_loop", closed)
-    run = runner(tmp_path, counted("bundle"), counted("peer"))
-    run.plan = replace(run.plan, warm_up=warm_up)
-    run.measure_round(CASE, 1)
-    assert begun == [pytest.approx(warm_up + 0.6)] * 3
+    run = runner(tmp_path)
+    run.plan = replace(run.plan, warm_up=30)
+    assert run.warm_up("", Small("any"), CASE, 2, Endpoint("", {}, b"", 0)) == 3 * windows
+    assert seen == [(4, 3)] * windows
+    assert run.results.warm_ups == [WarmUp("text", "any", 2, 3 * windows, is_flat)]
 
 
-def test_each_round_starts_with_another_system(tmp_path: Path):
+def test_order_differs_in_each_round_and_the_bundle_is_last_in_the_first(tmp_path: Path):
+    plan = runner(tmp_path, Small("bundle"), Small("one"), Small("two")).plan
+    orders = [[system.name for system in plan.order(round_)] for round_ in (1, 2, 3, 4)]
+    assert orders == [
+        ["one", "two", "bundle"],
+        ["bundle", "one", "two"],
+        ["two", "bundle", "one"],
+        ["one", "two", "bundle"],
+    ]
+
+
+def test_round_follows_its_order(tmp_path: Path):
     run = runner(tmp_path, Small("one"), Small("two"), rounds=2)
     for round_ in (1, 2):
         run.measure_round(CASE, round_)
     order = [(one.round, one.system) for one in run.results.measurements if one.clients == 1]
     assert order == [(1, "one"), (1, "two"), (2, "two"), (2, "one")]
+
+
+def test_resumed_run_measures_only_what_is_incomplete(tmp_path: Path):
+    """The first run was interrupted in the turn of the bundle, before its second open loop."""
+    first = runner(tmp_path, Small("one"), DoesNotStart("two"), Small("bundle"))
+    first.measure_round(CASE, 1)
+    first.results.limits["text"] = {}
+    del first.results.measurements[-1]
+    first.results.save(first.file)
+
+    again = [Small("one"), Small("two"), Small("bundle")]
+    run = runner(tmp_path, *again, results=Results.read(first.file))
+    run.expected.clear()
+    whole = run.plan.turn_seconds(CASE)
+    run.run()
+    assert run.progress.planned == run.progress.advanced == pytest.approx(2 * whole)
+    assert [len(system.started) for system in again] == [0, 1, 1]
+    assert run.results.failures == []
+    seen = [(one.system, one.clients or one.rate_of) for one in run.results.measurements]
+    others = [("one", 1), ("one", 4), ("one", "one"), ("two", 1), ("two", 4), ("two", "two")]
+    assert seen[:-1] == [*others, ("bundle", 1), ("bundle", 4), ("bundle", "bundle")]
+    assert [answer.system for answer in run.results.answers] == ["one", "two", "bundle"]
+
+
+def test_resumed_run_adds_rounds(tmp_path: Path):
+    first = runner(tmp_path, Small("one"))
+    first.measure_round(CASE, 1)
+    run = runner(tmp_path, Small("one"), rounds=2, results=first.results)
+    run.run()
+    assert [one.round for one in run.results.measurements if one.clients == 1] == [1, 2]
 
 
 def test_failed_system_does_not_stop_the_others(tmp_path: Path):
@@ -225,19 +269,19 @@ def test_best_peers_rate_ignores_peers_with_wrong_answers(tmp_path: Path):
     run.measure_round(CASE, 1)
     [again] = [one for one in run.results.measurements if one.rate and one.rate_of != one.system]
     assert (again.system, again.rate_of) == ("bundle", "right")
+    assert run.peer_rates(CASE) == {"right": again.rate}
     assert any(one.rate_of == "wrong" for one in run.results.measurements)
 
 
-def test_best_peers_rate_ignores_peers_that_fail_requests(tmp_path: Path):
-    run = runner(tmp_path, Small("bundle"), Small("peer"))
-    run.measure_round(CASE, 1)
-    seen = run.results.measurements
-    [opened] = [one for one in seen if one.system == "peer" and one.rate]
-    seen.remove(opened)
-    seen.append(replace(opened, load=replace(opened.load, failed=opened.load.answered)))
-    before = len(seen)
-    run.measure_at_peer_rate(run.plan.systems[0], CASE, 1)
-    assert len(seen) == before
+def test_best_peers_rate_is_the_median_of_peers_with_few_failures(tmp_path: Path):
+    run = runner(tmp_path)
+    good = LoadResult(1, 1000, 0, 1000, 1, 1, 1, 1)
+    rates = [("peer", (300, 500, 400), good), ("floor", (900,), good), ("failing", (800,), replace(good, failed=11))]
+    for system, found, load in rates:
+        for index, rate in enumerate(found):
+            one = Measurement("text", system, index + 1, None, rate, system, load, 1, 0, 1)
+            run.results.measurements.append(one)
+    assert run.peer_rates(CASE) == {"peer": 400}
 
 
 def test_failure_without_a_measurement_is_saved(tmp_path: Path):
@@ -275,7 +319,7 @@ def test_progress_ends_at_the_planned_time(tmp_path: Path):
     run = runner(tmp_path, Small("bundle"), DoesNotStart("peer"), rounds=1)
     run.install()
     run.measure_round(CASE, 1)
-    assert run.progress.advanced == pytest.approx(run.plan.guess - 45)  # the limit was not measured
+    assert run.progress.advanced == pytest.approx(2 * run.plan.turn_seconds(CASE))
 
 
 def test_usage_counts_the_whole_process_tree():

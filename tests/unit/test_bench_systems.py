@@ -1,5 +1,6 @@
 """How the benchmark starts, configures and ends the servers that it measures."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,16 @@ import yaml
 from PIL import Image
 
 from bundle.build.add_model import NewModel
+from bundle.build.archive import archive
+from bundle.build.dryrun import DryRun
+from bundle.catalog import ModelFolder
 from loadtest.bench import paths, resnet
 from loadtest.bench.cases import CASES
 from loadtest.bench.paths import GENERATED_FROM, ROOT
 from loadtest.bench.peers import Task, task
+from loadtest.bench.systems import floor
 from loadtest.bench.systems.base import Batching, batching
+from loadtest.bench.systems.peers import PEERS, Peer
 from loadtest.bench.systems.torchserve import TorchServe
 
 # a benchmark with one server, which ignores SIGTERM
@@ -142,6 +148,14 @@ def test_peer_reads_its_task_from_the_command_line(
     assert task() == Task(8080, "text", *expected)
 
 
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_peer_has_a_program_and_pinned_packages(peer: Peer):
+    assert (ROOT / "loadtest" / "bench" / "peers" / f"{peer.module}.py").is_file()
+    packages = peer.environment.requirements.read_text().split()
+    assert [package for package in packages if not re.fullmatch(r"[\w.-]+==[\w.]+", package)] == []
+    assert peer.version[0].isdigit()
+
+
 @pytest.mark.parametrize("is_batched", [False, True])
 def test_stock_torchserve_batches_like_the_bundle_or_not_at_all(
     is_batched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,3 +168,20 @@ def test_stock_torchserve_batches_like_the_bundle_or_not_at_all(
     batched = {"batchSize": wanted.size, "maxBatchDelay": wanted.delay}
     assert {key: value for key, value in config.items() if "atch" in key} == (batched if is_batched else {})
     assert config["jobQueueSize"] > max(max(case.concurrencies) for case in CASES.values())
+
+
+def test_floor_has_the_workers_of_the_model_and_returns_the_reference_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its archive runs in TorchServe's worker code."""
+    answer = b'{"top_k": [{"label": "transfer", "class": 130, "probability": 0.99}]}'
+    monkeypatch.setattr(floor, "WORK", tmp_path)
+    monkeypatch.setattr(floor, "reference_answer", lambda case: answer)
+    folder = ModelFolder(floor.make(CASES["text"]))
+    ours = ModelFolder(CASES["text"].folder).config
+    assert {name for name in ours.keys() | folder.config.keys() if ours.get(name) != folder.config.get(name)} == {
+        "bundle",
+        "handler",
+    }
+    with DryRun(archive(folder, tmp_path).path, batch_size=ours["batchSize"]) as worker:
+        assert worker.predict([{"body": "x"}] * 3) == [(200, answer.decode())] * 3

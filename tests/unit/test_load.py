@@ -230,6 +230,55 @@ def test_open_loop_latency_includes_the_wait_for_a_connection():
 
 
 @needs_wrk
+def test_open_loop_keeps_hundreds_of_requests_in_flight():
+    """More than 500 are sent within half a second, and the first answer comes after one second."""
+    with known_server(lambda _: slow(1)) as server:
+        seen = load.open_loop(server.url, b"x", {}, rate=1200, seconds=0.5, connections=1000, timeout=30)
+        assert seen.answered == len(server.seen) > 500
+    assert seen.failed == 0
+
+
+PIECES = {
+    "chunked": [
+        b"HTTP/1.1 200 -\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n1",
+        b"0\r\n",
+        b"x" * 16 + b"\r\n0\r\n\r\n",
+    ],
+    "headers in pieces": [b"HTTP/1.1 200 -\r\nContent-", b"Length: 5\r\n", b"\r\nhello"],
+    "large": [b"HTTP/1.1 200 -\r\ncontent-length: 1000000\r\n\r\n" + b"x" * 1_000_000],
+    "closing": [b"HTTP/1.1 200 -\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"],
+}
+
+
+@needs_wrk
+@pytest.mark.parametrize("form", PIECES)
+def test_open_loop_reads_every_form_of_answer(form: str):
+    """A second answer on the same connection is read, too: nothing of the first one is left over."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        close_connection = False
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            for piece in PIECES[form]:
+                self.connection.sendall(piece)
+                time.sleep(0.01)
+            self.close_connection = form == "closing"
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        seen = load.open_loop(url, b"x", {}, rate=20, seconds=1, connections=1)
+        server.shutdown()
+    assert (seen.answered > 10, seen.failed) == (True, 0)
+
+
+@needs_wrk
 def test_connection_closed_while_idle_is_not_a_failure():
     with known_server(lambda _: 200, idle_timeout=1.2) as server:
         seen = load.open_loop(server.url, b"x", {}, rate=2, seconds=5, connections=8)

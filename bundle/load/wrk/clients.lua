@@ -15,7 +15,7 @@ int kill(int pid, int signal);
 typedef struct {
   union { char bytes[64]; long align; } mutex; // all zeros: unlocked
   double start;                                // seconds on the clock; 0 until every thread exists
-  int finished, taken;                         // number of threads that are done; of arrivals that were taken
+  int finished;                                // number of threads that are done
   double due[];                                // open loop: seconds after the start, in order
 } shared_t;
 ]]
@@ -71,15 +71,6 @@ function clients.start()
   while shared.start == 0 do clients.sleep_until(clients.now() + 0.05) end
   clients.sleep_until(shared.start)
   return shared.start
-end
-
--- a thread: take the index of the next arrival; no other thread gets it
-function clients.take()
-  C.pthread_mutex_lock(clients.shared)
-  local index = clients.shared.taken
-  clients.shared.taken = index + 1
-  C.pthread_mutex_unlock(clients.shared)
-  return index
 end
 
 -- a thread: finish; the last one ends wrk, which would otherwise wait until the end of its duration

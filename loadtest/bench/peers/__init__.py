@@ -4,7 +4,7 @@
 
 Each peer batches, and runs one worker with one torch thread for each core, except where another number of workers was
 faster (see lit.py). For photographs, LitServe and BentoML were slower with one worker of two threads. Batch size and
-delay are those of the bundle's model folder; they were not tuned for each peer.
+delay are those of the bundle's model folder; they were not tuned for each peer, except for the fastest (see mos.py).
 """
 
 import os

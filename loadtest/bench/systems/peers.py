@@ -1,4 +1,4 @@
-"""LitServe, BentoML, Ray Serve and MLServer; each runs `loadtest.bench.peers.NAME` in its own environment."""
+"""mosec, LitServe, BentoML and MLServer; each runs `loadtest.bench.peers.NAME` in its own environment."""
 
 import base64
 import json
@@ -104,10 +104,10 @@ class Peer:
 
 
 PEERS = (
+    Peer("mosec", "mosec", "mos", Wire(path="/inference")),
     # with the content type of JSON, FastAPI would parse the body
     Peer("litserve", "litserve", "lit", Wire(content_type="application/octet-stream")),
     Peer("bentoml", "bentoml", "bento", Wire(content_type="application/json", pack=bento_request, top=bento_first)),
-    Peer("ray-serve", "ray", "rayserve"),
     Peer(
         "mlserver",
         "mlserver",

@@ -22,7 +22,7 @@ MARK = (
 )
 LOGS = WORK / "logs"
 START_SECONDS = 180
-STOP_SECONDS = 5  # a process that ignores SIGTERM longer is killed, such as LitServe's workers
+STOP_SECONDS = 2  # a process that ignores SIGTERM longer is killed, such as LitServe's workers
 LAST_LINES = 30  # lines of the log that are shown if a server does not start
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end this program
 
@@ -44,7 +44,7 @@ class Workplace:
         self.started: list[subprocess.Popen] = []
         # settings of this process are not meant for the servers
         own = ("TS_", "BUNDLE_", "RUN_DIR", "PYTHON", "VIRTUAL_ENV", "OMP_", "MKL_")
-        peers = ("BENCH_", "RAY_", "BENTOML_", "MLSERVER_")
+        peers = ("BENCH_", "MOSEC_", "BENTOML_", "MLSERVER_")
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(own + peers)}
         self.environment = inherited | {
             MARK: self.mark,
