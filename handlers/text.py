@@ -1,9 +1,11 @@
 """Classify a text: the k most probable classes."""
 
 import functools
+import os
 from pathlib import Path
 from typing import cast
 
+import numpy
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -40,6 +42,7 @@ class TextHandler(ExplainedClassifier):
         data: Text
 
     def load_assets(self, folder: Path) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own would compete with other workers
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         if self.settings.mask_token is not None and self.tokenizer.token_to_id(self.settings.mask_token) is None:
             raise ValueError(f"mask_token: the tokenizer has no token {self.settings.mask_token}")
@@ -49,18 +52,23 @@ class TextHandler(ExplainedClassifier):
     def decode(self, inputs: Inputs) -> Sample:
         """Encode a text as token ids, int64 [T], 1 <= T <= max_tokens."""
         check_text(inputs.data, self.settings)
-        ids = self.tokenizer.encode(inputs.data).ids
+        [encoding] = self.tokenizer.encode_batch_fast(
+            [inputs.data]
+        )  # without the offsets, which only `explainable` needs
+        ids = encoding.ids
         if not ids:
             raise EmptyInput("The text has no words. Send at least one word.")
-        return Sample(torch.tensor(ids))
+        return Sample(torch.from_numpy(numpy.array(ids, dtype=numpy.int64)))
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
         """Pad the token ids to the longest text of the batch, and make the attention mask."""
-        texts = cast("list[Tensor]", [sample.tensors for sample in samples])  # as `decode` makes them
-        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.settings.pad_id)
-        lengths = torch.tensor([len(text) for text in texts])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return ids, mask
+        # in NumPy, whose operations on small arrays take a fifth of the time of torch's
+        texts = [cast("Tensor", sample.tensors).numpy() for sample in samples]  # as `decode` makes them
+        lengths = numpy.array([len(text) for text in texts])
+        mask = numpy.arange(lengths.max()) < lengths[:, None]
+        ids = numpy.full(mask.shape, self.settings.pad_id)
+        ids[mask] = numpy.concatenate(texts)
+        return torch.from_numpy(ids), torch.from_numpy(mask.astype(numpy.int64))
 
     def example(self) -> Sample:
         return Sample(torch.zeros(16, dtype=torch.int64))

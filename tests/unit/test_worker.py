@@ -1,66 +1,28 @@
-"""A worker's own process: how it reads requests, keeps memory, and chooses a module's precision."""
+"""A worker's own process: how it keeps memory, and chooses a module's precision."""
 
 import gc
 import logging
 import platform
 import shutil
-import socket
-import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
-from ts.protocol import otf_message_handler
 
 from bundle.build.dryrun import DryRun
 from bundle.build.quantize import load
 from bundle.paths import ROOT
-from handlers.core import precision, wire
+from handlers.core import precision
 from handlers.core.outputs import main_output
 from handlers.core.precision import INT8_NAME, fastest
 from models.audio.model import build
 
 CPU = torch.device("cpu")
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc")
-
-
-@given(st.lists(st.binary(max_size=3000), min_size=1, max_size=8), st.integers(1, 700))
-def test_retrieve_buffer_returns_what_was_sent_in_any_pieces(values: list[bytes], piece: int):
-    sender, receiver = socket.socketpair()
-    content = b"".join(values)
-
-    def send() -> None:
-        for start in range(0, len(content), piece):
-            sender.sendall(content[start : start + piece])
-        sender.close()
-
-    with sender, receiver:
-        thread = threading.Thread(target=send)
-        thread.start()
-        read = [wire.retrieve_buffer(receiver, len(value)) for value in values]
-        thread.join()
-        assert read == [bytearray(value) for value in values]
-        with pytest.raises(SystemExit):  # the frontend has closed the connection
-            wire.retrieve_buffer(receiver, 1)
-        wire.readers.pop(receiver).close()
-
-
-def test_torchserve_reads_through_the_buffer(monkeypatch: pytest.MonkeyPatch):
-    """Read a prediction without requests, as the frontend sends it, with TorchServe's own reader."""
-    monkeypatch.setattr(otf_message_handler, "_retrieve_buffer", otf_message_handler._retrieve_buffer)
-    wire.buffer_reads()
-    frontend, worker = socket.socketpair()
-    with frontend, worker:
-        frontend.sendall(b"I" + struct.pack("!i", -1))
-        assert otf_message_handler.retrieve_msg(worker) == (bytearray(b"I"), [])
-        wire.readers.pop(worker).close()
 
 
 def run_in_new_process(code: str) -> list[str]:
