@@ -71,11 +71,11 @@ def test_requests_of_a_worker_that_is_scaled_down_are_answered_by_the_other(patc
 
 
 def test_every_request_of_a_model_that_loses_its_workers_is_503_at_once(patched: Bare, pool):
-    sent = posted(patched, pool, "one", b"sleep 20", b"x", b"x")
+    sent = posted(patched, pool, "one", b"sleep 20", b"x")
     scaled = time.monotonic()
     patched.scale("one", 0)
     answers = [future.result() for future in sent]
-    assert [error(answer) for answer in answers] == [(503, "NoWorkers", "1")] * 3
+    assert [error(answer) for answer in answers] == [(503, "NoWorkers", "1")] * 2
     assert time.monotonic() - scaled < 10
     answer = patched.post("one")
     assert error(answer) == (503, "NoWorkers", "10")

@@ -23,14 +23,15 @@ REFUSED = Answer(due=1, done=1.1, status=429, retry_after=True, problem="Overloa
 FAILED = Answer(due=2, done=2.1, status=500, problem="PredictionFailed")
 WRONG = Answer(due=2, done=2.1, status=200)
 NO_RETRY_AFTER = Answer(due=3, done=3.1, status=503)
+DIED = Answer(due=3, done=3.1, status=503, retry_after=True, problem="WorkerDied")
 NONE = "no error body"
 LOST = Answer(due=4, done=44, status=None, problem="TimeoutError")
 
 
 def test_every_answer_is_counted_once():
-    outcome = Outcome([RIGHT, RIGHT, REFUSED, FAILED, WRONG, NO_RETRY_AFTER, LOST])
+    outcome = Outcome([RIGHT, RIGHT, REFUSED, FAILED, WRONG, NO_RETRY_AFTER, DIED, LOST])
     counted = (outcome.answered, outcome.refused, outcome.failed, outcome.lost)
-    assert counted == (2, 1, 3, 1)
+    assert counted == (2, 1, 4, 1)
     assert outcome.row()["sent"] == sum(counted)
     assert statuses(outcome.answers)["429 Overloaded"] == 1
     assert statuses(outcome.answers)["TimeoutError"] == 1

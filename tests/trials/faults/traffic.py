@@ -39,8 +39,8 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Whether the request was rejected: 429 or 503 with Retry-After."""
-        return self.status in REFUSALS and self.retry_after
+        """Whether the request was rejected: 429 or 503 with Retry-After. After WorkerDied it was begun, twice."""
+        return self.status in REFUSALS and self.retry_after and self.problem != "WorkerDied"
 
     @property
     def seconds(self) -> float:
