@@ -113,15 +113,16 @@ def test_every_request_is_answered_200_while_workers_are_scaled_and_killed(patch
         return statuses
 
     clients = [pool.submit(client, number) for number in range(8)]
-    patched.scale("two", 1)
-    patched.restore("two")
+    time.sleep(1)
     kill(patched, "two")
     time.sleep(1)
-    patched.restore("two")
+    patched.scale("two", 1)
+    time.sleep(1)
     stop.set()
     statuses = [status for future in clients for status in future.result()]
     assert set(statuses) == {200}
     assert len(statuses) > 50
+    patched.restore("two")
 
 
 def test_requests_are_lost_without_the_patches(unpatched: Bare, pool):
