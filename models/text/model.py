@@ -40,9 +40,21 @@ class Bag(nn.Module):
         ids = input_ids * attention_mask
         following = nn.functional.pad(ids[:, 1:], [0, 1])
         pair_buckets = (ids * self.tokens.num_embeddings + following) % self.pairs.num_embeddings
-        features = self.drop_features(torch.cat([self.tokens(ids), self.pairs(pair_buckets)], dim=2))
-        mask = attention_mask.unsqueeze(2).float()
-        mean = (features * mask).sum(1) / mask.sum(1).clamp(min=1)
+        weights = attention_mask.to(self.tokens.weight.dtype)
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
+        if self.training:
+            features = self.drop_features(torch.cat([self.tokens(ids), self.pairs(pair_buckets)], dim=2))
+            mean = (features * weights.unsqueeze(2)).sum(1)
+        else:  # the same without a tensor of all features, in half the time
+            mean = torch.cat(
+                [
+                    nn.functional.embedding_bag(ids, self.tokens.weight, mode="sum", per_sample_weights=weights),
+                    nn.functional.embedding_bag(
+                        pair_buckets, self.pairs.weight, mode="sum", per_sample_weights=weights
+                    ),
+                ],
+                dim=1,
+            )
         return self.classify(self.drop(self.normalise(mean)))
 
 

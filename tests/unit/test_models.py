@@ -94,6 +94,17 @@ def test_padding_does_not_change_the_scores_of_intents():
         torch.testing.assert_close(eager(*padded), eager(ids, mask), rtol=1e-4, atol=1e-4)
 
 
+def test_intents_get_the_same_scores_in_training_as_in_evaluation():
+    module = importlib.import_module("models.text.model")
+    model = module.build()
+    inputs = module.example_inputs(4)
+    evaluated = model(*inputs)
+    for member in model.intents.members:
+        member.train()
+        member.drop_features.p = member.drop.p = 0.0
+    torch.testing.assert_close(model(*inputs), evaluated, rtol=1e-4, atol=1e-4)
+
+
 def test_digital_silence_is_classified_as_silence():
     module = importlib.import_module("models.audio.model")
     with torch.inference_mode():
