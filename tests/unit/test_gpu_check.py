@@ -137,7 +137,8 @@ def test_interrupted_command_stops_its_step(tmp_path: Path):
         f"run_steps([Step('one', 'One', (sys.executable, '-c', {counting(tmp_path / 'begun')!r} + '; import time;"
         f" time.sleep(60)'), 60)], Record(Path({str(tmp_path / 'cpu')!r}), {{'one': 'One'}}), 60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    started = ["env", "--default-signal=INT", sys.executable, "-c", code]
+    process = subprocess.Popen(started, env=environment, stderr=subprocess.DEVNULL)
     try:
         wait_for((tmp_path / "begun").exists)
         children = psutil.Process(process.pid).children(recursive=True)

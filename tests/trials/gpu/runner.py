@@ -68,7 +68,7 @@ def run_step(step: Step, record: Record, seconds: float, environment: dict[str, 
     with log.open("w") as output:
         process = subprocess.Popen(
             step.command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=heed_interrupts,
         )  # fmt: skip
         try:
             status, cause = process.wait(seconds), ""
@@ -80,6 +80,11 @@ def run_step(step: Step, record: Record, seconds: float, environment: dict[str, 
         return ""
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
     return f"{cause or f'It exited with {status}.'}\n{tail}".strip()
+
+
+def heed_interrupts() -> None:
+    """Undo what a shell does to a job in the background, and the job's children inherit: SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen, folder: Path) -> None:
