@@ -24,6 +24,8 @@ from tests.support import wait_for
 HANDLER = '''
 import os, time
 
+from ts.handler_utils.utils import send_intermediate_predict_response
+
 if os.path.exists(os.path.join(os.environ["TEMP"], "break-NAME")):
     raise SystemExit("broken")
 if "NAME" == "slow":
@@ -33,7 +35,8 @@ if "NAME" == "slow":
 def handle(data, context):
     """Answer each request with the size of its batch and what arrived.
 
-    The body b'sleep 2' takes 2 seconds; b'raise' fails the batch; b'exit' ends the worker, and leaves a file.
+    The body b'sleep 2' takes 2 seconds; b'raise' fails the batch; b'header' gets an invalid header; b'exit' ends the
+    worker, and leaves a file; b'part' does so after the first part of a streamed answer.
     """
     if data is None or context is None:
         return None
@@ -45,7 +48,11 @@ def handle(data, context):
             time.sleep(float(body.split()[1]))
         if body == "raise":
             raise ValueError("raise")
-        if body == "exit":
+        if body == "header":
+            context.set_response_header(len(answers), "X-Text", "two\\nlines")
+        if body == "part":
+            send_intermediate_predict_response(["part"], context.request_ids, "OK", 200, context)
+        if body in ("exit", "part"):
             open(os.path.join(os.environ["TEMP"], f"exit-{os.getpid()}"), "w").close()
             os._exit(1)
         fields = {name: str(bytes(value) if isinstance(value, bytearray) else value) for name, value in row.items()}
@@ -62,7 +69,7 @@ MODELS = {
     "two": {**PLAIN, "minWorkers": 2, "maxWorkers": 2},
     "batches": BATCHES,
     "patient": {**BATCHES, "patience": "fixed"},
-    "late": {**PLAIN, "clientTimeoutInMills": 1000},
+    "late": {**PLAIN, "clientTimeoutInMills": 1000, "jobQueueSize": 2},
     "stuck": {**PLAIN, "responseTimeout": 2},
     "broken": {**PLAIN, "maxRetryTimeoutInSec": 1},
 }
@@ -103,7 +110,7 @@ class Bare:
         return Client(self.inference, self.management)
 
     def has_workers(self, model: str, count: int) -> bool:
-        """Return whether so many workers are READY; not so before the API answers."""
+        """Return whether `count` workers are READY; False before the API answers."""
         try:
             return self.client().workers(model).ready == count
         except requests.ConnectionError:

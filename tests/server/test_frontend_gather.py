@@ -21,7 +21,7 @@ def test_lone_request_is_answered_at_once(patched: Bare):
 
 def test_requests_that_come_while_the_worker_is_busy_share_its_next_batch(patched: Bare):
     with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(patched.post, "batches", b"sleep 1")
+        first = pool.submit(patched.post, "batches", b"sleep 2")
         time.sleep(0.3)
         later = list(pool.map(lambda _: patched.post("batches"), range(6)))
     assert first.result().json()["batch"] == 1

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
+import grpc
 import pytest
 import requests
 
+from bundle.server import grpc_client
 from bundle.server.grpc_client import GrpcError, predict
 from tests.server.bare import Bare
 from tests.support import wait_for
@@ -48,6 +50,33 @@ def test_request_inside_a_killed_worker_is_answered_by_the_next(patched: Bare, p
     kill(patched, "one")
     assert inside.result().status_code == 200, inside.result().text
     assert inside.result().json()["worker"] == queued.result().json()["worker"] != killed
+
+
+def test_answer_that_cannot_be_sent_fails_alone(patched: Bare, pool):
+    workers = patched.workers("batches")
+    [busy] = posted(patched, pool, "batches", b"sleep 1.5")
+    with requests.Session() as connection:
+        url = f"{patched.inference}/predictions/batches"
+        first = pool.submit(connection.post, url, b"first", timeout=20)
+        time.sleep(0.1)
+        others = posted(patched, pool, "batches", b"header", b"x")
+        assert busy.result().status_code == first.result().status_code == 200
+        assert error(others[0].result()) == (500, "InvalidAnswer", None)
+        assert others[1].result().status_code == 200
+        second = connection.post(url, b"second", timeout=20)
+    assert second.json()["fields"] == {"body": str(b"second")}, "the first answer came twice"
+    assert patched.workers("batches") == workers
+
+
+def test_streamed_answer_whose_worker_ends_is_not_repeated(patched: Bare):
+    messages, service = grpc_client._stubs()
+    request = messages.PredictionsRequest(model_name="two", input={"data": b"part"})
+    with grpc.insecure_channel(patched.grpc) as channel:
+        answers = service.InferenceAPIsServiceStub(channel).StreamPredictions(request, timeout=20)
+        assert next(answers).prediction == b"part"
+        with pytest.raises(grpc.RpcError) as failed:
+            next(answers)
+    assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_request_that_ends_its_worker_ends_two_and_fails_alone(patched: Bare, pool):

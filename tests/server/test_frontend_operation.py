@@ -3,9 +3,11 @@
 import gzip
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -59,6 +61,39 @@ def test_gzip_body_arrives_decompressed(patched: Bare):
     text = b"a text" * 1000
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"}
     assert patched.post("one", gzip.compress(text), headers=headers).json()["fields"] == {"body": str(text)}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"a=1&b=2", "application/x-www-form-urlencoded"),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="b"; filename="f"\r\n\r\n2\r\n--b--\r\n',
+            "multipart/form-data; boundary=b",
+        ),
+    ],
+    ids=["form", "multipart"],
+)
+def test_gzip_form_arrives_in_its_fields(patched: Bare, body: bytes, kind: str):
+    headers = {"Content-Encoding": "gzip", "Content-Type": kind}
+    fields = patched.post("one", gzip.compress(body), headers=headers).json()["fields"]
+    assert fields == {"a": str(b"1"), "b": str(b"2")}
+
+
+def test_management_calls_of_one_connection_are_answered_in_their_order(patched: Bare):
+    address = urlsplit(patched.management)
+    slow = (
+        b"PUT /models/one?min_worker=1&max_worker=1&synchronous=true HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    )
+    quick = b"GET /models HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        for _ in range(20):
+            connection.sendall(slow + quick)
+            answers = b""
+            while answers.count(b"HTTP/1.1 200") < 2 or not answers.rstrip().endswith(b"}"):
+                answers += connection.recv(65536)
+            assert answers.index(b"Workers scaled") < answers.index(b'"modelName"'), answers
 
 
 @pytest.mark.parametrize("body", [b"no gzip", gzip.compress(b"a text" * 1000)[:-20]], ids=["other", "cut"])

@@ -22,7 +22,7 @@ def full_queue(server: Bare) -> Iterator[None]:
     """Keep the queue of the model `one` full while the block runs."""
     predict(server.grpc, "one", b"x")  # its first call compiles the protocol, which takes a while
     with ThreadPoolExecutor(3) as pool:
-        busy = pool.submit(server.post, "one", b"sleep 3")
+        busy = pool.submit(server.post, "one", b"sleep 4")
         time.sleep(0.5)
         queued = [pool.submit(server.post, "one") for _ in range(2)]
         time.sleep(0.5)
@@ -43,13 +43,27 @@ def test_request_beyond_the_queue_is_429_with_retry_after(patched: Bare):
     assert answer.json()["message"] == 'The queue of model "one" is full: 2 requests wait. Retry later.'
 
 
+def test_request_beyond_the_queue_is_not_counted_as_a_timeout_later(patched: Bare):
+    def failures() -> int:
+        return sum(log.read_text().count("Requests5XX.Count:1") for log in patched.folder.rglob("*.log"))
+
+    before = failures()
+    with ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(patched.post, "late", b"sleep 0.8")]
+        time.sleep(0.3)
+        sent += [pool.submit(patched.post, "late") for _ in range(3)]
+        assert sorted(future.result().status_code for future in sent) == [200, 200, 200, 429]
+    time.sleep(1.2)  # longer than clientTimeoutInMills
+    assert failures() == before
+
+
 def test_model_whose_workers_fail_at_each_start_is_503_with_retry_after(patched: Bare):
     patched.break_workers("broken")
     [pid] = patched.workers("broken")
     os.kill(pid, 9)
     waiting = patched.post("broken")  # queued before TorchServe gives up
     assert waiting.status_code == 503, waiting.text
-    wait_for(lambda: "fail at each start" in patched.post("broken").text, 120)
+    wait_for(lambda: "have not started within maxRetryTimeoutInSec" in patched.post("broken").text, 120)
     assert error(patched.post("broken")) == (503, "NoWorkers", "10")
 
 

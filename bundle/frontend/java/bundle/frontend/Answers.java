@@ -38,6 +38,9 @@ final class Answers {
     /** Answer a queued request with an error. */
     static void send(RestJob job, int status, String type, String message, int retryAfter) {
         ChannelHandlerContext client = (ChannelHandlerContext) read(CLIENT_FIELD, job);
+        if (client != null && !client.channel().isActive()) {
+            return; // an answer is counted in the metrics, and this client has gone
+        }
         if (client != null && hasBegun(job)) {
             client.close(); // the client sees that the answer is incomplete
         } else if (client != null) {

@@ -5,6 +5,7 @@ import groovyjarjarasm.asm.tree.MethodNode;
 import java.util.ArrayList;
 import java.util.Collections;
 import java.util.HashMap;
+import java.util.IdentityHashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.Set;
@@ -17,6 +18,7 @@ import java.util.concurrent.TimeUnit;
 import org.pytorch.serve.job.Job;
 import org.pytorch.serve.util.messages.BaseModelRequest;
 import org.pytorch.serve.util.messages.ModelInferenceRequest;
+import org.pytorch.serve.util.messages.RequestInput;
 import org.pytorch.serve.util.messages.WorkerCommands;
 import org.pytorch.serve.wlm.Batch;
 import org.pytorch.serve.wlm.BatchAggregator;
@@ -25,6 +27,8 @@ import org.pytorch.serve.wlm.ModelManager;
 import org.pytorch.serve.wlm.WorkLoadManager;
 import org.pytorch.serve.wlm.WorkerState;
 import org.pytorch.serve.wlm.WorkerThread;
+import org.slf4j.Logger;
+import org.slf4j.LoggerFactory;
 
 /**
  * No request is lost when a worker ends.
@@ -47,7 +51,10 @@ public final class Lost implements Patch {
     private static final String AGGREGATOR = "org/pytorch/serve/wlm/BatchAggregator";
     private static final String REQUEST = "Lorg/pytorch/serve/util/messages/BaseModelRequest;";
     private static final int RETRY_SECONDS = 1;
+    private static final Logger LOG = LoggerFactory.getLogger(Lost.class);
     private static final Set<WorkerThread> TIMED_OUT = ConcurrentHashMap.newKeySet();
+    private static final ThreadLocal<Set<Job>> ANSWERED = // of the batch of a worker's thread
+            ThreadLocal.withInitial(() -> Collections.newSetFromMap(new IdentityHashMap<>()));
     private static final Set<Job> RETURNED = Collections.synchronizedSet(Collections.newSetFromMap(new WeakHashMap<>()));
 
     @Override
@@ -57,7 +64,7 @@ public final class Lost implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(WORKER, "org/pytorch/serve/wlm/ModelManager", MODEL, Code.REST_JOB);
+        return List.of(WORKER, "org/pytorch/serve/wlm/ModelManager", MODEL, Code.REST_JOB, AGGREGATOR);
     }
 
     @Override
@@ -69,6 +76,13 @@ public final class Lost implements Patch {
         if (code.name.equals(Code.REST_JOB)) {
             Code.requireField(code, Answers.CLIENT);
             Code.requireField(code, Answers.STREAMS);
+            return;
+        }
+        if (code.name.equals(AGGREGATOR)) {
+            String reply = "(Lorg/pytorch/serve/util/messages/ModelWorkerResponse;)Z";
+            MethodNode send = Code.method(code, "sendResponse", reply);
+            String answer = "([BLjava/lang/CharSequence;ILjava/lang/String;Ljava/util/Map;)V";
+            Code.redirectAll(send, "org/pytorch/serve/job/Job", "response", answer, Lost.class, "respond", false);
             return;
         }
         if (code.name.equals(MODEL)) {
@@ -111,6 +125,7 @@ public final class Lost implements Patch {
     /** Collect the next batch of a worker. A worker that has died meanwhile does not get it. */
     public static BaseModelRequest collect(BatchAggregator batch, String worker, WorkerState state)
             throws InterruptedException, ExecutionException {
+        ANSWERED.get().clear();
         BaseModelRequest request = batch.getRequest(worker, state);
         if (Thread.interrupted()) { // TorchServe interrupts the thread of a worker that has ended
             throw new InterruptedException();
@@ -131,6 +146,20 @@ public final class Lost implements Patch {
     /** Answer the requests inside a worker that has ended, if they are not to be repeated. */
     public static void fail(
             BatchAggregator batch, BaseModelRequest request, String error, int status, WorkerThread worker) {
+        safely(() -> failUnsafely(batch, request, error, status, worker));
+    }
+
+    /** Run a part of what ends a worker. An exception here would keep TorchServe from starting the worker again. */
+    private static void safely(Runnable part) {
+        try {
+            part.run();
+        } catch (RuntimeException error) {
+            LOG.error("A request of a worker that ended could not be answered.", error);
+        }
+    }
+
+    private static void failUnsafely(
+            BatchAggregator batch, BaseModelRequest request, String error, int status, WorkerThread worker) {
         if (!isPlain(batch) || !(request instanceof ModelInferenceRequest) || !error.equals("Worker died.")) {
             batch.sendError(request, error, status);
         } else if (TIMED_OUT.contains(worker) && worker.getState() != WorkerState.WORKER_SCALED_DOWN) {
@@ -147,21 +176,44 @@ public final class Lost implements Patch {
         if (isPlain(batch)) {
             Model model = Batch.model(batch);
             List<Job> left = new ArrayList<>(Batch.requests(batch).values());
+            left.removeAll(ANSWERED.get());
             Collections.reverse(left); // each goes to the front
             for (Job job : left) {
                 if (!job.isControlCmd()) {
-                    giveBack(model, job);
+                    safely(() -> giveBack(model, job));
                 }
             }
             if (isAbandoned(model)) {
-                answerAll(model);
+                safely(() -> answerAll(model));
             }
         }
         batch.cleanJobs();
     }
 
+    /**
+     * Answer one request of a batch. TorchServe keeps it in the batch until all are answered.
+     *
+     * <p>An answer that cannot be sent, such as one whose header has a newline, does not end the worker and the rest of
+     * its batch.
+     */
+    public static void respond(
+            Job job, byte[] body, CharSequence type, int status, String phrase, Map<String, String> headers) {
+        try {
+            job.response(body, type, status, phrase, headers);
+            if (!"true".equals(headers.get(RequestInput.TS_STREAM_NEXT))) { // the last part of a stream, or no stream
+                ANSWERED.get().add(job);
+            }
+        } catch (RuntimeException error) {
+            ANSWERED.get().add(job);
+            LOG.error("The handler's answer cannot be sent.", error);
+            String message = "The handler's answer cannot be sent: " + error.getMessage();
+            safely(() -> Answers.fail(job, 500, "InvalidAnswer", message, 0));
+        }
+    }
+
     private static void giveBack(Model model, Job job) {
-        if (!Answers.hasBegun(job) && RETURNED.add(job)) {
+        // the parts of a gRPC stream may have been sent
+        if (job.getCmd() == WorkerCommands.PREDICT && !Answers.hasBegun(job) && RETURNED.add(job)) {
             try {
                 model.addFirst(job);
                 return;

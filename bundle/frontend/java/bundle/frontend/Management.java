@@ -9,6 +9,7 @@ import io.netty.channel.ChannelHandler;
 import io.netty.channel.ChannelPipeline;
 import io.netty.util.concurrent.DefaultThreadFactory;
 import io.netty.util.concurrent.EventExecutorGroup;
+import io.netty.util.concurrent.NonStickyEventExecutorGroup;
 import io.netty.util.concurrent.UnorderedThreadPoolEventExecutor;
 import java.util.List;
 import org.pytorch.serve.util.ConnectorType;
@@ -55,7 +56,8 @@ public final class Management implements Patch {
 
     /** Made when the first connection needs them. */
     private static final class Threads {
-        static final EventExecutorGroup GROUP =
-                new UnorderedThreadPoolEventExecutor(THREADS, new DefaultThreadFactory("management", true));
+        // non-sticky: the calls of one connection keep their order, and those of others do not wait for them
+        static final EventExecutorGroup GROUP = new NonStickyEventExecutorGroup(
+                new UnorderedThreadPoolEventExecutor(THREADS, new DefaultThreadFactory("management", true)));
     }
 }

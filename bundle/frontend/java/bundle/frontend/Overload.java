@@ -11,6 +11,7 @@ import org.pytorch.serve.archive.model.ModelNotFoundException;
 import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
 import org.pytorch.serve.http.ServiceUnavailableException;
 import org.pytorch.serve.job.Job;
+import org.pytorch.serve.job.RestJob;
 import org.pytorch.serve.util.NettyUtils;
 import org.pytorch.serve.wlm.Model;
 import org.pytorch.serve.wlm.ModelManager;
@@ -86,11 +87,14 @@ public final class Overload implements Patch {
             throw new Rejection(503, NO_WORKERS_SECONDS, "NoWorkers", "The " + named + " has no workers.");
         }
         if (Lost.isAbandoned(model)) {
-            throw new Rejection(
-                    503, NO_WORKERS_SECONDS, "NoWorkers", "The workers of " + named + " fail at each start. See the log.");
+            String why = "The workers of " + named + " have not started within maxRetryTimeoutInSec. See the log.";
+            throw new Rejection(503, NO_WORKERS_SECONDS, "NoWorkers", why);
         }
         if (manager.addJob(job)) {
             return true;
+        }
+        if (job instanceof RestJob) {
+            Timeouts.claim((RestJob) job); // its clock stops
         }
         if (model.isUseJobTicket() || model.isSequenceBatching()) {
             return false; // these reject requests for other reasons, too
