@@ -16,6 +16,7 @@ from pathlib import Path
 
 WORKER = "model_service_worker.py"
 LAUNCHERS = {"torchrun": ["-m", "torch.distributed.run"]}
+JAVA_OPTIONS = "JDK_JAVA_OPTIONS"
 UNPACKED = ("models", "workflows")  # folders of unpacked archives, in TorchServe's temporary folder
 
 
@@ -65,10 +66,16 @@ def permit(folder: Path, arguments: tuple[str, ...]) -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment variables of a command that runs in this folder."""
+    from bundle.paths import FRONTEND
+
+    others = {name: value for name, value in os.environ.items() if name != JAVA_OPTIONS}
+    # the agent of TorchServe's own Java (bundle/server/frontend.py) is not for a Java that the command starts
+    options = os.environ.get(JAVA_OPTIONS, "").removesuffix(f'"-javaagent:{FRONTEND / "frontend.jar"}"').strip()
     guards = str(Path(__file__).resolve().parent / "bin")
     path = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry != guards]
     return {
-        **os.environ,
+        **others,
+        **({JAVA_OPTIONS: options} if options else {}),
         "PATH": os.pathsep.join(path),
         # TorchServe's own value begins with the folder of the handler that a registration names, which can be any
         "PYTHONPATH": f"{folder}{os.pathsep}{torchserve()}",

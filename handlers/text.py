@@ -52,9 +52,8 @@ class TextHandler(ExplainedClassifier):
     def decode(self, inputs: Inputs) -> Sample:
         """Encode a text as token ids, int64 [T], 1 <= T <= max_tokens."""
         check_text(inputs.data, self.settings)
-        [encoding] = self.tokenizer.encode_batch_fast(
-            [inputs.data]
-        )  # without the offsets, which only `explainable` needs
+        # without the offsets, which only `explainable` needs
+        [encoding] = self.tokenizer.encode_batch_fast([inputs.data])
         ids = encoding.ids
         if not ids:
             raise EmptyInput("The text has no words. Send at least one word.")

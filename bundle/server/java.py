@@ -40,16 +40,27 @@ def java_home() -> Path:
 
 def major_version(java: Path) -> int:
     """Return 17 for Java 17, 8 for "1.8", and 0 if `java` does not run."""
-    # options for a server's Java could make this call fail, or print more than the version
+    run = asked(java, "-version")
+    match = re.search(r'version "(?:1\.)?(\d+)', run.stderr) if run else None
+    return int(match[1]) if match else 0
+
+
+def has_module(home: Path, module: str) -> bool:
+    """Return whether this Java has a module. It takes as long as a version: less than 0.1 s."""
+    return asked(home / "bin" / "java", "--add-modules", module, "-version") is not None
+
+
+def asked(java: Path, *options: str) -> subprocess.CompletedProcess[str] | None:
+    """Run Java to ask about itself; return None if it fails."""
+    # options for a server's Java could make this call fail, or print more than the answer
     environment = {
         key: value for key, value in os.environ.items() if not key.endswith(("JAVA_OPTIONS", "TOOL_OPTIONS"))
     }
     try:
-        run = subprocess.run([java, "-version"], capture_output=True, text=True, env=environment)
+        run = subprocess.run([java, *options], capture_output=True, text=True, env=environment)
     except OSError:
-        return 0
-    match = re.search(r'version "(?:1\.)?(\d+)', run.stderr)
-    return int(match[1]) if match and run.returncode == 0 else 0
+        return None
+    return run if run.returncode == 0 else None
 
 
 if __name__ == "__main__":

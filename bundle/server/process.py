@@ -200,7 +200,9 @@ class Server:
         temporary = tempfile.mkdtemp(prefix="torchserve-")
         environment |= {"TMPDIR": temporary, "TEMP": temporary}  # for the launcher's pid file and for java.io.tmpdir
         try:
-            with self.console.open("wb") as console:
+            if frontend.is_off(environment):
+                self.console.write_text(frontend.ALL_OFF)
+            with self.console.open("ab") as console:
                 subprocess.run(
                     command, cwd=self.run_dir, env=environment, start_new_session=True,
                     stdin=subprocess.DEVNULL, stdout=console, stderr=console,
@@ -237,11 +239,11 @@ class Server:
         """Check what a start needs. Call it before stopping a server for a restart.
 
         Raises:
-            BundleError: a setting is invalid, Java is missing, a port is taken, or an archive was changed since it was
-                built or signed.
+            BundleError: a setting is invalid, Java is missing or cannot load the frontend's agent, a port is taken, or
+                an archive was changed since it was built or signed.
         """
         self.settings.check()
-        java_home()
+        frontend.check(java_home(), self.settings.passed_on())
         self.check_ports()
         trusted = key_of("TRUSTED_KEY")
         for folder in folders:

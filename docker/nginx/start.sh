@@ -10,7 +10,7 @@
 #   PROXY_RATE        200r/s      rate limit of one client's predictions
 #   BURST             400         requests that one client may send above that rate
 #   CONNECTIONS       256         concurrent predictions of one client
-#   LARGE_BODIES      16          concurrent predictions of all clients with a body over 1 MB
+#   LARGE_BODIES      16          concurrent predictions of all clients with a body over 1 MB, or a compressed one
 #   LARGE_BODIES_OF_CLIENT  4     the same for one client
 #   TRUSTED_PROXIES               networks of load balancers in front, whose X-Forwarded-For is trusted
 #   LISTEN            8080        port, or address:port

@@ -174,7 +174,7 @@ class BatchHandler(BaseHandler):
         self.load_assets(Path(context.system_properties["model_dir"]))
         self.optimize()
         self.warm_up()
-        wire.read_in_one_pass()
+        wire.read_in_one_pass(context.model_yaml_config)
         memory.freeze_objects()
 
     @torch.inference_mode()

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, cast
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -61,7 +62,9 @@ def fastest(
     """
     if requested == "int8" and not (folder / INT8_NAME).is_file():
         raise FileNotFoundError(f"the archive has no {INT8_NAME}: build it with `bundle: int8: true`")
-    choice = folder / f".precision-{os.getppid()}"  # of this TorchServe: the next one may run on another machine
+    # of this TorchServe: the next one may run on another machine, and in a container with the same process id. The hash
+    # has the process's start too, in a form that does not change with the clock.
+    choice = folder / f".precision-{hash(psutil.Process(os.getppid()))}"
     if (requested == "auto" or isinstance(requested, list)) and choice.is_file():
         requested = cast(Precision, choice.read_text())
     native = native_precisions(device, folder)

@@ -11,6 +11,7 @@ import logging
 import os
 import struct
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from socket import socket
 from typing import NamedTuple, NoReturn
@@ -128,16 +129,22 @@ class Stream:
 streams: dict[socket, Stream] = {}  # a worker has one connection
 
 
-def read_in_one_pass() -> None:
+def read_in_one_pass(config: Mapping[str, object] | None = None) -> None:
     """Replace TorchServe's reader, starting with the next message.
 
     Call this between two messages, such as while the frontend waits for the model to load.
+
+    Args:
+        config: the model's model-config.yaml. With `asyncCommunication`, TorchServe's own functions stay, because its
+            AsyncService appends messages to a list.
     """
+    if config and config.get("asyncCommunication"):
+        return
     for module, expected in KNOWN_SOURCES.items():
         if hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() != expected:
             logger.warning("%s is not that of TorchServe 0.12.0: it reads requests itself, slowly", module.__name__)
             return
-    otf_message_handler._retrieve_buffer = lambda connection, length: bytearray(stream_of(connection).take(length))
+    otf_message_handler._retrieve_buffer = read_bytes
     otf_message_handler._retrieve_inference_msg = lambda connection: stream_of(connection).batch()
     service.Service.retrieve_data_for_inference = staticmethod(unpacked)
 
@@ -146,6 +153,11 @@ def stream_of(connection: socket) -> Stream:
     if connection not in streams:
         streams[connection] = Stream(connection)
     return streams[connection]
+
+
+def read_bytes(connection: socket, length: int) -> bytearray:
+    """Return the next bytes; none for a negative length, as in TorchServe."""
+    return bytearray(stream_of(connection).take(max(0, length)))
 
 
 def unpacked(batch: object, torchserves=service.Service.retrieve_data_for_inference) -> Batch:

@@ -18,7 +18,7 @@ from bundle.server.settings import ADDRESSES, GRPC_PORTS, Settings
 
 PROGRAM = """#!{python}
 import signal, socket, subprocess, sys, time
-if sys.argv[1:] == ["-version"]:
+if sys.argv[-1:] == ["-version"]:
     sys.exit(print('openjdk version "17.0.9"', file=sys.stderr))
 {body}
 """

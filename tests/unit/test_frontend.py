@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from bundle.build import frontend as building
+from bundle.errors import BundleError
 from bundle.server import frontend
 from bundle.server.frontend import JAR, OFF, OPTIONS
 from bundle.server.java import java_home
 from bundle.server.status import Status
 
 PATCHES = ["gather", "overload", "lost", "timeouts", "forms", "drain", "management", "scaling", "gzip"]
-NO_COMPILER = shutil.which("javac") is None
+NO_COMPILER = shutil.which("javac") is None and os.environ.get("CI") != "true"  # there, a test fails without a JDK
 HELLO = 'public class Hello { public static void main(String[] a) { System.out.println("started"); } }'
 # reads the list of a model's workers while it changes
 SCALING = """
@@ -139,6 +140,57 @@ def test_environment_keeps_other_java_options():
     assert frontend.with_agent({})[OPTIONS] == f'"-javaagent:{JAR}"'
 
 
+@pytest.mark.parametrize("off", ["all", "gather,all", "lost all"])
+def test_environment_without_any_patch_has_no_agent(off: str):
+    given = {OPTIONS: "-Xss2m", OFF: off}
+    assert frontend.with_agent(given) == given
+
+
+@pytest.mark.parametrize(
+    ("folder", "loads"),
+    [("it's a folder, (1)", True), ("a=b", False), ('say "a"', False), ("missing", False)],
+)
+def test_check_accepts_the_agents_path_if_java_starts_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, loads: bool
+):
+    jar = tmp_path / folder / "frontend.jar"
+    jar.parent.mkdir()
+    if folder != "missing":
+        shutil.copy(JAR, jar)
+    monkeypatch.setattr(frontend, "JAR", jar)
+    assert starts(java_home(), frontend.with_agent(os.environ)) is loads
+    check_agrees(java_home(), {}, None if loads else 'frontend.jar (is missing|has [="])')
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="no JDK")
+def test_java_without_the_module_for_agents_starts_with_all_patches_off_only(tmp_path: Path):
+    small = tmp_path / "java"
+    subprocess.run(["jlink", "--add-modules", "java.base", "--output", small], check=True)
+    assert not starts(small, frontend.with_agent(os.environ))
+    check_agrees(small, {}, "java lacks the module java.instrument .* Set JAVA_HOME")
+    assert starts(small, frontend.with_agent({**os.environ, OFF: "all"}))
+    check_agrees(small, {OFF: "all"}, None)
+
+
+def starts(home: Path, environment: dict[str, str]) -> bool:
+    return subprocess.run([home / "bin" / "java", "-version"], env=environment, capture_output=True).returncode == 0
+
+
+def check_agrees(home: Path, environment: dict[str, str], problem: str | None) -> None:
+    """Check that `frontend.check` raises an error with this problem, or none."""
+    if problem is None:
+        frontend.check(home, environment)
+    else:
+        with pytest.raises(BundleError, match=f"{problem}.* set {OFF}=all"):
+            frontend.check(home, environment)
+
+
+def test_fingerprint_without_the_agent_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = frontend.fingerprint({})
+    monkeypatch.setattr(frontend, "JAR", tmp_path / "missing.jar")
+    assert frontend.fingerprint({}) != before
+
+
 def test_states_without_a_console_are_empty(tmp_path: Path):
     assert frontend.states(tmp_path / "console.log") == {}
 
@@ -149,6 +201,7 @@ def test_states_without_a_console_are_empty(tmp_path: Path):
         ({"a": "in", "b": "in"}, "patches of the frontend: a, b"),
         ({"a": "in", "b": "off"}, "patches of the frontend: a; b is off"),
         ({"a": "refused: Model: no poll"}, "patches of the frontend: none; a is refused: Model: no poll"),
+        ({"all": "off"}, "patches of the frontend: none; all is off"),
         ({}, "patches of the frontend: none"),
     ],
     ids=str,

@@ -134,6 +134,24 @@ def test_restarted_worker_takes_the_precision_of_the_first_one(tmp_path: Path, m
         assert fastest(module, "auto", CPU, inputs, tmp_path)[0] == "bfloat16"
 
 
+def test_next_server_with_the_same_process_id_chooses_again(tmp_path: Path):
+    """Each server is process 1 of its own container, as it would be on another machine."""
+    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*container, "true"]).returncode != 0:
+        pytest.skip("no namespaces")
+    scripted(nn.Linear(2, 2), tmp_path / "model.pt")
+    server = [*container, "sh", "-c", '"$@"; exit $?', "server"]  # waits for its worker, and does not become it
+    chosen = [
+        subprocess.run(
+            [*server, sys.executable, "-c", CHOOSE, str(tmp_path), fast],
+            input="\n", stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT,
+        ).stdout
+        for fast in ("bfloat16", "float32")
+    ]  # fmt: skip
+    assert chosen == ["bfloat16\n", "float32\n"]
+    assert len(list(tmp_path.glob(".precision-*"))) == 2
+
+
 @torch.inference_mode()
 def test_folder_that_cannot_be_written_leaves_the_choice_to_each_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

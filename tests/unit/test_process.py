@@ -93,6 +93,26 @@ def overrides(server: Server) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("off", "states", "agents"), [("all", {"all": "off"}, 0), ("gather", {}, 1)])
+def test_server_without_any_patch_runs_without_the_agent(server: Server, monkeypatch, off, states, agents):
+    """The Java of this test prints no states."""
+    monkeypatch.setenv("BUNDLE_FRONTEND_OFF", off)
+    started = server.start([])
+    assert started.process().environ().get("JDK_JAVA_OPTIONS", "").count("-javaagent") == agents
+    assert frontend.states(server.console) == states
+
+
+@pytest.mark.slow
+def test_server_whose_agent_is_missing_starts_with_all_patches_off_only(server: Server, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(frontend, "JAR", tmp_path / "missing.jar")
+    with pytest.raises(BundleError, match=r"missing\.jar is missing.*set BUNDLE_FRONTEND_OFF=all"):
+        server.start([])
+    assert leftovers(server) == []
+    monkeypatch.setenv("BUNDLE_FRONTEND_OFF", "all")
+    assert server.start([]).process()
+
+
+@pytest.mark.slow
 def test_java_that_ends_after_its_launcher_is_not_running(server: Server, tmp_path: Path, monkeypatch):
     java_is(DIES, tmp_path, monkeypatch)
     started = server.start([])

@@ -6,11 +6,13 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ts import service
+from ts.async_service import AsyncService
 from ts.protocol import otf_message_handler
 
 from handlers.core import wire
@@ -167,6 +169,32 @@ def test_negative_length_of_a_value_is_an_empty_value():
     expected = read(content, 100)
     wire.read_in_one_pass()
     assert read(content, 100) == expected
+
+
+@pytest.mark.parametrize("install_reader", [lambda: None, wire.read_in_one_pass])
+def test_negative_length_of_a_buffer_is_empty_and_reads_nothing(install_reader: Callable[[], None]):
+    install_reader()
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        sender.sendall(b"abcd")
+        read = [otf_message_handler._retrieve_buffer(receiver, length) for length in (2, -1, 2)]
+    assert read == [b"ab", b"", b"cd"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_message_is_one_that_torchserves_async_service_reads_if_the_model_asks_for_it(asynchronous: bool):
+    wire.read_in_one_pass({"asyncCommunication": asynchronous})
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        service_of_model = SimpleNamespace(cl_socket=receiver, predict=None)
+        receives = AsyncService(service_of_model)
+        sender.sendall(message([(b"1", [], [(b"body", b"image/png", b"x")])]))
+        sender.shutdown(socket.SHUT_WR)
+        with pytest.raises(SystemExit):
+            receives.receive_requests()
+        batch: list = []
+        batch += receives.in_queue.get_nowait()  # as in AsyncService.fetch_batches
+    assert isinstance(batch[0], dict) is asynchronous
 
 
 def test_other_torchserve_keeps_its_own_reader(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

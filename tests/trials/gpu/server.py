@@ -114,10 +114,9 @@ def kill_one(place: Place) -> dict:
         wait_for(lambda: len(now := pids(place, "mnist")) == 2 and min(before) not in now, 90)
         seconds = time.monotonic() - start
         sent.wait_for(ROWS)
-    failed = sent.counts.total() - sent.counts[200]
-    assert not sent.counts["wrong answer"], sent.counts
-    assert failed <= CLIENTS, f"more requests failed than the worker can have had: {sent.counts}"
-    return {"seconds until two are ready": seconds, "failed requests": failed, "answered": sent.counts[200]}
+    # the frontend gives the requests of a worker that ended to the other one
+    assert set(sent.counts) == {200}, f"requests failed: {sent.counts}"
+    return {"seconds until two are ready": seconds, "answered": sent.counts[200]}
 
 
 def process_memory(place: Place) -> dict:
