@@ -52,7 +52,7 @@ def fastest(
         requested: the setting `precision`.
         device: of the worker.
         inputs: a batch on the device, for the measurement.
-        folder: the unpacked archive, which may contain an int8 module, and where the workers agree.
+        folder: the unpacked archive, which may contain an int8 module.
 
     Returns:
         the precision, and the module. Its outputs may have the reduced dtype.
@@ -62,10 +62,8 @@ def fastest(
     """
     if requested == "int8" and not (folder / INT8_NAME).is_file():
         raise FileNotFoundError(f"the archive has no {INT8_NAME}: build it with `bundle: int8: true`")
-    # of this TorchServe: the next one may run on another machine, and in a container with the same process id. The hash
-    # has the process's start too, in a form that does not change with the clock.
-    choice = folder / f".precision-{hash(psutil.Process(os.getppid()))}"
-    if (requested == "auto" or isinstance(requested, list)) and choice.is_file():
+    choice = choice_file(folder)
+    if (requested == "auto" or isinstance(requested, list)) and choice and choice.is_file():
         requested = cast(Precision, choice.read_text())
     native = native_precisions(device, folder)
     fixed = isinstance(requested, str) and requested != "auto"
@@ -91,8 +89,21 @@ def fastest(
     seconds = measure(modules, inputs, device)
     best = min(seconds, key=lambda name: seconds[name])
     own = best if seconds[best] < WORTHWHILE * seconds["float32"] else "float32"
-    first = record_first(choice, own)
+    first = record_first(choice, own) if choice else own
     return (first, modules[first]) if first in modules else (own, modules[own])
+
+
+def choice_file(folder: Path) -> Path | None:
+    """Return the file with the choice of a version's first worker; None if TorchServe has not unpacked this folder.
+
+    The file is beside the folder, because the guard refuses a folder in which a file was added. Its name has the
+    process of TorchServe: the next one may run on another machine, and in a container with the same process id. The
+    hash has the process's start, too, in a form that does not change with the clock.
+    """
+    folder = folder.resolve()
+    if folder.parent != Path(os.environ.get("TEMP", ""), "models").resolve():
+        return None
+    return folder.with_name(f"{folder.name}.precision-{hash(psutil.Process(os.getppid()))}")
 
 
 def record_first(file: Path, choice: str) -> str:
@@ -104,7 +115,7 @@ def record_first(file: Path, choice: str) -> str:
             os.link(written.name, file)  # whole from the beginning, and only for one of several workers
     except FileExistsError:
         return file.read_text()
-    except OSError as exc:  # such as a read-only folder that is served without an archive
+    except OSError as exc:  # such as a full disk
         logger.warning("workers of this model may choose different precisions: %s", exc)
     return choice
 

@@ -2,8 +2,6 @@
 
 import importlib
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from bundle.build.precision import Judge
 from bundle.build.quantize import layers, load, quantize
 from bundle.catalog import CONFIG_NAME, ModelFolder, select
 from bundle.errors import BundleError
-from bundle.paths import MODELS, ROOT
+from bundle.paths import MODELS
 from handlers.core.precision import INT8_NAME, fastest, freeze
 from tests.shipped import DATA_DIR, SHIPPED, skip_without_data_set
 from tests.unit.inputs import DIGITS, draw_digit, encode_image
@@ -77,90 +75,9 @@ def test_precision_outside_the_wanted_list_is_not_chosen(tmp_path: Path, monkeyp
         "handlers.core.precision.measure", lambda modules, *_: {name: seconds[name] for name in modules}
     )
     module, inputs = scripted(nn.Linear(2, 2), tmp_path / "model.pt"), (torch.ones(1, 2),)
-    for number, (wanted, chosen) in enumerate(
-        [("auto", "bfloat16"), (["float32", "bfloat16"], "bfloat16"), (["float32", "int8"], "float32")]
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        assert fastest(module, wanted, CPU, inputs, folder)[0] == chosen
-
-
-CHOOSE = """
-import sys
-from pathlib import Path
-import torch
-from handlers.core import precision
-
-folder, fast = Path(sys.argv[1]), sys.argv[2]
-precision.native_precisions = lambda *_: ["bfloat16"]
-precision.measure = lambda modules, *_: {name: 0.1 if name == fast else 1.0 for name in modules}
-input()  # starts all at the same time
-with torch.inference_mode():
-    module = torch.jit.load(folder / "model.pt").eval()
-    print(precision.fastest(module, "auto", torch.device("cpu"), (torch.ones(1, 2),), folder)[0])
-"""
-
-
-def test_workers_of_a_server_take_the_same_precision(tmp_path: Path):
-    """Half of the workers measure that bfloat16 is faster, and half that float32 is."""
-    scripted(nn.Linear(2, 2), tmp_path / "model.pt")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHOOSE, str(tmp_path), fast],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for fast in ("bfloat16", "float32", "bfloat16", "float32")
-    ]
-    for worker in workers:
-        worker.stdin.write("\n")
-        worker.stdin.flush()
-    chosen = [worker.communicate(timeout=60)[0] for worker in workers]
-    assert chosen in (["bfloat16\n"] * 4, ["float32\n"] * 4)
-    assert [path.name for path in tmp_path.iterdir() if "tmp" in path.name] == []
-
-
-@torch.inference_mode()
-def test_restarted_worker_takes_the_precision_of_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("handlers.core.precision.native_precisions", lambda *_: ["bfloat16"])
-    module, inputs = scripted(nn.Linear(2, 2), tmp_path / "model.pt"), (torch.ones(1, 2),)
-    for fast in ("bfloat16", "float32"):
-        monkeypatch.setattr(
-            "handlers.core.precision.measure",
-            lambda modules, *_, fast=fast: {name: 0.1 if name == fast else 1.0 for name in modules},
-        )
-        assert fastest(module, "auto", CPU, inputs, tmp_path)[0] == "bfloat16"
-
-
-def test_next_server_with_the_same_process_id_chooses_again(tmp_path: Path):
-    """Each server is process 1 of its own container, as it would be on another machine."""
-    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
-    if shutil.which("unshare") is None or subprocess.run([*container, "true"]).returncode != 0:
-        pytest.skip("no namespaces")
-    scripted(nn.Linear(2, 2), tmp_path / "model.pt")
-    server = [*container, "sh", "-c", '"$@"; exit $?', "server"]  # waits for its worker, and does not become it
-    chosen = [
-        subprocess.run(
-            [*server, sys.executable, "-c", CHOOSE, str(tmp_path), fast],
-            input="\n", stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT,
-        ).stdout
-        for fast in ("bfloat16", "float32")
-    ]  # fmt: skip
-    assert chosen == ["bfloat16\n", "float32\n"]
-    assert len(list(tmp_path.glob(".precision-*"))) == 2
-
-
-@torch.inference_mode()
-def test_folder_that_cannot_be_written_leaves_the_choice_to_each_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setattr("handlers.core.precision.native_precisions", lambda *_: ["bfloat16"])
-    monkeypatch.setattr("handlers.core.precision.measure", lambda modules, *_: dict.fromkeys(modules, 1.0))
-    module, inputs = scripted(nn.Linear(2, 2), tmp_path / "model.pt"), (torch.ones(1, 2),)
-    assert fastest(module, "auto", CPU, inputs, tmp_path / "missing")[0] == "float32"
-    assert "workers of this model may choose different precisions" in caplog.text
+    assert fastest(module, "auto", CPU, inputs, tmp_path)[0] == "bfloat16"
+    assert fastest(module, ["float32", "bfloat16"], CPU, inputs, tmp_path)[0] == "bfloat16"
+    assert fastest(module, ["float32", "int8"], CPU, inputs, tmp_path)[0] == "float32"
 
 
 def test_int8_without_an_int8_module_raises(tmp_path: Path):
