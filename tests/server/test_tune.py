@@ -37,10 +37,10 @@ def folder(tmp_path: Path) -> ModelFolder:
 
 @pytest.fixture
 def slow_folder(folder: ModelFolder) -> ModelFolder:
-    """MNIST with bad settings: batches of 300 requests, for which each request waits up to 1.5 s."""
+    """MNIST with bad settings: batches of 300 requests, for which each request waits up to 1.5 s (patience: fixed)."""
     file = folder.path / "model-config.yaml"
     text = re.sub(r"batchSize: \d+ ", "batchSize: 300", file.read_text())
-    file.write_text(re.sub(r"maxBatchDelay: \d+ ", "maxBatchDelay: 1500", text))
+    file.write_text(re.sub(r"maxBatchDelay: \d+ ", "patience: fixed\nmaxBatchDelay: 1500", text))
     return ModelFolder(folder.path)
 
 
