@@ -23,6 +23,8 @@ from tests.trials.gpu.record import END, Checks, Record, Result
 from tests.trials.gpu.runner import Step, run_steps
 from tests.trials.gpu.steps import MODELS, STEPS
 
+pytestmark = pytest.mark.slow  # most tests start processes
+
 TITLES = {"one": "The first", "two": "The second"}
 
 

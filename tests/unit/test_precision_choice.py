@@ -12,6 +12,7 @@ from torch import nn
 from bundle.paths import ROOT
 from handlers.core.precision import fastest
 
+pytestmark = pytest.mark.slow  # the workers are processes
 CPU = torch.device("cpu")
 CHOOSE = """
 import sys
