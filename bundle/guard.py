@@ -66,11 +66,11 @@ def permit(folder: Path, arguments: tuple[str, ...]) -> None:
 
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment variables of a command that runs in this folder."""
-    from bundle.paths import FRONTEND
+    from bundle.paths import FRONTEND_JAR
 
     others = {name: value for name, value in os.environ.items() if name != JAVA_OPTIONS}
     # the agent of TorchServe's own Java (bundle/server/frontend.py) is not for a Java that the command starts
-    options = os.environ.get(JAVA_OPTIONS, "").removesuffix(f'"-javaagent:{FRONTEND / "frontend.jar"}"').strip()
+    options = os.environ.get(JAVA_OPTIONS, "").removesuffix(f'"-javaagent:{FRONTEND_JAR}"').strip()
     guards = str(Path(__file__).resolve().parent / "bin")
     path = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry != guards]
     return {

@@ -11,6 +11,7 @@ HANDLERS = ROOT / "handlers"
 HANDLER_REQUIREMENTS = HANDLERS / "requirements.txt"  # what a worker needs
 MODEL_STORE = ROOT / "model_store"
 FRONTEND = ROOT / "bundle" / "frontend"  # the Java agent: sources and jar
+FRONTEND_JAR = FRONTEND / "frontend.jar"
 
 
 def models_dir() -> Path:

@@ -14,8 +14,9 @@ from pathlib import Path
 from bundle.errors import BundleError
 from bundle.files import write_atomically
 from bundle.paths import FRONTEND
+from bundle.paths import FRONTEND_JAR as JAR
 
-SOURCES, JAR = FRONTEND / "java", FRONTEND / "frontend.jar"
+SOURCES = FRONTEND / "java"
 RELEASE = 11  # the oldest Java that the bundle accepts: bundle/server/java.py
 DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that an archive can have
 MANIFEST = """Manifest-Version: 1.0
@@ -59,7 +60,7 @@ def compiler_version() -> str:
         BundleError: javac is missing.
     """
     if shutil.which("javac") is None:
-        raise BundleError("javac is missing. Install a JDK 17; only who changes the Java sources needs one.")
+        raise BundleError("javac is missing. Install a JDK 17. Only changes of the Java sources need one.")
     printed = subprocess.run(["javac", "-version"], capture_output=True, text=True)
     return printed.stdout.split()[-1].split(".")[0]
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bundle.errors import BundleError
-from bundle.paths import FRONTEND
+from bundle.paths import FRONTEND_JAR as JAR
 from bundle.server.java import has_module
 
-JAR = FRONTEND / "frontend.jar"
 OFF = "BUNDLE_FRONTEND_OFF"  # names of patches to leave out, or `all`; the agent itself reads it
 OPTIONS = "JDK_JAVA_OPTIONS"  # Java's launcher reads it; unlike `vmargs`, it allows a path with spaces
 STATE = re.compile(r"^frontend patch (\S+): (.+)$", re.MULTILINE)  # what the agent prints
