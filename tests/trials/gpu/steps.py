@@ -158,15 +158,16 @@ def same_answers(model: ModelFolder) -> dict:
 
 def measured_options(checks: Checks, case: Case) -> dict:
     """Measure collation, copies and module; the ways take turns."""
-    with dry_run(case, gpu(), max(SIZES)) as worker:
+    sizes, turns = (SIZES, TURNS) if gpu() is not None else (SMALL_SIZES[:1], 1)
+    with dry_run(case, gpu(), max(sizes)) as worker:
         handler, samples = worker.handler, worker.decode({"body": content(case)})
         pinned, plain, graphs = handler.staging.pinned, handler.model, with_graphs(worker)
         ways = {"ordinary": (False, plain), "page-locked": (pinned, plain), "and CUDA graphs": (pinned, graphs)}
-        for size in SMALL_SIZES if gpu() is None else SIZES:
+        for size in sizes:
             times: dict[str, list[float]] = {name: [] for name in ways}
-            for turn in range(1 + TURNS):  # the first is not counted
+            for turn in range(1 + turns):  # the first is not counted
                 for name, (handler.staging.pinned, handler.model) in ways.items():
-                    seconds = timed(lambda size=size: handler.predict(samples * size), SECONDS / TURNS / len(ways))
+                    seconds = timed(lambda size=size: handler.predict(samples * size), SECONDS / turns / len(ways))
                     times[name] += [seconds] if turn else []
             values = {f"{name} ms": 1000 * statistics.median(each) for name, each in times.items()}
             checks.note(f"{case.name}, batch {size}", **values)
