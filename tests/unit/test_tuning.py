@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.load.generator import LoadResult
+from bundle.server import frontend
 from bundle.tuning import search
 from bundle.tuning import tuner as tune
 from bundle.tuning.search import Point, Score
-from bundle.tuning.space import Candidate, distance, neighbours, space, spread
+from bundle.tuning.space import DELAYS, Candidate, distance, neighbours, space, spread
 
 NOW = Candidate(1, 1, 16, 5)
 TARGET = 0.1
@@ -103,7 +105,7 @@ def test_later_climb_starts_below_the_best():
 
 def test_halving_finds_the_best_of_a_noisy_function():
     """Compare with the same time spent on all candidates equally. Noise falls with the root of a measurement's time."""
-    field = spread(space(8, ["auto"], 64, 256, TARGET), NOW, 32)
+    field = spread(space(8, ["auto"], 64, 256, DELAYS), NOW, 32)
 
     def truth(candidate: Candidate) -> float:
         return 1000 - 60 * distance(candidate, Candidate(4, 2, 32, 2))
@@ -142,7 +144,7 @@ def test_halving_takes_the_planned_number_of_rounds(count: int):
 
 
 def test_halving_finds_a_best_outside_its_sample_through_neighbours():
-    everything = space(2, ["auto"], 64, 256, 0.002)
+    everything = space(2, ["auto"], 64, 256, [1, 2])
     best = Candidate(2, 1, 64, 1)
     field = [each for each in spread(everything, NOW, 12) if each != best]
 
@@ -199,13 +201,43 @@ def test_tuning_tries_neighbours_of_its_leader(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "on_gpu", lambda: False)
     best = Candidate(1, 2, 32, 1)
     machine = Machine(best)
-    search_for = tune.Tuning(machine, NOW, ["auto"], TARGET, 90, lambda doing, score: None)
+    search_for = tune.Tuning(machine, NOW, ["auto"], True, TARGET, 90, lambda doing, score: None)
     first = search_for.field()
     assert best not in first
     verdict = search_for.run()
     assert verdict.replaces
     assert verdict.best == best
     assert set(machine.served) > set(first)
+
+
+@pytest.mark.parametrize(("waits", "tried"), [(True, {1, 2}), (False, {NOW.delay})])
+def test_tuning_tries_other_delays_only_where_batches_wait_to_fill(
+    monkeypatch: pytest.MonkeyPatch, waits: bool, tried: set[int]
+):
+    monkeypatch.setattr(tune, "cores", lambda: 2)
+    monkeypatch.setattr(tune, "on_gpu", lambda: False)
+    search_for = tune.Tuning(Machine(NOW), NOW, ["auto"], waits, TARGET, 90, lambda doing, score: None)
+    assert set(search_for.delays(lone=0.007)) == tried  # NOW waits 5 ms of the 7
+    search_for.field()
+    assert {candidate.delay for candidate in search_for.candidates} <= tried
+
+
+@pytest.mark.parametrize(
+    ("config", "off", "waits"),
+    [
+        ("", "", False),
+        ("patience: fixed\n", "", True),
+        ("", "lost gather", True),
+        ("", "all", True),
+        ("", "lost", False),
+    ],
+)
+def test_batches_wait_to_fill_with_fixed_patience_or_without_the_patch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, off: str, waits: bool
+):
+    monkeypatch.setenv(frontend.OFF, off)
+    (tmp_path / CONFIG_NAME).write_text(f"{config}bundle: {{version: '1.0', handler: mnist}}\n")
+    assert tune.waits_to_fill(ModelFolder(tmp_path)) is waits
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------

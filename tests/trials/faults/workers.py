@@ -205,7 +205,7 @@ def crash(stack: Stack, seconds: float) -> Outcome:
         f"the crashing request got {answer.status_code} after {took:.1f} s; {replaced} of 3 workers were replaced"
     )
     problem = error_type(answer.text)
-    outcome.require((answer.status_code, problem) == (503, "WorkerDied"), "the request gets 503 WorkerDied")
+    outcome.require((answer.status_code, problem) == (500, "WorkerDied"), "the request gets 500 WorkerDied")
     outcome.require(replaced == 2, "two workers crash, and the third keeps serving")
     outcome.require(back and recovery < 15, "all workers are READY again in under 15 s")
     outcome.require(outcome.lost == outcome.failed == 0, "no other request fails")
@@ -303,7 +303,7 @@ TRIALS = (
     Trial(
         "crash",
         "a request that crashes its worker",
-        "the request gets 503 `WorkerDied`; two of three workers crash, and are READY again in under 15 s; no other "
+        "the request gets 500 `WorkerDied`; two of three workers crash, and are READY again in under 15 s; no other "
         "request fails",
         crash,
     ),
