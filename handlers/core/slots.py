@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field
-from json import encoder
 from typing import Any, NamedTuple
 
 from pydantic import JsonValue
@@ -11,21 +10,8 @@ from torch import Tensor
 from handlers.core.errors import NonFiniteOutput, ServingError
 from handlers.core.inputs import Options
 
-# made once: `json.dumps` makes one for every value, which takes a quarter of the time of an answer
-to_parts = encoder.c_make_encoder(  # type: ignore[attr-defined]  # typeshed lacks it
-    None, json.JSONEncoder().default, encoder.encode_basestring_ascii, None, ": ", ", ", False, False, False
-)
-
-
-def encode_json(value: object) -> str:
-    """Return the text that `json.dumps` returns.
-
-    Raises:
-        TypeError: JSON has no such type.
-        ValueError: the value contains NaN or infinity, which JSON does not have.
-        RecursionError: the value contains itself.
-    """
-    return "".join(to_parts(value, 0))
+# a value that contains itself is a RecursionError; the check for it takes a sixth of the time
+encode_json = json.JSONEncoder(allow_nan=False, check_circular=False).encode
 
 
 @dataclass(slots=True)
