@@ -286,9 +286,9 @@ def decide(
         return Verdict(best, scores, False, "The current settings are the best of those that were tried.")
     if old is not None and not old.throughput and new.throughput < closed[current].throughput:
         reason = (
-            f"The current settings miss the target with requests at random times, and the best others are slower: "
-            f"{new.throughput:.0f} answers/s, where the current ones reach {closed[current].throughput:.0f} with clients "
-            "that wait. Search longer, or on a machine without other load."
+            "The current settings miss the target with requests at random times, and the best others are slower: "
+            f"{new.throughput:.0f} answers/s, where the current ones reach {closed[current].throughput:.0f} with "
+            "clients that wait. Search longer, or on a machine without other load."
         )
         return Verdict(best, scores, False, reason)
     if old is None or not old.throughput:

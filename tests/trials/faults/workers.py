@@ -12,7 +12,7 @@ from bundle.catalog import select
 from tests.docker.stack import Stack, docker
 from tests.support import reversioned
 from tests.trials.faults.archives import copy_from_image, put, register_faulty
-from tests.trials.faults.traffic import Answer, PoissonTraffic, error_type, eventually
+from tests.trials.faults.traffic import Answer, Connections, PoissonTraffic, error_type, eventually
 from tests.trials.faults.trial import Outcome, Trial
 
 [MNIST] = select(["mnist"])
@@ -24,6 +24,10 @@ TEXT = "transfer some money"
 
 def digit_traffic(stack: Stack, rate: float = RATE) -> PoissonTraffic:
     return PoissonTraffic(f"{stack.url('PORT')}/predictions/mnist", DIGIT, '"top_3_classes": [3', rate)
+
+
+def digit_connections(stack: Stack) -> Connections:
+    return Connections(f"{stack.url('PORT')}/predictions/mnist", DIGIT, '"top_3_classes": [3')
 
 
 def text_traffic(stack: Stack, model: str, rate: float) -> PoissonTraffic:
