@@ -43,7 +43,7 @@ class Found:
             if name:
                 yield f"{name} {candidate}: {report.describe(score)}"
                 if candidate in self.tuning.steady:
-                    yield f"      {report.describe_steady(self.tuning.steady[candidate])}"
+                    yield f"      {report.describe_steady(self.tuning.steady[candidate].load)}"
         for candidate, why in self.tuning.broken.items():
             yield f"could not be served: {candidate}: {why}"
         yield self.verdict.reason

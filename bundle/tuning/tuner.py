@@ -136,7 +136,7 @@ class Tuning:
         precisions: the precision that each candidate computed in.
         candidates: every candidate that is worth trying.
         final: for each finalist, the measurements by concurrency, of each turn.
-        steady: for each finalist, the result of requests at random times.
+        steady: for each finalist that kept the target, its last measurement with requests at random times.
         best: the best score so far, and its candidate.
         scores: the last score of each candidate.
         memory: the workers' resident memory of each candidate, in bytes.
@@ -162,7 +162,7 @@ class Tuning:
         self.precisions: dict[Candidate, str] = {}
         self.candidates: list[Candidate] = []
         self.final: dict[Candidate, list[dict[int, LoadResult]]] = {}
-        self.steady: dict[Candidate, LoadResult] = {}
+        self.steady: dict[Candidate, search.Arrivals] = {}
         self.best: tuple[Score, Candidate] | None = None
         self.scores: dict[Candidate, Score] = {}
         self.memory: dict[Candidate, int] = {}
@@ -298,13 +298,17 @@ class Tuning:
         missing = set().union(*self.final[candidate]) - set(loads)
         return loads | {concurrency: measure(concurrency) for concurrency in sorted(missing)}
 
-    def random_arrivals(self, service: Service, seconds: float) -> dict[Candidate, LoadResult]:
+    def random_arrivals(self, service: Service, seconds: float) -> dict[Candidate, search.Arrivals]:
         """Measure a finalist with requests at random times; return nothing for one that missed the target."""
-        throughput = search.score(search.medians(self.final[service.candidate]), self.target).throughput
-        if not throughput:
-            return {}
-        self.report(f"final, random arrivals: {service.candidate.short()}")
-        return {service.candidate: service.random_arrivals(search.UTILISATION * throughput, seconds, self.timeout)}
+        long_enough = max(seconds, search.LEAST_ARRIVALS)
+
+        def measure(rate: float) -> LoadResult:
+            self.report(f"final, {rate:.0f}/s at random times: {service.candidate.short()}")
+            return service.random_arrivals(rate, long_enough, self.timeout)
+
+        loads = search.medians(self.final[service.candidate])
+        found = search.at_random_times(measure, loads, self.target)
+        return {service.candidate: found} if found else {}
 
     def rungs(self, candidate: Candidate) -> Sequence[int]:
         """Return coarse rungs for a new candidate, and fine rungs near its best for one that was measured."""

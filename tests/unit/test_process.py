@@ -138,8 +138,9 @@ def test_interrupted_start_leaves_nothing(server: Server, monkeypatch: pytest.Mo
     launched = []
 
     def fail(self: Server, running: Running) -> None:
-        launched.append(running)
-        raise interrupt
+        if running.pid:
+            launched.append(running)
+            raise interrupt
 
     monkeypatch.setattr(Server, "write_record", fail)
     with pytest.raises(interrupt):
@@ -205,6 +206,40 @@ def test_stop_spares_a_later_process_with_the_same_id(server: Server):
         assert server.running() is None
         assert not server.stop()
         assert other.poll() is None
+    assert leftovers(server) == []
+
+
+@pytest.mark.slow
+def test_start_after_the_server_was_killed_removes_its_temporary_folder(server: Server):
+    killed = server.start([])
+    killed.process().kill()
+    wait_for(lambda: killed.process() is None)
+    started = server.start([])
+    assert not Path(killed.temporary).exists()
+    assert Path(started.temporary).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [True, False], ids=["after-the-launch", "before-the-launch"])
+def test_start_that_is_killed_is_found_and_stopped(server: Server, monkeypatch: pytest.MonkeyPatch, launched: bool):
+    """SIGKILL lets no handler run: only what was recorded before it is there."""
+    recorded = []
+
+    def record_once(self: Server, running: Running) -> None:
+        if not recorded:
+            write_record(self, running)
+        recorded.append(running)
+
+    write_record = Server.write_record
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "write_record", record_once)
+        started = server.start([])
+    if not launched:
+        end(started.process())
+    found = server.running()
+    assert found == (started if launched else None)
+    assert server.stop() == launched
+    assert started.process() is None
     assert leftovers(server) == []
 
 
@@ -293,7 +328,10 @@ def test_unchanged_server_is_current(server: Server, running: Running):
 
 
 def test_restart_reason_names_what_changed(server: Server, running: Running):
-    assert "has the models mnist, text instead of mnist." in server.restart_reason(running, FOLDERS[:1])
+    reason = server.restart_reason(running, FOLDERS[:1])
+    assert "has the models mnist, text instead of mnist." in reason
+    assert 'To keep text: make serve MODELS="mnist text".' in reason
+    assert "To keep" not in server.restart_reason(replace(running, served={}), FOLDERS)
     assert not server.is_current(running, FOLDERS[:1])
     assert "other settings" in server.restart_reason(replace(running, settings="others"), FOLDERS)
     assert not server.is_current(replace(running, settings="others"), FOLDERS)
