@@ -22,6 +22,17 @@ from bundle.build.inspect_model import (
 from bundle.build.new_model import NewModel
 from bundle.errors import BundleError
 
+TWO_CLASSES = """\
+class TwoClasses(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        p = {score}
+        return torch.cat((1 - p, p), 1)
+
+torch.jit.script(TwoClasses(model).eval()).save("model.pt")"""
 MNIST_SIDE = 28  # pixels of the images that the handler `mnist` makes
 MNIST = {1: ([0.1307], [0.3081], "MNIST's")}
 
@@ -90,10 +101,24 @@ def check_scores(output: object, size: int) -> Tensor:
     main = output if isinstance(output, Tensor) and output.is_floating_point() else None
     if main is not None and main.ndim == 2 and len(main) == size and main.shape[1] > 1:
         return check_finite(main)
+    if main is not None and main.numel() == size and main.ndim <= 2:
+        raise one_number(main)
     raise BundleError(
         f"The model returns {words(output)}. A classifier must return floating-point numbers [{size}, classes] for a "
         f"batch of {size}, or a tuple that starts with them. Wrap the model in a module that does, and script the "
         "module."
+    )
+
+
+def one_number(output: Tensor) -> BundleError:
+    """Return the error of a model that returns one number for each input: with the lines that make it two classes."""
+    probability = bool(((output >= 0) & (output <= 1)).all())
+    score = "self.model(x).view(-1, 1)" if probability else "self.model(x).view(-1, 1).sigmoid()"
+    return BundleError(
+        f"The model returns one number for each input ({words(output)}). If it is "
+        f"{'the probability' if probability else 'the logit'} of the second of two classes, wrap the model as in the "
+        "lines above. If it is a quantity, such as an age, it needs a handler of its own: see handlers/README.md.",
+        TWO_CLASSES.format(score=score),
     )
 
 
