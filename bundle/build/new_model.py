@@ -76,6 +76,8 @@ class NewModel:
         self.check_options()
         named = [self.serialized, *([self.labels] if self.labels else []), *self.files]
         for file in [*named, *([self.sample] if self.sample else [])]:
+            if file.is_dir():
+                raise UsageError(f"{relative(file)} is a folder. Name one file in it.")
             if not file.is_file():
                 raise UsageError(f"There is no file {relative(file)}.")
 
