@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from handlers.audio_mfcc import AudioMFCCHandler
 from handlers.core.errors import AudioTooLong, EmptyInput, RequestError, UndecodableAudio
-from handlers.core.sounds import loudest_window
+from handlers.core.sounds import SoundLimits, loudest_window, read_any, read_plain_wav
 from tests.unit.inputs import damaged, decoded, encode_sound, tone_burst
 
 RATE = 16_000
@@ -90,6 +90,32 @@ def test_decode_frequency_above_the_models_range_is_filtered_out():
 
 def test_decode_floats_above_full_scale_are_clipped():
     assert abs(decode(encode_sound(BURST * 100, subtype="FLOAT"))).max() == 1
+
+
+@given(channels=st.integers(1, 2), content=st.binary(min_size=4, max_size=400), rate=st.sampled_from([1, 8_000, RATE]))
+def test_plain_wav_has_the_samples_that_libsndfile_returns(channels: int, content: bytes, rate: int):
+    samples = numpy.frombuffer(content[: len(content) // 4 * 4], "<i2").reshape(-1, channels)
+    file = encode_sound(samples, rate, subtype="PCM_16")
+    limits = SoundLimits(min_sample_rate=1)
+    assert (plain := read_plain_wav(file, limits))
+    expected, expected_rate = read_any(file, limits)
+    assert (plain[0].dtype, plain[0].tolist(), plain[1]) == (numpy.float32, expected.tolist(), expected_rate)
+
+
+@given(damaged({"mono": encode_sound(BURST[:200], RATE), "stereo": encode_sound(BURST[:200].reshape(100, 2), RATE)}))
+@settings(max_examples=300)
+def test_plain_wav_with_damage_is_left_to_libsndfile_or_has_its_samples(content: bytes):
+    answers = []
+    for read in (read_plain_wav, read_any):
+        try:
+            answers.append(read(content, SoundLimits(min_sample_rate=1, max_sample_rate=1 << 32)))
+        except RequestError as exc:
+            answers.append(type(exc))
+    plain, expected = answers
+    if isinstance(plain, tuple):
+        assert (plain[0].tolist(), plain[1]) == (expected[0].tolist(), expected[1])
+    else:
+        assert plain in (None, expected)
 
 
 # --- the window --------------------------------------------------------------------------------------------------
