@@ -8,6 +8,7 @@
     │   │   ├── InvalidBase64
     │   │   ├── InvalidOption
     │   │   ├── MissingField
+    │   │   ├── RepeatedField
     │   │   ├── UnknownField
     │   │   ├── UnsupportedInput
     │   │   └── UnsupportedOperation
@@ -88,6 +89,10 @@ class InvalidOption(MalformedRequest):
 
 
 class MissingField(MalformedRequest):
+    pass
+
+
+class RepeatedField(MalformedRequest):
     pass
 
 

@@ -1,7 +1,8 @@
 """Read one row of TorchServe: the inputs and the options of one request.
 
 TorchServe 0.12.0 passes a raw body as {"body": value}, and a form as {field: value, ...}. A value is parsed JSON or, of
-text/*, a str. Whatever does not parse, and every other type, is a bytearray.
+text/*, a str. Whatever does not parse, and every other type, is a bytearray. A field that is sent several times is
+`Repeated` (`wire.py`).
 """
 
 import json
@@ -17,6 +18,7 @@ from handlers.core.errors import (
     InvalidJSON,
     InvalidOption,
     MissingField,
+    RepeatedField,
     TooManyInstances,
     UnknownField,
     UnsupportedInput,
@@ -25,6 +27,14 @@ from handlers.core.headers import content_type
 from handlers.core.inputs import Inputs, Options, PictureOptions, describe_option, in_field, kind_of
 
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
+
+
+class Repeated(list):
+    """The values of a form field that is sent several times."""
+
+    @classmethod
+    def added(cls, before: object, value: object) -> "Repeated":
+        return cls([*(before if isinstance(before, Repeated) else [before]), value])
 
 
 @dataclass(slots=True)  # not frozen: that doubles the time that making one takes
@@ -100,7 +110,7 @@ class RequestReader:
             UndecodableText: a text is not UTF-8.
             TooManyInstances: more than `max_instances` samples.
         """
-        if row.keys() == {BODY}:
+        if row.keys() == {BODY} and not isinstance(row[BODY], Repeated):
             body = row[BODY]
             if isinstance(body, (bytes, bytearray)) and content_type(headers) == "application/json":
                 body = self.parse_json(body)
@@ -123,27 +133,40 @@ class RequestReader:
         known = self.kinds.keys() | self.option_types.keys() | {INSTANCES}
         if unknown := [name for name in fields if name not in known]:
             raise UnknownField(f"Unknown field {quote(unknown[0])}. {self.accepted}")
+        repeated = [name for name, value in fields.items() if isinstance(value, Repeated)]
+        if repeated and repeated != [self.only_input]:
+            raise RepeatedField(
+                f'The field "{repeated[0]}" is sent {len(fields[repeated[0]])} times; it is accepted once. '
+                f"{self.accepted}"
+            )
         given = {name: value for name, value in fields.items() if name in self.kinds}
         if self.only_input and (self.only_input in given) == (INSTANCES in fields):
             raise MissingField(f'Send exactly one of the fields "{self.only_input}" and "instances". {self.accepted}')
         if given and INSTANCES in fields:
             raise MissingField(f'Send either "instances" or the fields of one sample, not both. {self.accepted}')
         options = self.read_options({name: value for name, value in fields.items() if name in self.option_types})
-        if INSTANCES not in fields:
+        if INSTANCES not in fields and not repeated:
             return Request([self.read_inputs(given, form)], options)
         if isinstance(options, PictureOptions) and options.format != "json":
-            raise InvalidOption(f'With "instances", the answer is JSON. Send one input to get {options.format}.')
+            raise InvalidOption(f"The answer to several inputs is JSON. Send one input to get {options.format}.")
+        if repeated:
+            [name] = repeated
+            values = self.limited(fields[name])
+            return Request([self.read_inputs({name: value}, form) for value in values], options, many=True)
         instances = fields[INSTANCES]
         if isinstance(instances, (bytes, bytearray)) or (form and isinstance(instances, str)):
             instances = self.parse_json(instances)
         if not isinstance(instances, list) or not instances:
             raise UnsupportedInput(f'"instances" must be a list of at least one input. {self.accepted}')
+        return Request([self.read_instance(instance) for instance in self.limited(instances)], options, many=True)
+
+    def limited(self, instances: list) -> list:
         if len(instances) > self.max_instances:
             raise TooManyInstances(
                 f"The request has {len(instances)} instances; at most {self.max_instances} are accepted. "
                 "Send several requests."
             )
-        return Request([self.read_instance(instance) for instance in instances], options, many=True)
+        return instances
 
     def read_instance(self, instance: object) -> Inputs:
         """Read an object of the inputs' fields or, where there is only one field, its value."""

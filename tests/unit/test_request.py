@@ -18,13 +18,14 @@ from handlers.core.errors import (
     InvalidOption,
     MalformedRequest,
     MissingField,
+    RepeatedField,
     TooManyInstances,
     UndecodableText,
     UnknownField,
     UnsupportedInput,
 )
 from handlers.core.inputs import Image, Sound, Text
-from handlers.core.request import Request, RequestReader
+from handlers.core.request import Repeated, Request, RequestReader
 
 MAX_INSTANCES = 4
 JSON = {"Content-Type": "application/json; charset=utf-8"}  # TorchServe does not parse JSON with a charset
@@ -96,6 +97,12 @@ def request_for(*values: str, top_k: int | None = None, many: bool = False) -> R
             {"instances": body(["a"]), "top_k": "1"}, {}, request_for("a", many=True, top_k=1), id="form-instances"
         ),
         pytest.param({"instances": '["a"]'}, {}, request_for("a", many=True), id="form-instances-as-text"),
+        pytest.param(
+            {"data": Repeated([bytearray(b"a"), "b"]), "top_k": "1"},
+            {},
+            request_for("a", "b", many=True, top_k=1),
+            id="form-field-several-times",
+        ),
     ],
 )
 def test_request_is_read_in_every_accepted_form(row: dict, headers: dict, expected: Request):
@@ -141,6 +148,12 @@ NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
         pytest.param({"body": {"data": "a", "topk": 3}}, UnknownField, '"topk".*top_k', id="unknown-field"),
         pytest.param({"file": bytearray(b"a")}, UnknownField, f'"file". {NAMES_THE_ACCEPTED}', id="unknown-form-field"),
         pytest.param({'{"data": "' + "x" * 999: ""}, UnknownField, r"^.{0,60}\.\.\.", id="json-without-header"),
+        pytest.param({"data": Repeated(["a"] * 5)}, TooManyInstances, "5 instances.*at most 4", id="too-many-fields"),
+        pytest.param({"data": Repeated(["a", ""])}, EmptyInput, NAMES_THE_ACCEPTED, id="empty-among-fields"),
+        pytest.param({"data": Repeated(["a", "b"]), "instances": "[]"}, MissingField, "exactly one", id="both-twice"),
+        pytest.param({"data": "a", "top_k": Repeated(["1", "2"])}, RepeatedField, '"top_k" is sent 2 t', id="options"),
+        pytest.param({"instances": Repeated(["[]"] * 3)}, RepeatedField, '"instances" is sent 3 times', id="instances"),
+        pytest.param({"body": Repeated([b"a", b"b"])}, UnknownField, '"body"', id="body-twice"),
         pytest.param({"instances": bytearray(b"[1")}, InvalidJSON, NAMES_THE_ACCEPTED, id="form-instances-not-json"),
     ],
 )
@@ -200,6 +213,18 @@ HOUSE = {"rooms": 3, "area": 70.5}
 )
 def test_json_input_is_read_as_the_declared_type(row: dict, headers: dict):
     assert houses.read(row, headers) == Request([OneHouse(data=House(**HOUSE))], inputs.Options())
+
+
+def test_json_input_sent_several_times_is_several_inputs():
+    request = houses.read({"data": Repeated([json.dumps(HOUSE), body(HOUSE)])}, {})
+    assert request == Request([OneHouse(data=House(**HOUSE))] * 2, inputs.Options(), many=True)
+
+
+@pytest.mark.parametrize("name", ["image", "caption", "crowd"])
+def test_field_sent_twice_to_a_model_of_several_inputs_is_rejected(name: str):
+    row = {"image": b"hello", "caption": "a dog", "crowd": "true"}
+    with pytest.raises(RepeatedField, match=f'"{name}" is sent 2 times'):
+        several.read({**row, name: Repeated([row[name]] * 2)}, {})
 
 
 def test_instances_of_a_json_input_may_be_wrapped():
@@ -376,7 +401,8 @@ def test_picture_is_refused_for_instances_and_accepted_for_one_input():
     reader = RequestReader(OneText, inputs.PictureOptions, MAX_INSTANCES)
     assert reader.read({"data": "a", "format": "png"}, {}).options.format == "png"
     assert reader.read({"body": {"instances": ["a"], "format": "json"}}, JSON).many
-    with pytest.raises(InvalidOption, match="Send one input to get png"):
-        reader.read({"body": {"instances": ["a"], "format": "png"}}, JSON)
+    for row in ({"body": {"instances": ["a"], "format": "png"}}, {"data": Repeated(["a", "b"]), "format": "png"}):
+        with pytest.raises(InvalidOption, match="Send one input to get png"):
+            reader.read(row, JSON)
     with pytest.raises(InvalidOption, match="format must be one of json, png"):
         reader.read({"data": "a", "format": "gif"}, {})
