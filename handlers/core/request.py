@@ -7,6 +7,7 @@ text/*, a str. Whatever does not parse, and every other type, is a bytearray. A 
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -24,8 +25,9 @@ from handlers.core.errors import (
     UnsupportedInput,
 )
 from handlers.core.headers import content_type
-from handlers.core.inputs import Inputs, Options, PictureOptions, describe_option, in_field, kind_of
+from handlers.core.inputs import Inputs, Options, PictureOptions, binary, describe_option, in_field, kind_of
 
+B64 = "b64"  # {"b64": "..."} is base64 in the JSON of TensorFlow Serving and Vertex AI
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
 
 
@@ -176,7 +178,7 @@ class RequestReader:
             return self.read_inputs(instance)
         if self.only_input is None:
             raise UnsupportedInput(f"An instance must be an object with the fields {', '.join(self.kinds)}.")
-        if isinstance(instance, dict) and self.kinds[self.only_input]:
+        if isinstance(instance, dict) and self.kinds[self.only_input] and instance.keys() != {B64}:
             raise UnknownField(f'An instance must be an input, or an object with the one field "{self.only_input}".')
         return self.read_inputs({self.only_input: instance})
 
@@ -199,16 +201,15 @@ class RequestReader:
             return self.parse_json(value) if isinstance(value, bytes) or (form and isinstance(value, str)) else value
         if value is None and name in self.optional:
             return None
-        if not isinstance(value, (bytes, str)):
+        is_b64 = isinstance(value, dict) and value.keys() == {B64} and isinstance(value[B64], str)
+        if not is_b64 and not isinstance(value, (bytes, str)):
             raise UnsupportedInput(
                 f'The input "{name}" must be bytes or a string, not a JSON {json_type(value)}. {self.accepted}'
             )
         if not value:
             raise EmptyInput(f'The input "{name}" is empty. {self.accepted}')
-        if self.only_input:
-            return kind.read(value)
-        with in_field(name):
-            return kind.read(value)
+        with in_field(name) if self.only_input is None else nullcontext():
+            return kind.read(binary(value[B64]) if is_b64 else value)
 
     def read_options(self, given: Mapping) -> Options:
         if not given:

@@ -14,6 +14,7 @@ from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import (
     EmptyInput,
     InputTooLarge,
+    InvalidBase64,
     InvalidJSON,
     InvalidOption,
     MalformedRequest,
@@ -115,6 +116,16 @@ def test_binary_input_is_read_from_bytes_or_base64(content: object, wrap):
     assert images.read(wrap(content), {}).inputs == [OneImage(data=b"\xff\0")]
 
 
+@pytest.mark.parametrize(
+    "sent", [{"data": {"b64": BASE64}}, {"instances": [{"b64": BASE64}]}, {"instances": [{"data": {"b64": BASE64}}]}]
+)
+def test_object_b64_is_read_as_base64(sent: dict):
+    assert images.read({"body": sent}, {}).inputs == [OneImage(data=b"hello")]
+    assert texts.read({"body": sent}, {}).inputs == [OneText(data="hello")]
+    with pytest.raises(InvalidBase64, match='In the field "image"'):
+        several.read({"body": {"image": {"b64": "!"}, "caption": "a dog"}}, {})
+
+
 ACCEPTED = (
     'Accepted: the input as raw body, as form field "data", or as JSON {"data": ...} or {"instances": [...]} '
     '(with Content-Type: application/json); optionally with "top_k".'
@@ -135,12 +146,14 @@ NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
         pytest.param({"body": None}, UnsupportedInput, "not a JSON null", id="null"),
         pytest.param({"body": False}, UnsupportedInput, "not a JSON boolean", id="boolean"),
         pytest.param({"body": {"data": 0}}, UnsupportedInput, "not a JSON number", id="number"),
-        pytest.param({"body": {"data": {"b64": BASE64}}}, UnsupportedInput, "not a JSON object", id="object"),
+        pytest.param({"body": {"data": {"text": BASE64}}}, UnsupportedInput, "not a JSON object", id="object"),
+        pytest.param({"body": {"data": {"b64": 5}}}, UnsupportedInput, "not a JSON object", id="b64-number"),
+        pytest.param({"body": {"data": {"b64": ""}}}, EmptyInput, "no bytes", id="b64-empty"),
         pytest.param({"body": {"instances": BASE64}}, UnsupportedInput, "list of at least one", id="instances-string"),
         pytest.param({"body": {"instances": []}}, UnsupportedInput, "list of at least one", id="no-instances"),
         pytest.param({"body": {"instances": [[BASE64]]}}, UnsupportedInput, "not a JSON array", id="nested-instances"),
         pytest.param({"body": {"instances": [{}]}}, UnknownField, 'the one field "data"', id="empty-object"),
-        pytest.param({"body": {"instances": [{"b64": BASE64}]}}, UnknownField, 'field "data"', id="instance-field"),
+        pytest.param({"body": {"instances": [{"text": BASE64}]}}, UnknownField, 'field "data"', id="instance-field"),
         pytest.param({"body": {"instances": ["a"] * 5}}, TooManyInstances, "5 instances.*at most 4", id="too-many"),
         pytest.param({"body": {}}, MissingField, NAMES_THE_ACCEPTED, id="empty-json"),
         pytest.param({"body": {"top_k": 3}}, MissingField, NAMES_THE_ACCEPTED, id="options-only"),
