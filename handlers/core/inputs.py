@@ -30,16 +30,17 @@ class Inputs(BaseModel):
 
     A field with a `Kind` is sent as bytes or as a string. Any other field is sent as JSON of its type, such as
     `dict[str, float]` or a pydantic model. Give long lists `Field(fail_fast=True)`: pydantic makes an error for each
-    invalid entry, and a request of 16 MiB can have millions.
+    invalid entry, and a request of 16 MiB can have millions. Numbers are finite; a pydantic model inside needs
+    `ConfigDict(allow_inf_nan=False)` for that, because pydantic reads the string "nan" as a number.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Options(BaseModel):
     """The options of a request. Every option has a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PictureOptions(Options):

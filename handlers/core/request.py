@@ -26,6 +26,7 @@ from handlers.core.errors import (
 )
 from handlers.core.headers import content_type
 from handlers.core.inputs import Inputs, Options, PictureOptions, binary, describe_option, in_field, kind_of
+from handlers.core.strict_json import parse_json
 
 B64 = "b64"  # {"b64": "..."} is base64 in the JSON of TensorFlow Serving and Vertex AI
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
@@ -235,9 +236,11 @@ class RequestReader:
 
     def parse_json(self, text: bytes | bytearray | str) -> object:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as exc:
+            return parse_json(text)
+        except (UnicodeError, RecursionError) as exc:
             raise InvalidJSON(f"The request contains invalid JSON. {self.accepted}") from exc
+        except ValueError as exc:
+            raise InvalidJSON(f"The request contains invalid JSON: {exc}. {self.accepted}") from exc
 
 
 def option_type(field: FieldInfo) -> TypeAdapter:

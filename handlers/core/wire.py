@@ -7,7 +7,6 @@ all of them. This module replaces functions only if TorchServe's source files ar
 """
 
 import hashlib
-import json
 import logging
 import os
 import struct
@@ -22,6 +21,7 @@ from ts.context import RequestProcessor
 from ts.protocol import otf_message_handler
 
 from handlers.core.request import Repeated
+from handlers.core.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -173,11 +173,11 @@ def parsed(value: bytearray, content_type: str) -> object:
     """Parse JSON, and decode text. A value that is invalid stays as it is: the handler rejects it."""
     try:
         if content_type == "application/json":
-            return json.loads(value.decode())
+            return parse_json(value.decode())
         if content_type.startswith("text"):
             return value.decode()
     except Exception:  # as in TorchServe; JSON that is nested too deeply raises RecursionError
-        logger.warning("An input of type %s cannot be decoded, and is passed on as bytes", content_type, exc_info=True)
+        logger.warning("An input of type %s cannot be decoded, and is passed on as bytes", content_type)
     return value
 
 

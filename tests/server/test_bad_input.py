@@ -51,6 +51,8 @@ IMAGES = {
     "not base64": ({"json": {"data": "?!"}}, 400, "InvalidBase64"),
     "empty base64": ({"json": {"data": ""}}, 400, "EmptyInput"),
     "invalid JSON": ({"data": b'{"data": ', "headers": JSON}, 400, "InvalidJSON"),
+    "a JSON name twice": ({"data": b'{"data": "aGVs", "data": "aGVs"}', "headers": JSON}, 400, "InvalidJSON"),
+    "JSON NaN": ({"data": b'{"data": NaN}', "headers": JSON}, 400, "InvalidJSON"),
     "JSON null": ({"data": b"null", "headers": JSON}, 400, "UnsupportedInput"),
     "JSON list": ({"data": b"[1]", "headers": JSON}, 400, "UnsupportedInput"),
     "deep JSON": ({"data": b"[" * 100_000, "headers": JSON}, 400, "InvalidJSON"),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
 from handlers.core import inputs
 from handlers.core.classifier import ClassifierHandler
@@ -179,6 +179,32 @@ def test_malformed_request_is_rejected_with_its_reason(row: dict, error: type, m
 def test_invalid_json_is_rejected(text: bytes):
     with pytest.raises(InvalidJSON, match=NAMES_THE_ACCEPTED):
         texts.read({"body": bytearray(text)}, JSON)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"data": {"rooms": 3, "area": NaN}}', "NaN is not a number"),
+        ('{"data": {"rooms": 3, "area": -Infinity}}', "-Infinity is not a number"),
+        ('{"data": {"rooms": 3, "area": 1e999}}', "a number is too large"),
+        ('{"data": {"rooms": 3, "area": 2, "area": 3}}', "a name twice"),
+        ('{"data": {"rooms": 3, "area": 2}, "data": {"rooms": 4, "area": 2}}', "a name twice"),
+        ('{"data": {"rooms": 3, "area": 2}', "line 1 column 33"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_json_that_python_accepts_beyond_the_standard_is_rejected(text: str, reason: str, encoding: str):
+    with pytest.raises(InvalidJSON, match=reason):
+        houses.read({"body": bytearray(text.encode(encoding))}, JSON)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-Infinity"])
+@pytest.mark.parametrize("declared", [float, list[float], dict[str, float]])
+def test_numbers_in_strings_that_are_not_finite_are_rejected(declared: type, number: str):
+    values = {float: number, list[float]: [number], dict[str, float]: {"a": number}}
+    reader = RequestReader(create_model("Numbers", __base__=inputs.Inputs, data=declared), inputs.Options, 1)
+    with pytest.raises(UnsupportedInput, match="finite number"):
+        reader.read({"body": {"data": values[declared]}}, {})
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None, [], "three", "", "2.5", b"\xff", float("nan")])

@@ -178,6 +178,13 @@ def test_field_that_is_sent_several_times_has_all_of_its_values():
     assert isinstance(row["data"], Repeated)
 
 
+@pytest.mark.parametrize("text", [b'{"a": NaN}', b'{"a": 1e999}', b'{"a": 1, "a": 2}'])
+def test_json_beyond_the_standard_is_passed_on_as_bytes(text: bytes):
+    wire.read_in_one_pass()
+    [(_, rows, _)] = read(message([(b"1", [], [(b"body", b"application/json", text)])]), 100)
+    assert rows == [{"body": bytearray(text)}]
+
+
 def test_negative_length_of_a_value_is_an_empty_value():
     nothing = struct.pack("!i", -2)
     content = b"I" + field(b"1") + field(b"name") + nothing + END + field(b"body") + nothing + nothing + END + END
