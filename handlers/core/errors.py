@@ -10,6 +10,7 @@
     │   │   ├── MissingField
     │   │   ├── RepeatedField
     │   │   ├── UnknownField
+    │   │   ├── UnsupportedEncoding     415: Content-Encoding, or the charset of Content-Type
     │   │   ├── UnsupportedInput
     │   │   └── UnsupportedOperation
     │   ├── UndecodableInput        the content of an input
@@ -98,6 +99,10 @@ class RepeatedField(MalformedRequest):
 
 class UnknownField(MalformedRequest):
     pass
+
+
+class UnsupportedEncoding(MalformedRequest):
+    code = 415
 
 
 class UnsupportedInput(MalformedRequest):

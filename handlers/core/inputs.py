@@ -22,7 +22,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from handlers.core.errors import EmptyInput, InvalidBase64, RequestError, UndecodableText
+from handlers.core.errors import EmptyInput, InvalidBase64, RequestError
+from handlers.core.texts import read_text
 
 
 class Inputs(BaseModel):
@@ -98,18 +99,6 @@ def decode_base64(encoded: bytes) -> bytes:
         raise InvalidBase64("The input is a string, but not base64. Send the file's bytes, or base64 of them.") from exc
 
 
-def text(value: bytes | str) -> str:
-    r"""Return a text as a str that can be encoded.
-
-    Raises:
-        UndecodableText: the bytes are not UTF-8, or the str has lone surrogates, which JSON can contain as \ud800.
-    """
-    try:
-        return value.decode() if isinstance(value, bytes) else value.encode().decode()
-    except UnicodeError as exc:
-        raise UndecodableText("The text is not valid UTF-8. Encode it as UTF-8.") from exc
-
-
 @dataclass(frozen=True)
 class Kind:
     """A kind of input that is sent as bytes or as a string.
@@ -125,7 +114,7 @@ class Kind:
 
 Image = Annotated[bytes, Kind("image", binary)]
 Sound = Annotated[bytes, Kind("sound", binary)]
-Text = Annotated[str, Kind("text", text)]
+Text = Annotated[str, Kind("text", read_text)]
 
 
 @contextmanager

@@ -21,13 +21,18 @@ from handlers.core.errors import (
     MissingField,
     RepeatedField,
     TooManyInstances,
+    UndecodableText,
     UnknownField,
+    UnsupportedEncoding,
     UnsupportedInput,
 )
-from handlers.core.headers import content_type
+from handlers.core.headers import body_headers
 from handlers.core.inputs import Inputs, Options, PictureOptions, binary, describe_option, in_field, kind_of
 from handlers.core.strict_json import parse_json
+from handlers.core.texts import in_charset
 
+URLENCODED = "application/x-www-form-urlencoded"
+LOST = "\N{REPLACEMENT CHARACTER}".encode()  # TorchServe's form decoder writes it in place of bytes that are not UTF-8
 B64 = "b64"  # {"b64": "..."} is base64 in the JSON of TensorFlow Serving and Vertex AI
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
 
@@ -83,6 +88,8 @@ class RequestReader:
             raise TypeError(f"{inputs.__qualname__} or {options.__qualname__}: the name {taken[0]} is taken; rename it")
         self.defaults = options()
         self.only_input: str | None = next(iter(self.kinds)) if len(self.kinds) == 1 else None
+        only_kind = self.kinds.get(self.only_input)
+        self.takes_text = only_kind is not None and only_kind.name == "text"
         self.accepted = self.describe_accepted()
 
     def describe_accepted(self) -> str:
@@ -110,19 +117,29 @@ class RequestReader:
         Raises:
             MalformedRequest: the request does not have a form that `accepted` describes, or a value is not of its
                 field's kind.
-            UndecodableText: a text is not UTF-8.
+            UndecodableText: a text is not in the charset of its Content-Type, UTF-8 by default.
+            UnsupportedEncoding: the body is compressed, or its charset is unknown.
             TooManyInstances: more than `max_instances` samples.
         """
+        sent = body_headers(headers)
+        if sent.encoding not in ("", "identity"):
+            raise UnsupportedEncoding(
+                f"The Content-Encoding {quote(sent.encoding)} is not supported. Send the body uncompressed, or "
+                "compressed with gzip."
+            )
         if row.keys() == {BODY} and not isinstance(row[BODY], Repeated):
             body = row[BODY]
-            if isinstance(body, (bytes, bytearray)) and content_type(headers) == "application/json":
-                body = self.parse_json(body)
+            if sent.media_type == "application/json":
+                if isinstance(body, (bytes, bytearray)):  # otherwise, it is parsed
+                    body = self.parse_json(in_charset(body, sent.charset))
+            elif self.takes_text:
+                body = in_charset(body, sent.charset)
             if isinstance(body, dict):
                 return self.read_fields(body)
             if self.only_input is None:
                 raise UnsupportedInput(f"The model has several inputs, so a raw body is not accepted. {self.accepted}")
             return Request([self.read_inputs({self.only_input: body})], self.defaults)
-        if not row and content_type(headers) == "application/x-www-form-urlencoded":
+        if not row and sent.media_type == URLENCODED:
             # curl -d sends this type by default
             raise UnsupportedInput(
                 "The body has Content-Type application/x-www-form-urlencoded, but no form fields. Set its own "
@@ -130,6 +147,10 @@ class RequestReader:
             )
         if not row:
             raise EmptyInput(f"The request has no body. {self.accepted}")
+        if sent.media_type == URLENCODED and any(
+            LOST in value for value in row.values() if isinstance(value, bytearray)
+        ):
+            raise UndecodableText("The form is not valid UTF-8. Percent-encode the bytes of UTF-8.")
         return self.read_fields(row, form=True)
 
     def read_fields(self, fields: Mapping, form: bool = False) -> Request:

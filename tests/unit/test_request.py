@@ -23,6 +23,7 @@ from handlers.core.errors import (
     TooManyInstances,
     UndecodableText,
     UnknownField,
+    UnsupportedEncoding,
     UnsupportedInput,
 )
 from handlers.core.inputs import Image, Sound, Text
@@ -233,6 +234,91 @@ def test_any_json_is_read_or_rejected(value: object, parsed: bool):
     else:
         assert request.inputs
         assert all(isinstance(each.data, str) and each.data for each in request.inputs)
+
+
+# --- charsets and compression --------------------------------------------------------------------------------------
+
+GREETING = "größe"
+
+
+def declared(charset: str, media_type: str = "text/plain") -> dict[str, str]:
+    return {"content-type": f"{media_type}; format=flowed; Charset={charset}"}
+
+
+@pytest.mark.parametrize(
+    ("charset", "text"),
+    [
+        ("iso-8859-1", GREETING),
+        ('"Latin1"', GREETING),
+        ("windows-1252", GREETING),
+        ("UTF-16", GREETING),
+        ("utf-16le", GREETING),
+        ("koi8-r", "размер"),
+        ("windows-1251", "размер"),
+        ("Shift_JIS", "残高"),
+        ("x-sjis", "残高"),
+        ("iso-2022-jp", "残高"),
+        ("gb2312", "余额"),
+        ("utf-8", GREETING),
+    ],
+)
+def test_text_is_decoded_in_the_charset_of_its_content_type(charset: str, text: str):
+    codec = {"x-sjis": "shift_jis", "utf-16le": "utf-16-le"}.get(charset, charset.strip('"'))
+    content = bytearray(text.encode(codec))
+    sent = [content]
+    try:
+        sent.append(content.decode())  # what TorchServe makes of text/*, whatever its charset is
+    except UnicodeError:
+        pass
+    for each in sent:
+        assert texts.read({"body": each}, declared(charset)) == request_for(text)
+
+
+@pytest.mark.parametrize("charset", ["iso-8859-1", "utf-16"])
+def test_json_is_decoded_in_the_charset_of_its_content_type(charset: str):
+    content = bytearray(json.dumps({"data": GREETING}, ensure_ascii=False).encode(charset))
+    assert texts.read({"body": content}, declared(charset, "application/json")) == request_for(GREETING)
+
+
+@pytest.mark.parametrize("charset", ["klingon", "punycode", "unicode_escape", "idna", "utf-7", "zlib", "..", "x" * 99])
+def test_unknown_charset_is_rejected_by_its_name(charset: str):
+    with pytest.raises(
+        UnsupportedEncoding, match=r"charset .{3,50}is not supported. Encode the text as UTF-8"
+    ) as found:
+        texts.read({"body": "hello"}, declared(charset))
+    assert found.value.code == 415
+
+
+def test_text_that_is_not_in_its_charset_is_rejected():
+    with pytest.raises(UndecodableText, match="not valid us-ascii, the charset of its Content-Type"):
+        texts.read({"body": GREETING}, declared("US-ASCII"))
+    with pytest.raises(UndecodableText, match="charset=iso-8859-1"):
+        texts.read({"body": bytearray(GREETING.encode("latin-1"))}, {"content-type": "text/plain"})
+
+
+def test_charset_of_a_file_that_is_no_text_is_ignored():
+    file = {"content-type": "image/png; charset=binary"}  # as `file --mime` prints it
+    assert images.read({"body": bytearray(b"\xff\0")}, file).inputs == [OneImage(data=b"\xff\0")]
+
+
+def test_form_whose_bytes_are_not_utf8_is_rejected():
+    """TorchServe decodes %E9, a letter in ISO-8859-1, as a replacement character."""
+    row = {"data": bytearray("caf\ufffd".encode())}
+    with pytest.raises(UndecodableText, match="form is not valid UTF-8"):
+        texts.read(row, {"content-type": "application/x-www-form-urlencoded"})
+    assert texts.read(row, {"content-type": "multipart/form-data; boundary=x"}) == request_for("caf\ufffd")
+
+
+@pytest.mark.parametrize("encoding", ["br", "Deflate", "zstd", "gzip, br", "x" * 99])
+def test_compressed_body_is_rejected_by_the_name_of_its_encoding(encoding: str):
+    for row in ({"body": bytearray(b"x")}, {"data": bytearray(b"x")}, {}):
+        with pytest.raises(UnsupportedEncoding, match=re.escape(encoding.lower()[:20])) as found:
+            texts.read(row, {"Content-encoding": encoding, **JSON})
+        assert (found.value.code, "with gzip" in str(found.value)) == (415, True)
+
+
+def test_identity_encoding_is_accepted():
+    assert texts.read({"body": "hello"}, {"content-encoding": "identity"}) == request_for("hello")
 
 
 # --- inputs that are JSON, and several inputs ---------------------------------------------------------------------
