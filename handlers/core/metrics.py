@@ -41,14 +41,23 @@ class HandlerMetrics:
         self.rejected = counter(cache, "bundle_rejected_requests_total", "ErrorType")
 
         self.lines: list[str] = []
+        self.texts: dict[tuple[str, ...], tuple[str, str]] = {}
 
     def add(self, metric: CachingMetric, value: float, *dimensions: str) -> None:
         """Add a line in the format of `CachingMetric.emit_metrics`, which the frontend parses."""
+        key = metric.metric_name, *dimensions
+        if key not in self.texts:
+            self.texts[key] = self.around_value(metric, dimensions)
+        before, after = self.texts[key]
+        self.lines.append(f"{before}{value}{after}{int(time.time())}")
+
+    def around_value(self, metric: CachingMetric, dimensions: tuple[str, ...]) -> tuple[str, str]:
+        """Return what a line has before the value, and between the value and the time: the same in every batch."""
         names = zip(metric.dimension_names, [*self.identity, *dimensions], strict=True)
         described = ",".join(f"{name}:{dimension}" for name, dimension in names)
-        self.lines.append(
-            f"[METRICS]{metric.metric_name}.{metric.unit}:{value}|#{described}|#type:{metric.metric_type.name}|"
-            f"#hostname:{socket.gethostname()},{int(time.time())}"
+        return (
+            f"[METRICS]{metric.metric_name}.{metric.unit}:",
+            f"|#{described}|#type:{metric.metric_type.name}|#hostname:{socket.gethostname()},",
         )
 
     def emit(self) -> None:

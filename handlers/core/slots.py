@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from json import encoder
 from typing import Any, NamedTuple
 
 from pydantic import JsonValue
@@ -10,7 +11,21 @@ from torch import Tensor
 from handlers.core.errors import NonFiniteOutput, ServingError
 from handlers.core.inputs import Options
 
-encode_json = json.JSONEncoder(allow_nan=False).encode
+# made once: `json.dumps` makes one for every value, which takes a quarter of the time of an answer
+to_parts = encoder.c_make_encoder(  # type: ignore[attr-defined]  # typeshed lacks it
+    None, json.JSONEncoder().default, encoder.encode_basestring_ascii, None, ": ", ", ", False, False, False
+)
+
+
+def encode_json(value: object) -> str:
+    """Return the text that `json.dumps` returns.
+
+    Raises:
+        TypeError: JSON has no such type.
+        ValueError: the value contains NaN or infinity, which JSON does not have.
+        RecursionError: the value contains itself.
+    """
+    return "".join(to_parts(value, 0))
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ def best_classes(row: Tensor, k: int, labels: list[str]) -> list[dict]:
         k: the number of classes to return.
         labels: of the classes, by class index.
     """
-    probabilities, classes = row.narrow(1, 0, k).tolist()
+    probabilities, classes = row.numpy()[:, :k].tolist()  # slicing in numpy is faster than in torch
     return [
         {"label": labels[index], "class": index, "probability": probability}
         for probability, index in zip(probabilities, map(int, classes), strict=True)
