@@ -10,7 +10,6 @@ one, otherwise for the batch. After a fault of the accelerator itself the worker
 one, which gets the batch's requests.
 """
 
-import json
 import logging
 import math
 import time
@@ -41,7 +40,7 @@ from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_v
 from handlers.core.metrics import HandlerMetrics
 from handlers.core.outputs import Outputs, check_rows, split_rows, to_host
 from handlers.core.request import Request, RequestReader
-from handlers.core.slots import Picture, Response, Sample, Slot
+from handlers.core.slots import Picture, Response, Sample, Slot, encode_json
 from handlers.core.staging import Staging
 
 logger = logging.getLogger(__name__)
@@ -380,7 +379,7 @@ class BatchHandler(BaseHandler):
         bodies, statuses, rejections = [], [], []
         for index, slot in enumerate(slots):
             error = slot.error
-            response = slot.response if error is None else Response(json.dumps(error.body()))
+            response = slot.response if error is None else Response(encode_json(error.body()))
             self.context.set_response_content_type(index, response.content_type)
             bodies.append(response.body)
             if error is None:

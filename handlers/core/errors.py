@@ -8,7 +8,9 @@
     │   │   ├── InvalidBase64
     │   │   ├── InvalidOption
     │   │   ├── MissingField
+    │   │   ├── RepeatedField
     │   │   ├── UnknownField
+    │   │   ├── UnsupportedEncoding     415: Content-Encoding, or the charset of Content-Type
     │   │   ├── UnsupportedInput
     │   │   └── UnsupportedOperation
     │   ├── UndecodableInput        the content of an input
@@ -91,8 +93,16 @@ class MissingField(MalformedRequest):
     pass
 
 
+class RepeatedField(MalformedRequest):
+    pass
+
+
 class UnknownField(MalformedRequest):
     pass
+
+
+class UnsupportedEncoding(MalformedRequest):
+    code = 415
 
 
 class UnsupportedInput(MalformedRequest):

@@ -26,7 +26,7 @@ class Graph(BaseModel):
         edge_attr: the features of each edge, where the model takes them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     nodes: Annotated[list[Index], FIRST]
     edges: Annotated[list[tuple[Index, Index]], FIRST] = []

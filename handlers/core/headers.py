@@ -9,8 +9,10 @@ import re
 import time
 from collections.abc import Mapping
 from enum import Enum
+from typing import NamedTuple
 
 BEHIND_PROXY = "BUNDLE_BEHIND_PROXY"
+CHARSET = re.compile(r"(?:^|;)\s*charset\s*=\s*[\"']?([^\s;\"']+)", re.IGNORECASE)
 
 
 class Verb(Enum):
@@ -51,9 +53,35 @@ def header(headers: Mapping, name: str) -> str:
     return ""
 
 
-def content_type(headers: Mapping) -> str:
-    """Return the media type without its parameters, in lower case; "" if the header is missing."""
-    return header(headers, "content-type").split(";")[0].strip().lower()
+class BodyHeaders(NamedTuple):
+    """What the headers say about the body; "" or what the standard assumes, if they say nothing.
+
+    Attributes:
+        media_type: in lower case, without parameters.
+        charset: in lower case.
+        encoding: how the body is compressed, in lower case.
+    """
+
+    media_type: str = ""
+    charset: str = ""
+    encoding: str = ""
+
+
+def body_headers(headers: Mapping) -> BodyHeaders:
+    """Read the client's Content-Type and Content-Encoding in one pass."""
+    media_type = charset = encoding = ""
+    for name, value in headers.items():
+        if len(name) not in (12, 16) or not isinstance(value, str):
+            continue
+        match name.lower():
+            case "content-type":
+                media_type, _, parameters = value.partition(";")
+                media_type = media_type.strip().lower()
+                if found := CHARSET.search(parameters):
+                    charset = found[1].lower()
+            case "content-encoding":
+                encoding = value.strip().lower()
+    return BodyHeaders(media_type, charset, encoding)
 
 
 def behind_proxy() -> bool:

@@ -11,6 +11,8 @@ The fields are defined only here. Reading, error messages and the cache's key ar
 
 import base64
 import binascii
+import re
+import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from handlers.core.errors import EmptyInput, InvalidBase64, RequestError, UndecodableText
+from handlers.core.errors import EmptyInput, InvalidBase64, RequestError
+from handlers.core.texts import read_text
 
 
 class Inputs(BaseModel):
@@ -28,16 +31,17 @@ class Inputs(BaseModel):
 
     A field with a `Kind` is sent as bytes or as a string. Any other field is sent as JSON of its type, such as
     `dict[str, float]` or a pydantic model. Give long lists `Field(fail_fast=True)`: pydantic makes an error for each
-    invalid entry, and a request of 16 MiB can have millions.
+    invalid entry, and a request of 16 MiB can have millions. Numbers are finite; a pydantic model inside needs
+    `ConfigDict(allow_inf_nan=False)` for that, because pydantic reads the string "nan" as a number.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Options(BaseModel):
     """The options of a request. Every option has a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PictureOptions(Options):
@@ -46,35 +50,53 @@ class PictureOptions(Options):
     format: Literal["json", "png"] = "json"
 
 
+STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+BASE64_CHARACTERS = (string.ascii_letters + string.digits + "+/-_=" + string.whitespace).encode()
+BASE64_DATA_URL = re.compile(rb"\s*data:[^,]{0,200};base64,", re.IGNORECASE)
+ASCII_PPM = re.compile(rb"P[123]\s")  # its pixels are written in digits
+SHORTEST_FILE = 32  # characters of base64; every image and sound file has more
+
+
 def binary(value: bytes | str) -> bytes:
     """Return the bytes of a binary input: sent as bytes, or as base64, also within a data: URL.
 
     Raises:
-        InvalidBase64: `value` is a string, but not base64.
+        InvalidBase64: `value` is a string or a data: URL, but not base64.
         EmptyInput: the base64 string encodes no bytes.
     """
+    sent = value.encode("ascii", "replace") if isinstance(value, str) else value
+    url = BASE64_DATA_URL.match(sent)
     if isinstance(value, bytes):
-        return value
-    encoded = value.split(",", 1)[1] if value.startswith("data:") and "," in value else value
-    try:
-        decoded = base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise InvalidBase64("The input is a string, but not base64. Send the file's bytes, or base64 of them.") from exc
+        if not url and not is_base64(value):
+            return value
+        # the decoder of forms makes a blank of each plus sign that is not percent-encoded
+        sent = value.strip().replace(b" ", b"+")
+        url = BASE64_DATA_URL.match(sent)
+    decoded = decode_base64(sent[url.end() :] if url else sent)
     if not decoded:
         raise EmptyInput("The base64 string encodes no bytes. Send the file's bytes, or base64 of them.")
     return decoded
 
 
-def text(value: bytes | str) -> str:
-    r"""Return a text as a str that can be encoded.
+def is_base64(content: bytes) -> bool:
+    """Return whether bytes are base64, as a form field may have it, and not a file."""
+    for part in (content[:SHORTEST_FILE], content):  # the start of a file usually decides
+        if part.translate(None, BASE64_CHARACTERS):
+            return False
+    return len(content) >= SHORTEST_FILE and not ASCII_PPM.match(content)
+
+
+def decode_base64(encoded: bytes) -> bytes:
+    """Decode base64 in either alphabet, in lines or not, with or without the padding at its end.
 
     Raises:
-        UndecodableText: the bytes are not UTF-8, or the str has lone surrogates, which JSON can contain as \ud800.
+        InvalidBase64: it is not base64.
     """
+    encoded = b"".join(encoded.split()).translate(STANDARD_ALPHABET)
     try:
-        return value.decode() if isinstance(value, bytes) else value.encode().decode()
-    except UnicodeError as exc:
-        raise UndecodableText("The text is not valid UTF-8. Encode it as UTF-8.") from exc
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error as exc:
+        raise InvalidBase64("The input is a string, but not base64. Send the file's bytes, or base64 of them.") from exc
 
 
 @dataclass(frozen=True)
@@ -92,7 +114,7 @@ class Kind:
 
 Image = Annotated[bytes, Kind("image", binary)]
 Sound = Annotated[bytes, Kind("sound", binary)]
-Text = Annotated[str, Kind("text", text)]
+Text = Annotated[str, Kind("text", read_text)]
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Read one row of TorchServe: the inputs and the options of one request.
 
 TorchServe 0.12.0 passes a raw body as {"body": value}, and a form as {field: value, ...}. A value is parsed JSON or, of
-text/*, a str. Whatever does not parse, and every other type, is a bytearray.
+text/*, a str. Whatever does not parse, and every other type, is a bytearray. A field that is sent several times is
+`Repeated` (`wire.py`).
 """
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,14 +19,30 @@ from handlers.core.errors import (
     InvalidJSON,
     InvalidOption,
     MissingField,
+    RepeatedField,
     TooManyInstances,
+    UndecodableText,
     UnknownField,
+    UnsupportedEncoding,
     UnsupportedInput,
 )
-from handlers.core.headers import content_type
-from handlers.core.inputs import Inputs, Options, PictureOptions, describe_option, in_field, kind_of
+from handlers.core.headers import body_headers
+from handlers.core.inputs import Inputs, Options, PictureOptions, binary, describe_option, in_field, kind_of
+from handlers.core.strict_json import parse_json
+from handlers.core.texts import in_charset
 
+URLENCODED = "application/x-www-form-urlencoded"
+LOST = "\N{REPLACEMENT CHARACTER}".encode()  # TorchServe's form decoder writes it in place of bytes that are not UTF-8
+B64 = "b64"  # {"b64": "..."} is base64 in the JSON of TensorFlow Serving and Vertex AI
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
+
+
+class Repeated(list):
+    """The values of a form field that is sent several times."""
+
+    @classmethod
+    def added(cls, before: object, value: object) -> "Repeated":
+        return cls([*(before if isinstance(before, Repeated) else [before]), value])
 
 
 @dataclass(slots=True)  # not frozen: that doubles the time that making one takes
@@ -70,6 +88,8 @@ class RequestReader:
             raise TypeError(f"{inputs.__qualname__} or {options.__qualname__}: the name {taken[0]} is taken; rename it")
         self.defaults = options()
         self.only_input: str | None = next(iter(self.kinds)) if len(self.kinds) == 1 else None
+        only_kind = self.kinds.get(self.only_input)
+        self.takes_text = only_kind is not None and only_kind.name == "text"
         self.accepted = self.describe_accepted()
 
     def describe_accepted(self) -> str:
@@ -97,19 +117,29 @@ class RequestReader:
         Raises:
             MalformedRequest: the request does not have a form that `accepted` describes, or a value is not of its
                 field's kind.
-            UndecodableText: a text is not UTF-8.
+            UndecodableText: a text is not in the charset of its Content-Type, UTF-8 by default.
+            UnsupportedEncoding: the body is compressed, or its charset is unknown.
             TooManyInstances: more than `max_instances` samples.
         """
-        if row.keys() == {BODY}:
+        sent = body_headers(headers)
+        if sent.encoding not in ("", "identity"):
+            raise UnsupportedEncoding(
+                f"The Content-Encoding {quote(sent.encoding)} is not supported. Send the body uncompressed, or "
+                "compressed with gzip."
+            )
+        if row.keys() == {BODY} and not isinstance(row[BODY], Repeated):
             body = row[BODY]
-            if isinstance(body, (bytes, bytearray)) and content_type(headers) == "application/json":
-                body = self.parse_json(body)
+            if sent.media_type == "application/json":
+                if isinstance(body, (bytes, bytearray)):  # otherwise, it is parsed
+                    body = self.parse_json(in_charset(body, sent.charset))
+            elif self.takes_text:
+                body = in_charset(body, sent.charset)
             if isinstance(body, dict):
                 return self.read_fields(body)
             if self.only_input is None:
                 raise UnsupportedInput(f"The model has several inputs, so a raw body is not accepted. {self.accepted}")
             return Request([self.read_inputs({self.only_input: body})], self.defaults)
-        if not row and content_type(headers) == "application/x-www-form-urlencoded":
+        if not row and sent.media_type == URLENCODED:
             # curl -d sends this type by default
             raise UnsupportedInput(
                 "The body has Content-Type application/x-www-form-urlencoded, but no form fields. Set its own "
@@ -117,33 +147,50 @@ class RequestReader:
             )
         if not row:
             raise EmptyInput(f"The request has no body. {self.accepted}")
+        if sent.media_type == URLENCODED and any(
+            LOST in value for value in row.values() if isinstance(value, bytearray)
+        ):
+            raise UndecodableText("The form is not valid UTF-8. Percent-encode the bytes of UTF-8.")
         return self.read_fields(row, form=True)
 
     def read_fields(self, fields: Mapping, form: bool = False) -> Request:
         known = self.kinds.keys() | self.option_types.keys() | {INSTANCES}
         if unknown := [name for name in fields if name not in known]:
             raise UnknownField(f"Unknown field {quote(unknown[0])}. {self.accepted}")
+        repeated = [name for name, value in fields.items() if isinstance(value, Repeated)]
+        if repeated and repeated != [self.only_input]:
+            raise RepeatedField(
+                f'The field "{repeated[0]}" is sent {len(fields[repeated[0]])} times; it is accepted once. '
+                f"{self.accepted}"
+            )
         given = {name: value for name, value in fields.items() if name in self.kinds}
         if self.only_input and (self.only_input in given) == (INSTANCES in fields):
             raise MissingField(f'Send exactly one of the fields "{self.only_input}" and "instances". {self.accepted}')
         if given and INSTANCES in fields:
             raise MissingField(f'Send either "instances" or the fields of one sample, not both. {self.accepted}')
         options = self.read_options({name: value for name, value in fields.items() if name in self.option_types})
-        if INSTANCES not in fields:
+        if INSTANCES not in fields and not repeated:
             return Request([self.read_inputs(given, form)], options)
         if isinstance(options, PictureOptions) and options.format != "json":
-            raise InvalidOption(f'With "instances", the answer is JSON. Send one input to get {options.format}.')
+            raise InvalidOption(f"The answer to several inputs is JSON. Send one input to get {options.format}.")
+        if repeated:
+            [name] = repeated
+            values = self.limited(fields[name])
+            return Request([self.read_inputs({name: value}, form) for value in values], options, many=True)
         instances = fields[INSTANCES]
         if isinstance(instances, (bytes, bytearray)) or (form and isinstance(instances, str)):
             instances = self.parse_json(instances)
         if not isinstance(instances, list) or not instances:
             raise UnsupportedInput(f'"instances" must be a list of at least one input. {self.accepted}')
+        return Request([self.read_instance(instance) for instance in self.limited(instances)], options, many=True)
+
+    def limited(self, instances: list) -> list:
         if len(instances) > self.max_instances:
             raise TooManyInstances(
                 f"The request has {len(instances)} instances; at most {self.max_instances} are accepted. "
                 "Send several requests."
             )
-        return Request([self.read_instance(instance) for instance in instances], options, many=True)
+        return instances
 
     def read_instance(self, instance: object) -> Inputs:
         """Read an object of the inputs' fields or, where there is only one field, its value."""
@@ -153,7 +200,7 @@ class RequestReader:
             return self.read_inputs(instance)
         if self.only_input is None:
             raise UnsupportedInput(f"An instance must be an object with the fields {', '.join(self.kinds)}.")
-        if isinstance(instance, dict) and self.kinds[self.only_input]:
+        if isinstance(instance, dict) and self.kinds[self.only_input] and instance.keys() != {B64}:
             raise UnknownField(f'An instance must be an input, or an object with the one field "{self.only_input}".')
         return self.read_inputs({self.only_input: instance})
 
@@ -176,16 +223,15 @@ class RequestReader:
             return self.parse_json(value) if isinstance(value, bytes) or (form and isinstance(value, str)) else value
         if value is None and name in self.optional:
             return None
-        if not isinstance(value, (bytes, str)):
+        is_b64 = isinstance(value, dict) and value.keys() == {B64} and isinstance(value[B64], str)
+        if not is_b64 and not isinstance(value, (bytes, str)):
             raise UnsupportedInput(
                 f'The input "{name}" must be bytes or a string, not a JSON {json_type(value)}. {self.accepted}'
             )
         if not value:
             raise EmptyInput(f'The input "{name}" is empty. {self.accepted}')
-        if self.only_input:
-            return kind.read(value)
-        with in_field(name):
-            return kind.read(value)
+        with in_field(name) if self.only_input is None else nullcontext():
+            return kind.read(binary(value[B64]) if is_b64 else value)
 
     def read_options(self, given: Mapping) -> Options:
         if not given:
@@ -211,9 +257,11 @@ class RequestReader:
 
     def parse_json(self, text: bytes | bytearray | str) -> object:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as exc:
+            return parse_json(text)
+        except (UnicodeError, RecursionError) as exc:
             raise InvalidJSON(f"The request contains invalid JSON. {self.accepted}") from exc
+        except ValueError as exc:
+            raise InvalidJSON(f"The request contains invalid JSON: {exc}. {self.accepted}") from exc
 
 
 def option_type(field: FieldInfo) -> TypeAdapter:

@@ -2,11 +2,11 @@
 
 For every length and every value, TorchServe's worker makes a system call and creates several objects. It then builds
 the rows and headers of the batch from these objects. With a small model, reading takes a fifth of a worker's time
-(BENCHMARKS.md). This module replaces functions only if TorchServe's source files are the expected ones.
+(BENCHMARKS.md). TorchServe also keeps only the last value of a form field that is sent several times; here, the row has
+all of them. This module replaces functions only if TorchServe's source files are the expected ones.
 """
 
 import hashlib
-import json
 import logging
 import os
 import struct
@@ -19,6 +19,9 @@ from typing import NamedTuple, NoReturn
 from ts import service
 from ts.context import RequestProcessor
 from ts.protocol import otf_message_handler
+
+from handlers.core.request import Repeated
+from handlers.core.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +121,8 @@ class Stream:
             types: dict[str, dict[str, str]] = {}
             while (name := field()) is not None:
                 key, content_type = name.decode(), (field() or b"").decode()
-                row[key] = parsed(self.value(), content_type) if decodes else self.value()
+                value = parsed(self.value(), content_type) if decodes else self.value()
+                row[key] = Repeated.added(row[key], value) if key in row else value
                 types[key] = {"content-type": content_type}
             ids[len(rows)] = request_id.decode()
             rows.append(row)
@@ -169,11 +173,11 @@ def parsed(value: bytearray, content_type: str) -> object:
     """Parse JSON, and decode text. A value that is invalid stays as it is: the handler rejects it."""
     try:
         if content_type == "application/json":
-            return json.loads(value.decode())
+            return parse_json(value.decode())
         if content_type.startswith("text"):
             return value.decode()
     except Exception:  # as in TorchServe; JSON that is nested too deeply raises RecursionError
-        logger.warning("An input of type %s cannot be decoded, and is passed on as bytes", content_type, exc_info=True)
+        logger.warning("An input of type %s cannot be decoded, and is passed on as bytes", content_type)
     return value
 
 

@@ -12,6 +12,7 @@ import soundfile
 from PIL import Image
 
 JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 TEXT = {"Content-Type": "text/plain"}
 
 
@@ -51,6 +52,8 @@ IMAGES = {
     "not base64": ({"json": {"data": "?!"}}, 400, "InvalidBase64"),
     "empty base64": ({"json": {"data": ""}}, 400, "EmptyInput"),
     "invalid JSON": ({"data": b'{"data": ', "headers": JSON}, 400, "InvalidJSON"),
+    "a JSON name twice": ({"data": b'{"data": "aGVs", "data": "aGVs"}', "headers": JSON}, 400, "InvalidJSON"),
+    "JSON NaN": ({"data": b'{"data": NaN}', "headers": JSON}, 400, "InvalidJSON"),
     "JSON null": ({"data": b"null", "headers": JSON}, 400, "UnsupportedInput"),
     "JSON list": ({"data": b"[1]", "headers": JSON}, 400, "UnsupportedInput"),
     "deep JSON": ({"data": b"[" * 100_000, "headers": JSON}, 400, "InvalidJSON"),
@@ -74,6 +77,20 @@ TEXTS = {
     "blanks": ({"data": b" \n\t "}, 400, "EmptyInput"),
     "invalid UTF-8": ({"data": b"caf\xe9 \xff\xfe"}, 400, "UndecodableText"),
     "invalid UTF-8 that says it is text": ({"data": b"caf\xe9 \xff\xfe", "headers": TEXT}, 400, "UndecodableText"),
+    "Latin-1 in a form": ({"data": b"data=caf%E9", "headers": FORM}, 400, "UndecodableText"),
+    "UTF-16 without a mark": ({"data": "hello".encode("utf-16-le")}, 400, "UndecodableText"),
+    "unknown charset": (
+        {"data": b"hello", "headers": {"Content-Type": "text/plain; charset=x"}},
+        415,
+        "UnsupportedEncoding",
+    ),
+    "brotli": ({"data": b"hello", "headers": {**TEXT, "Content-Encoding": "br"}}, 415, "UnsupportedEncoding"),
+    "brotli in JSON": ({"data": b"\x81", "headers": {**JSON, "Content-Encoding": "br"}}, 415, "UnsupportedEncoding"),
+    "deflate": (
+        {"data": zlib.compress(b"hello"), "headers": {"Content-Encoding": "deflate"}},
+        415,
+        "UnsupportedEncoding",
+    ),
     "a lone surrogate": ({"data": rb'{"data": "\ud800"}', "headers": JSON}, 400, "UndecodableText"),
     "1 MB": ({"data": b"word " * 200_000}, 413, "TextTooLong"),
     "a number": ({"json": {"data": 5}}, 400, "UnsupportedInput"),

@@ -7,24 +7,27 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
 from handlers.core import inputs
 from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import (
     EmptyInput,
     InputTooLarge,
+    InvalidBase64,
     InvalidJSON,
     InvalidOption,
     MalformedRequest,
     MissingField,
+    RepeatedField,
     TooManyInstances,
     UndecodableText,
     UnknownField,
+    UnsupportedEncoding,
     UnsupportedInput,
 )
 from handlers.core.inputs import Image, Sound, Text
-from handlers.core.request import Request, RequestReader
+from handlers.core.request import Repeated, Request, RequestReader
 
 MAX_INSTANCES = 4
 JSON = {"Content-Type": "application/json; charset=utf-8"}  # TorchServe does not parse JSON with a charset
@@ -96,6 +99,12 @@ def request_for(*values: str, top_k: int | None = None, many: bool = False) -> R
             {"instances": body(["a"]), "top_k": "1"}, {}, request_for("a", many=True, top_k=1), id="form-instances"
         ),
         pytest.param({"instances": '["a"]'}, {}, request_for("a", many=True), id="form-instances-as-text"),
+        pytest.param(
+            {"data": Repeated([bytearray(b"a"), "b"]), "top_k": "1"},
+            {},
+            request_for("a", "b", many=True, top_k=1),
+            id="form-field-several-times",
+        ),
     ],
 )
 def test_request_is_read_in_every_accepted_form(row: dict, headers: dict, expected: Request):
@@ -106,6 +115,16 @@ def test_request_is_read_in_every_accepted_form(row: dict, headers: dict, expect
 @pytest.mark.parametrize("wrap", [lambda value: {"body": value}, lambda value: {"data": value}])
 def test_binary_input_is_read_from_bytes_or_base64(content: object, wrap):
     assert images.read(wrap(content), {}).inputs == [OneImage(data=b"\xff\0")]
+
+
+@pytest.mark.parametrize(
+    "sent", [{"data": {"b64": BASE64}}, {"instances": [{"b64": BASE64}]}, {"instances": [{"data": {"b64": BASE64}}]}]
+)
+def test_object_b64_is_read_as_base64(sent: dict):
+    assert images.read({"body": sent}, {}).inputs == [OneImage(data=b"hello")]
+    assert texts.read({"body": sent}, {}).inputs == [OneText(data="hello")]
+    with pytest.raises(InvalidBase64, match='In the field "image"'):
+        several.read({"body": {"image": {"b64": "!"}, "caption": "a dog"}}, {})
 
 
 ACCEPTED = (
@@ -128,12 +147,14 @@ NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
         pytest.param({"body": None}, UnsupportedInput, "not a JSON null", id="null"),
         pytest.param({"body": False}, UnsupportedInput, "not a JSON boolean", id="boolean"),
         pytest.param({"body": {"data": 0}}, UnsupportedInput, "not a JSON number", id="number"),
-        pytest.param({"body": {"data": {"b64": BASE64}}}, UnsupportedInput, "not a JSON object", id="object"),
+        pytest.param({"body": {"data": {"text": BASE64}}}, UnsupportedInput, "not a JSON object", id="object"),
+        pytest.param({"body": {"data": {"b64": 5}}}, UnsupportedInput, "not a JSON object", id="b64-number"),
+        pytest.param({"body": {"data": {"b64": ""}}}, EmptyInput, "no bytes", id="b64-empty"),
         pytest.param({"body": {"instances": BASE64}}, UnsupportedInput, "list of at least one", id="instances-string"),
         pytest.param({"body": {"instances": []}}, UnsupportedInput, "list of at least one", id="no-instances"),
         pytest.param({"body": {"instances": [[BASE64]]}}, UnsupportedInput, "not a JSON array", id="nested-instances"),
         pytest.param({"body": {"instances": [{}]}}, UnknownField, 'the one field "data"', id="empty-object"),
-        pytest.param({"body": {"instances": [{"b64": BASE64}]}}, UnknownField, 'field "data"', id="instance-field"),
+        pytest.param({"body": {"instances": [{"text": BASE64}]}}, UnknownField, 'field "data"', id="instance-field"),
         pytest.param({"body": {"instances": ["a"] * 5}}, TooManyInstances, "5 instances.*at most 4", id="too-many"),
         pytest.param({"body": {}}, MissingField, NAMES_THE_ACCEPTED, id="empty-json"),
         pytest.param({"body": {"top_k": 3}}, MissingField, NAMES_THE_ACCEPTED, id="options-only"),
@@ -141,6 +162,12 @@ NAMES_THE_ACCEPTED = re.escape(ACCEPTED)
         pytest.param({"body": {"data": "a", "topk": 3}}, UnknownField, '"topk".*top_k', id="unknown-field"),
         pytest.param({"file": bytearray(b"a")}, UnknownField, f'"file". {NAMES_THE_ACCEPTED}', id="unknown-form-field"),
         pytest.param({'{"data": "' + "x" * 999: ""}, UnknownField, r"^.{0,60}\.\.\.", id="json-without-header"),
+        pytest.param({"data": Repeated(["a"] * 5)}, TooManyInstances, "5 instances.*at most 4", id="too-many-fields"),
+        pytest.param({"data": Repeated(["a", ""])}, EmptyInput, NAMES_THE_ACCEPTED, id="empty-among-fields"),
+        pytest.param({"data": Repeated(["a", "b"]), "instances": "[]"}, MissingField, "exactly one", id="both-twice"),
+        pytest.param({"data": "a", "top_k": Repeated(["1", "2"])}, RepeatedField, '"top_k" is sent 2 t', id="options"),
+        pytest.param({"instances": Repeated(["[]"] * 3)}, RepeatedField, '"instances" is sent 3 times', id="instances"),
+        pytest.param({"body": Repeated([b"a", b"b"])}, UnknownField, '"body"', id="body-twice"),
         pytest.param({"instances": bytearray(b"[1")}, InvalidJSON, NAMES_THE_ACCEPTED, id="form-instances-not-json"),
     ],
 )
@@ -153,6 +180,32 @@ def test_malformed_request_is_rejected_with_its_reason(row: dict, error: type, m
 def test_invalid_json_is_rejected(text: bytes):
     with pytest.raises(InvalidJSON, match=NAMES_THE_ACCEPTED):
         texts.read({"body": bytearray(text)}, JSON)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"data": {"rooms": 3, "area": NaN}}', "NaN is not a number"),
+        ('{"data": {"rooms": 3, "area": -Infinity}}', "-Infinity is not a number"),
+        ('{"data": {"rooms": 3, "area": 1e999}}', "a number is too large"),
+        ('{"data": {"rooms": 3, "area": 2, "area": 3}}', "a name twice"),
+        ('{"data": {"rooms": 3, "area": 2}, "data": {"rooms": 4, "area": 2}}', "a name twice"),
+        ('{"data": {"rooms": 3, "area": 2}', "line 1 column 33"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_json_that_python_accepts_beyond_the_standard_is_rejected(text: str, reason: str, encoding: str):
+    with pytest.raises(InvalidJSON, match=reason):
+        houses.read({"body": bytearray(text.encode(encoding))}, JSON)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-Infinity"])
+@pytest.mark.parametrize("declared", [float, list[float], dict[str, float]])
+def test_numbers_in_strings_that_are_not_finite_are_rejected(declared: type, number: str):
+    values = {float: number, list[float]: [number], dict[str, float]: {"a": number}}
+    reader = RequestReader(create_model("Numbers", __base__=inputs.Inputs, data=declared), inputs.Options, 1)
+    with pytest.raises(UnsupportedInput, match="finite number"):
+        reader.read({"body": {"data": values[declared]}}, {})
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None, [], "three", "", "2.5", b"\xff", float("nan")])
@@ -183,6 +236,91 @@ def test_any_json_is_read_or_rejected(value: object, parsed: bool):
         assert all(isinstance(each.data, str) and each.data for each in request.inputs)
 
 
+# --- charsets and compression --------------------------------------------------------------------------------------
+
+GREETING = "größe"
+
+
+def declared(charset: str, media_type: str = "text/plain") -> dict[str, str]:
+    return {"content-type": f"{media_type}; format=flowed; Charset={charset}"}
+
+
+@pytest.mark.parametrize(
+    ("charset", "text"),
+    [
+        ("iso-8859-1", GREETING),
+        ('"Latin1"', GREETING),
+        ("windows-1252", GREETING),
+        ("UTF-16", GREETING),
+        ("utf-16le", GREETING),
+        ("koi8-r", "размер"),
+        ("windows-1251", "размер"),
+        ("Shift_JIS", "残高"),
+        ("x-sjis", "残高"),
+        ("iso-2022-jp", "残高"),
+        ("gb2312", "余额"),
+        ("utf-8", GREETING),
+    ],
+)
+def test_text_is_decoded_in_the_charset_of_its_content_type(charset: str, text: str):
+    codec = {"x-sjis": "shift_jis", "utf-16le": "utf-16-le"}.get(charset, charset.strip('"'))
+    content = bytearray(text.encode(codec))
+    sent = [content]
+    try:
+        sent.append(content.decode())  # what TorchServe makes of text/*, whatever its charset is
+    except UnicodeError:
+        pass
+    for each in sent:
+        assert texts.read({"body": each}, declared(charset)) == request_for(text)
+
+
+@pytest.mark.parametrize("charset", ["iso-8859-1", "utf-16"])
+def test_json_is_decoded_in_the_charset_of_its_content_type(charset: str):
+    content = bytearray(json.dumps({"data": GREETING}, ensure_ascii=False).encode(charset))
+    assert texts.read({"body": content}, declared(charset, "application/json")) == request_for(GREETING)
+
+
+@pytest.mark.parametrize("charset", ["klingon", "punycode", "unicode_escape", "idna", "utf-7", "zlib", "..", "x" * 99])
+def test_unknown_charset_is_rejected_by_its_name(charset: str):
+    with pytest.raises(
+        UnsupportedEncoding, match=r"charset .{3,50}is not supported. Encode the text as UTF-8"
+    ) as found:
+        texts.read({"body": "hello"}, declared(charset))
+    assert found.value.code == 415
+
+
+def test_text_that_is_not_in_its_charset_is_rejected():
+    with pytest.raises(UndecodableText, match="not valid us-ascii, the charset of its Content-Type"):
+        texts.read({"body": GREETING}, declared("US-ASCII"))
+    with pytest.raises(UndecodableText, match="charset=iso-8859-1"):
+        texts.read({"body": bytearray(GREETING.encode("latin-1"))}, {"content-type": "text/plain"})
+
+
+def test_charset_of_a_file_that_is_no_text_is_ignored():
+    file = {"content-type": "image/png; charset=binary"}  # as `file --mime` prints it
+    assert images.read({"body": bytearray(b"\xff\0")}, file).inputs == [OneImage(data=b"\xff\0")]
+
+
+def test_form_whose_bytes_are_not_utf8_is_rejected():
+    """TorchServe decodes %E9, a letter in ISO-8859-1, as a replacement character."""
+    row = {"data": bytearray("caf\ufffd".encode())}
+    with pytest.raises(UndecodableText, match="form is not valid UTF-8"):
+        texts.read(row, {"content-type": "application/x-www-form-urlencoded"})
+    assert texts.read(row, {"content-type": "multipart/form-data; boundary=x"}) == request_for("caf\ufffd")
+
+
+@pytest.mark.parametrize("encoding", ["br", "Deflate", "zstd", "gzip, br", "x" * 99])
+def test_compressed_body_is_rejected_by_the_name_of_its_encoding(encoding: str):
+    for row in ({"body": bytearray(b"x")}, {"data": bytearray(b"x")}, {}):
+        with pytest.raises(UnsupportedEncoding, match=re.escape(encoding.lower()[:20])) as found:
+            texts.read(row, {"Content-encoding": encoding, **JSON})
+        assert (found.value.code, "with gzip" in str(found.value)) == (415, True)
+
+
+def test_identity_encoding_is_accepted():
+    assert texts.read({"body": "hello"}, {"content-encoding": "identity"}) == request_for("hello")
+
+
 # --- inputs that are JSON, and several inputs ---------------------------------------------------------------------
 
 HOUSE = {"rooms": 3, "area": 70.5}
@@ -200,6 +338,18 @@ HOUSE = {"rooms": 3, "area": 70.5}
 )
 def test_json_input_is_read_as_the_declared_type(row: dict, headers: dict):
     assert houses.read(row, headers) == Request([OneHouse(data=House(**HOUSE))], inputs.Options())
+
+
+def test_json_input_sent_several_times_is_several_inputs():
+    request = houses.read({"data": Repeated([json.dumps(HOUSE), body(HOUSE)])}, {})
+    assert request == Request([OneHouse(data=House(**HOUSE))] * 2, inputs.Options(), many=True)
+
+
+@pytest.mark.parametrize("name", ["image", "caption", "crowd"])
+def test_field_sent_twice_to_a_model_of_several_inputs_is_rejected(name: str):
+    row = {"image": b"hello", "caption": "a dog", "crowd": "true"}
+    with pytest.raises(RepeatedField, match=f'"{name}" is sent 2 times'):
+        several.read({**row, name: Repeated([row[name]] * 2)}, {})
 
 
 def test_instances_of_a_json_input_may_be_wrapped():
@@ -376,7 +526,8 @@ def test_picture_is_refused_for_instances_and_accepted_for_one_input():
     reader = RequestReader(OneText, inputs.PictureOptions, MAX_INSTANCES)
     assert reader.read({"data": "a", "format": "png"}, {}).options.format == "png"
     assert reader.read({"body": {"instances": ["a"], "format": "json"}}, JSON).many
-    with pytest.raises(InvalidOption, match="Send one input to get png"):
-        reader.read({"body": {"instances": ["a"], "format": "png"}}, JSON)
+    for row in ({"body": {"instances": ["a"], "format": "png"}}, {"data": Repeated(["a", "b"]), "format": "png"}):
+        with pytest.raises(InvalidOption, match="Send one input to get png"):
+            reader.read(row, JSON)
     with pytest.raises(InvalidOption, match="format must be one of json, png"):
         reader.read({"data": "a", "format": "gif"}, {})

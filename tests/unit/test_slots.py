@@ -18,13 +18,20 @@ values = st.recursive(
 
 @given(values)
 def test_json_has_the_bytes_of_the_standard_library(value: object):
-    assert encode_json(value) == json.dumps(value)
+    assert encode_json(value) == json.dumps(value, ensure_ascii=False).encode()
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.text(alphabet=st.characters()))
 def test_ranking_has_the_bytes_of_the_standard_library(probability: float, label: str):
     answer = {"top_k": [{"label": label, "class": 3, "probability": probability}]}
-    assert encode_json(answer) == json.dumps(answer)
+    encoded = encode_json(answer)
+    assert encoded == json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
+    assert json.loads(encoded) == answer
+
+
+def test_label_leaves_as_utf8_and_a_lone_surrogate_escaped():
+    assert encode_json({"label": "größe 残高"}).decode() == '{"label": "größe 残高"}'
+    assert encode_json("\ud800") == b'"\\ud800"'
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

@@ -40,6 +40,11 @@ def handler(tmp_path_factory: pytest.TempPathFactory) -> TextHandler:
         ("\N{GRINNING FACE} is", [1, 3]),
         ("  my\r\n\tbalance ", [4, 5]),
         ("my " * 20, [4] * 8),  # cut at max_tokens
+        ("\ufeffmy balance", [4, 5]),
+        ("my balance".encode("utf-8-sig"), [4, 5]),
+        ("my balance".encode("utf-16"), [4, 5]),  # PowerShell writes such files
+        (b"\xfe\xff" + "größe".encode("utf-16-be"), [6]),
+        ("größe".encode("utf-32"), [6]),
     ],
 )
 def test_text_is_decoded_to_token_ids(handler: TextHandler, content: bytes | str, ids: list[int]):
@@ -50,7 +55,10 @@ def test_text_is_decoded_to_token_ids(handler: TextHandler, content: bytes | str
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (b"\xff\xfe", UndecodableText, "not valid UTF-8"),
+        (b"\xff\xfe", EmptyInput, "text is empty"),  # the byte order mark alone
+        (b"\xff\xfea", UndecodableText, "not valid UTF-8"),
+        ("my balance".encode("utf-16-le"), UndecodableText, "contains NUL"),
+        ("my balance\0", UndecodableText, "contains NUL"),
         ("größe".encode("latin-1"), UndecodableText, "not valid UTF-8"),
         ("lone \ud800 surrogate", UndecodableText, "not valid UTF-8"),
         (" \r\n\t\u3000", EmptyInput, "text is empty"),
@@ -60,7 +68,7 @@ def test_text_is_decoded_to_token_ids(handler: TextHandler, content: bytes | str
         (b"x" * 1_000_000, TextTooLong, "at most 100 characters"),
         ("残" * 101, TextTooLong, "at most 100 characters"),
         (("残" * 101).encode(), TextTooLong, "at most 100 characters"),
-        (b"\xff" * 1_000_000, UndecodableText, "not valid UTF-8"),
+        (b"\xfd" * 1_000_000, UndecodableText, "not valid UTF-8"),
     ],
     ids=lambda value: repr(value)[:20],
 )

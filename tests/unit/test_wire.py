@@ -16,6 +16,7 @@ from ts.async_service import AsyncService
 from ts.protocol import otf_message_handler
 
 from handlers.core import wire
+from handlers.core.request import Repeated
 
 TORCHSERVES = {
     module: {name: vars(module)[name] for name in names}
@@ -39,7 +40,11 @@ values = st.one_of(
 requests = st.tuples(
     st.uuids().map(lambda each: str(each).encode()),
     st.lists(st.tuples(names, names), max_size=4),
-    st.lists(st.tuples(st.one_of(names, st.just(b"body")), st.sampled_from(TYPES), values), max_size=3),
+    st.lists(
+        st.tuples(st.one_of(names, st.just(b"body")), st.sampled_from(TYPES), values),
+        max_size=3,
+        unique_by=lambda parameter: parameter[0],
+    ),
 )
 
 
@@ -161,6 +166,23 @@ def test_invalid_json_is_logged_and_passed_on_as_bytes(caplog: pytest.LogCapture
         [(_, rows, _)] = read(message([(b"1", [], [(b"body", b"application/json", b"{")])]), 100)
     assert rows == [{"body": bytearray(b"{")}]
     assert "application/json cannot be decoded" in caplog.text
+
+
+def test_field_that_is_sent_several_times_has_all_of_its_values():
+    parameters = [(b"data", b"text/plain", b"a"), (b"top_k", b"", b"1"), (b"data", b"", b"b"), (b"data", b"", b"")]
+    content = message([(b"1", [], parameters)])
+    assert read(content, 100)[0][1] == [{"data": bytearray(), "top_k": bytearray(b"1")}]  # TorchServe's: the last one
+    wire.read_in_one_pass()
+    [(_, [row], _)] = read(content, 100)
+    assert row == {"data": ["a", bytearray(b"b"), bytearray()], "top_k": bytearray(b"1")}
+    assert isinstance(row["data"], Repeated)
+
+
+@pytest.mark.parametrize("text", [b'{"a": NaN}', b'{"a": 1e999}', b'{"a": 1, "a": 2}'])
+def test_json_beyond_the_standard_is_passed_on_as_bytes(text: bytes):
+    wire.read_in_one_pass()
+    [(_, rows, _)] = read(message([(b"1", [], [(b"body", b"application/json", text)])]), 100)
+    assert rows == [{"body": bytearray(text)}]
 
 
 def test_negative_length_of_a_value_is_an_empty_value():

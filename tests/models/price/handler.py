@@ -12,7 +12,7 @@ class PriceHandler(BatchHandler):
     """Model: float32 [N, 3] (rooms, area, age) -> float32 [N, 1]."""
 
     class Inputs(inputs.Inputs):
-        class House(BaseModel):
+        class House(BaseModel, allow_inf_nan=False):
             rooms: int = Field(gt=0)
             area: float  # m2
             age: float = 0  # years

@@ -1,0 +1,39 @@
+"""Parse JSON as the standard (RFC 8259) defines it. Python's parser accepts more, and hides a mistake of the client."""
+
+import json
+import math
+from typing import NoReturn
+
+
+def parse_json(text: bytes | bytearray | str) -> object:
+    """Parse a JSON document, in UTF-8, UTF-16 or UTF-32 if it is bytes.
+
+    Raises:
+        ValueError: it is not JSON, a number is not finite (NaN, Infinity, 1e999), or an object has a name twice. The
+            message quotes no value.
+        RecursionError: it is nested too deeply.
+    """
+    if not isinstance(text, str):
+        text = text.decode(json.detect_encoding(text))
+    return decoder.decode(text.removeprefix("\ufeff"))
+
+
+def finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+def not_a_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("an object has a name twice")
+    return fields
+
+
+decoder = json.JSONDecoder(parse_float=finite, parse_constant=not_a_number, object_pairs_hook=unique)
