@@ -149,7 +149,12 @@ class Settings:
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be true or false.")
         if (given := os.environ.get(BEHIND_PROXY, "false")).lower() not in BOOLEANS:
             raise BundleError(f"{BEHIND_PROXY} is {given!r}, and must be true or false.")
-        self.listeners()
+        listeners = self.listeners()
+        if listeners["inference_address"] == listeners["management_address"]:
+            raise BundleError(
+                f"inference_address and management_address are both {self['inference_address']}. Give each its own port: "
+                "otherwise, who may predict may manage, too, and predictions wait for management calls."
+            )
 
     def fingerprint(self) -> str:
         """Return a digest of everything that requires a restart when it changes."""

@@ -24,6 +24,7 @@ from bundle.signing import make_keys
         ("inference_address", "http://[::1", "must look like http://127.0.0.1:8080."),
         ("inference_address", "http://[::1]:8080", "cannot listen on an IPv6 address. Use an IPv4 address, such as"),
         ("metrics_address", "http://[::]:8082", "metrics_address is 'http://[::]:8082', and TorchServe's HTTP server"),
+        ("inference_address", "http://127.0.0.1:8081", "inference_address and management_address are both http://"),
         ("job_queue_size", "\N{SUPERSCRIPT TWO}", "and must be a whole number, like 100."),
         ("job_queue_size", "99999999999", "and must be a whole number, like 100."),
         ("grpc_inference_port", "99999", "TS_GRPC_INFERENCE_PORT is '99999', and must be a port, like 7070."),
