@@ -152,7 +152,7 @@ class Settings:
         listeners = self.listeners()
         if listeners["inference_address"] == listeners["management_address"]:
             raise BundleError(
-                f"inference_address and management_address are both {self['inference_address']}. Give each its own port: "
+                f"inference_address and management_address are both {self['inference_address']}. Give each a port: "
                 "otherwise, who may predict may manage, too, and predictions wait for management calls."
             )
 
