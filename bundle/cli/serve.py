@@ -84,7 +84,7 @@ def try_samples(server: "Server", running: "Running", folders: list["ModelFolder
     digests = server.archive_digests(folders)
     new = [folder for folder in folders if running.served.get(folder.name) != digests[folder.name]]
     if new:
-        from bundle.build.own_sample import try_own_sample  # imports torch, which takes seconds
+        from bundle.cli.own_sample import try_own_sample  # imports torch, which takes seconds
 
         for folder in new:
             try_own_sample(server.archive(folder), folder)

@@ -77,7 +77,7 @@ class Client:
 
         Args:
             workers: number of workers to start. TorchServe ignores it if the archive's model-config.yaml has
-                `minWorkers`. This returns when the workers have started.
+                `minWorkers` and `maxWorkers`. This returns when the workers have started.
 
         Raises:
             BundleError: TorchServe rejects the archive.

@@ -30,6 +30,7 @@ from bundle.server.identity import start_mark, start_mark_of_command
 from bundle.server.java import java_home
 from bundle.server.keys import Keys
 from bundle.server.settings import ADDRESSES, Settings
+from bundle.server.sockets import check_temporary
 from bundle.signing import key_of
 
 GUARDS = ROOT / "bundle" / "bin"  # the commands that start workers: see bundle/guard.py
@@ -222,7 +223,7 @@ class Server:
             settings=settings,
             inference=self.settings.url("inference_address"),
             management=self.settings.url("management_address"),
-            grpc=f"{self.settings['grpc_inference_address']}:{self.settings['grpc_inference_port']}",
+            grpc=self.settings.grpc_target(),
             key_file=str(self.key_file.resolve()) if self.settings.asks_for_keys else "",
         )
         try:
@@ -257,10 +258,11 @@ class Server:
         """Check what a start needs. Call it before stopping a server for a restart.
 
         Raises:
-            BundleError: a setting is invalid, Java is missing or cannot load the frontend's agent, a port is taken, or
-                an archive was changed since it was built or signed.
+            BundleError: a setting is invalid, the path of TMPDIR is too long, Java is missing or cannot load the
+                frontend's agent, a port is taken, or an archive was changed since it was built or signed.
         """
         self.settings.check()
+        check_temporary()
         frontend.check(java_home(), self.settings.passed_on())
         self.check_ports()
         trusted = key_of("TRUSTED_KEY")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from bundle.errors import BundleError
 from bundle.server import frontend, process
 from bundle.server.process import Running, Server, end
 from bundle.server.settings import Settings
+from bundle.server.sockets import LONGEST, SOCKET
 from tests.unit.processes import RUNS, child, isolated, java_is
 
 FOLDERS = select(["mnist", "text"])
@@ -31,14 +33,15 @@ LISTENS = f"listener = socket.create_server(('127.0.0.1', {{port}})); {RUNS}"
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server with its own folders and ports, whose Java runs until it is stopped."""
     monkeypatch.delenv("TS_DISABLE_TOKEN_AUTHORIZATION", raising=False)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    short = tempfile.mkdtemp(prefix="short-")  # pytest's own folder may be too long for the workers' sockets
+    monkeypatch.setattr(tempfile, "tempdir", short)
     java_is(RUNS, tmp_path, monkeypatch)
     server = isolated(tmp_path)
     for folder in FOLDERS:
         server.archive(folder).write_bytes(folder.name.encode())
     yield server
     server.stop()
+    shutil.rmtree(short)
 
 
 def leftovers(server: Server) -> list[str]:
@@ -279,6 +282,23 @@ def test_port_of_a_running_server_is_free_for_its_own_commands_only(server: Serv
     other = Server(tmp_path / "another run", server.settings)
     with pytest.raises(BundleError, match=rf"Port {port} .* is taken by PID {started.pid} \(a TorchServe\)"):
         other.check_ports()
+
+
+def test_temporary_folder_whose_sockets_paths_are_too_long_is_named(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """The longest that is accepted leaves room for the socket of the worker with the highest port."""
+    folder = Path(tempfile.gettempdir())
+    longest = LONGEST - len(f"/{SOCKET}")
+    name = "ü" * 4 + "x" * (longest - len(str(folder)) - 9)
+    (folder / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / name))
+    server.check([])
+    with socket.socket(socket.AF_UNIX) as listener:
+        Path(tempfile.gettempdir(), "torchserve-01234567").mkdir()
+        listener.bind(f"{tempfile.gettempdir()}/{SOCKET}")
+        listener.close()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / f"{name}x"))
+    with pytest.raises(BundleError, match=r"has a path of \d+ bytes.* allow \d+. Set TMPDIR to a folder"):
+        server.check([])
 
 
 def test_address_of_another_machine_is_named(server: Server):

@@ -28,7 +28,8 @@ final class Patches implements ClassFileTransformer {
                     new Management(),
                     new Scaling(),
                     new Gzip(),
-                    new Buckets());
+                    new Buckets(),
+                    new Close());
 
     private final Map<String, byte[]> originals = new HashMap<>();
     private final Map<String, byte[]> changed = new HashMap<>();
