@@ -1,6 +1,5 @@
 """The model folders, in `models/` or in the folder that BUNDLE_MODELS names, and what each one declares."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bundle.errors import BundleError, UsageError
+from bundle.labels import read_labels
 from bundle.paths import HANDLERS, models_dir, relative
 
 CONFIG_NAME = "model-config.yaml"
@@ -236,31 +236,6 @@ def unknown_setting(config: dict, own_handler: bool) -> str:
                 f"{', '.join(key for key in CONFIG_KEYS if key not in OWN_SECTIONS)}."
             )
     return ""
-
-
-def read_labels(file: Path) -> list[str]:
-    """Return the labels of a JSON file, by class index.
-
-    Args:
-        file: a list of labels, or an object {"0": label, ...}. A label is a string, or [id, name] as for ImageNet.
-
-    Raises:
-        BundleError: the file has something else.
-    """
-    try:
-        labels = json.loads(file.read_text())
-    except ValueError as exc:
-        raise BundleError(f"{relative(file)} is not valid JSON: {exc}") from exc
-    if isinstance(labels, dict):
-        if set(labels) != {str(index) for index in range(len(labels))}:
-            raise BundleError(f'{relative(file)} must have the keys "0" to "{len(labels) - 1}".')
-        labels = [labels[str(index)] for index in range(len(labels))]
-    if not isinstance(labels, list) or not labels:
-        raise BundleError(f'{relative(file)} must be a list of labels, or an object {{"0": label, ...}}.')
-    names = [label[-1] if isinstance(label, list) and label else label for label in labels]
-    if not all(isinstance(name, str) for name in names):
-        raise BundleError(f"{relative(file)}: a label must be a string.")
-    return names
 
 
 def folders() -> list[ModelFolder]:

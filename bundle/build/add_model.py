@@ -24,8 +24,9 @@ from bundle.build.inspect_segmenter import inspect_segmenter
 from bundle.build.inspect_text import inspect_texts
 from bundle.build.new_model import KINDS, NewModel
 from bundle.build.user_modules import adapt
-from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, read_labels
+from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
 from bundle.errors import BundleError
+from bundle.labels import read_labels
 from bundle.paths import relative
 from handlers.core.explain import WITH_ACTIVATIONS
 

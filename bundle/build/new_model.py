@@ -27,7 +27,7 @@ class NewModel:
     Attributes:
         name: the name of the model and of its folder.
         serialized: the TorchScript file.
-        labels: a JSON file: a list of labels, or an object {"0": label, ...}; by default, class_0, class_1, ...
+        labels: a file that `read_labels` reads; by default, the labels are class_0, class_1, ...
         handler: a file of `handlers/`, without ".py"; by default, that of `kind`.
         kind: one of `KINDS`; by default, found out from the model's outputs.
         format: of a detector's outputs, one of `FORMATS`; by default, found out from their shape.
