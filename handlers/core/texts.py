@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from handlers.core.errors import EmptyInput, TextTooLong, UndecodableText, UnsupportedEncoding
 from handlers.core.settings import PositiveInt
+from handlers.core.signatures import describe_format
 
 # Python's names of the charsets that browsers know. Its other codecs are not charsets, and the time that one of them
 # (punycode) takes grows with the square of the length.
@@ -51,7 +52,8 @@ def read_text(value: bytes | str) -> str:
             value.encode()
             text = value.removeprefix("\ufeff")
     except UnicodeError as exc:
-        raise UndecodableText(f"The text is not valid UTF-8. {HINT}") from exc
+        found = describe_format(value) if isinstance(value, bytes) else ""
+        raise UndecodableText(f"The text is not valid UTF-8.{found or ' ' + HINT}") from exc
     if "\0" in text:
         raise UndecodableText(f"The text contains NUL characters, as UTF-16 read as UTF-8 does. {HINT}")
     return text
