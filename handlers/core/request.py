@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -26,7 +27,7 @@ from handlers.core.errors import (
     UnsupportedEncoding,
     UnsupportedInput,
 )
-from handlers.core.headers import body_headers
+from handlers.core.headers import request_headers
 from handlers.core.inputs import Inputs, Options, PictureOptions, binary, describe_option, in_field, kind_of
 from handlers.core.strict_json import parse_json
 from handlers.core.texts import in_charset
@@ -121,12 +122,13 @@ class RequestReader:
             UnsupportedEncoding: the body is compressed, or its charset is unknown.
             TooManyInstances: more than `max_instances` samples.
         """
-        sent = body_headers(headers)
+        sent = request_headers(headers)
         if sent.encoding not in ("", "identity"):
             raise UnsupportedEncoding(
                 f"The Content-Encoding {quote(sent.encoding)} is not supported. Send the body uncompressed, or "
                 "compressed with gzip."
             )
+        query = self.read_query(sent.query)
         if row.keys() == {BODY} and not isinstance(row[BODY], Repeated):
             body = row[BODY]
             if sent.media_type == "application/json":
@@ -135,10 +137,10 @@ class RequestReader:
             elif self.takes_text:
                 body = in_charset(body, sent.charset)
             if isinstance(body, dict):
-                return self.read_fields(body)
+                return self.read_fields(body, query)
             if self.only_input is None:
                 raise UnsupportedInput(f"The model has several inputs, so a raw body is not accepted. {self.accepted}")
-            return Request([self.read_inputs({self.only_input: body})], self.defaults)
+            return Request([self.read_inputs({self.only_input: body})], self.read_options(query))
         if not row and sent.media_type == URLENCODED:
             # curl -d sends this type by default
             raise UnsupportedInput(
@@ -151,9 +153,24 @@ class RequestReader:
             LOST in value for value in row.values() if isinstance(value, bytearray)
         ):
             raise UndecodableText("The form is not valid UTF-8. Percent-encode the bytes of UTF-8.")
-        return self.read_fields(row, form=True)
+        return self.read_fields(row, query, form=True)
 
-    def read_fields(self, fields: Mapping, form: bool = False) -> Request:
+    def read_query(self, query: str) -> dict[str, str]:
+        """Return the options in the query of the URL."""
+        if not query:
+            return {}
+        given: dict[str, str] = {}
+        for name, value in parse_qsl(query, keep_blank_values=True):
+            if name in given:
+                raise RepeatedField(f"The query has {quote(name)} twice; it is accepted once.")
+            given[name] = value
+        if unknown := [name for name in given if name not in self.option_types]:
+            names = ", ".join(f'"{name}"' for name in self.option_types)
+            accepted = f"Accepted in the query: {names}." if names else "This model has no options."
+            raise UnknownField(f"Unknown query parameter {quote(unknown[0])}. {accepted} Send inputs in the body.")
+        return given
+
+    def read_fields(self, fields: Mapping, query: Mapping, form: bool = False) -> Request:
         known = self.kinds.keys() | self.option_types.keys() | {INSTANCES}
         if unknown := [name for name in fields if name not in known]:
             raise UnknownField(f"Unknown field {quote(unknown[0])}. {self.accepted}")
@@ -168,7 +185,10 @@ class RequestReader:
             raise MissingField(f'Send exactly one of the fields "{self.only_input}" and "instances". {self.accepted}')
         if given and INSTANCES in fields:
             raise MissingField(f'Send either "instances" or the fields of one sample, not both. {self.accepted}')
-        options = self.read_options({name: value for name, value in fields.items() if name in self.option_types})
+        given_options = {name: value for name, value in fields.items() if name in self.option_types}
+        if twice := given_options.keys() & query.keys():
+            raise RepeatedField(f"The option {quote(min(twice))} is in the query and in the body; send it once.")
+        options = self.read_options({**query, **given_options})
         if INSTANCES not in fields and not repeated:
             return Request([self.read_inputs(given, form)], options)
         if isinstance(options, PictureOptions) and options.format != "json":

@@ -236,6 +236,60 @@ def test_any_json_is_read_or_rejected(value: object, parsed: bool):
         assert all(isinstance(each.data, str) and each.data for each in request.inputs)
 
 
+# --- options in the query of the URL ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"body": bytearray(b"hello")},
+        {"body": "hello"},
+        {"body": {"data": "hello"}},
+        {"data": bytearray(b"hello")},
+    ],
+)
+@pytest.mark.parametrize("query", ["top_k=2", "top%5Fk=%32&", "&top_k=2"])
+def test_option_in_the_query_is_read_with_every_form_of_a_request(row: dict, query: str):
+    assert texts.read(row, {"bundle-query": query}) == request_for("hello", top_k=2)
+
+
+def test_options_of_the_query_and_of_the_body_are_read_together():
+    row = {"image": b"hello", "caption": "a dog", "crowd": "true"}
+    options = several.read(row, {"bundle-query": "method=exact&score_threshold=0.25"}).options
+    assert options == Detection(method="exact", score_threshold=0.25, crowd=True)
+
+
+@pytest.mark.parametrize(
+    ("query", "error", "message"),
+    [
+        ("topk=2", UnknownField, 'Unknown query parameter "topk". Accepted in the query: "top_k".'),
+        ("data=hello", UnknownField, "Send inputs in the body"),
+        ("top_k", InvalidOption, "whole number"),
+        ("top_k=0", InvalidOption, "whole number"),
+        ("top_k=1&top_k=2", RepeatedField, '"top_k" twice'),
+        ("a" * 4000, UnknownField, r'"a{40}\.\.\."'),
+    ],
+)
+def test_invalid_query_is_rejected_with_its_reason(query: str, error: type, message: str):
+    with pytest.raises(error, match=message):
+        texts.read({"body": "hello"}, {"bundle-query": query})
+
+
+def test_option_in_the_query_and_in_the_body_is_rejected():
+    with pytest.raises(RepeatedField, match='"top_k" is in the query and in the body'):
+        texts.read({"body": {"data": "a", "top_k": 1}}, {"bundle-query": "top_k=1"})
+
+
+def test_query_of_a_model_without_options_is_rejected():
+    with pytest.raises(UnknownField, match="This model has no options"):
+        houses.read({"body": {"data": HOUSE}}, {"bundle-query": "top_k=1"})
+
+
+def test_picture_is_chosen_in_the_query_of_a_raw_body():
+    reader = RequestReader(OneText, inputs.PictureOptions, MAX_INSTANCES)
+    assert reader.read({"body": "a"}, {"bundle-query": "format=png"}).options.format == "png"
+
+
 # --- charsets and compression --------------------------------------------------------------------------------------
 
 GREETING = "größe"

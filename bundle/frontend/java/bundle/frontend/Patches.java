@@ -27,7 +27,8 @@ final class Patches implements ClassFileTransformer {
                     new Drain(),
                     new Management(),
                     new Scaling(),
-                    new Gzip());
+                    new Gzip(),
+                    new Query());
 
     private final Map<String, byte[]> originals = new HashMap<>();
     private final Map<String, byte[]> changed = new HashMap<>();
