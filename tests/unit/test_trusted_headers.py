@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bundle.build.dryrun import DryRun
 from bundle.errors import BundleError
 from bundle.server.settings import Settings
-from handlers.core.headers import BEHIND_PROXY, Verb, behind_proxy, request_headers, proxy_arrival, requested_verb
+from handlers.core.headers import BEHIND_PROXY, Verb, behind_proxy, proxy_arrival, request_headers, requested_verb
 from tests.unit.numbered import BATCH_SIZE, row
 
 # a worker of TorchServe 0.12.0 gets the client's headers unchanged, and those that TorchServe adds
