@@ -22,18 +22,26 @@ from handlers.core.errors import (
     MissingField,
     RepeatedField,
     TooManyInstances,
-    UndecodableText,
     UnknownField,
     UnsupportedEncoding,
     UnsupportedInput,
 )
 from handlers.core.headers import request_headers
-from handlers.core.inputs import Inputs, Options, PictureOptions, binary, describe_option, in_field, kind_of
+from handlers.core.inputs import (
+    BASE64_DATA_URL,
+    Inputs,
+    Options,
+    PictureOptions,
+    binary,
+    describe_option,
+    in_field,
+    is_base64,
+    kind_of,
+)
 from handlers.core.strict_json import parse_json
 from handlers.core.texts import in_charset
 
 URLENCODED = "application/x-www-form-urlencoded"
-LOST = "\N{REPLACEMENT CHARACTER}".encode()  # TorchServe's form decoder writes it in place of bytes that are not UTF-8
 B64 = "b64"  # {"b64": "..."} is base64 in the JSON of TensorFlow Serving and Vertex AI
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
 
@@ -149,11 +157,30 @@ class RequestReader:
             )
         if not row:
             raise EmptyInput(f"The request has no body. {self.accepted}")
-        if sent.media_type == URLENCODED and any(
-            LOST in value for value in row.values() if isinstance(value, bytearray)
-        ):
-            raise UndecodableText("The form is not valid UTF-8. Percent-encode the bytes of UTF-8.")
+        if sent.media_type == URLENCODED:
+            if encoded := self.base64_of(row):
+                return Request([self.read_inputs({self.only_input: encoded})], self.read_options(query))
+            if sent.charset:
+                row = {name: self.in_charset(name, value, sent.charset) for name, value in row.items()}
         return self.read_fields(row, query, form=True)
+
+    def base64_of(self, row: Mapping) -> bytes:
+        """Return a body that is base64, if TorchServe took it for a form because it ends in "="; b"" otherwise."""
+        [*names] = row
+        if len(names) != 1 or self.only_input in (None, names[0]) or self.takes_text:
+            return b""
+        value = row[names[0]]
+        body = names[0].encode() + b"=" + bytes(value) if isinstance(value, bytearray) else b""
+        return body if BASE64_DATA_URL.match(body) or is_base64(body) else b""
+
+    def in_charset(self, name: str, value: object, charset: str) -> object:
+        """Decode a field of a form, if it is a text."""
+        kind = self.kinds.get(name)
+        if kind is None or kind.name != "text":
+            return value
+        if isinstance(value, Repeated):
+            return Repeated(in_charset(each, charset) for each in value)
+        return in_charset(value, charset)
 
     def read_query(self, query: str) -> dict[str, str]:
         """Return the options in the query of the URL."""

@@ -1,5 +1,6 @@
 """Reading of requests: every accepted form, and the error for every other one."""
 
+import base64
 import json
 import re
 from typing import Annotated, Literal
@@ -355,12 +356,31 @@ def test_charset_of_a_file_that_is_no_text_is_ignored():
     assert images.read({"body": bytearray(b"\xff\0")}, file).inputs == [OneImage(data=b"\xff\0")]
 
 
-def test_form_whose_bytes_are_not_utf8_is_rejected():
-    """TorchServe decodes %E9, a letter in ISO-8859-1, as a replacement character."""
-    row = {"data": bytearray("caf\ufffd".encode())}
-    with pytest.raises(UndecodableText, match="form is not valid UTF-8"):
-        texts.read(row, {"content-type": "application/x-www-form-urlencoded"})
-    assert texts.read(row, {"content-type": "multipart/form-data; boundary=x"}) == request_for("caf\ufffd")
+URLENCODED = "application/x-www-form-urlencoded"
+
+
+def test_form_is_decoded_in_the_charset_of_its_content_type():
+    """Apache's HttpClient sends forms in ISO-8859-1 by default."""
+    field = bytearray(GREETING.encode("latin-1"))
+    headers = declared("ISO-8859-1", URLENCODED)
+    assert texts.read({"data": field, "top_k": bytearray(b"2")}, headers) == request_for(GREETING, top_k=2)
+    assert texts.read({"data": Repeated([field, field])}, headers) == request_for(GREETING, GREETING, many=True)
+    with pytest.raises(UndecodableText):
+        texts.read({"data": field}, {"content-type": URLENCODED})
+
+
+@pytest.mark.parametrize("before", ["", "data:image/png;base64,"])
+@pytest.mark.parametrize("length", [100, 101])
+def test_base64_that_torchserve_takes_for_a_form_is_read_as_a_raw_body(before: str, length: int):
+    """`curl -d` calls every body a form, and the padding separates a name from its value."""
+    content = bytes(range(120, 120 + length))
+    name, value = (before + base64.b64encode(content).decode()).split("=", 1)
+    row = {name.replace("+", " "): bytearray(value.encode())}
+    assert images.read(row, {"content-type": URLENCODED}).inputs == [OneImage(data=content)]
+    with pytest.raises(UnknownField):
+        images.read(row, {"content-type": "multipart/form-data"})
+    with pytest.raises(UnknownField):
+        texts.read(row, {"content-type": URLENCODED})
 
 
 @pytest.mark.parametrize("encoding", ["br", "Deflate", "zstd", "gzip, br", "x" * 99])
