@@ -7,7 +7,7 @@ text/*, a str. Whatever does not parse, and every other type, is a bytearray. A 
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -97,8 +97,9 @@ class RequestReader:
             raise TypeError(f"{inputs.__qualname__} or {options.__qualname__}: the name {taken[0]} is taken; rename it")
         self.defaults = options()
         self.only_input: str | None = next(iter(self.kinds)) if len(self.kinds) == 1 else None
-        only_kind = self.kinds.get(self.only_input)
+        only_kind = self.kinds[self.only_input] if self.only_input else None
         self.takes_text = only_kind is not None and only_kind.name == "text"
+        self.takes_base64 = only_kind is not None and only_kind.read is binary
         self.accepted = self.describe_accepted()
 
     def describe_accepted(self) -> str:
@@ -167,7 +168,7 @@ class RequestReader:
     def base64_of(self, row: Mapping) -> bytes:
         """Return a body that is base64, if TorchServe took it for a form because it ends in "="; b"" otherwise."""
         [*names] = row
-        if len(names) != 1 or self.only_input in (None, names[0]) or self.takes_text:
+        if not self.takes_base64 or len(names) != 1 or names[0] == self.only_input:
             return b""
         value = row[names[0]]
         body = names[0].encode() + b"=" + bytes(value) if isinstance(value, bytearray) else b""
@@ -270,15 +271,21 @@ class RequestReader:
             return self.parse_json(value) if isinstance(value, bytes) or (form and isinstance(value, str)) else value
         if value is None and name in self.optional:
             return None
-        is_b64 = isinstance(value, dict) and value.keys() == {B64} and isinstance(value[B64], str)
-        if not is_b64 and not isinstance(value, (bytes, str)):
+        if isinstance(value, dict) and value.keys() == {B64} and isinstance(value[B64], str):
+            with self.naming(name):
+                value = binary(value[B64])
+        if not isinstance(value, (bytes, str)):
             raise UnsupportedInput(
                 f'The input "{name}" must be bytes or a string, not a JSON {json_type(value)}. {self.accepted}'
             )
         if not value:
             raise EmptyInput(f'The input "{name}" is empty. {self.accepted}')
-        with in_field(name) if self.only_input is None else nullcontext():
-            return kind.read(binary(value[B64]) if is_b64 else value)
+        with self.naming(name):
+            return kind.read(value)
+
+    def naming(self, name: str) -> AbstractContextManager[None]:
+        """Name the field in the errors of a model of several inputs."""
+        return in_field(name) if self.only_input is None else nullcontext()
 
     def read_options(self, given: Mapping) -> Options:
         if not given:

@@ -4,6 +4,7 @@ import codecs
 import json
 from encodings import normalize_encoding
 from encodings.aliases import aliases
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -59,18 +60,18 @@ def read_text(value: bytes | str) -> str:
     return text
 
 
-def in_charset(body: object, charset: str) -> object:
+def in_charset(body: object, charset: str) -> Any:
     """Decode a body in the charset of its Content-Type. JSON that TorchServe has parsed is returned unchanged.
 
     Args:
         body: bytes, or a str that TorchServe decoded as UTF-8, whatever the charset is.
-        charset: as the client wrote it, in lower case; "" for none.
+        charset: as the client wrote it, in lower case; "" for none, "binary" for an unknown one.
 
     Raises:
         UnsupportedEncoding: the charset is unknown.
         UndecodableText: the bytes are not in this charset.
     """
-    if not charset or not isinstance(body, (bytes, bytearray, str)):
+    if charset in ("", "binary") or not isinstance(body, (bytes, bytearray, str)):
         return body
     # not codecs.lookup, which keeps every name that it does not find
     name = normalize_encoding(charset)

@@ -315,10 +315,11 @@ def declared(charset: str, media_type: str = "text/plain") -> dict[str, str]:
         ("iso-2022-jp", "残高"),
         ("gb2312", "余额"),
         ("utf-8", GREETING),
+        ("binary", GREETING),
     ],
 )
 def test_text_is_decoded_in_the_charset_of_its_content_type(charset: str, text: str):
-    codec = {"x-sjis": "shift_jis", "utf-16le": "utf-16-le"}.get(charset, charset.strip('"'))
+    codec = {"x-sjis": "shift_jis", "binary": "utf-8", "utf-16le": "utf-16-le"}.get(charset, charset.strip('"'))
     content = bytearray(text.encode(codec))
     sent = [content]
     try:
