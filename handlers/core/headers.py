@@ -53,23 +53,25 @@ def header(headers: Mapping, name: str) -> str:
     return ""
 
 
-class BodyHeaders(NamedTuple):
-    """What the headers say about the body; "" or what the standard assumes, if they say nothing.
+class RequestHeaders(NamedTuple):
+    """What the headers say about the request; "" if they say nothing.
 
     Attributes:
         media_type: in lower case, without parameters.
         charset: in lower case.
         encoding: how the body is compressed, in lower case.
+        query: of the URL, still percent-encoded. The frontend's agent writes it into a header.
     """
 
     media_type: str = ""
     charset: str = ""
     encoding: str = ""
+    query: str = ""
 
 
-def body_headers(headers: Mapping) -> BodyHeaders:
-    """Read the client's Content-Type and Content-Encoding in one pass."""
-    media_type = charset = encoding = ""
+def request_headers(headers: Mapping) -> RequestHeaders:
+    """Read Content-Type, Content-Encoding and the query in one pass."""
+    media_type = charset = encoding = query = ""
     for name, value in headers.items():
         if len(name) not in (12, 16) or not isinstance(value, str):
             continue
@@ -81,7 +83,9 @@ def body_headers(headers: Mapping) -> BodyHeaders:
                     charset = found[1].lower()
             case "content-encoding":
                 encoding = value.strip().lower()
-    return BodyHeaders(media_type, charset, encoding)
+            case "bundle-query":
+                query = value
+    return RequestHeaders(media_type, charset, encoding, query)
 
 
 def behind_proxy() -> bool:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from handlers.core.errors import ImageTooLarge, UndecodableImage
 from handlers.core.image_parts import PartReader, check_parts, open_parts
+from handlers.core.signatures import describe_format
 
 # Pillow's warnings about broken metadata differ from file to file: Python would log and keep every one of them
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -19,6 +20,15 @@ Image.init()
 # signature. Pillow's other formats are used by icons, games and old programs. Some of them contain a file of another
 # format (ICO, ICNS, BLP, IPTC), to which the limits would not apply, and EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA")
+UNREADABLE = "The input is not an image in a supported format (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF, ...)."
+READABLE = (
+    "a JPEG image",
+    "a PNG image",
+    "a WebP image",
+    "a GIF image",
+    "an AVIF image",
+    "a TIFF image",
+)  # signatures.py
 
 # EXIF orientation -> the operation that turns the image upright
 TURNS = {
@@ -89,7 +99,7 @@ def open_upright(
         ImageTooLarge: the image exceeds `max_pixels`, `max_slow_pixels`, `max_scans` or `max_parts`.
     """
     Image.MAX_IMAGE_PIXELS = settings.max_pixels  # Pillow checks sizes that are known late, such as a GIF's frame
-    problem = "The input is not an image in a supported format (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF, ...)."
+    problem = ""
     try:
         check_parts(content, settings.max_parts, settings.max_scans)
         reader = open_parts(content, settings.max_parts)
@@ -112,7 +122,7 @@ def open_upright(
     except Image.DecompressionBombError as exc:
         raise too_many_pixels(settings.max_pixels) from exc
     except DECODE_ERRORS as exc:
-        raise UndecodableImage(problem) from exc
+        raise UndecodableImage(problem or UNREADABLE + describe_format(content, READABLE)) from exc
 
 
 def upright_size(content: bytes, settings: ImageLimits) -> tuple[int, int]:

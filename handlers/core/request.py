@@ -7,9 +7,10 @@ text/*, a str. Whatever does not parse, and every other type, is a bytearray. A 
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -21,18 +22,26 @@ from handlers.core.errors import (
     MissingField,
     RepeatedField,
     TooManyInstances,
-    UndecodableText,
     UnknownField,
     UnsupportedEncoding,
     UnsupportedInput,
 )
-from handlers.core.headers import body_headers
-from handlers.core.inputs import Inputs, Options, PictureOptions, binary, describe_option, in_field, kind_of
+from handlers.core.headers import request_headers
+from handlers.core.inputs import (
+    BASE64_DATA_URL,
+    Inputs,
+    Options,
+    PictureOptions,
+    binary,
+    describe_option,
+    in_field,
+    is_base64,
+    kind_of,
+)
 from handlers.core.strict_json import parse_json
 from handlers.core.texts import in_charset
 
 URLENCODED = "application/x-www-form-urlencoded"
-LOST = "\N{REPLACEMENT CHARACTER}".encode()  # TorchServe's form decoder writes it in place of bytes that are not UTF-8
 B64 = "b64"  # {"b64": "..."} is base64 in the JSON of TensorFlow Serving and Vertex AI
 BODY, INSTANCES = "body", "instances"  # the names of TorchServe and of the bundle, which no input or option may have
 
@@ -88,8 +97,9 @@ class RequestReader:
             raise TypeError(f"{inputs.__qualname__} or {options.__qualname__}: the name {taken[0]} is taken; rename it")
         self.defaults = options()
         self.only_input: str | None = next(iter(self.kinds)) if len(self.kinds) == 1 else None
-        only_kind = self.kinds.get(self.only_input)
+        only_kind = self.kinds[self.only_input] if self.only_input else None
         self.takes_text = only_kind is not None and only_kind.name == "text"
+        self.takes_base64 = only_kind is not None and only_kind.read is binary
         self.accepted = self.describe_accepted()
 
     def describe_accepted(self) -> str:
@@ -121,12 +131,13 @@ class RequestReader:
             UnsupportedEncoding: the body is compressed, or its charset is unknown.
             TooManyInstances: more than `max_instances` samples.
         """
-        sent = body_headers(headers)
+        sent = request_headers(headers)
         if sent.encoding not in ("", "identity"):
             raise UnsupportedEncoding(
                 f"The Content-Encoding {quote(sent.encoding)} is not supported. Send the body uncompressed, or "
                 "compressed with gzip."
             )
+        query = self.read_query(sent.query)
         if row.keys() == {BODY} and not isinstance(row[BODY], Repeated):
             body = row[BODY]
             if sent.media_type == "application/json":
@@ -135,10 +146,10 @@ class RequestReader:
             elif self.takes_text:
                 body = in_charset(body, sent.charset)
             if isinstance(body, dict):
-                return self.read_fields(body)
+                return self.read_fields(body, query)
             if self.only_input is None:
                 raise UnsupportedInput(f"The model has several inputs, so a raw body is not accepted. {self.accepted}")
-            return Request([self.read_inputs({self.only_input: body})], self.defaults)
+            return Request([self.read_inputs({self.only_input: body})], self.read_options(query))
         if not row and sent.media_type == URLENCODED:
             # curl -d sends this type by default
             raise UnsupportedInput(
@@ -147,13 +158,47 @@ class RequestReader:
             )
         if not row:
             raise EmptyInput(f"The request has no body. {self.accepted}")
-        if sent.media_type == URLENCODED and any(
-            LOST in value for value in row.values() if isinstance(value, bytearray)
-        ):
-            raise UndecodableText("The form is not valid UTF-8. Percent-encode the bytes of UTF-8.")
-        return self.read_fields(row, form=True)
+        if sent.media_type == URLENCODED:
+            if encoded := self.base64_of(row):
+                return Request([self.read_inputs({self.only_input: encoded})], self.read_options(query))
+            if sent.charset:
+                row = {name: self.in_charset(name, value, sent.charset) for name, value in row.items()}
+        return self.read_fields(row, query, form=True)
 
-    def read_fields(self, fields: Mapping, form: bool = False) -> Request:
+    def base64_of(self, row: Mapping) -> bytes:
+        """Return a body that is base64, if TorchServe took it for a form because it ends in "="; b"" otherwise."""
+        [*names] = row
+        if not self.takes_base64 or len(names) != 1 or names[0] == self.only_input:
+            return b""
+        value = row[names[0]]
+        body = names[0].encode() + b"=" + bytes(value) if isinstance(value, bytearray) else b""
+        return body if BASE64_DATA_URL.match(body) or is_base64(body) else b""
+
+    def in_charset(self, name: str, value: object, charset: str) -> object:
+        """Decode a field of a form, if it is a text."""
+        kind = self.kinds.get(name)
+        if kind is None or kind.name != "text":
+            return value
+        if isinstance(value, Repeated):
+            return Repeated(in_charset(each, charset) for each in value)
+        return in_charset(value, charset)
+
+    def read_query(self, query: str) -> dict[str, str]:
+        """Return the options in the query of the URL."""
+        if not query:
+            return {}
+        given: dict[str, str] = {}
+        for name, value in parse_qsl(query, keep_blank_values=True):
+            if name in given:
+                raise RepeatedField(f"The query has {quote(name)} twice; it is accepted once.")
+            given[name] = value
+        if unknown := [name for name in given if name not in self.option_types]:
+            names = ", ".join(f'"{name}"' for name in self.option_types)
+            accepted = f"Accepted in the query: {names}." if names else "This model has no options."
+            raise UnknownField(f"Unknown query parameter {quote(unknown[0])}. {accepted} Send inputs in the body.")
+        return given
+
+    def read_fields(self, fields: Mapping, query: Mapping, form: bool = False) -> Request:
         known = self.kinds.keys() | self.option_types.keys() | {INSTANCES}
         if unknown := [name for name in fields if name not in known]:
             raise UnknownField(f"Unknown field {quote(unknown[0])}. {self.accepted}")
@@ -168,7 +213,10 @@ class RequestReader:
             raise MissingField(f'Send exactly one of the fields "{self.only_input}" and "instances". {self.accepted}')
         if given and INSTANCES in fields:
             raise MissingField(f'Send either "instances" or the fields of one sample, not both. {self.accepted}')
-        options = self.read_options({name: value for name, value in fields.items() if name in self.option_types})
+        given_options = {name: value for name, value in fields.items() if name in self.option_types}
+        if twice := given_options.keys() & query.keys():
+            raise RepeatedField(f"The option {quote(min(twice))} is in the query and in the body; send it once.")
+        options = self.read_options({**query, **given_options})
         if INSTANCES not in fields and not repeated:
             return Request([self.read_inputs(given, form)], options)
         if isinstance(options, PictureOptions) and options.format != "json":
@@ -223,15 +271,21 @@ class RequestReader:
             return self.parse_json(value) if isinstance(value, bytes) or (form and isinstance(value, str)) else value
         if value is None and name in self.optional:
             return None
-        is_b64 = isinstance(value, dict) and value.keys() == {B64} and isinstance(value[B64], str)
-        if not is_b64 and not isinstance(value, (bytes, str)):
+        if isinstance(value, dict) and value.keys() == {B64} and isinstance(value[B64], str):
+            with self.naming(name):
+                value = binary(value[B64])
+        if not isinstance(value, (bytes, str)):
             raise UnsupportedInput(
                 f'The input "{name}" must be bytes or a string, not a JSON {json_type(value)}. {self.accepted}'
             )
         if not value:
             raise EmptyInput(f'The input "{name}" is empty. {self.accepted}')
-        with in_field(name) if self.only_input is None else nullcontext():
-            return kind.read(binary(value[B64]) if is_b64 else value)
+        with self.naming(name):
+            return kind.read(value)
+
+    def naming(self, name: str) -> AbstractContextManager[None]:
+        """Name the field in the errors of a model of several inputs."""
+        return in_field(name) if self.only_input is None else nullcontext()
 
     def read_options(self, given: Mapping) -> Options:
         if not given:

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from handlers.core.errors import AudioTooLong, EmptyInput, UndecodableAudio
 from handlers.core.settings import PositiveInt
+from handlers.core.signatures import describe_format
+from handlers.core.sound_repair import repaired
 
 PLAIN_WAV = struct.Struct("<4sI4s4sIHHIIHH4sI")  # of a file with the chunks `fmt ` and `data`, and no other
+
+
+READABLE = ("a WAV sound", "a FLAC sound", "an Ogg file", "an MP3 sound")  # signatures.py
 
 
 class SoundLimits(BaseModel):
@@ -59,7 +64,7 @@ def read_sound(content: bytes, limits: SoundLimits) -> tuple[numpy.ndarray, int]
         AudioTooLong: the clip is longer than `max_seconds`, or has more than `max_values` samples.
         EmptyInput: the file has no samples.
     """
-    samples, sample_rate = read_plain_wav(content, limits) or read_any(content, limits)
+    samples, sample_rate = read_plain_wav(content, limits) or read_any(repaired(content), limits)
     if not len(samples):
         raise EmptyInput("The sound file has no samples. Send a recording.")
     with numpy.errstate(over="ignore", invalid="ignore"):  # a channel, or the sum of channels, may not be finite
@@ -76,7 +81,10 @@ def read_any(content: bytes, limits: SoundLimits) -> tuple[numpy.ndarray, int]:
             check_limits(file.samplerate, file.frames, file.channels, limits)
             return file.read(dtype="float32", always_2d=True), file.samplerate
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as exc:
-        raise UndecodableAudio("The input is not a readable sound file. Accepted: WAV, FLAC, OGG, MP3.") from exc
+        found = describe_format(content, READABLE)
+        raise UndecodableAudio(
+            f"The input is not a readable sound file.{found} Accepted: WAV, FLAC, OGG, MP3."
+        ) from exc
 
 
 def read_plain_wav(content: bytes, limits: SoundLimits) -> tuple[numpy.ndarray, int] | None:

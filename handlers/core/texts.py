@@ -4,11 +4,13 @@ import codecs
 import json
 from encodings import normalize_encoding
 from encodings.aliases import aliases
+from typing import Any
 
 from pydantic import BaseModel
 
 from handlers.core.errors import EmptyInput, TextTooLong, UndecodableText, UnsupportedEncoding
 from handlers.core.settings import PositiveInt
+from handlers.core.signatures import describe_format
 
 # Python's names of the charsets that browsers know. Its other codecs are not charsets, and the time that one of them
 # (punycode) takes grows with the square of the length.
@@ -51,24 +53,25 @@ def read_text(value: bytes | str) -> str:
             value.encode()
             text = value.removeprefix("\ufeff")
     except UnicodeError as exc:
-        raise UndecodableText(f"The text is not valid UTF-8. {HINT}") from exc
+        found = describe_format(value) if isinstance(value, bytes) else ""
+        raise UndecodableText(f"The text is not valid UTF-8.{found or ' ' + HINT}") from exc
     if "\0" in text:
         raise UndecodableText(f"The text contains NUL characters, as UTF-16 read as UTF-8 does. {HINT}")
     return text
 
 
-def in_charset(body: object, charset: str) -> object:
+def in_charset(body: object, charset: str) -> Any:
     """Decode a body in the charset of its Content-Type. JSON that TorchServe has parsed is returned unchanged.
 
     Args:
         body: bytes, or a str that TorchServe decoded as UTF-8, whatever the charset is.
-        charset: as the client wrote it, in lower case; "" for none.
+        charset: as the client wrote it, in lower case; "" for none, "binary" for an unknown one.
 
     Raises:
         UnsupportedEncoding: the charset is unknown.
         UndecodableText: the bytes are not in this charset.
     """
-    if not charset or not isinstance(body, (bytes, bytearray, str)):
+    if charset in ("", "binary") or not isinstance(body, (bytes, bytearray, str)):
         return body
     # not codecs.lookup, which keeps every name that it does not find
     name = normalize_encoding(charset)

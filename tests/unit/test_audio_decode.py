@@ -1,6 +1,7 @@
 """Decoding of sound files to the window that the model takes. The sounds are generated tone bursts."""
 
 import struct
+import time
 
 import numpy
 import pytest
@@ -118,6 +119,90 @@ def test_plain_wav_with_damage_is_left_to_libsndfile_or_has_its_samples(content:
         assert plain in (None, expected)
 
 
+# --- sounds that players play, and libsndfile rejects ---------------------------------------------------------------
+
+
+def wav_claiming(frames: int, channels: int = 1, rate: int = RATE) -> bytes:
+    """Return a WAV header that declares 16-bit samples, without the samples."""
+    size = 2 * frames * channels
+    layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, 2 * rate * channels, 2 * channels, 16)
+    return struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + layout + struct.pack("<4sI", b"data", size)
+
+
+FILES = {format: encode_sound(BURST, RATE, format) for format in ("MP3", "FLAC", "OGG", "WAV", "AIFF")}
+ALL_RATES = [8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000]
+
+
+def id3(length: int, version: int = 3) -> bytes:
+    return b"ID3" + bytes([version, 0, 0, *(length >> shift & 127 for shift in (21, 14, 7, 0))]) + b"\1" * length
+
+
+def ape(length: int) -> bytes:
+    """Return an APEv2 tag of this many bytes after its header."""
+    return b"APETAGEX" + struct.pack("<IIII", 2000, length, 0, 0xA000_0000) + bytes(8) + b"\1" * length
+
+
+@pytest.mark.parametrize("format", FILES)
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(id3(1000), id="id3"),
+        pytest.param(id3(200_000, version=4), id="id3-with-a-cover"),
+        pytest.param(id3(1000) + bytes(2000), id="id3-then-zeros"),
+        pytest.param(id3(100) + id3(100, version=2), id="two-id3"),
+        pytest.param(ape(500), id="ape"),
+        pytest.param(bytes(1000), id="zeros"),
+        pytest.param(b"\r\n", id="line-break"),
+    ],
+)
+def test_decode_sound_behind_tags_or_padding_returns_the_sound(format: str, before: bytes):
+    assert numpy.array_equal(decode(before + FILES[format]), decode(FILES[format]))
+
+
+@pytest.mark.parametrize("format", FILES)
+@pytest.mark.parametrize("after", [id3(100), ape(100), b"TAG" + bytes(125), bytes(5000), b"junk" * 100])
+def test_decode_sound_before_tags_or_padding_returns_the_sound(format: str, after: bytes):
+    assert numpy.array_equal(decode(FILES[format] + after), decode(FILES[format]))
+
+
+@pytest.mark.parametrize("rate", ALL_RATES)
+@pytest.mark.parametrize("before", [b"HTTP/1.1 200 OK\r\n\r\n", b"junk \xff\xfb junk \xff\xf3" * 20])
+def test_decode_mp3_behind_anything_returns_the_sound(rate: int, before: bytes):
+    file = encode_sound(tone_burst(rate), rate, "MP3")
+    assert numpy.array_equal(decode(before + file), decode(file))
+
+
+def streamed(file: bytes, riff: int, data: int) -> bytes:
+    """Return a WAV file with these sizes in its header."""
+    at = file.index(b"data") + 4
+    return file[:4] + struct.pack("<I", riff) + file[8:at] + struct.pack("<I", data) + file[at + 4 :]
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT", "ULAW"])
+@pytest.mark.parametrize("riff", [0, 36, 0x7FFF_FFFF, 0xFFFF_FFFF])
+@pytest.mark.parametrize("data", [0, 0x7FFF_F000, 0x8000_0000, 0xFFFF_FFFF])
+def test_decode_wav_that_was_written_into_a_pipe_returns_the_sound(subtype: str, riff: int, data: int):
+    file = encode_sound(BURST, RATE, subtype=subtype)
+    assert numpy.array_equal(decode(streamed(file, riff, data)), decode(file))
+
+
+def test_decode_wav_that_has_chunks_instead_of_samples_is_rejected_as_empty():
+    file = wav_claiming(0) + b"LIST" + struct.pack("<I", 4) + b"INFO"
+    with pytest.raises(EmptyInput, match="no samples"):
+        decode(file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"ID3\3\0\0\0\0\0\0" * 1_600_000, b"x" + b"\xff\xfb\x90\x00" * 4_000_000, wav_claiming(0)[:36] * 400_000],
+)
+def test_decode_file_of_nothing_but_tags_frames_or_chunks_is_rejected_soon(content: bytes):
+    start = time.process_time()
+    with pytest.raises(RequestError):
+        decode(content)
+    assert time.process_time() - start < 3
+
+
 # --- the window --------------------------------------------------------------------------------------------------
 
 
@@ -158,11 +243,7 @@ def test_window_has_the_requested_length(length: int, window: int):
 # --- rejected sounds ----------------------------------------------------------------------------------------------
 
 
-def wav_claiming(frames: int, channels: int = 1, rate: int = RATE) -> bytes:
-    """Return a WAV header that declares 16-bit samples, without the samples."""
-    size = 2 * frames * channels
-    layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, 2 * rate * channels, 2 * channels, 16)
-    return struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + layout + struct.pack("<4sI", b"data", size)
+WEBM = bytes.fromhex("1a45dfa3 9f 42868101 42f78101 42f28104 42f38108 428284") + b"webm" + bytes(100)
 
 
 def with_sample(value: float) -> bytes:
@@ -186,6 +267,9 @@ def with_sample(value: float) -> bytes:
         pytest.param(encode_sound(BURST, 999), UndecodableAudio, "999 Hz; 1000 to 384000 Hz", id="rate-low"),
         pytest.param(encode_sound(BURST, 384_001), UndecodableAudio, "384001 Hz; 1000 to", id="rate-high"),
         pytest.param("hello!", RequestError, "base64", id="string"),
+        pytest.param(WEBM, UndecodableAudio, "It is a WebM recording. Accepted: WAV", id="webm"),
+        pytest.param(encode_sound(BURST)[:20], UndecodableAudio, "It is a WAV sound, truncated", id="half-a-wav"),
+        pytest.param(b"\x89PNG\r\n\x1a\n", UndecodableAudio, "It is a PNG image", id="png"),
     ],
 )
 def test_decode_invalid_sound_is_rejected(content: bytes, error: type, message: str):

@@ -1,5 +1,6 @@
 """Reading of requests: every accepted form, and the error for every other one."""
 
+import base64
 import json
 import re
 from typing import Annotated, Literal
@@ -236,6 +237,60 @@ def test_any_json_is_read_or_rejected(value: object, parsed: bool):
         assert all(isinstance(each.data, str) and each.data for each in request.inputs)
 
 
+# --- options in the query of the URL ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"body": bytearray(b"hello")},
+        {"body": "hello"},
+        {"body": {"data": "hello"}},
+        {"data": bytearray(b"hello")},
+    ],
+)
+@pytest.mark.parametrize("query", ["top_k=2", "top%5Fk=%32&", "&top_k=2"])
+def test_option_in_the_query_is_read_with_every_form_of_a_request(row: dict, query: str):
+    assert texts.read(row, {"bundle-query": query}) == request_for("hello", top_k=2)
+
+
+def test_options_of_the_query_and_of_the_body_are_read_together():
+    row = {"image": b"hello", "caption": "a dog", "crowd": "true"}
+    options = several.read(row, {"bundle-query": "method=exact&score_threshold=0.25"}).options
+    assert options == Detection(method="exact", score_threshold=0.25, crowd=True)
+
+
+@pytest.mark.parametrize(
+    ("query", "error", "message"),
+    [
+        ("topk=2", UnknownField, 'Unknown query parameter "topk". Accepted in the query: "top_k".'),
+        ("data=hello", UnknownField, "Send inputs in the body"),
+        ("top_k", InvalidOption, "whole number"),
+        ("top_k=0", InvalidOption, "whole number"),
+        ("top_k=1&top_k=2", RepeatedField, '"top_k" twice'),
+        ("a" * 4000, UnknownField, r'"a{40}\.\.\."'),
+    ],
+)
+def test_invalid_query_is_rejected_with_its_reason(query: str, error: type, message: str):
+    with pytest.raises(error, match=message):
+        texts.read({"body": "hello"}, {"bundle-query": query})
+
+
+def test_option_in_the_query_and_in_the_body_is_rejected():
+    with pytest.raises(RepeatedField, match='"top_k" is in the query and in the body'):
+        texts.read({"body": {"data": "a", "top_k": 1}}, {"bundle-query": "top_k=1"})
+
+
+def test_query_of_a_model_without_options_is_rejected():
+    with pytest.raises(UnknownField, match="This model has no options"):
+        houses.read({"body": {"data": HOUSE}}, {"bundle-query": "top_k=1"})
+
+
+def test_picture_is_chosen_in_the_query_of_a_raw_body():
+    reader = RequestReader(OneText, inputs.PictureOptions, MAX_INSTANCES)
+    assert reader.read({"body": "a"}, {"bundle-query": "format=png"}).options.format == "png"
+
+
 # --- charsets and compression --------------------------------------------------------------------------------------
 
 GREETING = "größe"
@@ -260,10 +315,11 @@ def declared(charset: str, media_type: str = "text/plain") -> dict[str, str]:
         ("iso-2022-jp", "残高"),
         ("gb2312", "余额"),
         ("utf-8", GREETING),
+        ("binary", GREETING),
     ],
 )
 def test_text_is_decoded_in_the_charset_of_its_content_type(charset: str, text: str):
-    codec = {"x-sjis": "shift_jis", "utf-16le": "utf-16-le"}.get(charset, charset.strip('"'))
+    codec = {"x-sjis": "shift_jis", "binary": "utf-8", "utf-16le": "utf-16-le"}.get(charset, charset.strip('"'))
     content = bytearray(text.encode(codec))
     sent = [content]
     try:
@@ -301,12 +357,31 @@ def test_charset_of_a_file_that_is_no_text_is_ignored():
     assert images.read({"body": bytearray(b"\xff\0")}, file).inputs == [OneImage(data=b"\xff\0")]
 
 
-def test_form_whose_bytes_are_not_utf8_is_rejected():
-    """TorchServe decodes %E9, a letter in ISO-8859-1, as a replacement character."""
-    row = {"data": bytearray("caf\ufffd".encode())}
-    with pytest.raises(UndecodableText, match="form is not valid UTF-8"):
-        texts.read(row, {"content-type": "application/x-www-form-urlencoded"})
-    assert texts.read(row, {"content-type": "multipart/form-data; boundary=x"}) == request_for("caf\ufffd")
+URLENCODED = "application/x-www-form-urlencoded"
+
+
+def test_form_is_decoded_in_the_charset_of_its_content_type():
+    """Apache's HttpClient sends forms in ISO-8859-1 by default."""
+    field = bytearray(GREETING.encode("latin-1"))
+    headers = declared("ISO-8859-1", URLENCODED)
+    assert texts.read({"data": field, "top_k": bytearray(b"2")}, headers) == request_for(GREETING, top_k=2)
+    assert texts.read({"data": Repeated([field, field])}, headers) == request_for(GREETING, GREETING, many=True)
+    with pytest.raises(UndecodableText):
+        texts.read({"data": field}, {"content-type": URLENCODED})
+
+
+@pytest.mark.parametrize("before", ["", "data:image/png;base64,"])
+@pytest.mark.parametrize("length", [100, 101])
+def test_base64_that_torchserve_takes_for_a_form_is_read_as_a_raw_body(before: str, length: int):
+    """`curl -d` calls every body a form, and the padding separates a name from its value."""
+    content = bytes(range(120, 120 + length))
+    name, value = (before + base64.b64encode(content).decode()).split("=", 1)
+    row = {name.replace("+", " "): bytearray(value.encode())}
+    assert images.read(row, {"content-type": URLENCODED}).inputs == [OneImage(data=content)]
+    with pytest.raises(UnknownField):
+        images.read(row, {"content-type": "multipart/form-data"})
+    with pytest.raises(UnknownField):
+        texts.read(row, {"content-type": URLENCODED})
 
 
 @pytest.mark.parametrize("encoding", ["br", "Deflate", "zstd", "gzip, br", "x" * 99])

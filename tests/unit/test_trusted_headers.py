@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bundle.build.dryrun import DryRun
 from bundle.errors import BundleError
 from bundle.server.settings import Settings
-from handlers.core.headers import BEHIND_PROXY, Verb, behind_proxy, body_headers, proxy_arrival, requested_verb
+from handlers.core.headers import BEHIND_PROXY, Verb, behind_proxy, proxy_arrival, request_headers, requested_verb
 from tests.unit.numbered import BATCH_SIZE, row
 
 # a worker of TorchServe 0.12.0 gets the client's headers unchanged, and those that TorchServe adds
@@ -79,7 +79,7 @@ def test_claimed_description_shows_no_settings(worker: DryRun):
     ],
 )
 def test_content_type_is_the_media_type_in_lower_case(headers: dict, expected: str):
-    assert body_headers(headers).media_type == expected
+    assert request_headers(headers).media_type == expected
 
 
 # --- X-Request-Start -----------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ final class Patches implements ClassFileTransformer {
                     new Scaling(),
                     new Gzip(),
                     new Buckets(),
-                    new Close());
+                    new Close(),
+                    new Query());
 
     private final Map<String, byte[]> originals = new HashMap<>();
     private final Map<String, byte[]> changed = new HashMap<>();
