@@ -73,6 +73,7 @@ else
 fi
 
 mkdir -p "$run"
+rm -f "$run/small.sock" # nginx leaves it behind when it is killed
 sed -E -e "s|@TRUSTED_PROXIES@|$trusted|" -e "$replacements" -e "/# if ($drop)\$/,/# end\$/d" \
   /etc/bundle/nginx.conf >"$run/nginx.conf"
 
