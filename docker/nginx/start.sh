@@ -6,7 +6,7 @@
 #   TORCHSERVE_PORT   8080        port of the inference API
 #   SUPERVISOR_PORT   8083        port of the supervisor, which reports readiness
 #   UPSTREAM_TIMEOUT  25          seconds until an unanswered request gets 504; time in the queue counts
-#   MAX_BODY          16m         size limit of a body; TorchServe has its own limit, max_request_size
+#   MAX_BODY          16m         size limit of a body; compose.yaml sets TorchServe's max_request_size to the same
 #   PROXY_RATE        200r/s      rate limit of one client's predictions
 #   BURST             400         requests that one client may send above that rate
 #   CONNECTIONS       256         concurrent predictions of one client
