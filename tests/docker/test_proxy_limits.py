@@ -175,7 +175,8 @@ def test_small_bodies_in_chunks_count_as_requests_of_their_client(start, upstrea
 
 
 def test_answer_to_a_small_body_in_chunks_passes_like_any_other(start, upstream):
-    proxy = start(LARGE_BODIES="1", LARGE_BODIES_OF_CLIENT="1")
+    origin = "https://app.example.com"
+    proxy = start(LARGE_BODIES="1", LARGE_BODIES_OF_CLIENT="1", CORS_ORIGINS=origin)
     upstream.release.clear()
     first = threading.Thread(target=lambda: proxy.post(data=b"x" * MEGABYTE))
     first.start()
@@ -183,13 +184,14 @@ def test_answer_to_a_small_body_in_chunks_passes_like_any_other(start, upstream)
     upstream.status, upstream.body = 413, b'{"code": 413, "type": "ImageTooLarge", "message": "..."}'
     upstream.headers = {"Content-Type": "application/json"}
     answers = []
-    second = threading.Thread(target=lambda: answers.append(proxy.post(data=in_chunks(10))))
+    second = threading.Thread(target=lambda: answers.append(proxy.post(data=in_chunks(10), headers={"Origin": origin})))
     second.start()
     eventually(lambda: len(upstream.received) == 2)
     upstream.release.set()
     for thread in (first, second):
         thread.join()
     assert (answers[0].status_code, answers[0].content) == (413, upstream.body)
+    assert (answers[0].headers["Access-Control-Allow-Origin"], answers[0].headers["Vary"]) == (origin, "Origin")
 
 
 def test_requests_in_chunks_count_once_for_the_rate(start, upstream):
