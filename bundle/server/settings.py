@@ -24,6 +24,9 @@ BOOLEANS = ("true", "false")
 BEHIND_PROXY = "BUNDLE_BEHIND_PROXY"  # for handlers/core/headers.py, in the workers
 WHOLE_NUMBER = re.compile("[0-9]{1,9}")  # fits into Java's int
 UTF_8 = re.compile(r"\.utf-?8", re.IGNORECASE)
+SIZES = ("max_request_size", "max_response_size")  # may have a unit, like MAX_BODY of the Docker stack
+SIZE = re.compile("([1-9][0-9]{0,8})([kKmM]?)")
+BYTES = {"": 1, "k": 2**10, "m": 2**20}
 LOG_CONFIG = re.compile(r"-Dlog4j\.configurationFile=(\S+)")
 
 
@@ -59,11 +62,15 @@ class Settings:
         return self.environment().get(f"TS_{key.upper()}", self.values[key])
 
     def environment(self) -> dict[str, str]:
-        """Return TorchServe's environment. Relative paths are resolved from the repository's root."""
+        """Return TorchServe's environment.
+
+        Relative paths are resolved from the repository's root, and sizes like 64m are in bytes.
+        """
         given = {**os.environ, **self.overrides}
         names = {key: f"TS_{key.upper()}" for key in PATHS}
         paths = {name: given.get(name, self.values.get(key)) for key, name in names.items()}
-        return given | {name: str(ROOT / path) for name, path in paths.items() if path}
+        sizes = {name: in_bytes(given[name]) for name in map("TS_{}".format, map(str.upper, SIZES)) if name in given}
+        return given | {name: str(ROOT / path) for name, path in paths.items() if path} | sizes
 
     def passed_on(self) -> dict[str, str]:
         """Return TorchServe's environment without secrets, with a locale in which Java can name every file.
@@ -141,6 +148,8 @@ class Settings:
         """
         for key, usual in self.values.items():
             given = self[key]
+            if key in SIZES and not WHOLE_NUMBER.fullmatch(given):
+                raise BundleError(f"TS_{key.upper()} is {given!r}, and must be a number of bytes, or a size like 64m.")
             if usual.isdigit() and not WHOLE_NUMBER.fullmatch(given):
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be a whole number, like {usual}.")
             if key in GRPC_PORTS and not 0 < int(given) < 2**16:
@@ -165,3 +174,9 @@ class Settings:
         trusted = [key] if (key := key_of("TRUSTED_KEY")) else []
         texts = [file.read_text() for file in (self.file, *SIDE_FILES, *trusted)]
         return hashlib.sha256("\n".join([*texts, *overrides]).encode()).hexdigest()
+
+
+def in_bytes(size: str) -> str:
+    """Return a size like 64m as a number of bytes, and any other text unchanged, for `Settings.check` to report."""
+    parsed = SIZE.fullmatch(size)
+    return str(int(parsed[1]) * BYTES[parsed[2].lower()]) if parsed else size

@@ -28,6 +28,8 @@ from bundle.signing import make_keys
         ("job_queue_size", "\N{SUPERSCRIPT TWO}", "and must be a whole number, like 100."),
         ("job_queue_size", "99999999999", "and must be a whole number, like 100."),
         ("grpc_inference_port", "99999", "TS_GRPC_INFERENCE_PORT is '99999', and must be a port, like 7070."),
+        ("max_request_size", "64MB", "is '64MB', and must be a number of bytes, or a size like 64m."),
+        ("max_request_size", "2048m", "TS_MAX_REQUEST_SIZE is '2147483648', and must be a number of bytes, or a size"),
         ("grpc_management_port", "0", "TS_GRPC_MANAGEMENT_PORT is '0', and must be a port, like 7071."),
     ],
 )
@@ -47,6 +49,13 @@ def test_environment_overrides_file_and_argument_overrides_both(monkeypatch: pyt
     assert usual != "7"
     assert Settings()["job_queue_size"] == "7"
     assert Settings(overrides={"job_queue_size": "8"})["job_queue_size"] == "8"
+
+
+@pytest.mark.parametrize(("size", "read"), [("64m", "67108864"), ("9K", "9216"), ("1000", "1000"), ("0x", "0x")])
+def test_size_of_a_body_is_passed_on_in_bytes(monkeypatch: pytest.MonkeyPatch, size: str, read: str):
+    """TorchServe reads numbers only, and does not start with 64m."""
+    monkeypatch.setenv("TS_MAX_REQUEST_SIZE", size)
+    assert Settings().passed_on()["TS_MAX_REQUEST_SIZE"] == Settings()["max_request_size"] == read
 
 
 def test_relative_path_in_settings_starts_at_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
