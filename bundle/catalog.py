@@ -249,7 +249,10 @@ def ignored_value(config: dict) -> str:
             return f"{key} is {config[key]!r}, and must be a whole number."
     minimum, maximum = config.get("minWorkers"), config.get("maxWorkers")
     if minimum is not None and maximum is not None and not 1 <= minimum <= maximum:
-        return f"minWorkers is {minimum} and maxWorkers is {maximum}. Both must be at least 1, and maxWorkers no lower than minWorkers."
+        return (
+            f"minWorkers is {minimum} and maxWorkers is {maximum}. Both must be at least 1, and maxWorkers no "
+            "lower than minWorkers."
+        )
     return ""
 
 
