@@ -54,5 +54,6 @@ def workers_of(config: dict, default: int) -> tuple[int, int]:
         default: used by TorchServe for both unless the file has both, and they are valid.
     """
     minimum, maximum = config.get("minWorkers"), config.get("maxWorkers")
-    valid = isinstance(minimum, int) and isinstance(maximum, int) and 1 <= minimum <= maximum
-    return (minimum, maximum) if valid else (default, default)
+    if isinstance(minimum, int) and isinstance(maximum, int) and 1 <= minimum <= maximum:
+        return minimum, maximum
+    return default, default

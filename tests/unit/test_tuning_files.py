@@ -226,7 +226,11 @@ def test_report_is_json_with_every_measurement():
     final = {NOW: [{1: load(100, 0.02)}], other: [{1: load(121, 0.02)}]}
     verdict = search.decide(final, {}, NOW, TARGET)
     measured = report.measured([lost, Point(NOW, search.FINAL, 1, load(5, 0.02))], {NOW: "died"}, {NOW: "bfloat16"})
-    found = json.loads(json.dumps(report.outcome(NOW, verdict, {other: load(84, 0.03)}) | measured, allow_nan=False))
+    found = json.loads(
+        json.dumps(
+            report.outcome(NOW, verdict, {other: search.Arrivals(16, load(84, 0.03))}) | measured, allow_nan=False
+        )
+    )
     assert found["replaces"] is True
     assert [each["throughput"] for each in found["final"]] == [121, 100]
     assert found["final"][0]["at_70%"]["p99_ms"] == 30
