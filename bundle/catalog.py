@@ -25,6 +25,10 @@ TORCHSERVE_KEYS = (  # that TorchServe's ModelConfig reads; it ignores others si
     "jobQueueSize", "useJobTicket", "useVenv", "continuousBatching", "sequenceBatching", "asyncCommunication",
     "sequenceMaxIdleMSec", "sequenceTimeoutMSec", "maxSequenceJobQueueSize", "maxNumSequence",
 )  # fmt: skip
+OTHER_KINDS = {  # of value than whole numbers
+    "deviceType", "parallelType", "deviceIds", "torchrun", "useJobTicket", "useVenv", "continuousBatching",
+    "sequenceBatching", "asyncCommunication",
+}  # fmt: skip
 CONFIG_KEYS = (*TORCHSERVE_KEYS, "patience", *OWN_SECTIONS)  # patience: of the frontend's patch `gather`
 PLAIN_MESSAGES = {  # of pydantic's kinds of error
     "extra_forbidden": "unknown setting",
@@ -123,7 +127,7 @@ class ModelFolder:
         """The content of model-config.yaml.
 
         Raises:
-            BundleError: the file is not valid YAML, is not a mapping, or has an unknown setting.
+            BundleError: the file is not valid YAML, is not a mapping, or has a setting that TorchServe would ignore.
         """
         file = self.path / CONFIG_NAME
         try:
@@ -136,7 +140,7 @@ class ModelFolder:
             raise BundleError(f"{relative(file)}: the section `handler:` must be a mapping.")
         section = config.get("bundle")
         named = section.get("handler") if isinstance(section, dict) else None
-        if wrong := unknown_setting(config, own_handler=str(named).startswith("./")):
+        if wrong := unknown_setting(config, own_handler=str(named).startswith("./")) or ignored_value(config):
             raise BundleError(f"{relative(file)}: {wrong}")
         return config
 
@@ -235,6 +239,20 @@ def unknown_setting(config: dict, own_handler: bool) -> str:
             return f"unknown setting {key!r}. What the handler reads is in the section `handler:`. Others are: " + (
                 f"{', '.join(key for key in CONFIG_KEYS if key not in OWN_SECTIONS)}."
             )
+    return ""
+
+
+def ignored_value(config: dict) -> str:
+    """Return what is wrong with the first value of a model-config.yaml that TorchServe ignores; "" if it uses all."""
+    for key in TORCHSERVE_KEYS:
+        if key in config and key not in OTHER_KINDS and type(config[key]) is not int:  # a bool is an int, too
+            return f"{key} is {config[key]!r}, and must be a whole number."
+    minimum, maximum = config.get("minWorkers"), config.get("maxWorkers")
+    if minimum is not None and maximum is not None and not 1 <= minimum <= maximum:
+        return (
+            f"minWorkers is {minimum} and maxWorkers is {maximum}. Both must be at least 1, and maxWorkers no "
+            "lower than minWorkers."
+        )
     return ""
 
 

@@ -53,5 +53,7 @@ def workers_of(config: dict, default: int) -> tuple[int, int]:
         config: the archive's model-config.yaml.
         default: used by TorchServe for both unless the file has both, and they are valid.
     """
-    minimum, maximum = config.get("minWorkers", 0), config.get("maxWorkers", 0)
-    return (minimum, maximum) if 1 <= minimum <= maximum else (default, default)
+    minimum, maximum = config.get("minWorkers"), config.get("maxWorkers")
+    if isinstance(minimum, int) and isinstance(maximum, int) and 1 <= minimum <= maximum:
+        return minimum, maximum
+    return default, default

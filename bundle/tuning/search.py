@@ -29,6 +29,7 @@ LEAST_GAIN = 0.05  # of throughput: a smaller gain may be noise, and is not wort
 UTILISATION = 0.7  # share of its throughput at which a finalist must keep the target with requests at random times
 LEAST_ARRIVALS = 3.0  # seconds of a measurement with requests at random times: one second of them decides nothing
 LOWER = 0.9  # of a throughput: the next lower load that is worth a measurement
+LOADS = 3  # of them that are tried
 FINAL = "final"
 
 Judge = Callable[[Sequence[Candidate], int, int], "dict[Candidate, Score]"]
@@ -227,13 +228,14 @@ def at_random_times(
         the first load that kept the target, from the highest; otherwise the lowest; None if no closed loop kept it.
     """
     within = {concurrency: load.throughput for concurrency, load in loads.items() if meets(load, target)}
-    found, last = None, inf
+    lower: list[int] = []
     for concurrency in sorted(within, key=within.__getitem__, reverse=True):
-        if within[concurrency] > LOWER * last:
-            continue
-        last = within[concurrency]
+        if not lower or within[concurrency] <= LOWER * within[lower[-1]]:
+            lower.append(concurrency)
+    found = None
+    for concurrency in lower[:LOADS]:
         for _ in range(2):
-            found = Arrivals(concurrency, measure(UTILISATION * last))
+            found = Arrivals(concurrency, measure(UTILISATION * within[concurrency]))
             if meets(found.load, target):
                 return found
     return found

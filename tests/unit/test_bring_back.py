@@ -80,6 +80,7 @@ def test_model_that_cannot_be_registered_says_how_to_start_anew(httpserver: HTTP
         ({"minWorkers": 2}, (1, 1)),
         ({"minWorkers": 3, "maxWorkers": 2}, (1, 1)),
         ({"minWorkers": 0, "maxWorkers": 2}, (1, 1)),
+        ({"minWorkers": "2", "maxWorkers": "2"}, (1, 1)),
     ],
 )
 def test_workers_are_those_that_torchserve_starts(config: dict, workers: tuple[int, int]):

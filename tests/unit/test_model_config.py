@@ -1,5 +1,6 @@
 """The keys of model-config.yaml: TorchServe ignores unknown ones silently, the commands reject them."""
 
+import re
 import zipfile
 from importlib.resources import files
 from pathlib import Path
@@ -44,6 +45,22 @@ def test_setting_that_nothing_reads_is_rejected(tmp_path: Path):
 
 def test_handler_of_the_folder_may_read_further_keys(tmp_path: Path):
     assert folder_with("top_k: 5", tmp_path, "./handler.py").config["top_k"] == 5
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("batchSize: '64'", "batchSize is '64', and must be a whole number."),
+        ("maxBatchDelay: 0.5", "maxBatchDelay is 0.5, and must be a whole number."),
+        ("responseTimeout:", "responseTimeout is None, and must be a whole number."),
+        ("jobQueueSize: yes", "jobQueueSize is True, and must be a whole number."),
+        ("minWorkers: 3\nmaxWorkers: 2", "minWorkers is 3 and maxWorkers is 2."),
+        ("minWorkers: 0\nmaxWorkers: 2", "minWorkers is 0 and maxWorkers is 2."),
+    ],
+)
+def test_value_that_torchserve_ignores_is_rejected(tmp_path: Path, written: str, message: str):
+    with pytest.raises(BundleError, match=re.escape(f"model-config.yaml: {message}")):
+        _ = folder_with(written, tmp_path).config
 
 
 def test_every_known_setting_is_accepted(tmp_path: Path):

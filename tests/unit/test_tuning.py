@@ -324,7 +324,14 @@ def at_random_times(p99: Callable[[float], float]) -> tuple[Arrivals | None, lis
         rates.append(rate)
         return load(rate, p99(rate))
 
-    loads = {4: load(100, 0.01), 16: load(500, 0.02), 64: load(990, 0.03), 128: load(1000, 0.05), 256: load(1100, 0.2)}
+    loads = {
+        1: load(30, 0.01),
+        4: load(100, 0.01),
+        16: load(500, 0.02),
+        64: load(990, 0.03),
+        128: load(1000, 0.05),
+        256: load(1100, 0.2),
+    }
     return search.at_random_times(measure, loads, TARGET), rates
 
 
@@ -341,7 +348,7 @@ def test_one_late_measurement_of_random_arrivals_does_not_lower_the_load():
     assert found == Arrivals(128, load(700, 0.05))
 
 
-def test_settings_late_at_every_load_keep_the_lowest():
+def test_settings_late_at_three_loads_keep_the_lowest_of_them():
     found, rates = at_random_times(lambda rate: 0.2)
     assert rates == [700, 700, 350, 350, 70, 70]
     assert found == Arrivals(4, load(70, 0.2))
