@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from bundle.errors import BundleError, UsageError
 from bundle.labels import read_labels
 from bundle.paths import HANDLERS, models_dir, relative
+from bundle.versions import VERSION
 
 CONFIG_NAME = "model-config.yaml"
 LABELS_NAME = "index_to_name.json"
@@ -33,6 +34,7 @@ CONFIG_KEYS = (*TORCHSERVE_KEYS, "patience", *OWN_SECTIONS)  # patience: of the 
 PLAIN_MESSAGES = {  # of pydantic's kinds of error
     "extra_forbidden": "unknown setting",
     "string_type": "must be a string: put it in quotes",
+    "string_pattern_mismatch": "may have letters, digits, '.', '-' and '_', and begins with a letter or a digit",
 }
 
 
@@ -71,7 +73,7 @@ class SerializedSource(Section):
 class BundleSection(Section):
     """The `bundle:` section of a model-config.yaml."""
 
-    version: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] = "1.0"
+    version: Annotated[str, Field(pattern=f"^{VERSION}$")] = "1.0"
     handler: str  # in handlers/, or the folder's own: ./handler.py
     sample: str | None = None  # file in the folder that `make serve` sends to the model
     expect: str | None = None  # the label (for MNIST the class) that must come first in its answer

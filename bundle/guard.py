@@ -57,7 +57,8 @@ def permit(folder: Path, arguments: tuple[str, ...]) -> None:
     if folder.parent not in [Path(os.environ["TEMP"]).resolve() / kind for kind in UNPACKED]:
         raise BundleError(
             f"{folder} is refused: it was not unpacked from an archive of the model store. Copy the archive to the "
-            "model store, and register it by its file's name."
+            "model store, and register it by its file's name. A folder, such as torch-model-archiver makes it with "
+            "--archive-format no-archive, is not served: make an archive of it, without this option."
         )
     check_folder(folder, Path(trusted) if (trusted := os.environ["TRUSTED_KEY"]) else None)
 

@@ -5,6 +5,7 @@ signature are ordinary members here; `bundle.signing` writes and checks them.
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import yaml
 
 from bundle.errors import BundleError
 from bundle.paths import relative
+from bundle.versions import VERSION
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 
@@ -29,10 +31,19 @@ def manifest(archive: Path) -> dict:
 
 
 def version(archive: Path) -> str:
-    """Return the model's version."""
+    """Return the model's version.
+
+    Raises:
+        BundleError: it has none, or one that URLs and file names cannot hold.
+    """
     found = manifest(archive).get("modelVersion")
     if not isinstance(found, str):
         raise BundleError(f"{relative(archive)} is not a model archive: its manifest has no modelVersion.")
+    if not re.fullmatch(VERSION, found):
+        raise BundleError(
+            f"{relative(archive)} has the version {found!r}. A version has letters, digits, '.', '-' and '_', and "
+            "begins with a letter or a digit. Build the archive again with such a version."
+        )
     return found
 
 

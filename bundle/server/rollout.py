@@ -39,7 +39,7 @@ def roll_out(
         raise BundleError(f"{name} is not served here. Serve it: make serve")
     if any(served["modelVersion"] == version for served in client.versions(name)):
         raise BundleError(
-            f"Version {version} of {name} is served already. Give the new one a higher number: "
+            f"Version {version} of {name} is served already. Give the new one another version: "
             f"`version` in {relative(folder.path / CONFIG_NAME)}."
         )
     incoming = server.store / f"rollout-{name}-{version}.mar"

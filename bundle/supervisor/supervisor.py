@@ -22,6 +22,7 @@ from bundle.supervisor.exporter import Exporter
 from bundle.supervisor.health import History, observe
 from bundle.supervisor.log_follower import Follower, count_failures
 from bundle.supervisor.state import State, merge, missing, restore
+from bundle.versions import is_older
 
 TICK_SECONDS = 0.5
 OBSERVE_SECONDS = 5
@@ -217,7 +218,8 @@ def archive_versions(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
 def install_archives(source: Path, store: Path, report: Callable[[str], object]) -> None:
     """Copy an image's archives into the store, each once, so that a restart does not undo a rollout.
 
-    A new image's archive replaces the store's, unless its version is lower.
+    A new image's archive replaces the store's, unless its version is lower. Words and hashes have no order, so that an
+    archive with such a version always replaces the other one.
     """
     for archive in sorted(source.glob("*.mar")):
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -225,13 +227,9 @@ def install_archives(source: Path, store: Path, report: Callable[[str], object])
         if record.is_file() and record.read_text() == digest:
             continue
         present = store / archive.name
-        if present.is_file() and number(mar.version(present)) > number(mar.version(archive)):
+        if present.is_file() and is_older(mar.version(archive), mar.version(present)):
             report(f"{archive.name} of this image is older than the store's, and was not installed")
             continue
         copy(archive, present)
         record.write_text(digest)
         report(f"{archive.name} of this image was installed in the store")
-
-
-def number(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))

@@ -165,7 +165,7 @@ def test_failed_build_keeps_the_old_archive(folder, tmp_path):
     ("change", "message"),
     [
         ({"handler: mnist": "handler: nonesuch"}, "there is no handler handlers/nonesuch.py"),
-        ({'version: "1.0"': "version: one"}, "bundle: version"),
+        ({'version: "1.0"': "version: one/two"}, "bundle: version"),
         ({"sample: sample.png": "smaple: sample.png"}, "smaple"),
         ({"bundle: ": "bundle: ["}, "not valid YAML"),
     ],

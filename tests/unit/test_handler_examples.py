@@ -81,7 +81,7 @@ def start_with(start: Start) -> Start:
 
 def test_every_example_is_tested():
     defined = [re.findall(r"^(?:class|def) (\w+)", code, re.MULTILINE)[0] for code in EXAMPLES]
-    methods = ["load_assets", "read", "decode", "reduce", "predict", "explain", "describe"]
+    methods = ["load_assets", "read", "decode", "reduce", "predict", "explain", "describe", "handle"]
     assert defined == ["ScoreHandler", *methods, "LengthHandler", "CountsHandler", "DoubleHandler"]
 
 
@@ -148,6 +148,14 @@ def test_explain_example_answers_an_explanation(start_with: Start):
 def test_describe_example_adds_to_the_description(start_with: Start):
     [(_, body)] = start_with("describe").predict([{}], [{"describe": "True"}])
     assert (body["handler"], body["language"]) == ("ScoreHandler", "en")
+
+
+def test_handle_example_counts_in_a_metric_of_its_own(start_with: Start, caplog: pytest.LogCaptureFixture):
+    worker = start_with("handle")
+    with caplog.at_level("INFO"):
+        [(status, body)] = worker.predict([{"body": b"two words"}])
+    assert status == 200
+    assert f"[METRICS]answered_characters.Count:{len(json.dumps(body))}|" in caplog.text
 
 
 def test_classifier_example_answers_a_ranking(start: Start):
