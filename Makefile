@@ -183,10 +183,11 @@ frontend: dev  ## build the Java agent for TorchServe's frontend, bundle/fronten
 sbom: dev  ## write the bill of materials for scanners, build/sbom.json (CycloneDX)
 	@$(BUNDLE) sbom
 
-clean:  ## stop the server; remove archives and build products (not .venv, not data/)
+clean:  ## stop the server; remove the archives and products of builds (not .venv, not data/, no other archives)
 	@test ! -e .venv/dev.done -a ! -e .venv/serve.done || $(BUNDLE) stop
 	rm -rf build logs lightning_logs hs_err_pid*.log
-	find model_store -mindepth 1 ! -name README.md -delete
+	for record in model_store/*.fingerprint; do rm -f "$$record" "$${record%.fingerprint}.mar"; done
+	rm -f model_store/rollout-*.mar model_store/.*.mar-????????
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/bin/python:

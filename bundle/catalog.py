@@ -1,9 +1,9 @@
 """The model folders, in `models/` or in the folder that BUNDLE_MODELS names, and what each one declares."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,11 +12,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bundle.errors import BundleError, UsageError
+from bundle.labels import read_labels
 from bundle.paths import HANDLERS, models_dir, relative
 
 CONFIG_NAME = "model-config.yaml"
 LABELS_NAME = "index_to_name.json"
 ALL = "all"  # instead of names: every model folder
+OWN_SECTIONS = ("handler", "bundle")
+TORCHSERVE_KEYS = (  # that TorchServe's ModelConfig reads; it ignores others silently
+    "minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "deviceType",
+    "parallelLevel", "parallelType", "deviceIds", "torchrun", "maxRetryTimeoutInSec", "clientTimeoutInMills",
+    "jobQueueSize", "useJobTicket", "useVenv", "continuousBatching", "sequenceBatching", "asyncCommunication",
+    "sequenceMaxIdleMSec", "sequenceTimeoutMSec", "maxSequenceJobQueueSize", "maxNumSequence",
+)  # fmt: skip
+CONFIG_KEYS = (*TORCHSERVE_KEYS, "patience", *OWN_SECTIONS)  # patience: of the frontend's patch `gather`
 PLAIN_MESSAGES = {  # of pydantic's kinds of error
     "extra_forbidden": "unknown setting",
     "string_type": "must be a string: put it in quotes",
@@ -114,7 +123,7 @@ class ModelFolder:
         """The content of model-config.yaml.
 
         Raises:
-            BundleError: the file is not valid YAML, or is not a mapping.
+            BundleError: the file is not valid YAML, is not a mapping, or has an unknown setting.
         """
         file = self.path / CONFIG_NAME
         try:
@@ -125,6 +134,10 @@ class ModelFolder:
             raise BundleError(f"{relative(file)} must be a mapping.")
         if not isinstance(config.get("handler") or {}, dict):
             raise BundleError(f"{relative(file)}: the section `handler:` must be a mapping.")
+        section = config.get("bundle")
+        named = section.get("handler") if isinstance(section, dict) else None
+        if wrong := unknown_setting(config, own_handler=str(named).startswith("./")):
+            raise BundleError(f"{relative(file)}: {wrong}")
         return config
 
     @cached_property
@@ -201,29 +214,28 @@ class ModelFolder:
         return read_labels(self.existing(LABELS_NAME))
 
 
-def read_labels(file: Path) -> list[str]:
-    """Return the labels of a JSON file, by class index.
+def unknown_setting(config: dict, own_handler: bool) -> str:
+    """Return what is wrong with the first key of a model-config.yaml that nothing reads; "" if there is no such key.
 
     Args:
-        file: a list of labels, or an object {"0": label, ...}. A label is a string, or [id, name] as for ImageNet.
-
-    Raises:
-        BundleError: the file has something else.
+        own_handler: whether the folder has a handler of its own. That may read further keys, but none that looks like
+            a misspelt one.
     """
-    try:
-        labels = json.loads(file.read_text())
-    except ValueError as exc:
-        raise BundleError(f"{relative(file)} is not valid JSON: {exc}") from exc
-    if isinstance(labels, dict):
-        if set(labels) != {str(index) for index in range(len(labels))}:
-            raise BundleError(f'{relative(file)} must have the keys "0" to "{len(labels) - 1}".')
-        labels = [labels[str(index)] for index in range(len(labels))]
-    if not isinstance(labels, list) or not labels:
-        raise BundleError(f'{relative(file)} must be a list of labels, or an object {{"0": label, ...}}.')
-    names = [label[-1] if isinstance(label, list) and label else label for label in labels]
-    if not all(isinstance(name, str) for name in names):
-        raise BundleError(f"{relative(file)}: a label must be a string.")
-    return names
+
+    def plain(key: object) -> str:
+        return str(key).lower().replace("_", "").replace("-", "")
+
+    known = {plain(key): key for key in CONFIG_KEYS}
+    for key in config:
+        if key in CONFIG_KEYS:
+            continue
+        if near := get_close_matches(plain(key), known, n=1, cutoff=0.8):
+            return f"unknown setting {key!r}. Write {known[near[0]]!r}."
+        if not own_handler:
+            return f"unknown setting {key!r}. What the handler reads is in the section `handler:`. Others are: " + (
+                f"{', '.join(key for key in CONFIG_KEYS if key not in OWN_SECTIONS)}."
+            )
+    return ""
 
 
 def folders() -> list[ModelFolder]:

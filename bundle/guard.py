@@ -45,7 +45,6 @@ def permit(folder: Path, arguments: tuple[str, ...]) -> None:
     """
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     from bundle.errors import BundleError
-    from bundle.signing import check
 
     if all(Path(argument).name != WORKER for argument in arguments):
         # in TorchServe's own folder, it is the metrics collector; in a model's folder, it is pip or venv
@@ -60,8 +59,30 @@ def permit(folder: Path, arguments: tuple[str, ...]) -> None:
             f"{folder} is refused: it was not unpacked from an archive of the model store. Copy the archive to the "
             "model store, and register it by its file's name."
         )
-    trusted = os.environ["TRUSTED_KEY"]
-    check(folder, Path(trusted) if trusted else None)
+    check_folder(folder, Path(trusted) if (trusted := os.environ["TRUSTED_KEY"]) else None)
+
+
+def check_folder(folder: Path, trusted: Path | None) -> None:
+    """Check a model's folder: before its first worker, against the archive; later, workers may have written data.
+
+    Args:
+        trusted: the public key that must have signed the archive.
+
+    Raises:
+        BundleError: the folder is not what was archived.
+    """
+    from bundle.errors import BundleError
+    from bundle.signing import check
+
+    mark = folder.with_name(f"{folder.name}.checked")  # beside the folder, which must not change
+    used = mark.exists()
+    try:
+        check(folder, trusted, used)
+    except BundleError:
+        if used or not mark.exists():
+            raise
+        check(folder, trusted, used=True)  # meanwhile, another worker has started, and has written
+    mark.touch()
 
 
 def environment(folder: Path) -> dict[str, str]:

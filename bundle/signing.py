@@ -13,6 +13,7 @@ import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -28,6 +29,12 @@ UNSEALED: dict[str, bytes | None] = dict.fromkeys(SEALS)  # for `mar.rewrite`, t
 SEAL_BYTES = 2**24  # no valid manifest is longer: this is more than 100,000 members
 FAULTS_SHOWN = 5
 KEY_FILE = Path("keys/signing.key")
+BUILD_AGAIN = "Delete it and build it again (make archive), or copy it again from where it was built"
+SINCE_USED = (
+    "This happened after its first worker had started. A handler may add data files to its folder, but no modules, and "
+    "it must not change the archive's files: see `Write files` in handlers/README.md. To restore the folder, register "
+    "the model again"
+)
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -58,17 +65,19 @@ def seal(archive: Path, key: Path | None) -> None:
             file.writestr(SIGNATURE, private_key(key).sign(manifest))
 
 
-def check(archive: Path, trusted: Path | None) -> None:
+def check(archive: Path, trusted: Path | None, used: bool = False) -> None:
     """Check an archive, or the folder that it was unpacked into, against its manifest.
 
     Args:
         trusted: the public key that must have signed it. With None, signature and manifest may be missing.
+        used: whether this is a folder that was checked before and in which workers have run since. It may have further
+            files that its workers wrote, unless Python could import them.
 
     Raises:
         BundleError: the archive was changed since it was built or signed, or it has a member that is not allowed: a
             link, a name that leads out of the archive's folder, a name that occurs twice.
     """
-    content = read(archive)
+    content = read(archive, used)
     manifest = content.seals.get(MANIFEST)
     if trusted:
         check_signature(archive, content, trusted)
@@ -76,8 +85,7 @@ def check(archive: Path, trusted: Path | None) -> None:
         more = f", and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
         raise refusal(
             archive,
-            f"{', '.join(faults[:FAULTS_SHOWN])}{more}. Delete it and build it again (make archive), or copy it again "
-            "from where it was built",
+            f"{', '.join(faults[:FAULTS_SHOWN])}{more}. {SINCE_USED if used else BUILD_AGAIN}",
         )
 
 
@@ -123,8 +131,11 @@ def listed(archive: Path, manifest: bytes) -> dict[str, str]:
     return {line[2]: line[1] for line in parsed}
 
 
-def read(archive: Path) -> Content:
+def read(archive: Path, used: bool = False) -> Content:
     """Read every member of an archive, or of the folder that it was unpacked into.
+
+    Args:
+        used: as for `check`.
 
     Raises:
         BundleError: the archive cannot be read, or has a member that is not allowed.
@@ -132,7 +143,7 @@ def read(archive: Path) -> Content:
     digests: dict[str, str] = {}
     seals: dict[str, bytes] = {}
     try:
-        for name, stream in files_of_folder(archive) if archive.is_dir() else files_of_zip(archive):
+        for name, stream in files_of_folder(archive, used) if archive.is_dir() else files_of_zip(archive):
             with stream:
                 if name in SEALS:
                     seals[name] = stream.read(SEAL_BYTES)
@@ -163,19 +174,28 @@ def files_of_zip(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 yield name, file.open(entry)
 
 
-def files_of_folder(folder: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the name and the open content of each file."""
+def files_of_folder(folder: Path, used: bool) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield the name and the open content of each file; in a used folder, not of what `is_data` that workers wrote."""
 
     def give_up(error: OSError) -> None:
         raise error
 
+    manifest = folder / MANIFEST
+    known = {*SEALS, *listed(folder, manifest.read_bytes())} if used and manifest.is_file() else set()
     for root, folders, files in os.walk(folder, onerror=give_up):
         for path in (Path(root, name) for name in (*folders, *files)):
             name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
+            if used and name not in known and is_data(path):
+                continue
             if stat.S_ISREG(mode):
                 yield name, path.open("rb")
             elif not stat.S_ISDIR(mode):
                 raise refusal(folder, f"{name!r} is a link, or something else that is not a file or folder")
+
+
+def is_data(path: Path) -> bool:
+    """Return whether this is a file that Python cannot import: no module, and no link to a folder of modules."""
+    return not path.is_dir() and not path.name.endswith(tuple(all_suffixes()))
 
 
 def check_name(archive: Path, name: str) -> None:

@@ -17,14 +17,16 @@ from bundle import paths
 from bundle.build import trial
 from bundle.build.archive import archive
 from bundle.build.export import load_torchscript
-from bundle.build.inspect_classifier import inspect_digits, inspect_images, inspect_sounds, inspect_texts
+from bundle.build.inspect_classifier import inspect_digits, inspect_images, inspect_sounds
 from bundle.build.inspect_detector import inspect_detector
 from bundle.build.inspect_model import Found, Report, describe, find_kind
 from bundle.build.inspect_segmenter import inspect_segmenter
+from bundle.build.inspect_text import inspect_texts
 from bundle.build.new_model import KINDS, NewModel
 from bundle.build.user_modules import adapt
-from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder, read_labels
+from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
 from bundle.errors import BundleError
+from bundle.labels import read_labels
 from bundle.paths import relative
 from handlers.core.explain import WITH_ACTIVATIONS
 

@@ -21,8 +21,8 @@ from bundle.build.file_kinds import identify
 from bundle.build.grad_cam import add_activations, check_activations, check_images
 from bundle.build.handler import labels
 from bundle.build.imports import import_file, imports_from
-from bundle.build.user_modules import adapt
-from bundle.catalog import ModelFolder
+from bundle.build.user_modules import adapt, argument_names, count_arguments
+from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import MODELS, relative
 from handlers.core.batch import BatchHandler
@@ -79,6 +79,8 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
     if source and not source.mean:
         file = folder.existing(source.file)
         module = load_torchscript(file)
+        if isinstance(handler, BatchHandler):
+            check_arguments(folder, handler, module)
         if adapt(module, folder.bundle.handler) is module:
             shutil.copy(file, target)
             if has_activations(module, handler):
@@ -107,6 +109,21 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
                     f"{folder.name}: the model has {classes} classes, but there are {len(names)} labels. Correct "
                     "index_to_name.json."
                 )
+
+
+def check_arguments(folder: ModelFolder, handler: BatchHandler, module: torch.jit.ScriptModule) -> None:
+    """Check that a module takes what the handler's setting `arguments` names, if the handler has this setting.
+
+    Raises:
+        BundleError: it takes another number of arguments.
+    """
+    given = getattr(handler.settings, "arguments", None)
+    if given is not None and count_arguments(module) != len(given):
+        raise BundleError(
+            f"{folder.name}: the module takes {', '.join(argument_names(module))}, and the handler gives it "
+            f"{', '.join(given)}. Write what it takes into the section `handler:` of {CONFIG_NAME}, in its order, such "
+            "as `arguments: [ids, mask, types]`."
+        )
 
 
 def has_activations(module: torch.jit.ScriptModule, handler: BaseHandler | None) -> bool:

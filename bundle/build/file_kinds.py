@@ -6,7 +6,7 @@ Nothing is unpickled: a pickle's opcodes are read, not run.
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +20,7 @@ COMPRESSED = (b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"\xfd7zXZ", b"BZh")  # gzip, 
 SNIFFED = 512  # bytes from the beginning of a file
 
 RETRY = "Copy or download it again."
+ORIGINAL = "It cannot be turned back into PyTorch. Save the original module with torch.jit.script."
 MAKE = 'torch.jit.script(model.eval()).save("model.pt")'
 
 
@@ -60,6 +61,10 @@ def identify(file: Path) -> FileKind:
     for matches, kind in UNZIPPED:
         if matches(file, start):
             return kind(file)
+    if by_name := BY_NAME.get(file.suffix.lower()):
+        return by_name(file)
+    if is_text(start):
+        return FileKind("a text file", "Name the model's file.")
     return FileKind("damaged, or in an unknown format", f"Make one: {MAKE}", explains=False)
 
 
@@ -80,7 +85,7 @@ def of_zip(file: Path) -> FileKind:
         if any(name.startswith("data/aotinductor/") for name in inner):
             return FileKind(
                 "a .pt2 file that was compiled for one kind of machine (AOTInductor)",
-                "It cannot be turned back. Save the original module with torch.jit.script.",
+                ORIGINAL,
             )
         if "models/model.json" in inner or "serialized_exported_program.json" in inner:
             return exported_program(file)
@@ -268,6 +273,10 @@ UNZIPPED: list[tuple[Callable[[Path, bytes], bool], Callable[[Path], FileKind]]]
     (lambda _, start: start.startswith(b"\x80"), checkpoint),
     (lambda _, start: start.startswith(b"\x89HDF\r\n\x1a\n"), keras),
     (lambda _, start: start[4:8] == b"TFL3", tflite),
+    (
+        lambda _, start: start[4:6] == b"ET" and start[6:8].isdigit(),
+        plain("a program of ExecuTorch (.pte)", ORIGINAL),
+    ),
     (lambda _, start: start.startswith(b"GGUF"), plain("a GGUF file of llama.cpp", "No handler here serves it.")),
     (
         lambda _, start: start.startswith(b"version https://git-lfs"),
@@ -283,8 +292,18 @@ UNZIPPED: list[tuple[Callable[[Path, bytes], bool], Callable[[Path], FileKind]]]
         lambda _, start: start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")),
         plain("a web page", "The download failed. Download the file itself."),
     ),
-    (lambda _, start: is_text(start), plain("a text file", "Name the model's file.")),
 ]
+# what has no reliable mark of its own, or is damaged, by the end of its name
+BY_NAME: dict[str, Callable[[Path], FileKind]] = {
+    ".onnx": lambda file: replace(onnx(file), what="an ONNX model, by its name", explains=False),
+    ".pb": plain("a model of TensorFlow, by its name", "TorchServe serves PyTorch models. " + ORIGINAL),
+    ".mlmodel": plain("a model of Core ML, by its name", ORIGINAL),
+    **dict.fromkeys(
+        (".engine", ".plan", ".trt"), plain("an engine of TensorRT, by its name: made for one kind of GPU", ORIGINAL)
+    ),
+    **dict.fromkeys((".pdmodel", ".pdiparams"), plain("a model of PaddlePaddle, by its name", ORIGINAL)),
+    ".caffemodel": plain("a model of Caffe, by its name", ORIGINAL),
+}
 
 
 def is_text(start: bytes) -> bool:

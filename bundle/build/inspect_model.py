@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from bundle.build.new_model import NewModel
-from bundle.build.user_modules import takes_list
+from bundle.build.user_modules import argument_names, takes_list
 from bundle.errors import BundleError
 
 BATCH = 3
 SIDES = (224, 32, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 512)  # pixels, in the order they are tried
 LARGE_SIDES = (640, 320, 416, 1280, 1024)  # tried after these where the kind is not known
+
+GPU_CONSTANT = re.compile(r'Device = prim::Constant\[value="cuda')
 
 Report = Callable[[str], object]
 Normalisation = tuple[list[float], list[float], str]  # mean and std of pixels in [0, 1], and whose they are
@@ -170,6 +172,8 @@ def find_images(
             return Images(channels, side, any_side, *known[channels]), output
     if invalid:
         raise invalid
+    if cause := cause_of(model):
+        raise cause
     tried = f"{sides[0]} x {sides[0]}" if len(sides) == 1 else f"N x N (N: {', '.join(map(str, sorted(sides)))})"
     hint = "Set SIZE. If the model was traced, trace it with a dynamic batch size (the first dimension)."
     if others := {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}:
@@ -179,6 +183,26 @@ def find_images(
         + hint,
         "\n".join(failures.values()),
     )
+
+
+def cause_of(model: nn.Module) -> BundleError | None:
+    """Return why a TorchScript file runs on no trial input, if its code shows it: several inputs, or a GPU's name."""
+    scripts = [each for each in model.modules() if isinstance(each, torch.jit.ScriptModule)]
+    if not scripts:
+        return None
+    if len(inputs := argument_names(scripts[0])) > 1 and model is scripts[0]:
+        return BundleError(
+            f"The model takes {len(inputs)} inputs ({', '.join(inputs)}), and add-model serves models of one image or "
+            "sound. Wrap it in a module that computes the others from it, or write a handler that makes them: see "
+            "handlers/README.md. For token ids, their mask and their types, set KIND=text."
+        )
+    if GPU_CONSTANT.search(str(scripts[0].inlined_graph)):
+        return BundleError(
+            "The model has the name of a GPU (cuda) in its code: it was traced there, or its code names it. The lines "
+            "above make a file that runs everywhere. In code of your own, write `device=x.device`.",
+            'model = model.cpu().eval()\ntorch.jit.trace(model, inputs.cpu()).save("model.pt")  # or torch.jit.script',
+        )
+    return None
 
 
 def failure_on(
@@ -272,6 +296,8 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> object:
             outputs = model(*inputs)
             return outputs[0] if isinstance(outputs, tuple) else outputs
     except Exception as exc:  # the user's model can raise anything
+        if cause := cause_of(model):
+            raise cause from exc
         shapes = ", ".join(f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in inputs)
         raise BundleError(f"The model fails on the inputs that the handler makes: {shapes}.", last_line(exc)) from exc
 

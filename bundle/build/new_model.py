@@ -27,7 +27,7 @@ class NewModel:
     Attributes:
         name: the name of the model and of its folder.
         serialized: the TorchScript file.
-        labels: a JSON file: a list of labels, or an object {"0": label, ...}; by default, class_0, class_1, ...
+        labels: a file that `read_labels` reads; by default, the labels are class_0, class_1, ...
         handler: a file of `handlers/`, without ".py"; by default, that of `kind`.
         kind: one of `KINDS`; by default, found out from the model's outputs.
         format: of a detector's outputs, one of `FORMATS`; by default, found out from their shape.
@@ -76,6 +76,8 @@ class NewModel:
         self.check_options()
         named = [self.serialized, *([self.labels] if self.labels else []), *self.files]
         for file in [*named, *([self.sample] if self.sample else [])]:
+            if file.is_dir():
+                raise UsageError(f"{relative(file)} is a folder. Name one file in it.")
             if not file.is_file():
                 raise UsageError(f"There is no file {relative(file)}.")
 

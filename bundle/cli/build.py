@@ -62,7 +62,8 @@ def add_model(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help='A JSON file: a list of labels, or {"0": label, ...}. By default, class_0, class_1, ...',
+            help='JSON with a list of labels, {"0": label, ...} or {label: 0, ...}; or a text file with a label in '
+            "each line. By default, class_0, class_1, ...",
         ),
     ] = None,
     kind: Annotated[

@@ -61,8 +61,9 @@ def tune(
 ) -> None:  # fmt: skip
     """Find a model's fastest settings that keep a latency target.
 
-    The settings are workers, threads, batch size, delay and precision. The best ones, with which the model answers most
-    requests a second while its p99 latency stays within the target, are written to its model-config.yaml.
+    The settings are workers, threads, batch size, precision and, where batches wait to fill, the delay. The best ones,
+    with which the model answers most requests a second while its p99 latency stays within the target, are written to
+    its model-config.yaml.
 
     Candidates are measured under load, on a TorchServe of their own. The better half goes on to a longer round, until
     the last ones are compared in turns with the current settings, which stay unless others are 5 % better. Leave the

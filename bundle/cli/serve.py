@@ -34,6 +34,7 @@ def serve(models: Models = None, timeout: Annotated[float, Timeout] = 300) -> No
     """
     from bundle import catalog
     from bundle.paths import relative
+    from bundle.server.bring_back import bring_back
     from bundle.server.client import curl_lines
     from bundle.server.process import Server
 
@@ -46,6 +47,7 @@ def serve(models: Models = None, timeout: Annotated[float, Timeout] = 300) -> No
         running = server.running()
         if running and not server.is_current(running, folders):
             server.check(folders)  # before the running server is stopped
+            try_samples(server, running, folders)
             note(f"{server.restart_reason(running, folders)} It is restarted.")
             server.stop()
             running = None
@@ -53,8 +55,11 @@ def serve(models: Models = None, timeout: Annotated[float, Timeout] = 300) -> No
             running = start(server, folders, timeout)
             console.print(f"TorchServe is up: PID {running.pid}, logs in {relative(server.logs)}.")
         else:
+            client = running.client()
+            missing = [folder.name for folder in folders if bring_back(server, client, folder, timeout, note)]
             wait_until_serving(server, running, folders, timeout)
-            console.print(f"Already served by PID {running.pid}; nothing has changed.")
+            changed = f"{', '.join(missing)} is served again" if missing else "nothing has changed"
+            console.print(f"Already served by PID {running.pid}; {changed}.")
     console.print("\nTry:")
     for line in curl_lines(running.client(), folders):
         console.print(f"  {line}", soft_wrap=True, markup=False)
@@ -68,6 +73,21 @@ def make_run_folder(server: "Server") -> None:
     """
     with opening(server.run_dir):
         server.run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def try_samples(server: "Server", running: "Running", folders: list["ModelFolder"]) -> None:
+    """Try the archives that the running server does not have on their own samples.
+
+    Raises:
+        BundleError: one cannot be loaded, or does not answer its sample as the folder expects.
+    """
+    digests = server.archive_digests(folders)
+    new = [folder for folder in folders if running.served.get(folder.name) != digests[folder.name]]
+    if new:
+        from bundle.cli.own_sample import try_own_sample  # imports torch, which takes seconds
+
+        for folder in new:
+            try_own_sample(server.archive(folder), folder)
 
 
 def start(server: "Server", folders: list["ModelFolder"], timeout: float) -> "Running":

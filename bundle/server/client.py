@@ -77,7 +77,7 @@ class Client:
 
         Args:
             workers: number of workers to start. TorchServe ignores it if the archive's model-config.yaml has
-                `minWorkers`. This returns when the workers have started.
+                `minWorkers` and `maxWorkers`. This returns when the workers have started.
 
         Raises:
             BundleError: TorchServe rejects the archive.
@@ -163,14 +163,28 @@ def check_sample(client: Client, folder: ModelFolder, version: str | None = None
         return None
     sample = folder.existing(folder.bundle.sample)
     answer = client.predict(folder.name, sample.read_bytes(), version, headers(sample))
-    if answer.status_code != 200:
-        raise BundleError(
-            f"{folder.name} answered its own sample {folder.bundle.sample} with {answer.status_code}.", answer.text
-        )
     try:
         body = answer.json()
     except requests.JSONDecodeError:  # as a handler without the template may answer
-        body = None
+        body = answer.text
+    return judge(folder, answer.status_code, body)
+
+
+def judge(folder: ModelFolder, status: int, body: object) -> str | None:
+    """Judge the answer to a folder's sample.
+
+    Args:
+        body: parsed, if it is JSON.
+
+    Returns:
+        the label that ranks first; None if the answer is not a ranking.
+
+    Raises:
+        BundleError: the answer is an error, or not what the folder expects.
+    """
+    details = body if isinstance(body, str) else json.dumps(body, indent=2, default=repr)
+    if status != 200:
+        raise BundleError(f"{folder.name} answered its own sample {folder.bundle.sample} with {status}.", details)
     best = first(body)
     label = best.label if best else None
     if folder.bundle.expect is not None and label != folder.bundle.expect:
@@ -178,7 +192,7 @@ def check_sample(client: Client, folder: ModelFolder, version: str | None = None
         raise BundleError(
             f"{folder.name} answered its own sample {folder.bundle.sample} with {came}, "
             f"and its {folder.name}/model-config.yaml expects {folder.bundle.expect!r}.",
-            answer.text if body is None else json.dumps(body, indent=2),
+            details,
         )
     return label
 

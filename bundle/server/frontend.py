@@ -19,9 +19,9 @@ ALL_OFF = "frontend patch all: off\n"  # the same line, for a Java without the a
 MODULE = "java.instrument"
 
 
-def is_off(environment: Mapping[str, str]) -> bool:
-    """Return whether all patches are left out, so that Java needs no agent."""
-    return "all" in re.split("[ ,+]+", environment.get(OFF, ""))  # as the agent splits it
+def is_off(environment: Mapping[str, str], patch: str = "all") -> bool:
+    """Return whether a patch is left out; by default, whether all are, so that Java needs no agent."""
+    return not {"all", patch}.isdisjoint(re.split("[ ,+]+", environment.get(OFF, "")))  # as the agent splits it
 
 
 def check(java_home: Path, environment: Mapping[str, str]) -> None:

@@ -30,6 +30,7 @@ from bundle.server.identity import start_mark, start_mark_of_command
 from bundle.server.java import java_home
 from bundle.server.keys import Keys
 from bundle.server.settings import ADDRESSES, Settings
+from bundle.server.sockets import check_temporary
 from bundle.signing import key_of
 
 GUARDS = ROOT / "bundle" / "bin"  # the commands that start workers: see bundle/guard.py
@@ -43,7 +44,8 @@ class Running:
     """A server that was started here, as recorded in its run folder.
 
     Attributes:
-        pid, started: the Java process; the mark of its start, because process ids are reused.
+        pid, started: the Java process; the mark of its start, because process ids are reused. While it is being
+            launched, 0 and "".
         temporary: the folder of its sockets, unpacked archives and pid file.
         served: digest of each served archive, by model.
         settings: `Settings.fingerprint` at its start.
@@ -71,9 +73,16 @@ class Running:
                 # Earlier bundles recorded a start time of the wall clock, which the clock's changes made wrong.
                 # TorchServe has the name of its temporary folder, which is unique, on its command line.
                 values["started"] = start_mark_of_command(values["pid"], values["temporary"])
-            return cls(**values)
+            recorded = cls(**values)
+            return recorded.launched() if recorded.pid == 0 else recorded
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
+
+    def launched(self) -> "Running":
+        """Return this server with its Java process, if it was launched before its command was killed."""
+        process = launched(self.temporary)
+        mark = start_mark_of_command(process.pid, self.temporary) if process else ""
+        return replace(self, pid=process.pid, started=mark) if process and mark else self
 
     def keys(self) -> Keys | None:
         return Keys(Path(self.key_file), self.management) if self.key_file else None
@@ -83,6 +92,8 @@ class Running:
 
     def process(self) -> psutil.Process | None:
         """Return the Java process; None if it has ended."""
+        if self.pid == 0:
+            return None
         try:
             process = psutil.Process(self.pid)
             return process if start_mark(self.pid) == self.started and lives(process) else None
@@ -153,7 +164,11 @@ class Server:
                 "To keep them, set TS_DISABLE_TOKEN_AUTHORIZATION=false."
             )
         if running.served.keys() != digests.keys():
-            return f"The running server has the models {', '.join(running.served)} instead of {', '.join(digests)}."
+            reason = f"The running server has the models {', '.join(running.served)} instead of {', '.join(digests)}."
+            if dropped := [name for name in running.served if name not in digests]:
+                names = " ".join([*digests, *dropped])
+                reason += f' To keep {", ".join(dropped)}: make serve MODELS="{names}".'
+            return reason
         if changed := [name for name, digest in digests.items() if running.served[name] != digest]:
             return f"The running server has other archives of {', '.join(changed)}."
         return (
@@ -175,6 +190,7 @@ class Server:
             BundleError: `check` failed, or the process ended at once.
         """
         self.check(folders)
+        self.stop()  # what a killed server has left
         environment = {
             **frontend.with_agent(self.settings.passed_on()),
             "BUNDLE_PYTHON": sys.executable,
@@ -199,7 +215,19 @@ class Server:
         # outside the project, because a socket's path is limited to about 100 characters
         temporary = tempfile.mkdtemp(prefix="torchserve-")
         environment |= {"TMPDIR": temporary, "TEMP": temporary}  # for the launcher's pid file and for java.io.tmpdir
+        running = Running(
+            pid=0,
+            started="",
+            temporary=temporary,
+            served=served,
+            settings=settings,
+            inference=self.settings.url("inference_address"),
+            management=self.settings.url("management_address"),
+            grpc=self.settings.grpc_target(),
+            key_file=str(self.key_file.resolve()) if self.settings.asks_for_keys else "",
+        )
         try:
+            self.write_record(running)  # before the launch: `stop` then finds it if this process is killed
             if frontend.is_off(environment):
                 self.console.write_text(frontend.ALL_OFF)
             with self.console.open("ab") as console:
@@ -210,22 +238,13 @@ class Server:
             process = launched(temporary)
             if process is None:
                 raise BundleError("TorchServe did not start.", self.console.read_text(errors="replace"))
-            running = Running(
-                pid=process.pid,
-                started=start_mark(process.pid),
-                temporary=temporary,
-                served=served,
-                settings=settings,
-                inference=self.settings.url("inference_address"),
-                management=self.settings.url("management_address"),
-                grpc=f"{self.settings['grpc_inference_address']}:{self.settings['grpc_inference_port']}",
-                key_file=str(self.key_file.resolve()) if self.settings.asks_for_keys else "",
-            )
+            running = replace(running, pid=process.pid, started=start_mark(process.pid))
             self.write_record(running)
         except BaseException:
             # Ctrl-C and a full disk included: a server without a record could not be stopped later
             end(launched(temporary))
             shutil.rmtree(temporary, ignore_errors=True)
+            self.record.unlink(missing_ok=True)
             self.forget_keys()
             raise
         return running
@@ -239,10 +258,11 @@ class Server:
         """Check what a start needs. Call it before stopping a server for a restart.
 
         Raises:
-            BundleError: a setting is invalid, Java is missing or cannot load the frontend's agent, a port is taken, or
-                an archive was changed since it was built or signed.
+            BundleError: a setting is invalid, the path of TMPDIR is too long, Java is missing or cannot load the
+                frontend's agent, a port is taken, or an archive was changed since it was built or signed.
         """
         self.settings.check()
+        check_temporary()
         frontend.check(java_home(), self.settings.passed_on())
         self.check_ports()
         trusted = key_of("TRUSTED_KEY")

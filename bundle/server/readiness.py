@@ -13,9 +13,9 @@ from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.server.client import Client, WorkerCount
 from bundle.server.process import Running, Server
+from bundle.server.tracebacks import WORKER_DIED, explain
 
 POLL_SECONDS = 0.3
-WORKER_DIED = "Backend worker process died"
 WORKER_RETRIED = "Retry worker"
 TRACE_PAUSES = 10  # at most, of POLL_SECONDS, for a traceback that is being logged
 RETRIES = 3  # TorchServe restarts killed workers; one that was killed this often will not start
@@ -116,36 +116,39 @@ def worker_failure(
         version: by default, all versions.
         since: ignore log lines before this time.
     """
-    said = lines_of(logs / "model_log.log", model, version, since)
-    if any(WORKER_DIED in line for line in said):
+    said = lines_by_worker(logs / "model_log.log", model, version, since)
+    if any(WORKER_DIED in line for lines in said.values() for line in lines):
         for _ in range(TRACE_PAUSES):  # TorchServe logs a traceback line by line: it is whole when it grows no more
             time.sleep(POLL_SECONDS)
-            known, said = said, lines_of(logs / "model_log.log", model, version, since)
+            known, said = said, lines_by_worker(logs / "model_log.log", model, version, since)
             if said == known:
                 break
-        start = max((i for i, line in enumerate(said) if line.startswith("Traceback")), default=0)
-        trace = said[start:]
-        raised = [line for line in trace if re.match(r"^[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
-        return BundleError(f"A worker of {model} failed: {raised[-1] if raised else trace[-1]}", "\n".join(trace))
-    told = lines_of(logs / "ts_log.log", model, version, since)
-    if sum(WORKER_RETRIED in line for line in told) >= RETRIES:
+        died = [lines for lines in said.values() if any(WORKER_DIED in line for line in lines)]
+        what, trace = explain(died[-1])
+        return BundleError(f"A worker of {model} failed: {what}", trace)
+    told = lines_by_worker(logs / "ts_log.log", model, version, since)
+    if sum(WORKER_RETRIED in line for lines in told.values() for line in lines) >= RETRIES:
         free = psutil.virtual_memory().available / 2**30
+        last = [line for lines in (*told.values(), *said.values()) for line in lines[-10:]]
         return BundleError(
-            f"Workers of {model} end before they are READY, without an error: they may have been killed for lack of "
-            f"memory. {free:.1f} GiB are free.",
-            "\n".join(told[-10:]),
+            f"Workers of {model} end before they are READY, without an exception: their code ended the process, or it "
+            f"was killed, for example for lack of memory. {free:.1f} GiB are free.",
+            "\n".join(last),
         )
     return None
 
 
-def lines_of(log: Path, model: str, version: str | None, since: datetime) -> list[str]:
-    """Return the lines of a log that are from the workers of `model`, without the log's prefix."""
-    any_version = r"[\d.]+"
-    thread = re.compile(rf"W-\d+-{re.escape(model)}_{re.escape(version) if version else any_version}(-|$)")
+def lines_by_worker(log: Path, model: str, version: str | None, since: datetime) -> dict[str, list[str]]:
+    """Return the lines of a log that are from each of the workers of `model`, without the log's prefix."""
+    any_version = r"[^_]+?"
+    thread = re.compile(rf"(W-\d+)-{re.escape(model)}_{re.escape(version) if version else any_version}(-std|$)")
     earliest = since.isoformat(timespec="milliseconds").replace(".", ",")
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    matches = [(LOG_PREFIX.match(line), line) for line in lines if line >= earliest]
-    return [line[match.end() :] for match, line in matches if match and thread.match(match[1])]
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line >= earliest and (match := LOG_PREFIX.match(line)) and (worker := thread.match(match[1])):
+            found.setdefault(worker[1], []).append(line[match.end() :])
+    return found
 
 
 def last_words(server: Server, lines: int = 20) -> str:

@@ -23,6 +23,10 @@ PATHS = ("model_store", "workflow_store", "metrics_config", "keystore", "certifi
 BOOLEANS = ("true", "false")
 BEHIND_PROXY = "BUNDLE_BEHIND_PROXY"  # for handlers/core/headers.py, in the workers
 WHOLE_NUMBER = re.compile("[0-9]{1,9}")  # fits into Java's int
+UTF_8 = re.compile(r"\.utf-?8", re.IGNORECASE)
+SIZES = ("max_request_size", "max_response_size")  # may have a unit, like MAX_BODY of the Docker stack
+SIZE = re.compile("([1-9][0-9]{0,8})([kKmM]?)")
+BYTES = {"": 1, "k": 2**10, "m": 2**20}
 LOG_CONFIG = re.compile(r"-Dlog4j\.configurationFile=(\S+)")
 
 
@@ -58,24 +62,30 @@ class Settings:
         return self.environment().get(f"TS_{key.upper()}", self.values[key])
 
     def environment(self) -> dict[str, str]:
-        """Return TorchServe's environment. Relative paths are resolved from the repository's root."""
+        """Return TorchServe's environment.
+
+        Relative paths are resolved from the repository's root, and sizes like 64m are in bytes.
+        """
         given = {**os.environ, **self.overrides}
         names = {key: f"TS_{key.upper()}" for key in PATHS}
         paths = {name: given.get(name, self.values.get(key)) for key, name in names.items()}
-        return given | {name: str(ROOT / path) for name, path in paths.items() if path}
+        sizes = {name: in_bytes(given[name]) for name in map("TS_{}".format, map(str.upper, SIZES)) if name in given}
+        return given | {name: str(ROOT / path) for name, path in paths.items() if path} | sizes
 
     def passed_on(self) -> dict[str, str]:
-        """Return TorchServe's environment without secrets.
+        """Return TorchServe's environment without secrets, with a locale in which Java can name every file.
 
-        Workers run as the same user, and could read them there. TorchServe's own settings stay, including a keystore's
-        password.
+        Workers run as the same user, and could read secrets there. TorchServe's own settings stay, including a
+        keystore's password.
         """
         kept_back = re.compile(self["blacklist_env_vars"])
-        return {
+        passed = {
             name: value
             for name, value in self.environment().items()
             if name.startswith("TS_") or not kept_back.fullmatch(name)
         }
+        locale = next((passed[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if passed.get(name)), "C")
+        return passed if UTF_8.search(locale) else passed | {"LC_ALL": "C.UTF-8"}
 
     @property
     def asks_for_keys(self) -> bool:
@@ -96,7 +106,7 @@ class Settings:
         """Return the parts of an address.
 
         Raises:
-            BundleError: the address is invalid.
+            BundleError: the address is invalid, or TorchServe cannot listen on it.
         """
         try:
             parts = urlsplit(self[key])
@@ -105,7 +115,18 @@ class Settings:
             valid = False
         if not valid:
             raise BundleError(f"{key} is {self[key]!r}, and must look like http://127.0.0.1:8080.")
+        if ":" in (parts.hostname or ""):
+            raise BundleError(
+                f"{key} is {self[key]!r}, and TorchServe's HTTP server cannot listen on an IPv6 address. Use an IPv4 "
+                "address, such as http://127.0.0.1:8080, and put a proxy in front for clients with IPv6."
+            )
         return parts
+
+    def grpc_target(self) -> str:
+        """Return host:port of gRPC inference for clients on this machine."""
+        host, port = self.listeners()["grpc_inference_port"]
+        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"[{local}]:{port}" if ":" in local else f"{local}:{port}"
 
     def listeners(self) -> dict[str, tuple[str, int]]:
         """Return the host and port of each address that TorchServe listens on, by the key that sets the port."""
@@ -127,6 +148,8 @@ class Settings:
         """
         for key, usual in self.values.items():
             given = self[key]
+            if key in SIZES and not WHOLE_NUMBER.fullmatch(given):
+                raise BundleError(f"TS_{key.upper()} is {given!r}, and must be a number of bytes, or a size like 64m.")
             if usual.isdigit() and not WHOLE_NUMBER.fullmatch(given):
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be a whole number, like {usual}.")
             if key in GRPC_PORTS and not 0 < int(given) < 2**16:
@@ -135,7 +158,12 @@ class Settings:
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be true or false.")
         if (given := os.environ.get(BEHIND_PROXY, "false")).lower() not in BOOLEANS:
             raise BundleError(f"{BEHIND_PROXY} is {given!r}, and must be true or false.")
-        self.listeners()
+        listeners = self.listeners()
+        if listeners["inference_address"] == listeners["management_address"]:
+            raise BundleError(
+                f"inference_address and management_address are both {self['inference_address']}. Give each a port: "
+                "otherwise, who may predict may manage, too, and predictions wait for management calls."
+            )
 
     def fingerprint(self) -> str:
         """Return a digest of everything that requires a restart when it changes."""
@@ -146,3 +174,9 @@ class Settings:
         trusted = [key] if (key := key_of("TRUSTED_KEY")) else []
         texts = [file.read_text() for file in (self.file, *SIDE_FILES, *trusted)]
         return hashlib.sha256("\n".join([*texts, *overrides]).encode()).hexdigest()
+
+
+def in_bytes(size: str) -> str:
+    """Return a size like 64m as a number of bytes, and any other text unchanged, for `Settings.check` to report."""
+    parsed = SIZE.fullmatch(size)
+    return str(int(parsed[1]) * BYTES[parsed[2].lower()]) if parsed else size

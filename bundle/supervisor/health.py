@@ -1,12 +1,17 @@
 """Observe every registered version through the management API, and what changes between observations."""
 
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
+import requests
 
 from bundle.server.client import Client
+from bundle.server.http import SECONDS, session
 from bundle.supervisor.state import Key, Registered, State
+
+LOADED = re.compile(r'^WorkerLoadTime\{.*WorkerName="W-(\d+)-', re.MULTILINE)  # of TorchServe's metrics API
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class Version:
     Attributes:
         workers: process id of each worker by its id; 0 for a worker without a process.
         ready: number of READY workers.
+        loaded: number of workers that have been READY once, as far as is known.
         pending, capacity: number of queued requests; of those that the queue can hold.
     """
 
@@ -24,14 +30,18 @@ class Version:
     ready: int
     pending: int
     capacity: int
+    loaded: int = 0
 
     @property
     def key(self) -> Key:
         return self.registered.name, self.registered.version
 
 
-def observe(client: Client) -> list[Version]:
+def observe(client: Client, metrics: str) -> list[Version]:
     """Return every registered version.
+
+    Args:
+        metrics: base URL of TorchServe's metrics API.
 
     Raises:
         requests.RequestException: the management API does not answer.
@@ -40,12 +50,24 @@ def observe(client: Client) -> list[Version]:
     for name in client.models():
         default = (client.describe(name) or {}).get("modelVersion")
         found += [parse(described, default) for described in client.versions(name)]
-    return found
+    if all(version.ready >= version.registered.minimum for version in found):
+        return found
+    known = loaded_workers(metrics)
+    return [replace(version, loaded=sum(worker in known for worker in version.workers)) for version in found]
+
+
+def loaded_workers(metrics: str) -> set[str]:
+    """Return the ids of all workers that have been READY once; an empty set if the metrics API does not answer."""
+    try:
+        return set(LOADED.findall(session.get(f"{metrics}/metrics", timeout=SECONDS).text))
+    except requests.RequestException:
+        return set()
 
 
 def parse(described: dict, default: str | None) -> Version:
     """Return a version, given its description by the management API and its model's default version."""
     queue = described["jobQueueStatus"]
+    ready = sum(worker["status"] == "READY" for worker in described["workers"])
     return Version(
         registered=Registered(
             name=described["modelName"],
@@ -56,7 +78,8 @@ def parse(described: dict, default: str | None) -> Version:
             default=described["modelVersion"] == default,
         ),
         workers={worker["id"]: worker["pid"] for worker in described["workers"]},
-        ready=sum(worker["status"] == "READY" for worker in described["workers"]),
+        ready=ready,
+        loaded=ready,
         pending=queue["pendingRequests"],
         capacity=queue["pendingRequests"] + queue["remainingCapacity"],
     )
@@ -68,9 +91,9 @@ class History:
 
     Attributes:
         latest: the last observation.
-        expected_workers: for each version that ever had all its workers, its minimum at the last time it had them.
-            Workers added since are still starting, and not missed. A version without an entry never became ready:
-            whoever registered it sees that, and it does not make the server unready.
+        expected_workers: for each version that ever had all its workers, its minimum at the last time it had them,
+            perhaps between two observations. Workers added since are still starting, and not missed. A version without
+            an entry never became ready: whoever registered it sees that, and it does not make the server unready.
         degraded_since: versions with fewer READY workers than expected, and since when (s, monotonic).
         restarts: for each version, how often a worker came back as another process.
         not_restored: versions whose saved registration, workers or default could not be restored.
@@ -86,7 +109,7 @@ class History:
     def add(self, versions: list[Version], now: float) -> None:
         """Add an observation made at the time `now` (s, monotonic)."""
         self.latest = versions
-        full = {v.key: v.registered.minimum for v in versions if v.ready >= v.registered.minimum}
+        full = {v.key: v.registered.minimum for v in versions if max(v.ready, v.loaded) >= v.registered.minimum}
         expected = self.expected_workers
         self.expected_workers = {v.key: expected[v.key] for v in versions if v.key in expected} | full
         degraded = [v.key for v in versions if v.ready < min(v.registered.minimum, self.expected_workers.get(v.key, 0))]

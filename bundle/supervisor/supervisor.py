@@ -128,7 +128,7 @@ class Supervisor:
     def look(self, running: Running) -> None:
         """Observe the server, and save its state."""
         try:
-            versions = observe(running.client())
+            versions = observe(running.client(), self.server.settings.url("metrics_address"))
         except requests.RequestException as exc:
             self.report(f"the management API does not answer: {exc}")
             return

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bundle.load.generator import LoadResult, wrk
 from bundle.machine import Record, record
-from bundle.tuning.search import UTILISATION, Point, Score, Verdict, front, meets
+from bundle.tuning.search import UTILISATION, Arrivals, Point, Score, Verdict, front, meets
 from bundle.tuning.space import Candidate
 
 
@@ -50,7 +50,7 @@ def describe_steady(load: LoadResult) -> str:
     return f"at {UTILISATION:.0%} of this rate, with requests at random times: {latencies}"
 
 
-def outcome(current: Candidate, verdict: Verdict, steady: dict[Candidate, LoadResult]) -> dict:
+def outcome(current: Candidate, verdict: Verdict, steady: dict[Candidate, Arrivals]) -> dict:
     """Return the decision and its reason, for the evidence.
 
     Args:
@@ -67,7 +67,7 @@ def outcome(current: Candidate, verdict: Verdict, steady: dict[Candidate, LoadRe
             {
                 "settings": asdict(candidate),
                 **as_milliseconds(score),
-                f"at_{UTILISATION:.0%}": numbers(steady[candidate]) if candidate in steady else None,
+                f"at_{UTILISATION:.0%}": numbers(steady[candidate].load) if candidate in steady else None,
             }
             for candidate, score in ranked
         ],

@@ -27,6 +27,8 @@ SHORTEST, LONGEST = 1.0, 8.0  # seconds of a measurement
 ENOUGH = 50  # answers to one client that give a usable p99; fewer if that takes too long
 LEAST_GAIN = 0.05  # of throughput: a smaller gain may be noise, and is not worth a change
 UTILISATION = 0.7  # share of its throughput at which a finalist must keep the target with requests at random times
+LEAST_ARRIVALS = 3.0  # seconds of a measurement with requests at random times: one second of them decides nothing
+LOWER = 0.9  # of a throughput: the next lower load that is worth a measurement
 FINAL = "final"
 
 Judge = Callable[[Sequence[Candidate], int, int], "dict[Candidate, Score]"]
@@ -197,6 +199,47 @@ def middle(loads: Sequence[LoadResult]) -> LoadResult:
 
 
 @dataclass(frozen=True)
+class Arrivals:
+    """A finalist's last measurement with requests at random times.
+
+    Attributes:
+        concurrency: number of clients of the closed loop whose throughput was the measure of the rate.
+        load: at `UTILISATION` of that throughput.
+    """
+
+    concurrency: int
+    load: LoadResult
+
+
+def at_random_times(
+    measure: Callable[[float], LoadResult], loads: dict[int, LoadResult], target: float
+) -> Arrivals | None:
+    """Find the highest load of a finalist that also keeps the target with requests at random times.
+
+    A load is lowered only after two misses: other work on the machine may have caused one.
+
+    Args:
+        measure: measures requests at random times, given their rate in requests/s.
+        loads: its measurements in closed loops, by concurrency.
+        target: of the p99 latency, in seconds.
+
+    Returns:
+        the first load that kept the target, from the highest; otherwise the lowest; None if no closed loop kept it.
+    """
+    within = {concurrency: load.throughput for concurrency, load in loads.items() if meets(load, target)}
+    found, last = None, inf
+    for concurrency in sorted(within, key=within.__getitem__, reverse=True):
+        if within[concurrency] > LOWER * last:
+            continue
+        last = within[concurrency]
+        for _ in range(2):
+            found = Arrivals(concurrency, measure(UTILISATION * last))
+            if meets(found.load, target):
+                return found
+    return found
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The decision of the final.
 
@@ -215,7 +258,7 @@ class Verdict:
 
 def decide(
     final: dict[Candidate, list[dict[int, LoadResult]]],
-    steady: dict[Candidate, LoadResult],
+    steady: dict[Candidate, Arrivals],
     current: Candidate,
     target: float,
 ) -> Verdict:
@@ -223,20 +266,31 @@ def decide(
 
     Args:
         final: for each finalist, the measurements by concurrency, of each repeat.
-        steady: for each finalist, the result of requests at random times, at `UTILISATION` of its throughput. Clients
-            that wait for their answers send at the same time and fill batches, which other clients do not. A finalist
-            that misses the target here gets no throughput.
+        steady: for each finalist, the result of `at_random_times`. Clients that wait for their answers send at the same
+            time and fill batches, which other clients do not. A finalist has the throughput of the load that kept the
+            target here, and none if it missed the target.
         current: the current settings.
         target: of the p99 latency, in seconds.
     """
-    scores = {candidate: score(medians(repeats), target) for candidate, repeats in final.items()}
-    for candidate, load in steady.items():
-        if not meets(load, target):
-            scores[candidate] = Score(0.0, -load.p99 if not load.failed else -inf, scores[candidate].concurrency)
+    closed = {candidate: score(medians(repeats), target) for candidate, repeats in final.items()}
+    scores = dict(closed)
+    for candidate, arrivals in steady.items():
+        concurrency, load = arrivals.concurrency, arrivals.load
+        if meets(load, target):
+            scores[candidate] = score({concurrency: medians(final[candidate])[concurrency]}, target)
+        else:
+            scores[candidate] = Score(0.0, -load.p99 if not load.failed else -inf, concurrency)
     best = max(scores, key=scores.__getitem__)
     new, old = scores[best], scores.get(current)
     if best == current:
         return Verdict(best, scores, False, "The current settings are the best of those that were tried.")
+    if old is not None and not old.throughput and new.throughput < closed[current].throughput:
+        reason = (
+            "The current settings miss the target with requests at random times, and the best others are slower: "
+            f"{new.throughput:.0f} answers/s, where the current ones reach {closed[current].throughput:.0f} with "
+            "clients that wait. Search longer, or on a machine without other load."
+        )
+        return Verdict(best, scores, False, reason)
     if old is None or not old.throughput:
         return Verdict(best, scores, new.throughput > 0, "The current settings miss the target.")
     gain = new.throughput / old.throughput - 1

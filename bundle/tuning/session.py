@@ -43,7 +43,7 @@ class Found:
             if name:
                 yield f"{name} {candidate}: {report.describe(score)}"
                 if candidate in self.tuning.steady:
-                    yield f"      {report.describe_steady(self.tuning.steady[candidate])}"
+                    yield f"      {report.describe_steady(self.tuning.steady[candidate].load)}"
         for candidate, why in self.tuning.broken.items():
             yield f"could not be served: {candidate}: {why}"
         yield self.verdict.reason
@@ -106,7 +106,8 @@ class Session:
         with tempfile.TemporaryDirectory(prefix="tune-") as store:
             trial_server = TrialServer(self.folder, self.archive, self.inputs, self.run_dir, Path(store))
             with trial_server.server.lock(), trial_server:
-                self.tuning = Tuning(trial_server, self.current, self.precisions, self.target, self.budget, show)
+                waits = tuner.waits_to_fill(self.folder)
+                self.tuning = Tuning(trial_server, self.current, self.precisions, waits, self.target, self.budget, show)
                 verdict = self.tuning.run()
         return Found(self.tuning, verdict, summary(self.tuning.points))
 

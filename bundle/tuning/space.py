@@ -1,6 +1,6 @@
 """List the settings to try: workers x threads x batch size x delay x precision, without those that cannot win."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import log2
 
@@ -45,7 +45,7 @@ def space(
     precisions: Iterable[str],
     largest_batch: int,
     largest_load: int,
-    longest_delay: float,
+    delays: Collection[int],
     on_gpu: bool = False,
 ) -> list[Candidate]:
     """Return every candidate that is worth trying.
@@ -55,15 +55,14 @@ def space(
         precisions: the precisions to try.
         largest_batch: the largest batch whose response TorchServe accepts.
         largest_load: the most requests in flight. A batch that is larger than a worker's share of them never fills.
-        longest_delay: in seconds. A lone request waits for the whole delay.
+        delays: the delays to try, in ms.
         on_gpu: whether the model runs on a GPU, where threads of the CPU do not matter.
     """
-    delays = [delay for delay in DELAYS if delay / 1000 <= longest_delay] or [min(DELAYS)]
     found = []
     for precision in precisions:
         for workers in steps(cores):
             for threads in [1] if on_gpu else steps(cores // workers):
-                found.append(Candidate(workers, threads, 1, min(DELAYS), precision))  # a batch of one never waits
+                found.append(Candidate(workers, threads, 1, min(delays), precision))  # a batch of one never waits
                 sizes = [size for size in powers(min(largest_batch, LARGEST_BATCH)) if size > 1]
                 found += [
                     Candidate(workers, threads, size, delay, precision)
@@ -72,6 +71,15 @@ def space(
                     for delay in delays
                 ]
     return found
+
+
+def delays_up_to(longest: float) -> list[int]:
+    """Return the delays to try, in ms, for a model whose batches wait to fill.
+
+    Args:
+        longest: in seconds. A lone request waits for the whole delay.
+    """
+    return [delay for delay in DELAYS if delay / 1000 <= longest] or [min(DELAYS)]
 
 
 def steps(most: int) -> list[int]:

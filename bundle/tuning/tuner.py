@@ -1,7 +1,7 @@
 """Search the fastest settings of a model by measuring them under load.
 
-The settings are workers, threads, batch size, delay and precision. The goal is the highest throughput at which the p99
-latency stays within a target.
+The settings are workers, threads, batch size, precision and, where batches wait to fill, the delay. The goal is the
+highest throughput at which the p99 latency stays within a target.
 """
 
 import os
@@ -19,9 +19,10 @@ from bundle import mar
 from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.errors import BundleError, UsageError
 from bundle.load.generator import LoadResult
+from bundle.server import frontend
 from bundle.tuning import search
 from bundle.tuning.search import FINAL, Point, Score, Verdict
-from bundle.tuning.space import Candidate, neighbours, space, spread
+from bundle.tuning.space import Candidate, delays_up_to, neighbours, space, spread
 from bundle.tuning.trial_server import (
     Input,
     Service,
@@ -72,6 +73,11 @@ def current_settings(folder: ModelFolder) -> Candidate:
     )
 
 
+def waits_to_fill(folder: ModelFolder) -> bool:
+    """Return whether a batch of this model waits for `maxBatchDelay`, as without the frontend's patch `gather`."""
+    return folder.config.get("patience") == "fixed" or frontend.is_off(os.environ, "gather")
+
+
 def read_inputs(folder: ModelFolder, files: Sequence[Path]) -> list[Input]:
     """Read the files or, without files, the folder's sample.
 
@@ -119,6 +125,7 @@ class Tuning:
         trial_server: serves the candidates.
         current: the current settings.
         precisions: the precisions to try.
+        waits: whether a batch waits to fill; if not, the delay has no effect, and stays as it is.
         target: of the p99 latency, in seconds.
         budget: how long to search, in seconds.
         show: receives the current step, and the best score so far.
@@ -129,7 +136,7 @@ class Tuning:
         precisions: the precision that each candidate computed in.
         candidates: every candidate that is worth trying.
         final: for each finalist, the measurements by concurrency, of each turn.
-        steady: for each finalist, the result of requests at random times.
+        steady: for each finalist that kept the target, its last measurement with requests at random times.
         best: the best score so far, and its candidate.
         scores: the last score of each candidate.
         memory: the workers' resident memory of each candidate, in bytes.
@@ -141,11 +148,13 @@ class Tuning:
         trial_server: TrialServer,
         current: Candidate,
         precisions: list[str],
+        waits: bool,
         target: float,
         budget: float,
         show: Callable[[str, Score | None], None],
     ):
         self.trial_server, self.current, self.precisions_wanted = trial_server, current, precisions
+        self.waits = waits
         self.target, self.budget, self.show = target, budget, show
         self.deadline = time.monotonic() + budget
         self.points: list[Point] = []
@@ -153,7 +162,7 @@ class Tuning:
         self.precisions: dict[Candidate, str] = {}
         self.candidates: list[Candidate] = []
         self.final: dict[Candidate, list[dict[int, LoadResult]]] = {}
-        self.steady: dict[Candidate, LoadResult] = {}
+        self.steady: dict[Candidate, search.Arrivals] = {}
         self.best: tuple[Score, Candidate] | None = None
         self.scores: dict[Candidate, Score] = {}
         self.memory: dict[Candidate, int] = {}
@@ -199,13 +208,22 @@ class Tuning:
             self.shortest = search.shortest(alone.p50, len(self.trial_server.inputs))
             self.climb(service, "round 1", search.COARSE, self.shortest)
         limit = largest_batch(int(self.trial_server.server.settings["max_response_size"]), service.answer_bytes)
-        waited = self.current.delay / 1000 if self.current.batch_size > 1 else 0
-        longest_delay = min(self.target / 2, alone.p50 - waited)  # waiting at most doubles the time of a lone request
-        largest_load = search.LARGEST_LOAD
-        self.candidates = space(cores(), self.precisions_wanted, limit, largest_load, longest_delay, on_gpu())
+        delays = self.delays(alone.p50)
+        self.candidates = space(cores(), self.precisions_wanted, limit, search.LARGEST_LOAD, delays, on_gpu())
         left = self.deadline - time.monotonic()
         count = search.affordable(left, self.start_seconds(), self.shortest + RUNG_OVERHEAD)
         return spread(self.candidates, self.current, count)
+
+    def delays(self, lone: float) -> list[int]:
+        """Return the delays to try, in ms.
+
+        Args:
+            lone: how long a lone request takes with the current settings, in seconds.
+        """
+        if not self.waits:
+            return [self.current.delay]
+        waited = self.current.delay / 1000 if self.current.batch_size > 1 else 0
+        return delays_up_to(min(self.target / 2, lone - waited))  # waiting at most doubles the time of a lone request
 
     def judge(self, field: Sequence[Candidate], number: int, rounds_left: int) -> dict[Candidate, Score]:
         """Measure each candidate of a round, in its share of the remaining time.
@@ -280,13 +298,17 @@ class Tuning:
         missing = set().union(*self.final[candidate]) - set(loads)
         return loads | {concurrency: measure(concurrency) for concurrency in sorted(missing)}
 
-    def random_arrivals(self, service: Service, seconds: float) -> dict[Candidate, LoadResult]:
+    def random_arrivals(self, service: Service, seconds: float) -> dict[Candidate, search.Arrivals]:
         """Measure a finalist with requests at random times; return nothing for one that missed the target."""
-        throughput = search.score(search.medians(self.final[service.candidate]), self.target).throughput
-        if not throughput:
-            return {}
-        self.report(f"final, random arrivals: {service.candidate.short()}")
-        return {service.candidate: service.random_arrivals(search.UTILISATION * throughput, seconds, self.timeout)}
+        long_enough = max(seconds, search.LEAST_ARRIVALS)
+
+        def measure(rate: float) -> LoadResult:
+            self.report(f"final, {rate:.0f}/s at random times: {service.candidate.short()}")
+            return service.random_arrivals(rate, long_enough, self.timeout)
+
+        loads = search.medians(self.final[service.candidate])
+        found = search.at_random_times(measure, loads, self.target)
+        return {service.candidate: found} if found else {}
 
     def rungs(self, candidate: Candidate) -> Sequence[int]:
         """Return coarse rungs for a new candidate, and fine rungs near its best for one that was measured."""

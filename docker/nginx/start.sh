@@ -6,13 +6,14 @@
 #   TORCHSERVE_PORT   8080        port of the inference API
 #   SUPERVISOR_PORT   8083        port of the supervisor, which reports readiness
 #   UPSTREAM_TIMEOUT  25          seconds until an unanswered request gets 504; time in the queue counts
-#   MAX_BODY          16m         size limit of a body; TorchServe has its own limit, max_request_size
+#   MAX_BODY          16m         size limit of a body; compose.yaml sets TorchServe's max_request_size to the same
 #   PROXY_RATE        200r/s      rate limit of one client's predictions
 #   BURST             400         requests that one client may send above that rate
 #   CONNECTIONS       256         concurrent predictions of one client
 #   LARGE_BODIES      16          concurrent predictions of all clients with a body over 1 MB, or a compressed one
 #   LARGE_BODIES_OF_CLIENT  4     the same for one client
 #   TRUSTED_PROXIES               networks of load balancers in front, whose X-Forwarded-For is trusted
+#   CORS_ORIGINS                  origins whose pages may send requests and read answers; * for all
 #   LISTEN            8080        port, or address:port
 #   LISTEN_TLS        8443        the same for TLS, which is on if a certificate and its key are mounted
 #   TLS_PORT          8443        the TLS port that clients use; plain HTTP is redirected to it
@@ -40,6 +41,7 @@ setting() {
 number='[1-9][0-9]{0,8}'
 port='[1-9][0-9]{0,4}'
 network='[0-9a-fA-F.:]+(/[0-9]+)?'
+origin_pattern='https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?'
 setting TORCHSERVE_HOST "${TORCHSERVE_HOST:=torchserve}" '[A-Za-z0-9_.-]+' "a host name or an IPv4 address"
 setting TORCHSERVE_PORT "${TORCHSERVE_PORT:=8080}" "$port" "a port"
 setting SUPERVISOR_PORT "${SUPERVISOR_PORT:=8083}" "$port" "a port"
@@ -59,6 +61,19 @@ for proxy in ${TRUSTED_PROXIES:-}; do
   setting TRUSTED_PROXIES "$proxy" "$network" "a list of networks like 10.0.0.0/8, separated by spaces"
   trusted="${trusted}set_real_ip_from $proxy; "
 done
+any_origin='' origins='' vary=''
+set -f # a star is no pattern for file names
+for origin in ${CORS_ORIGINS:-}; do
+  if [ "$origin" = '*' ]; then
+    any_origin='*'
+  else
+    setting CORS_ORIGINS "$origin" "$origin_pattern" "a list of origins like https://app.example.com, or *"
+    origins="$origins\"$origin\" \$http_origin; " vary=Origin
+  fi
+done
+set +f
+if [ "$any_origin" ]; then origins='' vary=''; fi
+replacements="${replacements}s|@ANY_ORIGIN@|$any_origin|;s|@ORIGINS@|$origins|;s|@VARY@|$vary|;"
 
 if [ -e "$crt" ] && [ -e "$key" ]; then
   for file in "$crt" "$key"; do
@@ -73,6 +88,7 @@ else
 fi
 
 mkdir -p "$run"
+rm -f "$run/small.sock" # nginx leaves it behind when it is killed
 sed -E -e "s|@TRUSTED_PROXIES@|$trusted|" -e "$replacements" -e "/# if ($drop)\$/,/# end\$/d" \
   /etc/bundle/nginx.conf >"$run/nginx.conf"
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handlers.core import admission, batching, device, inputs, memory, precision, settings, wire
+from handlers.core import admission, batching, device, inputs, memory, precision, replay, settings, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
     InternalError,
@@ -41,6 +41,7 @@ from handlers.core.metrics import HandlerMetrics
 from handlers.core.outputs import Outputs, check_rows, split_rows, to_host
 from handlers.core.request import Request, RequestReader
 from handlers.core.slots import Picture, Response, Sample, Slot, encode_json
+from handlers.core.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class BatchHandler(BaseHandler):
     Inputs: type[inputs.Inputs] = inputs.Inputs
     Options: type[inputs.Options] = inputs.Options
     ExplainOptions: type[inputs.Options] | None = None  # of /explanations; None: those of predictions
-    model: torch.jit.ScriptModule
+    model: Any  # a torch.jit.ScriptModule, or a `Replayed` one
 
     def __init__(self):
         super().__init__()
@@ -111,7 +112,7 @@ class BatchHandler(BaseHandler):
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
         """Make the module's inputs, with the batch as first dimension; by default, stack samples of equal shape."""
         tensors = (s.tensors if isinstance(s.tensors, tuple) else (s.tensors,) for s in samples)
-        return tuple(torch.stack(column) for column in zip(*tensors, strict=True))
+        return tuple(self.staging.stack(column) for column in zip(*tensors, strict=True))
 
     def reduce(self, outputs: Outputs) -> Outputs:
         """Reduce the module's outputs, on the device, to what is copied to the host: exactly one row per sample.
@@ -130,9 +131,8 @@ class BatchHandler(BaseHandler):
         size = self.run_size
         # every batch is started before the first one is fetched, because fetching waits for the device
         parts = [part for start in range(0, len(samples), size) for part in self.run(samples[start : start + size])]
-        return [
-            row for part in parts for row in ([part] if isinstance(part, ServingError) else split_rows(to_host(part)))
-        ]
+        rows = ([part] if isinstance(part, ServingError) else split_rows(self.staging.to_host(part)) for part in parts)
+        return [row for each in rows for row in each]
 
     def explain(self, sample: Sample, options: Any) -> JsonValue | Picture:
         """Return the JSON value of an explanation, or a picture if the option `format` asks for one.
@@ -166,6 +166,7 @@ class BatchHandler(BaseHandler):
         memory.keep_freed_memory()
         super().initialize(context)
         device.select(self.device)
+        self.staging = Staging(self.device)
         self.context = context
         self.metrics = HandlerMetrics(context)
         self.cache = AnswerCache(self.settings.cache_entries)
@@ -193,9 +194,11 @@ class BatchHandler(BaseHandler):
         folder = Path(self.context.system_properties["model_dir"])
         self.precision, self.model = precision.fastest(self.model, self.settings.precision, self.device, batch, folder)
         logger.info("%s computes in %s", name, self.precision)
+        if self.settings.cuda_graphs:
+            self.model = replay.replayed(self.model, self.example_batch, self.run_size, self.device, name)
 
     def example_batch(self, size: int) -> tuple[Tensor, ...]:
-        return tuple(map(self.to_device, self.collate([self.example()] * size)))
+        return tuple(map(self.staging.to_device, self.collate([self.example()] * size)))
 
     def warm_up(self) -> None:
         """Run as many batch sizes as time allows: TorchScript and oneDNN specialise in the first runs of each.
@@ -323,7 +326,7 @@ class BatchHandler(BaseHandler):
             return [late] * len(samples)
         try:
             with torch.inference_mode():
-                batch = map(self.to_device, self.collate(samples))
+                batch = map(self.staging.to_device, self.collate(samples))
                 reduced = self.reduce(self.model(*batch))
                 check_rows(reduced, len(samples), f"{type(self).__name__}.reduce")
                 return [reduced]
@@ -342,12 +345,6 @@ class BatchHandler(BaseHandler):
             return [input_too_large() if exhausted else internal_error("this input")]
         middle = len(samples) // 2
         return self.run(samples[:middle]) + self.run(samples[middle:])
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy without waiting if the device is a GPU: only pinned memory is copied while the CPU continues."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
     def scatter(self, slots: list[Slot], predictions: list[object]) -> None:
         """Encode each slot's share of the predictions.

@@ -1,6 +1,6 @@
 """What a TorchScript module returns: a tensor, or tuples, lists and dicts of tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -9,12 +9,17 @@ Outputs = Tensor | tuple | list | dict
 
 def to_host(outputs: Outputs) -> Outputs:
     """Return the same structure with every tensor on the CPU."""
+    return mapped(outputs, Tensor.cpu)
+
+
+def mapped(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
+    """Return the same structure with every tensor changed."""
     if isinstance(outputs, Tensor):
-        return outputs.cpu()
+        return change(outputs)
     if isinstance(outputs, dict):
-        return {key: to_host(value) for key, value in outputs.items()}
+        return {key: mapped(value, change) for key, value in outputs.items()}
     if isinstance(outputs, (list, tuple)):
-        return sequence_type(outputs)(to_host(value) for value in outputs)
+        return sequence_type(outputs)(mapped(value, change) for value in outputs)
     return outputs
 
 

@@ -96,7 +96,7 @@ def fastest(
 def choice_file(folder: Path) -> Path | None:
     """Return the file with the choice of a version's first worker; None if TorchServe has not unpacked this folder.
 
-    The file is beside the folder, because the guard refuses a folder in which a file was added. Its name has the
+    The file is beside the folder, which has only what was archived and what handlers wrote. Its name has the
     process of TorchServe: the next one may run on another machine, and in a container with the same process id. The
     hash has the process's start, too, in a form that does not change with the clock.
     """

@@ -21,6 +21,7 @@ class Settings(BaseModel):
 
     threads: PositiveInt = 1  # intra-op CPU threads of a worker: workers x threads should not exceed the cores
     precision: RequestedPrecision = "auto"  # "auto" or a list: the fastest, measured when the worker starts
+    cuda_graphs: bool = False  # on a GPU, replay the module as CUDA graphs: fewer calls, more memory
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request
     # s; in a full batch, a request that waited longer gets 429. None: no limit
     max_wait_seconds: PositiveFloat | None = None

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field
-from json import encoder
 from typing import Any, NamedTuple
 
 from pydantic import JsonValue
@@ -11,10 +10,8 @@ from torch import Tensor
 from handlers.core.errors import NonFiniteOutput, ServingError
 from handlers.core.inputs import Options
 
-# made once: `json.dumps` makes one for every value, which takes a quarter of the time of an answer
-to_parts = encoder.c_make_encoder(  # type: ignore[attr-defined]  # typeshed lacks it
-    None, json.JSONEncoder().default, encoder.encode_basestring, None, ": ", ", ", False, False, False
-)
+# the check for values that contain themselves takes a sixth of the time
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
 def encode_json(value: object) -> bytes:
@@ -25,7 +22,7 @@ def encode_json(value: object) -> bytes:
         ValueError: the value contains NaN or infinity, which JSON does not have.
         RecursionError: the value contains itself.
     """
-    return "".join(to_parts(value, 0)).encode(errors="backslashreplace")
+    return to_json(value).encode(errors="backslashreplace")
 
 
 @dataclass(slots=True)

@@ -176,8 +176,9 @@ def parsed(value: bytearray, content_type: str) -> object:
             return parse_json(value.decode())
         if content_type.startswith("text"):
             return value.decode()
-    except Exception:  # as in TorchServe; JSON that is nested too deeply raises RecursionError
-        logger.warning("An input of type %s cannot be decoded, and is passed on as bytes", content_type)
+    except Exception as exc:  # as in TorchServe; JSON that is nested too deeply raises RecursionError
+        # without a traceback, so that a client with invalid bodies does not fill the logs
+        logger.warning("An input of type %s cannot be decoded, and is passed on as bytes: %s", content_type, exc)
     return value
 
 

@@ -19,5 +19,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """A healthy stack. All tests share it; a test must undo its changes."""
-    with running(SERVICES, **UNLIMITED) as stack:
+    with running(SERVICES, MAX_BODY="20m", **UNLIMITED) as stack:
         yield stack

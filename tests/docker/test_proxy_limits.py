@@ -126,13 +126,17 @@ MEGABYTE, MEDIUM = 1_000_000, 100_000  # bytes from which a body is large, and m
     [
         (b"x" * MEGABYTE, None, True),
         (b"x" * (MEGABYTE - 1), None, False),
-        (10, None, True),
+        (MEDIUM - 1, None, False),
+        (MEDIUM, None, True),
         (gzip.compress(bytes(MEGABYTE)), "gzip", True),
         (gzip.compress(b"x"), "GZIP", True),
         (10, "gzip", True),
         (b"x" * MEGABYTE, ":", True),
     ],
-    ids=["a megabyte", "a byte less", "of unknown length", "gzip", "tiny gzip", "gzip in chunks", "unknown encoding"],
+    ids=[
+        *("a megabyte", "a byte less", "small in chunks", "in chunks"),
+        *("gzip", "tiny gzip", "gzip in chunks", "unknown encoding"),
+    ],
 )
 @pytest.mark.parametrize("clients", ["one", "several"])
 def test_large_bodies_over_their_number_are_429(start, upstream, body, encoding, limited, clients):
@@ -150,6 +154,65 @@ def test_large_bodies_over_their_number_are_429(start, upstream, body, encoding,
         return proxy.post(data=in_chunks(body) if isinstance(body, int) else body, headers=headers)
 
     check_one_more(upstream, [lambda n=n: post(n) for n in (1, 2)], lambda: post(3), limited)
+
+
+def test_small_bodies_in_chunks_count_as_requests_of_their_client(start, upstream):
+    """A body that finds all places for large ones taken is read, and then it is an ordinary small request."""
+    proxy = start(LARGE_BODIES="1", LARGE_BODIES_OF_CLIENT="1", CONNECTIONS="3", TRUSTED_PROXIES="127.0.0.1")
+
+    def post(client: int = 1) -> requests.Response:
+        headers = {"X-Forwarded-For": f"1.1.1.{client}", "X-Forwarded-Proto": "ftp", "X-Request-Id": f"of-{client}"}
+        return proxy.post(f"{PREDICT}/1.0?top_k=1", data=in_chunks(50_000), headers=headers)
+
+    check_one_more(upstream, [post] * 3, post, limited=True)
+    upstream.received.clear()
+    check_one_more(upstream, [post] * 3, lambda: post(2), limited=False)
+    for received in upstream.received:
+        assert (received.path, len(received.body)) == (f"{PREDICT}/1.0", 50_000)
+        client = received.headers["X-Forwarded-For"].removeprefix("1.1.1.")
+        assert received.headers.get_all("X-Request-Id") == [f"of-{client}"]
+        assert received.headers.get_all("X-Forwarded-Proto") == ["http"]
+
+
+def test_answer_to_a_small_body_in_chunks_passes_like_any_other(start, upstream):
+    origin = "https://app.example.com"
+    proxy = start(LARGE_BODIES="1", LARGE_BODIES_OF_CLIENT="1", CORS_ORIGINS=origin)
+    upstream.release.clear()
+    first = threading.Thread(target=lambda: proxy.post(data=b"x" * MEGABYTE))
+    first.start()
+    eventually(lambda: upstream.received)
+    upstream.status, upstream.body = 413, b'{"code": 413, "type": "ImageTooLarge", "message": "..."}'
+    upstream.headers = {"Content-Type": "application/json"}
+    answers = []
+    second = threading.Thread(target=lambda: answers.append(proxy.post(data=in_chunks(10), headers={"Origin": origin})))
+    second.start()
+    eventually(lambda: len(upstream.received) == 2)
+    upstream.release.set()
+    for thread in (first, second):
+        thread.join()
+    assert (answers[0].status_code, answers[0].content) == (413, upstream.body)
+    assert (answers[0].headers["Access-Control-Allow-Origin"], answers[0].headers["Vary"]) == (origin, "Origin")
+
+
+def test_requests_in_chunks_count_once_for_the_rate(start, upstream):
+    proxy = start(LARGE_BODIES="1", LARGE_BODIES_OF_CLIENT="1", PROXY_RATE="1r/m", BURST="3")
+    post = [lambda: proxy.post(data=in_chunks(10))] * 3
+    check_answers(upstream, post, [200] * 3)
+    assert [proxy.post().status_code for _ in range(2)] == [200, 429]
+
+
+def check_answers(upstream, requests_: list, statuses: list[int]) -> None:
+    """Send the requests so that all of them are in flight together, and check their statuses."""
+    upstream.release.clear()
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda post=post: found.append(post().status_code)) for post in requests_]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(upstream.received) == len(requests_))
+    upstream.release.set()
+    for thread in threads:
+        thread.join()
+    assert found == statuses
 
 
 @pytest.mark.parametrize("clients", [1, 4], ids=["one", "several"])

@@ -71,6 +71,17 @@ def test_file_that_curl_calls_a_form_is_read_as_a_file(stack: Stack):
     assert (answer.status_code, '"top_3_classes": [3' in answer.text) == (200, True), answer.text
 
 
+def test_one_setting_limits_bodies_in_the_proxy_and_in_torchserve(stack: Stack):
+    """The stack has MAX_BODY=20m; TorchServe's own limit is 16 MiB."""
+    url = f"{stack.url('PORT')}/predictions/mnist"
+    body = (ROOT / "models" / "mnist" / "sample.png").read_bytes()
+    passed = requests.post(url, data=body + bytes(20 * 2**20 - len(body)), timeout=60)
+    assert (passed.status_code, passed.json().get("type")) == (200, None)
+    refused = requests.post(url, data=bytes(20 * 2**20 + 1), timeout=60)
+    assert (refused.status_code, refused.json()["type"]) == (413, "BodyTooLarge")
+    assert "20m" in refused.json()["message"]
+
+
 def test_model_without_workers_is_503_with_the_reason(stack: Stack):
     stack.client.scale("mnist", stack.client.describe("mnist")["modelVersion"], 0, 0)
     wait_for(lambda: stack.client.predict("mnist", DIGIT).status_code == 503, 30)

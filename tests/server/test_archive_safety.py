@@ -8,7 +8,9 @@ runs, the log has the reason, and TorchServe answers 500. (If the registration d
 
 import http.server
 import json
+import os
 import shutil
+import signal
 import stat
 import threading
 import zipfile
@@ -23,6 +25,7 @@ from bundle import mar
 from bundle.catalog import select
 from bundle.samples import first
 from bundle.server.readiness import worker_failure
+from bundle.signing import UNSEALED, seal
 from tests.altered import REFUSED, another_handler, every_refusal, leaves_a_mark
 from tests.server.place import Place
 from tests.support import wait_for
@@ -161,6 +164,27 @@ def test_register_signed_archive_with_either_runtime_is_served_and_scales(trusti
         wait_for(lambda: trusting.client.workers("elsewhere").ready == 3)
         assert first(trusting.client.predict("elsewhere", DIGIT).json()).label == MNIST.bundle.expect
         trusting.client.unregister("elsewhere", "1.0")
+
+
+def test_worker_of_a_handler_that_writes_data_into_its_folder_comes_back(
+    trusting: Place, good: Path, store: Path, key: Path
+):
+    handler = mar.read(good, "mnist.py") + b'\n\nopen("cache.txt", "a").write("x")\n'
+    seal(mar.rewrite(good, store / "other.mar", {"mnist.py": handler} | UNSEALED), key)
+    assert register(trusting, "other.mar", "writing").status_code == 200
+
+    def workers() -> set[int]:
+        found = trusting.client.describe("writing")["workers"]
+        return {worker["pid"] for worker in found if worker["status"] == "READY"}
+
+    before = workers()
+    killed = min(before)
+    written = Path(f"/proc/{killed}/cwd").readlink() / "cache.txt"
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: len(workers() - {killed}) == len(before))
+    assert len(written.read_text()) > len(before)
+    assert first(trusting.client.predict("writing", DIGIT).json()).label == MNIST.bundle.expect
+    trusting.client.unregister("writing", "1.0")
 
 
 @every_refusal

@@ -52,6 +52,25 @@ def test_request_inside_a_killed_worker_is_answered_by_the_next(patched: Bare, p
     assert inside.result().json()["worker"] == queued.result().json()["worker"] != killed
 
 
+def test_request_inside_a_killed_worker_is_answered_although_the_queue_is_full(patched: Bare, pool):
+    sent = posted(patched, pool, "one", b"sleep 3", b"x", b"x")
+    kill(patched, "one")
+    time.sleep(0.3)
+    assert error(patched.post("one")) == (429, "QueueFull", "1")
+    assert [future.result().status_code for future in sent] == [200] * 3
+
+
+def test_request_whose_second_worker_is_scaled_down_is_503_with_retry_after(patched: Bare, pool):
+    [inside] = posted(patched, pool, "one", b"sleep 20")
+    [killed] = patched.workers("one")
+    kill(patched, "one")
+    wait_for(lambda: patched.workers("one") != [killed] and patched.has_workers("one", 1), 60)
+    time.sleep(0.5)
+    patched.scale("one", 0)
+    assert error(inside.result()) == (503, "WorkerDied", "1")
+    patched.restore("one")
+
+
 def test_answer_that_cannot_be_sent_fails_alone(patched: Bare, pool):
     workers = patched.workers("batches")
     [busy] = posted(patched, pool, "batches", b"sleep 1.5")
@@ -84,7 +103,9 @@ def test_request_that_ends_its_worker_ends_two_and_fails_alone(patched: Bare, po
     busy, *batch = posted(patched, pool, "batches", b"sleep 1.5", b"x", b"exit", b"x", b"x")
     assert busy.result().status_code == 200
     answers = [future.result() for future in batch]
-    assert error(answers.pop(1)) == (503, "WorkerDied", "1")
+    died = answers.pop(1)
+    assert error(died) == (500, "WorkerDied", None)
+    assert "Do not send it again." in died.json()["message"]
     assert [answer.status_code for answer in answers] == [200] * 3, [answer.text for answer in answers]
     assert [answer.json()["batch"] for answer in answers] == [1] * 3
     assert len(patched.exits() - before) == 2
@@ -126,6 +147,24 @@ def test_request_beyond_the_client_timeout_is_504_at_once_and_not_computed_later
     assert error(inside.result()) == error(queued.result()) == (504, "ClientTimeout", "1")
     assert 0.9 < time.monotonic() - start < 3.5
     wait_for(lambda: patched.post("late").status_code == 200, 20)
+
+
+def test_grpc_request_beyond_the_client_timeout_is_deadline_exceeded_at_once(patched: Bare, pool):
+    def call(body: bytes) -> str:
+        with pytest.raises(GrpcError) as failed:
+            predict(patched.grpc, "late", body, timeout=8)
+        return str(failed.value)
+
+    predict(patched.grpc, "late", b"x")
+    start = time.monotonic()
+    inside = pool.submit(call, b"sleep 3")
+    time.sleep(0.2)
+    queued = pool.submit(call, b"sleep 60")
+    for future in (inside, queued):
+        assert "DEADLINE_EXCEEDED: There was no answer within the model's clientTimeoutInMills" in future.result()
+    assert 0.9 < time.monotonic() - start < 2.5
+    wait_for(lambda: patched.post("late").status_code == 200, 20)
+    predict(patched.grpc, "late", b"sleep 0.5", timeout=8)
 
 
 def test_request_whose_worker_does_not_answer_in_time_is_504(patched: Bare):

@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import psutil
 import pytest
 import requests
 
+from bundle.server import grpc_client
 from tests.server.bare import PLAIN, SLOW_START, Bare, archive, bare
 
 
@@ -115,6 +117,27 @@ def test_registration_and_gzip_without_the_patches(unpatched: Bare):
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"}
     assert unpatched.post("one", body, headers=headers).json()["fields"] == {"body": str(body)}
     assert longest_during_a_registration(unpatched) > SLOW_START / 2
+
+
+def test_sigterm_answers_the_grpc_calls_that_were_accepted_and_no_others(tmp_path: Path):
+    messages, services = grpc_client._stubs()
+
+    def request(body: bytes):
+        return messages.PredictionsRequest(model_name="one", input={"data": body})
+
+    with bare(tmp_path, {"one": PLAIN}) as server, grpc.insecure_channel(server.grpc) as channel:
+        call = services.InferenceAPIsServiceStub(channel).Predictions
+        assert call(request(b"x"), timeout=20).prediction
+        accepted = [call.future(request(body), timeout=20) for body in (b"sleep 3", b"x")]
+        time.sleep(0.7)
+        os.kill(server.process.pid, signal.SIGTERM)
+        time.sleep(0.7)
+        with pytest.raises(grpc.RpcError) as rejected:
+            call(request(b"x"), timeout=20)
+        assert rejected.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert all(future.result().prediction for future in accepted)
+        _, alive = psutil.wait_procs([server.process], timeout=60)
+    assert alive == []
 
 
 def test_sigterm_answers_what_was_accepted_with_the_patch_only(tmp_path: Path):

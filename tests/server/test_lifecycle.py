@@ -61,6 +61,24 @@ def test_archive_registered_under_another_name_is_served_until_unregistered(serv
     assert served.client.predict("digits", b"x").status_code == 404
 
 
+def test_registration_sets_the_batch_and_leaves_workers_and_timeouts_to_the_archive(served, management):
+    """As docs/operations.md says. TorchServe ignores the other parameters silently."""
+    numbers = {"batch_size": 3, "max_batch_delay": 77, "response_timeout": 5, "startup_timeout": 55}
+    query = {"url": "mnist.mar", "model_name": "digits", "synchronous": "true", "initial_workers": 1, **numbers}
+    registered = requests.post(f"{management}/models", params=query, timeout=120)
+    try:
+        assert registered.status_code == 200, registered.text
+        described = served.client.describe("digits")
+        assert [described[key] for key in BATCHING] == [3, 77]
+        settings = ("minWorkers", "maxWorkers", "responseTimeout", "startupTimeout")
+        assert {key: described[key] for key in settings} == {key: MNIST.config[key] for key in settings}
+        one = {"min_worker": 1, "max_worker": 1, "synchronous": "true"}
+        assert requests.put(f"{management}/models/digits", params=one, timeout=60).status_code == 200
+        assert len(served.client.describe("digits")["workers"]) == 1
+    finally:
+        requests.delete(f"{management}/models/digits", timeout=60)
+
+
 def test_second_version_is_served_beside_the_first_and_can_be_the_default(served, management, second_version):
     parameters = {"url": second_version, "synchronous": "true"}
     registered = requests.post(f"{management}/models", params=parameters, timeout=120)

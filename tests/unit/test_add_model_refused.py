@@ -1,5 +1,7 @@
 """`make add-model`: invalid input is rejected with a message of one line, and no file is left behind."""
 
+import runpy
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,7 @@ def test_add_model_invalid_labels_are_rejected(workbench):
     ("model", "message"),
     [
         (Dictionary(3, 32), "returns a dict with the keys logits"),
-        (SmallNet(3, 32, classes=1), r"returns the shape \[1, 1\]"),
+        (SmallNet(3, 32, classes=1), r"returns one number for each input \(the shape \[1, 1\]\)"),
         (nn.Sequential(SmallNet(3, 32), nn.Threshold(1e9, float("nan"))), "numbers that are not finite"),
         (nn.Linear(7, 3), "does not run on float32 images"),
         (SmallNet(3, 32).half(), r"weights are torch.float16: call model.float\(\) before"),
@@ -64,6 +66,62 @@ def test_add_model_invalid_labels_are_rejected(workbench):
 )
 def test_add_model_unsupported_network_is_rejected(workbench, model, message):
     workbench.rejects(model, message)
+
+
+class OneNumber(nn.Module):
+    """Return one number for each image: a probability, or the logit of one."""
+
+    def __init__(self, probability: bool, flat: bool):
+        super().__init__()
+        self.network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1))
+        nn.init.constant_(self.network[2].bias, 3.0)
+        self.probability = probability
+        self.flat = flat
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scores = self.network(images)
+        if self.probability:
+            scores = scores.sigmoid()
+        return scores.squeeze(1) if self.flat else scores
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("probability", [True, False])
+def test_add_model_network_with_one_number_is_rejected_with_the_lines_that_make_two_classes(
+    workbench, monkeypatch, probability, flat
+):
+    network = OneNumber(probability, flat).eval()
+    named = "the probability" if probability else "the logit"
+    error = workbench.rejects(network, f"one number for each input .* {named} of the second of two classes")
+    monkeypatch.chdir(workbench.files)
+    (workbench.files / "made.py").write_text(f"import torch\n{error.details}\n")
+    runpy.run_path("made.py", {"model": torch.jit.load("theirs.pt")}, run_name="made")
+    workbench.add(workbench.files / "model.pt", labels=workbench.labels(["no", "yes"]))
+    assert "as probabilities" in workbench.report()
+
+
+def test_add_model_network_traced_on_a_gpu_is_rejected_with_what_to_do(workbench):
+    class OnGpu(SmallNet):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            shift = torch.zeros(images.size(0), 1, device="cuda:0")
+            return self.classify(self.convolution(images).flatten(1)) + shift
+
+    error = workbench.rejects(OnGpu(3, 32), "the name of a GPU .cuda. in its code")
+    assert "model.cpu()" in error.details
+    workbench.rejects(OnGpu(3, 32), "the name of a GPU .cuda. in its code", kind="image", size=32)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "image"}, {"handler": "mnist"}, {"kind": "sound"}])
+def test_add_model_network_of_two_inputs_names_them(workbench, options):
+    class Two(SmallNet):
+        def forward(self, images: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
+            return self.classify(self.convolution(images).flatten(1)) + ages
+
+    workbench.rejects(Two(3, 32), r"takes 2 inputs \(images, ages\)", **options)
+
+
+def test_add_model_folder_in_place_of_the_file_is_named(workbench):
+    workbench.rejects(workbench.files, "is a folder. Name one file in it")
 
 
 def test_add_model_segmenter_as_image_classifier_is_rejected(workbench):

@@ -38,6 +38,14 @@ def test_inference_is_published_only_by_the_proxy_whose_headers_the_server_trust
     assert not [port for port in SERVICES["torchserve"].get("ports", ()) if not port.endswith(":8081")]
 
 
+def test_proxy_and_torchserve_have_the_same_limit_of_a_body():
+    limits = [
+        SERVICES["proxy"]["environment"]["MAX_BODY"],
+        SERVICES["torchserve"]["environment"]["TS_MAX_REQUEST_SIZE"],
+    ]
+    assert limits == ["${MAX_BODY:-16m}"] * 2
+
+
 # variables that Make's commands and the stack read, with the same meaning
 SHARED = {"MODELS", "TORCH_INDEX_URL", "TRUSTED_KEY", "TS_MODEL_STORE"}
 

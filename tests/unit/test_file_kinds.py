@@ -161,8 +161,35 @@ def test_other_protobuf_messages_are_not_onnx(folder, damage):
         "appended": small_onnx() + b"\xff",
         "no graph": message((1, 8), (2, "pytorch"), (8, message((2, 17)))),
     }[damage]
-    (folder / "theirs.onnx").write_bytes(content)
-    assert "ONNX" not in str(rejected(folder / "theirs.onnx"))
+    (folder / "theirs.bin").write_bytes(content)
+    assert "ONNX" not in str(rejected(folder / "theirs.bin"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "found"),
+    [
+        (".onnx", "an ONNX model, by its name"),
+        (".ONNX", "an ONNX model, by its name"),
+        (".pb", "a model of TensorFlow, by its name"),
+        (".mlmodel", "a model of Core ML"),
+        (".engine", "an engine of TensorRT"),
+        (".pdmodel", "a model of PaddlePaddle"),
+        (".caffemodel", "a model of Caffe"),
+        (".txt", "a text file"),
+    ],
+)
+def test_file_whose_bytes_do_not_show_its_kind_is_named_by_its_name(folder, suffix, found):
+    """Such bytes are UTF-8 by chance, and the ONNX file is truncated."""
+    file = folder / f"theirs{suffix}"
+    file.write_bytes(small_onnx()[:-3])
+    error = rejected(file)
+    assert f"it is {found}" in str(error)
+    assert ("onnx2torch" in error.details) == (suffix.lower() == ".onnx")
+
+
+def test_program_of_executorch_is_named(folder):
+    (folder / "theirs.pte").write_bytes(b"\x24\0\0\0ET12" + bytes(60))
+    assert "a program of ExecuTorch" in str(rejected(folder / "theirs.pte"))
 
 
 def zipped(**members: bytes) -> bytes:

@@ -15,7 +15,8 @@ from bundle.server.java import java_home
 from bundle.server.status import Status
 
 pytestmark = pytest.mark.slow  # most tests start Java
-PATCHES = ["gather", "overload", "lost", "timeouts", "forms", "drain", "management", "scaling", "gzip", "query"]
+PATCHES = ["gather", "overload", "lost", "timeouts", "forms", "drain", "management", "scaling"]
+PATCHES += ["gzip", "buckets", "close", "query"]
 NO_COMPILER = shutil.which("javac") is None and os.environ.get("CI") != "true"  # there, a test fails without a JDK
 HELLO = 'public class Hello { public static void main(String[] a) { System.out.println("started"); } }'
 # reads the list of a model's workers while it changes
@@ -39,6 +40,23 @@ public class Scaling {
     }
 }
 """
+# prints the upper bounds of a histogram's buckets
+BUCKETS = """
+import java.util.*;
+public class Buckets {
+    public static void main(String[] arguments) throws Exception {
+        var type = org.pytorch.serve.metrics.MetricBuilder.MetricType.HISTOGRAM;
+        new org.pytorch.serve.metrics.format.prometheous.PrometheusHistogram(type, "h", arguments[0], List.of("Model"))
+            .addOrUpdate(List.of("a"), 3);
+        var registry = io.prometheus.client.CollectorRegistry.defaultRegistry;
+        for (var family : Collections.list(registry.metricFamilySamples()))
+            for (var sample : family.samples)
+                if (sample.name.equals("h_bucket")) System.out.print(sample.labelValues.get(1) + " ");
+        System.out.println();
+    }
+}
+"""
+DEFAULT_BUCKETS = "0.005 0.01 0.025 0.05 0.075 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 +Inf"
 # a Model of another TorchServe: it has the method, and no queue in it
 OTHER_MODEL = """
 package org.pytorch.serve.wlm;
@@ -65,10 +83,10 @@ def states_of(tmp_path: Path, class_path: str, **environment: str) -> dict[str, 
     return frontend.states(console)
 
 
-def compile_java(folder: Path, source: str) -> None:
+def compile_java(folder: Path, source: str, class_path: Path | None = None) -> None:
     file = folder / f"{source.split('class ')[1].split()[0]}.java"
     file.write_text(source)
-    subprocess.run(["javac", "-d", folder, file], check=True)
+    subprocess.run(["javac", "-cp", class_path or folder, "-d", folder, file], check=True)
 
 
 def test_every_patch_finds_its_place_in_the_installed_torchserve(tmp_path: Path):
@@ -117,6 +135,23 @@ def test_list_of_workers_is_read_while_it_changes_with_the_patch_only(tmp_path: 
     class_path = f"{tmp_path}:{building.torchserve_jar()}"
     output = run_java(f"-javaagent:{JAR}", "-cp", class_path, "Scaling", **{OFF: off})
     assert output.splitlines()[-1] == printed
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="no JDK")
+@pytest.mark.parametrize(
+    ("unit", "off", "bounds"),
+    [
+        ("Seconds", "", f"2.5E-4 5.0E-4 0.001 0.0025 {DEFAULT_BUCKETS}"),
+        ("Count", "", "1.0 2.0 4.0 8.0 16.0 32.0 64.0 128.0 256.0 +Inf"),
+        ("Percent", "", DEFAULT_BUCKETS),
+        ("Count", "buckets", DEFAULT_BUCKETS),
+    ],
+)
+def test_histogram_has_the_buckets_of_its_unit_with_the_patch_only(tmp_path: Path, unit: str, off: str, bounds: str):
+    torchserve = building.torchserve_jar()
+    compile_java(tmp_path, BUCKETS, torchserve)
+    output = run_java(f"-javaagent:{JAR}", "-cp", f"{tmp_path}:{torchserve}", "Buckets", unit, **{OFF: off})
+    assert output.splitlines()[-1].strip() == bounds
 
 
 @pytest.mark.skipif(NO_COMPILER, reason="no JDK")

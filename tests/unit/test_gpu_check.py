@@ -167,7 +167,7 @@ def test_gpu_of_a_step_is_named_by_the_number_of_the_system(monkeypatch: pytest.
 
 
 def test_all_models_with_weights_are_checked():
-    assert set(STEPS) == {"units", "answers", "server", "throughput", "memory"}
+    assert set(STEPS) == {"units", "answers", "server", "throughput", "options", "memory"}
     assert {"mnist", "avdigits", "cells", "membrane", "molecule"} <= set(MODELS)
 
 

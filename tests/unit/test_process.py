@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from bundle.errors import BundleError
 from bundle.server import frontend, process
 from bundle.server.process import Running, Server, end
 from bundle.server.settings import Settings
+from bundle.server.sockets import LONGEST, SOCKET
 from tests.unit.processes import RUNS, child, isolated, java_is
 
 FOLDERS = select(["mnist", "text"])
@@ -31,14 +33,15 @@ LISTENS = f"listener = socket.create_server(('127.0.0.1', {{port}})); {RUNS}"
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server with its own folders and ports, whose Java runs until it is stopped."""
     monkeypatch.delenv("TS_DISABLE_TOKEN_AUTHORIZATION", raising=False)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    short = tempfile.mkdtemp(prefix="short-")  # pytest's own folder may be too long for the workers' sockets
+    monkeypatch.setattr(tempfile, "tempdir", short)
     java_is(RUNS, tmp_path, monkeypatch)
     server = isolated(tmp_path)
     for folder in FOLDERS:
         server.archive(folder).write_bytes(folder.name.encode())
     yield server
     server.stop()
+    shutil.rmtree(short)
 
 
 def leftovers(server: Server) -> list[str]:
@@ -138,8 +141,9 @@ def test_interrupted_start_leaves_nothing(server: Server, monkeypatch: pytest.Mo
     launched = []
 
     def fail(self: Server, running: Running) -> None:
-        launched.append(running)
-        raise interrupt
+        if running.pid:
+            launched.append(running)
+            raise interrupt
 
     monkeypatch.setattr(Server, "write_record", fail)
     with pytest.raises(interrupt):
@@ -208,6 +212,40 @@ def test_stop_spares_a_later_process_with_the_same_id(server: Server):
     assert leftovers(server) == []
 
 
+@pytest.mark.slow
+def test_start_after_the_server_was_killed_removes_its_temporary_folder(server: Server):
+    killed = server.start([])
+    killed.process().kill()
+    wait_for(lambda: killed.process() is None)
+    started = server.start([])
+    assert not Path(killed.temporary).exists()
+    assert Path(started.temporary).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [True, False], ids=["after-the-launch", "before-the-launch"])
+def test_start_that_is_killed_is_found_and_stopped(server: Server, monkeypatch: pytest.MonkeyPatch, launched: bool):
+    """SIGKILL lets no handler run: only what was recorded before it is there."""
+    recorded = []
+
+    def record_once(self: Server, running: Running) -> None:
+        if not recorded:
+            write_record(self, running)
+        recorded.append(running)
+
+    write_record = Server.write_record
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "write_record", record_once)
+        started = server.start([])
+    if not launched:
+        end(started.process())
+    found = server.running()
+    assert found == (started if launched else None)
+    assert server.stop() == launched
+    assert started.process() is None
+    assert leftovers(server) == []
+
+
 def test_end_without_a_process_does_nothing():
     end(None)
     with child("true") as ended:
@@ -244,6 +282,23 @@ def test_port_of_a_running_server_is_free_for_its_own_commands_only(server: Serv
     other = Server(tmp_path / "another run", server.settings)
     with pytest.raises(BundleError, match=rf"Port {port} .* is taken by PID {started.pid} \(a TorchServe\)"):
         other.check_ports()
+
+
+def test_temporary_folder_whose_sockets_paths_are_too_long_is_named(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """The longest that is accepted leaves room for the socket of the worker with the highest port."""
+    folder = Path(tempfile.gettempdir())
+    longest = LONGEST - len(f"/{SOCKET}")
+    name = "ü" * 4 + "x" * (longest - len(str(folder)) - 9)
+    (folder / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / name))
+    server.check([])
+    with socket.socket(socket.AF_UNIX) as listener:
+        Path(tempfile.gettempdir(), "torchserve-01234567").mkdir()
+        listener.bind(f"{tempfile.gettempdir()}/{SOCKET}")
+        listener.close()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / f"{name}x"))
+    with pytest.raises(BundleError, match=r"has a path of \d+ bytes.* allow \d+. Set TMPDIR to a folder"):
+        server.check([])
 
 
 def test_address_of_another_machine_is_named(server: Server):
@@ -293,7 +348,10 @@ def test_unchanged_server_is_current(server: Server, running: Running):
 
 
 def test_restart_reason_names_what_changed(server: Server, running: Running):
-    assert "has the models mnist, text instead of mnist." in server.restart_reason(running, FOLDERS[:1])
+    reason = server.restart_reason(running, FOLDERS[:1])
+    assert "has the models mnist, text instead of mnist." in reason
+    assert 'To keep text: make serve MODELS="mnist text".' in reason
+    assert "To keep" not in server.restart_reason(replace(running, served={}), FOLDERS)
     assert not server.is_current(running, FOLDERS[:1])
     assert "other settings" in server.restart_reason(replace(running, settings="others"), FOLDERS)
     assert not server.is_current(replace(running, settings="others"), FOLDERS)

@@ -22,9 +22,14 @@ from bundle.signing import make_keys
         ("inference_address", "http://127.0.0.1:many", "must look like http://127.0.0.1:8080."),
         ("inference_address", "http://127.0.0.1:99999", "must look like http://127.0.0.1:8080."),
         ("inference_address", "http://[::1", "must look like http://127.0.0.1:8080."),
+        ("inference_address", "http://[::1]:8080", "cannot listen on an IPv6 address. Use an IPv4 address, such as"),
+        ("metrics_address", "http://[::]:8082", "metrics_address is 'http://[::]:8082', and TorchServe's HTTP server"),
+        ("inference_address", "http://127.0.0.1:8081", "inference_address and management_address are both http://"),
         ("job_queue_size", "\N{SUPERSCRIPT TWO}", "and must be a whole number, like 100."),
         ("job_queue_size", "99999999999", "and must be a whole number, like 100."),
         ("grpc_inference_port", "99999", "TS_GRPC_INFERENCE_PORT is '99999', and must be a port, like 7070."),
+        ("max_request_size", "64MB", "is '64MB', and must be a number of bytes, or a size like 64m."),
+        ("max_request_size", "2048m", "TS_MAX_REQUEST_SIZE is '2147483648', and must be a number of bytes, or a size"),
         ("grpc_management_port", "0", "TS_GRPC_MANAGEMENT_PORT is '0', and must be a port, like 7071."),
     ],
 )
@@ -46,6 +51,13 @@ def test_environment_overrides_file_and_argument_overrides_both(monkeypatch: pyt
     assert Settings(overrides={"job_queue_size": "8"})["job_queue_size"] == "8"
 
 
+@pytest.mark.parametrize(("size", "read"), [("64m", "67108864"), ("9K", "9216"), ("1000", "1000"), ("0x", "0x")])
+def test_size_of_a_body_is_passed_on_in_bytes(monkeypatch: pytest.MonkeyPatch, size: str, read: str):
+    """TorchServe reads numbers only, and does not start with 64m."""
+    monkeypatch.setenv("TS_MAX_REQUEST_SIZE", size)
+    assert Settings().passed_on()["TS_MAX_REQUEST_SIZE"] == Settings()["max_request_size"] == read
+
+
 def test_relative_path_in_settings_starts_at_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TS_CERTIFICATE_FILE", "certificates/server.pem")
@@ -65,6 +77,27 @@ def test_secrets_are_not_passed_to_the_server(monkeypatch: pytest.MonkeyPatch):
     assert not {"AWS_SECRET_ACCESS_KEY", "DATABASE_URL"} & passed.keys()
 
 
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ({"LC_ALL": "C"}, "C.UTF-8"),
+        ({}, "C.UTF-8"),
+        ({"LANG": "de_DE.UTF-8", "LC_ALL": "POSIX"}, "C.UTF-8"),
+        ({"LC_CTYPE": "de_DE.ISO-8859-1", "LANG": "de_DE.UTF-8"}, "C.UTF-8"),
+        ({"LC_ALL": "", "LANG": "de_DE.utf8"}, ""),
+        ({"LC_ALL": "C.UTF-8"}, "C.UTF-8"),
+        ({"LANG": "en_US.UTF-8"}, None),
+    ],
+)
+def test_locale_of_the_server_is_utf_8(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], passed: str | None):
+    """In another locale, Java cannot open a file whose path has other letters than those of ASCII."""
+    for name in ("LC_ALL", "LC_CTYPE", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().passed_on().get("LC_ALL") == passed
+
+
 @pytest.mark.parametrize(("value", "asks"), [("true", False), ("TRUE", False), ("false", True)])
 def test_tokens_are_required_unless_disabled(value: str, asks: bool):
     assert Settings(overrides={"disable_token_authorization": value}).asks_for_keys == asks
@@ -81,8 +114,8 @@ def test_listeners_are_named_by_the_setting_of_their_port():
         overrides={
             "inference_address": "http://0.0.0.0:1",
             "management_address": "http://127.0.0.1:2",
-            "metrics_address": "http://[::1]:3",
-            "grpc_inference_address": "127.0.0.2",
+            "metrics_address": "http://127.0.0.4:3",
+            "grpc_inference_address": "::1",
             "grpc_inference_port": "4",
             "grpc_management_address": "127.0.0.3",
             "grpc_management_port": "5",
@@ -91,11 +124,20 @@ def test_listeners_are_named_by_the_setting_of_their_port():
     assert settings.listeners() == {
         "inference_address": ("0.0.0.0", 1),
         "management_address": ("127.0.0.1", 2),
-        "metrics_address": ("::1", 3),
-        "grpc_inference_port": ("127.0.0.2", 4),
+        "metrics_address": ("127.0.0.4", 3),
+        "grpc_inference_port": ("::1", 4),
         "grpc_management_port": ("127.0.0.3", 5),
     }
     assert settings.inference_ports() == {1, 4}
+
+
+@pytest.mark.parametrize(
+    ("address", "target"),
+    [("127.0.0.1", "127.0.0.1:4"), ("0.0.0.0", "127.0.0.1:4"), ("::1", "[::1]:4"), ("::", "[::1]:4"), ("h", "h:4")],
+)
+def test_grpc_target_is_an_address_for_clients_on_this_machine(address: str, target: str):
+    overrides = {"grpc_inference_address": address, "grpc_inference_port": "4"}
+    assert Settings(overrides=overrides).grpc_target() == target
 
 
 def test_log_config_is_the_file_in_vmargs(tmp_path: Path):

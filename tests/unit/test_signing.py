@@ -1,10 +1,7 @@
 """Signed archives: an unchanged one is accepted, and everything else is rejected by name."""
 
-import os
-import shutil
 import stat
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -13,8 +10,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bundle.errors import BundleError
-from bundle.guard import torchserve
-from bundle.server.process import GUARDS
 from bundle.signing import MANIFEST, SIGNATURE, check, key_of, make_keys, seal
 
 MEMBERS = {
@@ -261,92 +256,3 @@ def test_invalid_key_is_rejected_by_name(signed: Path, key: Path, trusted: Path,
         key_of("TRUSTED_KEY")
     monkeypatch.setenv("TRUSTED_KEY", "")
     assert key_of("TRUSTED_KEY") is None
-
-
-# --- the guard of the workers --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model(signed: Path, tmp_path: Path) -> Path:
-    """Return the folder of an unpacked archive. Beside it lies a worker script that prints what it was started with."""
-    (tmp_path / "model_service_worker.py").write_text(
-        "import os, resource, sys\n"
-        "print(os.getpid(), sys.argv[1:], 'core', resource.getrlimit(resource.RLIMIT_CORE), os.environ)"
-    )
-    return unpacked(signed, tmp_path / "models" / "0123")
-
-
-def start_worker(model: Path, trusted: str, *command: str, name: str = "python", **changed: str | None):
-    """Start a worker as the frontend does: in the model's folder, from which Python imports first."""
-    environment = {**os.environ, "BUNDLE_PYTHON": sys.executable, "TEMP": str(model.parents[1]), "TRUSTED_KEY": trusted}
-    environment |= {"PYTHONPATH": str(model), "PATH": f"{GUARDS}{os.pathsep}{os.environ['PATH']}"} | changed
-    environment = {key: value for key, value in environment.items() if value is not None}
-    command = command or ("-u", str(model.parents[1] / "model_service_worker.py"), "--port", "9000")
-    process = subprocess.Popen(
-        [GUARDS / name, *command], cwd=model, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    return process.pid, *process.communicate(timeout=60), process.returncode
-
-
-@pytest.mark.parametrize("name", ["python", "python3"])
-def test_guard_becomes_the_worker(model: Path, trusted: Path, name: str):
-    pid, output, errors, status = start_worker(model, str(trusted), name=name, PYTHONPATH=f"/elsewhere:{model}")
-    assert status == 0, errors
-    assert output.startswith(f"{pid} ['--port', '9000']")
-    assert str(GUARDS) not in output
-    assert f"'PYTHONPATH': '{model}:" in output
-    assert "/elsewhere" not in output
-    assert "'PYTHONDONTWRITEBYTECODE': '1'" in output
-    assert "core (0, 0)" in output  # a core dump would be a file that the manifest does not list
-
-
-@pytest.mark.parametrize("name", ["python", "python3", "torchrun"])
-@pytest.mark.parametrize("module", ["sitecustomize", "hashlib", "zipfile", "torch", "bundle"])
-def test_added_module_is_rejected_before_it_runs(model: Path, tmp_path: Path, name: str, module: str):
-    (model / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    _, output, errors, status = start_worker(model, "", name=name)
-    assert status == 1
-    assert output == ""
-    assert errors.splitlines()[0] == "Backend worker process died."
-    assert f"BundleError: The unpacked archive is refused: '{module}.py' was added" in errors
-    assert not (tmp_path / "ran").exists()
-
-
-def test_model_outside_the_unpacked_archives_is_rejected(model: Path, tmp_path: Path):
-    elsewhere = shutil.copytree(model, tmp_path / "elsewhere" / "models" / "0123")
-    link = model.parent / "link"
-    link.symlink_to(elsewhere)
-    for folder in (elsewhere, link):
-        _, output, errors, status = start_worker(folder, "", TEMP=str(tmp_path))
-        assert (status, output) == (1, "")
-        assert f"{elsewhere} is refused: it was not unpacked from an archive of the model store" in errors
-
-
-@pytest.mark.parametrize(
-    "command", [("-m", "pip", "install", "-r", "requirements.txt"), ("setup_model_venv.py", "venv")]
-)
-def test_package_installation_is_rejected(model: Path, command: tuple[str, ...]):
-    _, output, errors, status = start_worker(model, "", *command)
-    assert (status, output) == (1, "")
-    assert "Packages are not installed for a model" in errors
-
-
-def test_torchserve_behind_a_link_has_the_folder_that_its_collector_runs_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    installed = tmp_path / "installed"
-    (installed / "ts").mkdir(parents=True)
-    (installed / "ts" / "__init__.py").touch()
-    (tmp_path / "link").symlink_to(installed)
-    monkeypatch.delitem(sys.modules, "ts", raising=False)
-    monkeypatch.syspath_prepend(tmp_path / "link")
-    assert torchserve() == installed
-
-
-@pytest.mark.parametrize("variable", ["TRUSTED_KEY", "TEMP", "BUNDLE_PYTHON"])
-def test_guard_without_its_settings_starts_no_worker(model: Path, variable: str):
-    """The setting `blacklist_env_vars` can hide them from workers."""
-    _, output, errors, status = start_worker(model, "", **{variable: None})
-    assert status != 0
-    assert output == ""
-    assert variable in errors

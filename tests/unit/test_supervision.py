@@ -11,11 +11,13 @@ import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
+from pytest_httpserver import HTTPServer
 
 from bundle.errors import BundleError
 from bundle.mar import MANIFEST
+from bundle.server.client import Client
 from bundle.supervisor.exporter import Exporter
-from bundle.supervisor.health import History, Version
+from bundle.supervisor.health import History, Version, observe
 from bundle.supervisor.log_follower import Follower, count_failures
 from bundle.supervisor.state import Registered, State, archive_of, merge, missing
 
@@ -92,6 +94,35 @@ def test_degraded_version_is_dated_from_first_observation_to_recovery():
         history.add([version({}, ready, minimum=2)], now)
         since = [None, 1, 1, None, 4][now]
         assert history.degraded_since == ({} if since is None else {("mnist", "1.0"): since})
+
+
+def test_version_whose_workers_failed_between_two_observations_is_degraded(httpserver: HTTPServer):
+    """Its workers were READY for less than the time from one observation to the next."""
+    url = httpserver.url_for("").rstrip("/")
+    queue = {"pendingRequests": 0, "remainingCapacity": 9}
+
+    def described(name: str, workers: dict[str, str]) -> dict:
+        facts = {"modelName": name, "modelVersion": "1.0", "modelUrl": f"{name}.mar", "minWorkers": len(workers)}
+        listed = [{"id": worker, "status": status, "pid": 0} for worker, status in workers.items()]
+        return facts | {"maxWorkers": 2, "workers": listed, "jobQueueStatus": queue}
+
+    models = {
+        "good": described("good", {"9000": "READY"}),
+        "failed": described("failed", {"9001": "WORKER_STOPPED", "9002": "WORKER_STARTED"}),
+        "half": described("half", {"9003": "WORKER_STOPPED", "9004": "WORKER_STARTED"}),
+        "starts": described("starts", {"9005": "WORKER_STARTED"}),
+    }
+    listed = [{"modelName": name, "modelUrl": ""} for name in models]
+    httpserver.expect_request("/models").respond_with_json({"models": listed})
+    for name, description in models.items():
+        httpserver.expect_request(f"/models/{name}").respond_with_json([description])
+        httpserver.expect_request(f"/models/{name}/all").respond_with_json([description])
+    series = 'WorkerLoadTime{{WorkerName="W-{}-{}_1.0",Level="Host",Hostname="vm",}} 7.0'
+    lines = [series.format(*of) for of in ((9000, "good"), (9001, "failed"), (9002, "failed"), (9003, "half"))]
+    httpserver.expect_request("/metrics").respond_with_data("\n".join(["# TYPE WorkerLoadTime gauge", *lines, ""]))
+    history = History()
+    history.add(observe(Client(url, url), url), now=0)
+    assert history.degraded_since == {("failed", "1.0"): 0}
 
 
 def test_version_that_never_became_ready_is_not_tracked():

@@ -21,7 +21,7 @@ def handler(tmp_path_factory: pytest.TempPathFactory) -> TextHandler:
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=False, handle_chinese_chars=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.enable_padding(length=99)  # overridden by the handler, which pads itself
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
     folder: Path = tmp_path_factory.mktemp("archive")
     tokenizer.save(str(folder / "tokenizer.json"))
     handler = TextHandler()
@@ -97,5 +97,5 @@ def test_collate_pads_and_masks(handler: TextHandler, texts: list[list[int]]):
     assert ids.shape == mask.shape == (len(texts), max(map(len, texts)))
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.int64)
     for text, row, flags in zip(texts, ids.tolist(), mask.tolist(), strict=True):
-        assert row == text + [handler.settings.pad_id] * (len(row) - len(text))
+        assert row == text + [0] * (len(row) - len(text))
         assert flags == [1] * len(text) + [0] * (len(row) - len(text))

@@ -1,7 +1,10 @@
 """What the fault trials and the soak count, and where they write it."""
 
 import math
+import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from bundle.load.generator import LoadResult
 from models.molecule.model import build
 from tests.trials import memory, soak
 from tests.trials.faults.load import recovery_time
-from tests.trials.faults.traffic import Answer, error_type, longest_silence, p99, statuses
+from tests.trials.faults.traffic import Answer, Connections, error_type, longest_silence, p99, statuses
 from tests.trials.faults.trial import Outcome
 from tests.trials.faults.workers import given_up
 from tests.trials.reliability import TITLE, write_section
@@ -64,6 +67,37 @@ def test_longest_silence_counts_from_and_to_correct_answers():
     assert longest_silence([*answers, Answer(4, 4, 500)]) == 5
     assert longest_silence([answers[0], Answer(6, 6, 500)]) == 6
     assert longest_silence([]) == 0
+
+
+class Holding(BaseHTTPRequestHandler):
+    """Answer at once, except that the first request of a connection that says so holds its connection."""
+
+    protocol_version = "HTTP/1.1"
+    held = threading.Lock()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.held.acquire(blocking=False):  # once: the lock is never released
+            time.sleep(1)
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"right")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_connection_that_is_held_is_seen_although_the_others_go_on():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Holding) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Connections(f"http://127.0.0.1:{server.server_port}", b"x", "right", count=4, pause=0.02) as connections:
+            time.sleep(1.5)
+        server.shutdown()
+    everything = [answer for answers in connections.answers for answer in answers]
+    assert all(answer.right for answer in everything)
+    assert longest_silence(everything) < 0.5
+    assert 1 <= connections.silence < 1.5
 
 
 def test_p99_is_the_latency_of_an_answer():

@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.load.generator import LoadResult
+from bundle.server import frontend
 from bundle.tuning import search
 from bundle.tuning import tuner as tune
-from bundle.tuning.search import Point, Score
-from bundle.tuning.space import Candidate, distance, neighbours, space, spread
+from bundle.tuning.search import Arrivals, Point, Score
+from bundle.tuning.space import DELAYS, Candidate, distance, neighbours, space, spread
 
 NOW = Candidate(1, 1, 16, 5)
 TARGET = 0.1
@@ -103,7 +105,7 @@ def test_later_climb_starts_below_the_best():
 
 def test_halving_finds_the_best_of_a_noisy_function():
     """Compare with the same time spent on all candidates equally. Noise falls with the root of a measurement's time."""
-    field = spread(space(8, ["auto"], 64, 256, TARGET), NOW, 32)
+    field = spread(space(8, ["auto"], 64, 256, DELAYS), NOW, 32)
 
     def truth(candidate: Candidate) -> float:
         return 1000 - 60 * distance(candidate, Candidate(4, 2, 32, 2))
@@ -142,7 +144,7 @@ def test_halving_takes_the_planned_number_of_rounds(count: int):
 
 
 def test_halving_finds_a_best_outside_its_sample_through_neighbours():
-    everything = space(2, ["auto"], 64, 256, 0.002)
+    everything = space(2, ["auto"], 64, 256, [1, 2])
     best = Candidate(2, 1, 64, 1)
     field = [each for each in spread(everything, NOW, 12) if each != best]
 
@@ -199,13 +201,43 @@ def test_tuning_tries_neighbours_of_its_leader(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "on_gpu", lambda: False)
     best = Candidate(1, 2, 32, 1)
     machine = Machine(best)
-    search_for = tune.Tuning(machine, NOW, ["auto"], TARGET, 90, lambda doing, score: None)
+    search_for = tune.Tuning(machine, NOW, ["auto"], True, TARGET, 90, lambda doing, score: None)
     first = search_for.field()
     assert best not in first
     verdict = search_for.run()
     assert verdict.replaces
     assert verdict.best == best
     assert set(machine.served) > set(first)
+
+
+@pytest.mark.parametrize(("waits", "tried"), [(True, {1, 2}), (False, {NOW.delay})])
+def test_tuning_tries_other_delays_only_where_batches_wait_to_fill(
+    monkeypatch: pytest.MonkeyPatch, waits: bool, tried: set[int]
+):
+    monkeypatch.setattr(tune, "cores", lambda: 2)
+    monkeypatch.setattr(tune, "on_gpu", lambda: False)
+    search_for = tune.Tuning(Machine(NOW), NOW, ["auto"], waits, TARGET, 90, lambda doing, score: None)
+    assert set(search_for.delays(lone=0.007)) == tried  # NOW waits 5 ms of the 7
+    search_for.field()
+    assert {candidate.delay for candidate in search_for.candidates} <= tried
+
+
+@pytest.mark.parametrize(
+    ("config", "off", "waits"),
+    [
+        ("", "", False),
+        ("patience: fixed\n", "", True),
+        ("", "lost gather", True),
+        ("", "all", True),
+        ("", "lost", False),
+    ],
+)
+def test_batches_wait_to_fill_with_fixed_patience_or_without_the_patch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, off: str, waits: bool
+):
+    monkeypatch.setenv(frontend.OFF, off)
+    (tmp_path / CONFIG_NAME).write_text(f"{config}bundle: {{version: '1.0', handler: mnist}}\n")
+    assert tune.waits_to_fill(ModelFolder(tmp_path)) is waits
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
@@ -262,10 +294,61 @@ def test_settings_with_one_failed_request_do_not_win():
 def test_settings_late_under_random_arrivals_do_not_win():
     found = final([120, 121, 130], [100, 101, 99])
     other = replace(NOW, batch_size=32)
-    steady = {NOW: load(70, 0.05), other: load(84, 0.05)}
+    steady = {NOW: Arrivals(16, load(70, 0.05)), other: Arrivals(16, load(84, 0.05))}
     assert search.decide(found, steady, NOW, TARGET).best == other
-    assert search.decide(found, steady | {other: load(84, 0.2)}, NOW, TARGET).best == NOW
-    assert search.decide(found, steady | {other: load(84, 0.05, failed=1)}, NOW, TARGET).best == NOW
+    assert search.decide(found, steady | {other: Arrivals(16, load(84, 0.2))}, NOW, TARGET).best == NOW
+    assert search.decide(found, steady | {other: Arrivals(16, load(84, 0.05, failed=1))}, NOW, TARGET).best == NOW
+
+
+def test_settings_have_the_throughput_of_the_load_that_they_keep_under_random_arrivals():
+    found = {NOW: [{16: load(60, 0.02), 64: load(100, 0.05)}] * 3}
+    verdict = search.decide(found, {NOW: Arrivals(16, load(42, 0.05))}, NOW, TARGET)
+    assert verdict.scores[NOW] == Score(60, -0.02, 16)
+
+
+@pytest.mark.parametrize(("throughput", "replaces"), [(984, False), (10_067, True), (11_000, True)])
+def test_settings_late_under_random_arrivals_are_not_replaced_by_slower_ones(throughput: float, replaces: bool):
+    """One second of random arrivals once cost settings with 10,067 answers/s their place, for ones with 984."""
+    found = final([throughput] * 3, [10_067] * 3)
+    late = {NOW: Arrivals(16, load(6906, TARGET + 0.01)), replace(NOW, batch_size=32): Arrivals(16, load(700, 0.01))}
+    verdict = search.decide(found, late, NOW, TARGET)
+    assert verdict.replaces == replaces
+    assert ("the best others are slower: 984 answers/s" in verdict.reason) != replaces
+
+
+def at_random_times(p99: Callable[[float], float]) -> tuple[Arrivals | None, list[float]]:
+    """Return the result of settings with these latencies (s) by rate, and the rates that were measured."""
+    rates: list[float] = []
+
+    def measure(rate: float) -> LoadResult:
+        rates.append(rate)
+        return load(rate, p99(rate))
+
+    loads = {4: load(100, 0.01), 16: load(500, 0.02), 64: load(990, 0.03), 128: load(1000, 0.05), 256: load(1100, 0.2)}
+    return search.at_random_times(measure, loads, TARGET), rates
+
+
+def test_settings_late_under_random_arrivals_are_tried_at_a_lower_load():
+    found, rates = at_random_times(lambda rate: 0.2 if rate > 400 else 0.05)
+    assert rates == [700, 700, 350]  # not at 693: hardly lower
+    assert found == Arrivals(16, load(350, 0.05))
+
+
+def test_one_late_measurement_of_random_arrivals_does_not_lower_the_load():
+    disturbed = iter([0.2, 0.05])
+    found, rates = at_random_times(lambda rate: next(disturbed))
+    assert rates == [700, 700]
+    assert found == Arrivals(128, load(700, 0.05))
+
+
+def test_settings_late_at_every_load_keep_the_lowest():
+    found, rates = at_random_times(lambda rate: 0.2)
+    assert rates == [700, 700, 350, 350, 70, 70]
+    assert found == Arrivals(4, load(70, 0.2))
+
+
+def test_settings_late_in_every_closed_loop_get_no_random_arrivals():
+    assert search.at_random_times(lambda rate: load(rate, 0.01), {4: load(100, 0.2)}, TARGET) is None
 
 
 def test_turn_that_ended_early_does_not_decide():

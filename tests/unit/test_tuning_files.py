@@ -22,7 +22,7 @@ from bundle.tuning import report, search, session
 from bundle.tuning import trial_server as measure
 from bundle.tuning import tuner as tune
 from bundle.tuning import yaml_edit as config_file
-from bundle.tuning.search import Point
+from bundle.tuning.search import Arrivals, Point
 from bundle.tuning.space import Candidate
 from tests.shipped import SHIPPED
 
@@ -226,7 +226,8 @@ def test_report_is_json_with_every_measurement():
     final = {NOW: [{1: load(100, 0.02)}], other: [{1: load(121, 0.02)}]}
     verdict = search.decide(final, {}, NOW, TARGET)
     measured = report.measured([lost, Point(NOW, search.FINAL, 1, load(5, 0.02))], {NOW: "died"}, {NOW: "bfloat16"})
-    found = json.loads(json.dumps(report.outcome(NOW, verdict, {other: load(84, 0.03)}) | measured, allow_nan=False))
+    steady = {other: Arrivals(1, load(84, 0.03))}
+    found = json.loads(json.dumps(report.outcome(NOW, verdict, steady) | measured, allow_nan=False))
     assert found["replaces"] is True
     assert [each["throughput"] for each in found["final"]] == [121, 100]
     assert found["final"][0]["at_70%"]["p99_ms"] == 30

@@ -42,14 +42,43 @@ class Words(nn.Module):
         return self.embedding(ids, offsets)
 
 
-def pack(folder: Path, handler: str, model: nn.Module, *extra: Path) -> Path:
-    """Make the archive as TorchServe's documentation says."""
+EAGER = """
+import torch
+
+
+class Eager(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(6))
+
+    def forward(self, images):
+        return images.mean(dim=(1, 2, 3)).unsqueeze(1) * self.scale
+"""
+SUBCLASS = """
+from ts.torch_handler.image_classifier import ImageClassifier
+
+
+class Mine(ImageClassifier):
+    topk = 2
+"""
+
+
+def pack(folder: Path, handler: str, model: nn.Module, *extra: Path, code: Path | None = None) -> Path:
+    """Make the archive as TorchServe's documentation says.
+
+    Args:
+        code: the file with the module's class, if the archive has weights in place of TorchScript.
+    """
     torch.manual_seed(0)
-    torch.jit.script(model.eval()).save(folder / "model.pt")
+    if code:
+        torch.save(model.state_dict(), folder / "model.pt")
+    else:
+        torch.jit.script(model.eval()).save(folder / "model.pt")
     labels = folder / "index_to_name.json"
     labels.write_text(json.dumps({str(index): f"n{index}" for index in range(6)}))
     command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", "user", "--version", "1.0"]
     command += ["--handler", handler, "--serialized-file", "model.pt", "--export-path", "."]
+    command += ["--model-file", str(code)] if code else []
     files = ",".join(map(str, [labels, *extra]))
     subprocess.run([*command, "--extra-files", files], cwd=folder, check=True)
     return folder / "user.mar"
@@ -72,6 +101,25 @@ def test_image_classifier_predicts_and_explains(tmp_path: Path, image: bytes):
         assert list(first) == ["n5", "n4", "n3", "n2", "n1"]
         [attributions] = parsed(worker.predict([{"body": image}], [{"explain": "True"}]))
         assert torch.tensor(attributions).shape == (3, 224, 224)
+
+
+def test_image_classifier_loads_weights_with_the_code_of_their_module(tmp_path: Path, image: bytes):
+    """The first example of TorchServe's documentation is such an archive, of a DenseNet."""
+    code = tmp_path / "eager.py"
+    code.write_text(EAGER)
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.arange(6.0))
+    with DryRun(pack(tmp_path, "image_classifier", model, code=code), batch_size=4) as worker:
+        for answer in parsed(worker.predict([{"body": image}, {"data": image}])):
+            assert list(answer) == ["n5", "n4", "n3", "n2", "n1"]
+
+
+def test_users_subclass_of_a_default_handler_is_served(tmp_path: Path, image: bytes):
+    handler = tmp_path / "mine.py"
+    handler.write_text(SUBCLASS)
+    with DryRun(pack(tmp_path, str(handler), Classifier()), batch_size=4) as worker:
+        [answer] = parsed(worker.predict([{"body": image}]))
+        assert list(answer) == ["n5", "n4"]
 
 
 def test_object_detector_answers_boxes_above_its_threshold(tmp_path: Path, image: bytes):

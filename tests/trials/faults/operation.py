@@ -9,10 +9,11 @@ import requests
 from tests.docker.stack import Stack, docker
 from tests.support import reversioned
 from tests.trials.faults.archives import copy_from_image
-from tests.trials.faults.traffic import eventually
+from tests.trials.faults.traffic import Connections, eventually
 from tests.trials.faults.trial import Outcome, Trial
-from tests.trials.faults.workers import digit_traffic, faulty, has_ready_workers, since
+from tests.trials.faults.workers import digit_connections, digit_traffic, faulty, has_ready_workers, since
 
+CONNECTION_SECONDS = 3.0  # the longest silence of one connection; calls that held a frontend's thread took 7 to 11 s
 LOG_MEGABYTES = 200  # more than three logs of 20 MB with five compressed older files each
 
 
@@ -72,15 +73,45 @@ def rollout(stack: Stack, seconds: float) -> Outcome:
     with tempfile.TemporaryDirectory() as temporary:
         good = copy_from_image(stack, "mnist", Path(temporary))
         new = reversioned(good, "1.1", Path(temporary) / "new.mar")
-        with digit_traffic(stack) as traffic:
+        with digit_traffic(stack) as traffic, digit_connections(stack) as connections:
             time.sleep(seconds)
             rolled = stack.roll_out("mnist", new)
             time.sleep(seconds)
     outcome = Outcome(traffic.answers)
+    require_no_silence(outcome, connections)
     outcome.require(rolled.returncode == 0, "the rollout succeeds")
     outcome.require(stack.client.describe("mnist")["modelVersion"] == "1.1", "the new version is the default")
-    outcome.require(outcome.answered == len(traffic.answers), "no request fails")
+    outcome.require(outcome.answered == len(outcome.answers), "no request fails")
     return outcome
+
+
+def registration(stack: Stack, seconds: float) -> Outcome:
+    """Register a model with a call that waits for its workers, and scale it with another one."""
+    management = stack.client.management
+    workers = {"min_worker": 3, "max_worker": 3, "synchronous": "true"}
+    with digit_traffic(stack) as traffic, digit_connections(stack) as connections:
+        time.sleep(seconds)
+        query = {"url": "mnist.mar", "model_name": "waiting", "synchronous": "true"}
+        calls = [requests.post(f"{management}/models", params=query, timeout=150)]
+        calls.append(requests.put(f"{management}/models/waiting", params=workers, timeout=150))
+        calls.append(requests.delete(f"{management}/models/waiting", timeout=150))
+        time.sleep(seconds)
+    outcome = Outcome(traffic.answers)
+    require_no_silence(outcome, connections)
+    outcome.require(all(call.ok for call in calls), "the calls succeed")
+    outcome.require(outcome.answered == len(outcome.answers), "no request fails")
+    return outcome
+
+
+def require_no_silence(outcome: Outcome, connections: Connections) -> None:
+    """Require that every connection was answered all the time, and note the longest silence of one."""
+    for answers in connections.answers:
+        outcome.answers += answers
+    outcome.notes.append(
+        f"the longest silence of one of {len(connections.answers)} connections that stay open is "
+        f"{connections.silence:.2f} s"
+    )
+    outcome.require(connections.silence < CONNECTION_SECONDS, f"no connection is silent for {CONNECTION_SECONDS:g} s")
 
 
 def scaling(stack: Stack, seconds: float) -> Outcome:
@@ -105,7 +136,13 @@ TRIALS = (
         "every accepted request is answered; later requests are rejected with Retry-After",
         sigterm,
     ),
-    Trial("rollout", "a rollout under load", "no request fails", rollout),
+    Trial("rollout", "a rollout under load", "no request fails; no connection is silent for 3 s", rollout),
+    Trial(
+        "registration",
+        "management calls that wait for workers (`synchronous=true`)",
+        "no request fails; no connection is silent for 3 s",
+        registration,
+    ),
     Trial(
         "scaling",
         "scaling up and down under load",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
+import requests
 
 LOST_SECONDS = 40.0  # without an answer for this long, a request is lost; longer than any deadline of the stack
 REFUSALS = (429, 503)
@@ -103,6 +104,58 @@ class PoissonTraffic:
         self.stop()
         self._thread.join()
         assert len(self.answers) == self.sent
+
+
+class Connections:
+    """Send one input over connections that stay open, until the `with` block ends.
+
+    A thread of the frontend serves a connection for its whole life. A call that holds the thread silences the thread's
+    connections while others go on, so that the answers of all together show no gap.
+
+    Args:
+        url, body, expected: see `PoissonTraffic`.
+        count: number of connections; several for each thread of the frontend.
+        pause: seconds between an answer and the connection's next request.
+
+    Attributes:
+        answers: of each connection, in order.
+    """
+
+    def __init__(self, url: str, body: bytes, expected: str, count: int = 16, pause: float = 0.1):
+        self.url, self.body, self.expected, self.pause = url, body, expected, pause
+        self.answers: list[list[Answer]] = [[] for _ in range(count)]
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._send, args=[each]) for each in self.answers]
+
+    def _send(self, answers: list[Answer]) -> None:
+        with requests.Session() as session:
+            session.trust_env = False
+            while not self._stop.wait(self.pause):
+                due = time.monotonic()
+                try:
+                    answer = session.post(self.url, data=self.body, timeout=LOST_SECONDS)
+                except requests.RequestException as exc:
+                    answers.append(Answer(due, time.monotonic(), None, problem=type(exc).__name__))
+                    continue
+                right = answer.status_code == 200 and self.expected in answer.text
+                retry_after = "Retry-After" in answer.headers
+                problem = "" if right else error_type(answer.text)
+                answers.append(Answer(due, time.monotonic(), answer.status_code, right, retry_after, problem))
+
+    @property
+    def silence(self) -> float:
+        """The longest time that any one connection had no correct answer, in seconds."""
+        return max(longest_silence(each) for each in self.answers)
+
+    def __enter__(self) -> "Connections":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def error_type(body: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -19,8 +20,10 @@ from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder, select
 from bundle.paths import ROOT
+from handlers.core import replay
 from loadtest.bench.cases import CASES, Case
-from loadtest.bench.devices import CPU, measure_case
+from loadtest.bench.devices import CPU, TURNS, measure_case, timed
+from loadtest.bench.limit import content, dry_run
 from tests.shipped import ON_REQUEST, SHIPPED
 from tests.trials.gpu import networks, server
 from tests.trials.gpu.compare import deviation, explanation_deviation
@@ -131,6 +134,58 @@ def measured(checks: Checks, case: Case) -> None:
             checks.note(f"{case.name}, batch {timing.batch}, {device}", **values)
 
 
+def options(checks: Checks, folder: Path) -> None:
+    """Compare and measure what can be turned off: page-locked memory, and CUDA graphs, which are off by default."""
+    for model in select([*SHIPPED, "membrane"]):
+        checks.run(f"{model.name}, answers", lambda model=model: same_answers(model))
+    for name in ("mnist", "audio", *networks.NAMES):
+        checks.run(f"{name}, time of inference", lambda name=name: measured_options(checks, case(name)))
+
+
+def same_answers(model: ModelFolder) -> dict:
+    """Compare a worker's answers with and without CUDA graphs."""
+    file, (row, header) = archived(model), sample(model)
+    sizes = dict.fromkeys([1, 5, mar.config(file).get("batchSize", 1)])
+    with DryRun(file, gpu=gpu()) as worker:
+        expected = {size: answered(worker, [row] * size, header) for size in sizes}
+        before = used()
+        worker.handler.model = with_graphs(worker)
+        taken = used() - before
+        pairs = [zip(expected[size], answered(worker, [row] * size, header), strict=True) for size in sizes]
+        worst = max(deviation(*pair) for each in pairs for pair in each)
+        return {"deviation": worst, "recorded": recorded(worker.handler.model), "MiB": taken / MIB}
+
+
+def measured_options(checks: Checks, case: Case) -> dict:
+    """Measure collation, copies and module; the ways take turns."""
+    sizes, turns = (SIZES, TURNS) if gpu() is not None else (SMALL_SIZES[:1], 1)
+    with dry_run(case, gpu(), max(sizes)) as worker:
+        handler, samples = worker.handler, worker.decode({"body": content(case)})
+        pinned, plain, graphs = handler.staging.pinned, handler.model, with_graphs(worker)
+        ways = {"ordinary": (False, plain), "page-locked": (pinned, plain), "and CUDA graphs": (pinned, graphs)}
+        for size in sizes:
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for turn in range(1 + turns):  # the first is not counted
+                for name, (handler.staging.pinned, handler.model) in ways.items():
+                    seconds = timed(lambda size=size: handler.predict(samples * size), SECONDS / turns / len(ways))
+                    times[name] += [seconds] if turn else []
+            values = {f"{name} ms": 1000 * statistics.median(each) for name, each in times.items()}
+            checks.note(f"{case.name}, batch {size}", **values)
+        return {"recorded": recorded(graphs)}
+
+
+@torch.inference_mode()
+def with_graphs(worker: DryRun) -> replay.Module:
+    """Return a worker's module as it is with the setting `cuda_graphs`; the step's log says why, if it is the same."""
+    handler = worker.handler
+    name = handler.context.model_name
+    return replay.replayed(handler.model, handler.example_batch, handler.run_size, handler.device, name)
+
+
+def recorded(module: replay.Module) -> str:
+    return ", ".join(map(str, module.sizes)) if isinstance(module, replay.Replayed) else "nothing"
+
+
 def memory(checks: Checks, folder: Path) -> None:
     """Measure what the device, or in a rehearsal this process, uses: bare, with a model, after its largest batch."""
     if gpu() is not None:
@@ -174,6 +229,7 @@ STEPS = {
     "answers": Plan("Answers, compared with the CPU's", 150, answers),
     "server": Plan("A server", 150, serve),
     "throughput": Plan("Throughput", 240, throughput),
+    "options": Plan("Page-locked memory and CUDA graphs", 120, options),
     "memory": Plan("Memory of a worker", 120, memory),
 }
 

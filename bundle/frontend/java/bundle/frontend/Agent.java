@@ -8,8 +8,8 @@ import java.util.Set;
 /**
  * The entry of this jar. `java -javaagent:frontend.jar ...` calls `premain` before TorchServe's own `main`.
  *
- * <p>Whatever goes wrong here, TorchServe starts all the same, without the patches that did not work. (Java itself does not
- * start without the jar or its own module java.instrument; bundle/server checks that before.) Each patch has one
+ * <p>Whatever goes wrong here, TorchServe starts all the same, without the patches that did not work. (Java itself does
+ * not start without the jar or its own module java.instrument; bundle/server checks that before.) Each patch has one
  * line on standard output, which bundle/server/frontend.py reads.
  */
 public final class Agent {

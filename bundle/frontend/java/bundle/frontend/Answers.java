@@ -30,7 +30,7 @@ final class Answers {
     static void fail(Job job, int status, String type, String message, int retryAfter) {
         if (!(job instanceof RestJob)) {
             job.sendError(status, message); // gRPC
-        } else if (Timeouts.claim((RestJob) job)) {
+        } else if (Timeouts.claim(job)) {
             send((RestJob) job, status, type, message, retryAfter);
         }
     }

@@ -16,6 +16,7 @@ import groovyjarjarasm.asm.tree.LabelNode;
 import groovyjarjarasm.asm.tree.LdcInsnNode;
 import groovyjarjarasm.asm.tree.MethodInsnNode;
 import groovyjarjarasm.asm.tree.MethodNode;
+import groovyjarjarasm.asm.tree.TypeInsnNode;
 import groovyjarjarasm.asm.tree.VarInsnNode;
 import java.util.ArrayList;
 import java.util.List;
@@ -23,13 +24,14 @@ import java.util.List;
 /**
  * Find and change instructions.
  *
- * <p>The library is ASM, which is inside TorchServe's own jar (a part of Groovy), so that it need not be delivered here.
- * Every change replaces a call, or adds one. Neither changes the types on the stack, so the JVM's verification data stay
- * valid.
+ * <p>The library is ASM, which is inside TorchServe's own jar (a part of Groovy), so that it need not be delivered
+ * here. Every change replaces a call, or adds one. Neither changes the types on the stack, so the verification data
+ * of the JVM stay valid.
  */
 final class Code {
     static final String HTTP_HANDLER = "org/pytorch/serve/http/HttpRequestHandler";
     static final String REST_JOB = "org/pytorch/serve/job/RestJob";
+    static final String GRPC_JOB = "org/pytorch/serve/job/GRPCJob";
     static final String REQUEST_PARSER = "org/pytorch/serve/http/api/rest/InferenceRequestHandler";
     static final String PARSE_REQUEST =
             "(Lio/netty/channel/ChannelHandlerContext;Lio/netty/handler/codec/http/FullHttpRequest;"
@@ -118,6 +120,19 @@ final class Code {
         MethodInsnNode ours = new MethodInsnNode(Opcodes.INVOKESTATIC, owner, name, descriptor(owner, name));
         in.instructions.set(call, ours);
         return ours;
+    }
+
+    /** Create an object of a subclass of ours, with the same arguments. */
+    static void replaceNew(MethodInsnNode call, Class<?> to) throws Refusal {
+        AbstractInsnNode create = call.getPrevious(); // new X, dup, the arguments, the call
+        while (create != null && create.getOpcode() != Opcodes.NEW) {
+            create = create.getPrevious();
+        }
+        if (create == null || !((TypeInsnNode) create).desc.equals(call.owner)) {
+            throw new Refusal("the instruction that creates " + call.owner + " is missing");
+        }
+        call.owner = Type.getInternalName(to);
+        ((TypeInsnNode) create).desc = call.owner;
     }
 
     /** Return the call that adds the handler with this name to a connection's pipeline. */

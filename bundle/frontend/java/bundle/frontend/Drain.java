@@ -6,8 +6,10 @@ import groovyjarjarasm.asm.tree.InsnList;
 import groovyjarjarasm.asm.tree.MethodInsnNode;
 import groovyjarjarasm.asm.tree.MethodNode;
 import groovyjarjarasm.asm.tree.VarInsnNode;
+import io.grpc.Server;
 import io.netty.channel.ChannelFuture;
 import java.lang.reflect.Field;
+import java.util.ArrayList;
 import java.util.List;
 import java.util.Map;
 import java.util.concurrent.CountDownLatch;
@@ -24,11 +26,13 @@ import org.pytorch.serve.wlm.WorkerThread;
  * SIGTERM: accept no more connections, answer what was accepted, then end.
  *
  * <p>TorchServe drops the requests in its queue and in its workers. This waits for them, up to 25 seconds, because
- * Kubernetes sends SIGKILL after 30. Clients that keep their connections open get `Connection: close`.
+ * Kubernetes sends SIGKILL after 30. HTTP clients that keep their connections open get `Connection: close`; a new
+ * gRPC call is UNAVAILABLE.
  */
 public final class Drain implements Patch {
     private static final String SERVER = "org/pytorch/serve/ModelServer";
-    private static final String PORTS = "futures"; // a field of the server
+    private static final String PORTS = "futures"; // fields of the server
+    private static final List<String> GRPC_PORTS = List.of("inferencegRPCServer", "managementgRPCServer");
     private static final String GROUPS = "org/pytorch/serve/util/ServerGroups";
     private static final long LONGEST_SECONDS = 25;
     private static final int QUIET_MILLISECONDS = 200; // time without a request after which there are no more
@@ -50,6 +54,9 @@ public final class Drain implements Patch {
     public void change(ClassNode code) throws Refusal {
         if (code.name.equals(SERVER)) {
             Code.requireField(code, PORTS);
+            for (String port : GRPC_PORTS) {
+                Code.requireField(code, port);
+            }
             Code.begin(Code.method(code, "stop", "()V"), Drain.class, "drain", 0);
             MethodNode start = Code.method(code, "startAndWait", "()V");
             Code.redirectAll(start, GROUPS, "shutdown", "(Z)V", Drain.class, "shutdown", false);
@@ -74,12 +81,16 @@ public final class Drain implements Patch {
     public static void drain(ModelServer server) {
         draining = true;
         try {
-            closePorts(server);
+            List<Server> grpc = closePorts(server);
             long end = System.nanoTime() + TimeUnit.SECONDS.toNanos(LONGEST_SECONDS);
             int quiet = 0;
             while (quiet < QUIET_MILLISECONDS && System.nanoTime() < end) {
                 Thread.sleep(STEP_MILLISECONDS);
                 quiet = isIdle() ? quiet + STEP_MILLISECONDS : 0;
+            }
+            for (Server port : grpc) { // TorchServe waits without a limit
+                port.awaitTermination(Math.max(0, end - System.nanoTime()), TimeUnit.NANOSECONDS);
+                port.shutdownNow();
             }
         } catch (ReflectiveOperationException | RuntimeException error) {
             Agent.say("drain", "failed: " + error); // TorchServe stops as it always did
@@ -98,12 +109,25 @@ public final class Drain implements Patch {
         groups.shutdown(graceful);
     }
 
-    private static void closePorts(ModelServer server) throws ReflectiveOperationException {
-        Field futures = ModelServer.class.getDeclaredField(PORTS);
-        futures.setAccessible(true);
-        for (Object port : (List<?>) futures.get(server)) {
+    /** Close all ports, and return those of gRPC, which may still answer calls. */
+    private static List<Server> closePorts(ModelServer server) throws ReflectiveOperationException {
+        for (Object port : (List<?>) read(server, PORTS)) {
             ((ChannelFuture) port).channel().close();
         }
+        List<Server> grpc = new ArrayList<>();
+        for (String name : GRPC_PORTS) {
+            Server port = (Server) read(server, name);
+            if (port != null) {
+                grpc.add(port.shutdown());
+            }
+        }
+        return grpc;
+    }
+
+    private static Object read(ModelServer server, String name) throws ReflectiveOperationException {
+        Field field = ModelServer.class.getDeclaredField(name);
+        field.setAccessible(true);
+        return field.get(server);
     }
 
     /** Return whether no model has a request in its queue or in a worker. */

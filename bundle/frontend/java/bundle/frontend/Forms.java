@@ -83,7 +83,8 @@ public final class Forms implements Patch {
     /** Send the answer to a request that failed with 500. */
     public static void sendError(ChannelHandlerContext client, HttpResponseStatus status, Throwable error) {
         if (isOfForm(error)) {
-            String why = error instanceof DecoderException && error.getCause() == null ? error.getMessage() : "it is malformed";
+            boolean explained = error instanceof DecoderException && error.getCause() == null;
+            String why = explained ? error.getMessage() : "it is malformed";
             Answers.error(client, 400, "InvalidForm", "The form cannot be decoded: " + why, 0);
         } else {
             NettyUtils.sendError(client, status, error);

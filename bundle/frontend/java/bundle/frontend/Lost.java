@@ -38,12 +38,13 @@ import org.slf4j.LoggerFactory;
  *
  * <ul>
  *   <li>The requests of a worker that ends, collected or inside it, go back to the front of the queue, once.
- *   <li>One of them may be what ends workers. So each is then computed alone, and answered 503 if its worker ends again.
+ *   <li>One of them may be what ends workers. So each is then computed alone. If its worker ends again, it is answered
+ *       500, without Retry-After; if that worker was scaled down, 503.
  *   <li>Those of a worker that did not answer in time are answered 504. A second worker would only take as long.
  *   <li>Those of a model without workers are answered 503.
  * </ul>
  *
- * All of these answers have Retry-After.
+ * The other answers have Retry-After.
  */
 public final class Lost implements Patch {
     private static final String WORKER = "org/pytorch/serve/wlm/WorkerThread";
@@ -55,7 +56,8 @@ public final class Lost implements Patch {
     private static final Set<WorkerThread> TIMED_OUT = ConcurrentHashMap.newKeySet();
     private static final ThreadLocal<Set<Job>> ANSWERED = // of the batch of a worker's thread
             ThreadLocal.withInitial(() -> Collections.newSetFromMap(new IdentityHashMap<>()));
-    private static final Set<Job> RETURNED = Collections.synchronizedSet(Collections.newSetFromMap(new WeakHashMap<>()));
+    private static final Set<Job> RETURNED =
+            Collections.synchronizedSet(Collections.newSetFromMap(new WeakHashMap<>()));
 
     @Override
     public String name() {
@@ -89,6 +91,9 @@ public final class Lost implements Patch {
             String command = "()Lorg/pytorch/serve/util/messages/WorkerCommands;";
             MethodNode batch = Code.method(code, "pollBatch", Gather.POLL_BATCH);
             Code.redirectAll(batch, "org/pytorch/serve/job/Job", "getCmd", command, Lost.class, "command", false);
+            String create = "(Lorg/pytorch/serve/archive/model/ModelArchive;I)V";
+            MethodNode constructor = Code.method(code, "<init>", create); // the first queue is that of sequences
+            Code.replaceNew(Code.calls(constructor, Gather.QUEUE, "<init>", "(I)V", 2).get(1), JobQueue.class);
             return;
         }
         MethodNode add = Code.method(code, "addJob", "(Lorg/pytorch/serve/job/Job;)Z");
@@ -165,7 +170,9 @@ public final class Lost implements Patch {
         } else if (TIMED_OUT.contains(worker) && worker.getState() != WorkerState.WORKER_SCALED_DOWN) {
             String message = "The worker of model \"" + Batch.model(batch).getModelName()
                     + "\" did not answer within responseTimeout.";
-            Batch.requests(batch).values().forEach(job -> Answers.fail(job, 504, "WorkerTimeout", message, RETRY_SECONDS));
+            for (Job job : Batch.requests(batch).values()) {
+                Answers.fail(job, 504, "WorkerTimeout", message, RETRY_SECONDS);
+            }
             batch.cleanJobs();
         } // otherwise, `clean` comes next
     }
@@ -180,7 +187,7 @@ public final class Lost implements Patch {
             Collections.reverse(left); // each goes to the front
             for (Job job : left) {
                 if (!job.isControlCmd()) {
-                    safely(() -> giveBack(model, job));
+                    safely(() -> giveBack(model, job, worker));
                 }
             }
             if (isAbandoned(model)) {
@@ -211,18 +218,21 @@ public final class Lost implements Patch {
         }
     }
 
-    private static void giveBack(Model model, Job job) {
+    private static void giveBack(Model model, Job job, WorkerThread worker) {
         // the parts of a gRPC stream may have been sent
-        if (job.getCmd() == WorkerCommands.PREDICT && !Answers.hasBegun(job) && RETURNED.add(job)) {
-            try {
-                model.addFirst(job);
-                return;
-            } catch (IllegalStateException full) {
-                // the queue has filled up meanwhile
-            }
+        boolean repeatable = job.getCmd() == WorkerCommands.PREDICT && !Answers.hasBegun(job);
+        if (repeatable && RETURNED.add(job)) {
+            model.addFirst(job);
+            return;
         }
-        String message = "The worker of model \"" + model.getModelName() + "\" ended before it answered this request.";
-        Answers.fail(job, 503, "WorkerDied", message, RETRY_SECONDS);
+        String named = "of model \"" + model.getModelName() + "\" ended";
+        if (repeatable && worker.getState() != WorkerState.WORKER_SCALED_DOWN) {
+            String message = "Two workers " + named + " while they computed this request. Do not send it again.";
+            Answers.fail(job, 500, "WorkerDied", message, 0);
+        } else {
+            String message = "The worker " + named + " before it answered this request. Retry later.";
+            Answers.fail(job, 503, "WorkerDied", message, RETRY_SECONDS);
+        }
     }
 
     /** Return whether TorchServe starts a worker again. If it gives up the last one, nobody is left to answer. */

@@ -11,7 +11,6 @@ import org.pytorch.serve.archive.model.ModelNotFoundException;
 import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
 import org.pytorch.serve.http.ServiceUnavailableException;
 import org.pytorch.serve.job.Job;
-import org.pytorch.serve.job.RestJob;
 import org.pytorch.serve.util.NettyUtils;
 import org.pytorch.serve.wlm.Model;
 import org.pytorch.serve.wlm.ModelManager;
@@ -93,9 +92,7 @@ public final class Overload implements Patch {
         if (manager.addJob(job)) {
             return true;
         }
-        if (job instanceof RestJob) {
-            Timeouts.claim((RestJob) job); // its clock stops
-        }
+        Timeouts.claim(job); // its clock stops
         if (model.isUseJobTicket() || model.isSequenceBatching()) {
             return false; // these reject requests for other reasons, too
         }

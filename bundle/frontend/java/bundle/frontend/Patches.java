@@ -28,6 +28,8 @@ final class Patches implements ClassFileTransformer {
                     new Management(),
                     new Scaling(),
                     new Gzip(),
+                    new Buckets(),
+                    new Close(),
                     new Query());
 
     private final Map<String, byte[]> originals = new HashMap<>();

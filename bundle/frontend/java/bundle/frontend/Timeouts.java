@@ -15,9 +15,11 @@ import java.util.concurrent.ScheduledExecutorService;
 import java.util.concurrent.TimeUnit;
 import org.pytorch.serve.job.Job;
 import org.pytorch.serve.job.RestJob;
+import org.pytorch.serve.util.messages.WorkerCommands;
 
 /**
- * A request that is not answered within its model's clientTimeoutInMills is answered 504, with Retry-After.
+ * A request that is not answered within its model's clientTimeoutInMills is answered 504, with Retry-After; over gRPC,
+ * DEADLINE_EXCEEDED.
  *
  * <p>TorchServe then only drops the worker's answer, and the client waits until its own timeout ends. A worker that
  * becomes free also computes the first request of its batch if that has timed out in the queue; here it does not.
@@ -25,14 +27,16 @@ import org.pytorch.serve.job.RestJob;
 public final class Timeouts implements Patch {
     private static final String MANAGER = "org/pytorch/serve/wlm/ModelManager";
     private static final String MODEL = "org/pytorch/serve/wlm/Model";
+    private static volatile Thread clockThread;
     private static final ScheduledExecutorService CLOCK = Executors.newSingleThreadScheduledExecutor(run -> {
         Thread thread = new Thread(run, "client-timeouts");
         thread.setDaemon(true);
+        clockThread = thread;
         return thread;
     });
     // the requests that can time out; both maps are locked by PENDING
-    private static final Map<RestJob, Future<?>> PENDING = new WeakHashMap<>();
-    private static final Set<RestJob> EXPIRED = Collections.newSetFromMap(new WeakHashMap<>());
+    private static final Map<Job, Future<?>> PENDING = new WeakHashMap<>();
+    private static final Set<Job> EXPIRED = Collections.newSetFromMap(new WeakHashMap<>());
     private static volatile boolean used; // no lock is taken before a model has this timeout
 
     @Override
@@ -42,7 +46,7 @@ public final class Timeouts implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(Code.REST_JOB, MANAGER, MODEL);
+        return List.of(Code.REST_JOB, Code.GRPC_JOB, MANAGER, MODEL);
     }
 
     @Override
@@ -50,6 +54,8 @@ public final class Timeouts implements Patch {
         if (code.name.equals(Code.REST_JOB)) {
             Code.requireField(code, Answers.CLIENT);
             Code.requireField(code, Answers.STREAMS);
+        }
+        if (code.name.equals(Code.REST_JOB) || code.name.equals(Code.GRPC_JOB)) {
             String response = "([BLjava/lang/CharSequence;ILjava/lang/String;Ljava/util/Map;)V";
             Code.guard(Code.method(code, "response", response), Timeouts.class, "claim");
             Code.guard(Code.method(code, "sendError", "(ILjava/lang/String;)V"), Timeouts.class, "claim");
@@ -70,13 +76,14 @@ public final class Timeouts implements Patch {
     /** Start a request's clock. Called before it is queued. */
     public static void start(Job job) {
         long expires = job.getPayload().getClientExpireTS();
-        if (expires == Long.MAX_VALUE || !(job instanceof RestJob)) {
+        // the other stream of gRPC answers each of its requests inside one call
+        if (expires == Long.MAX_VALUE || job.getCmd() == WorkerCommands.STREAMPREDICT2) {
             return;
         }
         used = true;
         synchronized (PENDING) {
             long wait = Math.max(0, expires - System.currentTimeMillis());
-            PENDING.put((RestJob) job, CLOCK.schedule(() -> expire((RestJob) job), wait, TimeUnit.MILLISECONDS));
+            PENDING.put(job, CLOCK.schedule(() -> expire(job), wait, TimeUnit.MILLISECONDS));
         }
     }
 
@@ -84,19 +91,19 @@ public final class Timeouts implements Patch {
     public static Object first(LinkedBlockingDeque<Job> queue, long timeout, TimeUnit unit)
             throws InterruptedException {
         Job job = queue.poll(timeout, unit);
-        while (used && job instanceof RestJob && isExpired((RestJob) job)) {
+        while (used && job != null && isExpired(job)) {
             job = queue.poll(timeout, unit);
         }
         return job;
     }
 
-    private static boolean isExpired(RestJob job) {
+    private static boolean isExpired(Job job) {
         synchronized (PENDING) {
             return EXPIRED.contains(job);
         }
     }
 
-    private static void expire(RestJob job) {
+    private static void expire(Job job) {
         synchronized (PENDING) {
             if (PENDING.remove(job) == null) {
                 return; // answered at this moment
@@ -104,12 +111,16 @@ public final class Timeouts implements Patch {
             EXPIRED.add(job);
         }
         String message = "There was no answer within the model's clientTimeoutInMills. Retry later.";
-        Answers.send(job, 504, "ClientTimeout", message, 1);
+        if (job instanceof RestJob) {
+            Answers.send((RestJob) job, 504, "ClientTimeout", message, 1);
+        } else {
+            job.sendError(504, message); // gRPC
+        }
     }
 
-    /** Return whether a request may be answered now: it has not timed out. Its clock stops. */
-    public static boolean claim(RestJob job) {
-        if (!used) {
+    /** Return whether a request may be answered now: it has not timed out, or this is that answer. Its clock stops. */
+    public static boolean claim(Job job) {
+        if (!used || Thread.currentThread() == clockThread) {
             return true;
         }
         synchronized (PENDING) {
