@@ -4,6 +4,7 @@ TorchServe (0.12.0) passes the client's headers to the worker unchanged, in one 
 a search that ignores case may find the client's header, and a header that TorchServe did not set may be the client's.
 """
 
+import functools
 import os
 import re
 import time
@@ -69,6 +70,14 @@ class RequestHeaders(NamedTuple):
     query: str = ""
 
 
+@functools.lru_cache(maxsize=64)
+def split_content_type(value: str) -> tuple[str, str]:
+    """Return media type and charset of a Content-Type, in lower case."""
+    media_type, _, parameters = value.partition(";")
+    found = CHARSET.search(parameters)
+    return media_type.strip().lower(), found[1].lower() if found else ""
+
+
 def request_headers(headers: Mapping) -> RequestHeaders:
     """Read Content-Type, Content-Encoding and the query in one pass."""
     media_type = charset = encoding = query = ""
@@ -77,10 +86,7 @@ def request_headers(headers: Mapping) -> RequestHeaders:
             continue
         match name.lower():
             case "content-type":
-                media_type, _, parameters = value.partition(";")
-                media_type = media_type.strip().lower()
-                if found := CHARSET.search(parameters):
-                    charset = found[1].lower()
+                media_type, charset = split_content_type(value)
             case "content-encoding":
                 encoding = value.strip().lower()
             case "bundle-query":

@@ -214,9 +214,11 @@ class RequestReader:
         if given and INSTANCES in fields:
             raise MissingField(f'Send either "instances" or the fields of one sample, not both. {self.accepted}')
         given_options = {name: value for name, value in fields.items() if name in self.option_types}
-        if twice := given_options.keys() & query.keys():
-            raise RepeatedField(f"The option {quote(min(twice))} is in the query and in the body; send it once.")
-        options = self.read_options({**query, **given_options})
+        if query:
+            if twice := given_options.keys() & query.keys():
+                raise RepeatedField(f"The option {quote(min(twice))} is in the query and in the body; send it once.")
+            given_options = {**query, **given_options}
+        options = self.read_options(given_options)
         if INSTANCES not in fields and not repeated:
             return Request([self.read_inputs(given, form)], options)
         if isinstance(options, PictureOptions) and options.format != "json":

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from pydantic import JsonValue
 from torch import Tensor
 
-from handlers.core.errors import NonFiniteOutput, ServingError
+from handlers.core.errors import NonFiniteOutput, ServingError, UnsupportedInput
 from handlers.core.inputs import Options
+from handlers.core.outputs import tensors
 
 # the check for values that contain themselves takes a sixth of the time
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
@@ -38,6 +39,9 @@ class Sample:
     tensors: Tensor | tuple[Tensor, ...]
     info: object = None
     inputs: Any = None
+
+    def is_finite(self) -> bool:
+        return all(bool(each.isfinite().all()) for each in tensors(self.tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class Slot:
 
         Raises:
             NonFiniteOutput: an answer contains NaN or infinity, which JSON does not have.
+            UnsupportedInput: so does the input, in the precision of its tensors.
         """
         if not self.many and isinstance(answers[0], Picture):
             self.response = Response(answers[0].content, answers[0].content_type)
@@ -92,4 +97,6 @@ class Slot:
         except ValueError as exc:
             if "JSON compliant" not in str(exc):
                 raise
+            if not all(sample.is_finite() for sample in self.samples):
+                raise UnsupportedInput("The input has a number that is too large for the model.") from exc
             raise NonFiniteOutput("The model's output for this input is not a finite number.") from exc

@@ -30,7 +30,7 @@ OTHER_NAMES = {"windows_31j": "cp932", "windows_874": "cp874", "x_mac_cyrillic":
 # UTF-32 first: its mark begins with that of UTF-16
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16"}
 MARKS |= {codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
-HINT = "Encode it as UTF-8, or name its encoding, as in Content-Type: text/plain; charset=iso-8859-1."
+HINT = "Encode it as UTF-8, or send it as the body, with a header like Content-Type: text/plain; charset=iso-8859-1."
 
 
 class TextLimits(BaseModel):

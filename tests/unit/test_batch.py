@@ -36,7 +36,7 @@ BAD = {
     "option": ({"body": {"data": "1", "top_k": 0}}, 400, "InvalidOption"),
     "one bad instance": ({"instances": [b"1,2,3,4", b"1"]}, 400, "UndecodableInput"),
     "instances": ({"instances": [b"1,2,3,4"] * (MAX_INSTANCES + 1)}, 413, "TooManyInstances"),
-    "not finite": ({"body": b"nan,0,0,0"}, 500, "NonFiniteOutput"),
+    "not finite": ({"body": b"nan,0,0,0"}, 400, "UnsupportedInput"),
 }
 
 

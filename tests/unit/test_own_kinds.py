@@ -77,6 +77,9 @@ def test_json_object_of_numbers_is_answered_with_a_number(price: DryRun):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
+        ({"rooms": 3, "area": 1e39}, "UnsupportedInput", "The input has a number that is too large for the model"),
+        ({"rooms": 10**300, "area": 1}, "UnsupportedInput", "The input has a number that is too large for the model"),
+        ({"rooms": 3, "area": "nan"}, "UnsupportedInput", '"data.area" is invalid: Input should be a finite'),
         ({"rooms": 0, "area": 1}, "UnsupportedInput", '"data.rooms" is invalid: Input should be greater than 0.'),
         ({"rooms": 1}, "UnsupportedInput", '"data.area" is invalid: Field required.'),
         ({"rooms": 1, "area": 10**400}, "UnsupportedInput", '"data.area" is invalid'),
