@@ -12,6 +12,7 @@
 #   TESTS            arguments for pytest (all tests)
 #   RUN_DIR          the folder of the server's record and logs (build/run)
 #   SIGNING_KEY      the private key that signs archives
+#   CA_FILE          the certificates (PEM) of the authorities that are trusted, for a server with TLS (public ones)
 #   TRUSTED_KEY      the public key with which served archives must be signed
 #   COMPOSE          the command of Docker Compose (docker compose, or docker-compose)
 #   PROJECT, SERVICES, GPU=1, ADMIN=1
