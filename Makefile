@@ -87,6 +87,7 @@ image:  ## build the Docker images (TORCH_INDEX_URL=... for CPU-only torch)
 	$(STACK) build $(or $(SERVICES),torchserve)
 
 up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1)
+	@docker/readable.sh $(if $(TRUSTED_KEY),"$(TRUSTED_KEY)" "$(or $(TS_MODEL_STORE),model_store)")
 	$(STACK) up --detach $(SERVICES)
 	@docker/wait.sh $(STACK)
 
