@@ -27,7 +27,6 @@ def test_predictions_and_explanations_reach_torchserve(proxy, upstream, method, 
 @pytest.mark.parametrize(
     "target",
     [
-        "/predictions/mnist?customized=true",
         "/predictions/mnist#fragment",
         "//predictions//mnist",
         "/models/../predictions/mnist",
@@ -42,6 +41,15 @@ def test_path_is_passed_on_in_the_form_that_was_checked(proxy, upstream, target)
     status, _, _ = proxy.raw(f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\na")
     assert status == 200
     assert [received.path for received in upstream.received] == ["/predictions/mnist"]
+
+
+@pytest.mark.parametrize("path", ["/predictions/mnist", "/predictions/mnist/1.0", "/explanations/mnist"])
+@pytest.mark.parametrize("query", ["?top_k=1", "?a=%2f..%2f%0d%0aX:%201&b=?#", "?a=1&a=2", "?%00", ""])
+def test_query_is_passed_on_as_it_was_sent(proxy, upstream, path, query):
+    target = path + query
+    status, _, _ = proxy.raw(f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\na")
+    assert status == 200
+    assert [received.path for received in upstream.received] == [target.removesuffix("#")]
 
 
 TRICKS = [
