@@ -87,9 +87,9 @@ image:  ## build the Docker images (TORCH_INDEX_URL=... for CPU-only torch)
 	$(STACK) build $(or $(SERVICES),torchserve)
 
 up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1)
-	@docker/readable.sh $(if $(TRUSTED_KEY),"$(TRUSTED_KEY)" "$(or $(TS_MODEL_STORE),model_store)")
+	@sh docker/readable.sh $(if $(TRUSTED_KEY),"$(TRUSTED_KEY)" "$(or $(TS_MODEL_STORE),model_store)")
 	$(STACK) up --detach $(SERVICES)
-	@docker/wait.sh $(STACK)
+	@sh docker/wait.sh $(STACK)
 
 down:  ## stop the Docker stack; requests in flight are answered, volumes stay
 	$(STACK) --profile loadtest down --remove-orphans
