@@ -12,6 +12,7 @@
 #   TESTS            arguments for pytest (all tests)
 #   RUN_DIR          the folder of the server's record and logs (build/run)
 #   SIGNING_KEY      the private key that signs archives
+#   CA_FILE          the certificates (PEM) of the authorities that are trusted, for a server with TLS (public ones)
 #   TRUSTED_KEY      the public key with which served archives must be signed
 #   COMPOSE          the command of Docker Compose (docker compose, or docker-compose)
 #   PROJECT, SERVICES, GPU=1, ADMIN=1
@@ -86,8 +87,9 @@ image:  ## build the Docker images (TORCH_INDEX_URL=... for CPU-only torch)
 	$(STACK) build $(or $(SERVICES),torchserve)
 
 up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1)
+	@sh docker/readable.sh $(if $(TRUSTED_KEY),"$(TRUSTED_KEY)" "$(or $(TS_MODEL_STORE),model_store)")
 	$(STACK) up --detach $(SERVICES)
-	@docker/wait.sh $(STACK)
+	@sh docker/wait.sh $(STACK)
 
 down:  ## stop the Docker stack; requests in flight are answered, volumes stay
 	$(STACK) --profile loadtest down --remove-orphans

@@ -15,6 +15,7 @@ from bundle.cli import console
 from bundle.cli.console import note
 from bundle.cli.parameters import choice
 from bundle.errors import BundleError, NotRunning, UsageError
+from bundle.server.http import Session, Untrusted
 from bundle.server.process import Server
 from bundle.server.settings import Settings
 from loadtest import shapes, targets, thresholds
@@ -168,17 +169,18 @@ def served(environment: dict[str, str], host: str | None) -> str:
     Raises:
         NotRunning: no server answers, or it does not serve one of the models.
         UsageError: the server requires tokens.
-        BundleError: a model does not answer.
+        BundleError: a model does not answer, or the server's certificate is not trusted.
     """
     running = Server().running()
     url = (host or (running.inference if running else Settings().url("inference_address"))).rstrip("/")
     if running and url == running.inference and running.key_file:
         raise UsageError("The server requires tokens, which locust does not send. Start the server without tokens.")
-    with requests.Session() as session:
-        session.trust_env = False  # a proxy set in the environment does not reach this machine's loopback
+    with Session() as session:
         for target in targets.choose(environment["MODELS"]):
             try:
                 answer = session.post(f"{url}/predictions/{target.name}", data=target.sample, timeout=SECONDS)
+            except Untrusted:
+                raise
             except requests.ConnectionError as exc:
                 raise NotRunning(f"No server answers at {url}. Start one: make serve") from exc
             except requests.RequestException as exc:

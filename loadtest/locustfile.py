@@ -6,16 +6,20 @@ Environment variables, which must be the same for the master and its workers:
   MODELS         the models to test, with weights: "mnist text", "mnist=4 text=1"
   SHAPE          steps, spike, soak or rate; if unset, locust's own --users, --spawn-rate and --run-time apply
   USERS, DURATION, RATE  settings of the shape: users (64), duration (60s), requests a second
+  CA_FILE        a PEM file of the authorities whose certificates are trusted; by default the public ones
   THRESHOLDS     the file of thresholds for a headless run; by default loadtest/thresholds.yaml
 """
 
 import os
+import ssl
 import sys
 import time
 from pathlib import Path
 
-import gevent
+import certifi
+import gevent.ssl
 from locust import FastHttpUser, LoadTestShape, events, task
+from locust.env import Environment
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from loadtest import answers, report, shapes, targets, thresholds  # noqa: E402
@@ -30,13 +34,24 @@ except LoadTestError as error:
     sys.exit(f"error: {error}.")
 
 
+def trusting() -> ssl.SSLContext:
+    """Return what a user trusts of a server over TLS: the same as requests."""
+    return gevent.ssl.create_default_context(cafile=os.environ.get("CA_FILE") or certifi.where())
+
+
 class ModelUser(FastHttpUser):
     """Send the next request after the last answer or, at a constant arrival rate, at its due time."""
 
     abstract = True
     network_timeout = connection_timeout = 30.0  # seconds; later answers count as "no answer"
+    ssl_context_factory = staticmethod(trusting)
     target: targets.Target
     schedule: Schedule | None = None
+
+    def __init__(self, environment: Environment):
+        # A plain server is not trusted in any way; if it redirects to TLS, as the proxy does, its name may be another.
+        self.insecure = not (environment.host or "").startswith("https:")
+        super().__init__(environment)
 
     def on_start(self) -> None:
         if LOAD and LOAD.rate:

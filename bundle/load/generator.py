@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bundle.errors import BundleError
+from bundle.server.http import check_certificate
 
 SCRIPTS = Path(__file__).parent / "wrk"
 SEED = 1  # of an open loop's random times, the same for all runs, so that they can be compared
@@ -134,9 +135,11 @@ def run_wrk(
         settings: further environment variables of the script, without LOAD_.
 
     Raises:
-        BundleError: an argument is invalid, wrk is missing, did not end, or could not connect.
+        BundleError: an argument is invalid, wrk is missing, did not end, or could not connect; or the server's
+            certificate is not trusted.
     """
     check(seconds > 0, f"The duration is {seconds:g} seconds, and must be above 0.")
+    check_certificate(url)  # wrk itself trusts every server
     limit = math.ceil(seconds + timeout + 1)  # the script ends wrk as soon as no request is in flight
     command = [wrk(), f"--threads={threads}", f"--connections={clients}", f"--duration={limit}s"]
     command += [f"--timeout={math.ceil(timeout)}s", f"--script={SCRIPTS / script}"]

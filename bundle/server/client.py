@@ -12,7 +12,7 @@ from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import relative
 from bundle.samples import first, headers
-from bundle.server.http import SECONDS, session
+from bundle.server.http import SECONDS, Session, ca_file, session
 from bundle.server.keys import Api, Keys
 
 DESCRIPTION_SECONDS = 10  # a healthy server describes its models faster
@@ -123,8 +123,7 @@ class Client:
         them, and `drain` takes an open connection for a client.
         """
         url = f"{self.inference}/predictions/{'/'.join(filter(None, (model, version)))}"
-        with requests.Session() as once:
-            once.trust_env = False
+        with Session() as once:
             answer = once.post(url, data=content, headers=headers, auth=self.auth("inference"), timeout=SECONDS)
             answer.raw.close()  # the end of the session would not close it
         return answer
@@ -204,9 +203,12 @@ def curl_lines(client: Client, folders: list[ModelFolder]) -> list[str]:
     """
 
     def curl(api: Api) -> str:
+        url = client.inference if api == "inference" else client.management
+        trusted = ca_file() if url.startswith("https:") else None
+        program = f"curl --cacert {shlex.quote(trusted)}" if trusted else "curl"
         if client.keys is None:
-            return "curl"
-        return f"jq -r '\"Authorization: Bearer \" + .{api}.key' {relative(client.keys.file)} | curl -H @-"
+            return program
+        return f"jq -r '\"Authorization: Bearer \" + .{api}.key' {relative(client.keys.file)} | {program} -H @-"
 
     def ask(folder: ModelFolder) -> str:
         file = folder.sample_file

@@ -12,6 +12,7 @@ import requests
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.server.client import Client, WorkerCount
+from bundle.server.http import Untrusted
 from bundle.server.process import Running, Server
 from bundle.server.tracebacks import WORKER_DIED, explain
 
@@ -60,9 +61,15 @@ def wait_until_ready(
 
 
 def count_workers(client: Client, model: str) -> WorkerCount:
-    """Count a model's workers; none while the management API does not answer."""
+    """Count a model's workers; none while the management API does not answer.
+
+    Raises:
+        Untrusted: its certificate is not trusted, which no waiting changes.
+    """
     try:
         return client.workers(model)
+    except Untrusted:
+        raise
     except requests.RequestException:
         return WorkerCount(0, 1)
 

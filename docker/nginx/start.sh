@@ -14,6 +14,7 @@
 #   LARGE_BODIES_OF_CLIENT  4     the same for one client
 #   TRUSTED_PROXIES               networks of load balancers in front, whose X-Forwarded-For is trusted
 #   CORS_ORIGINS                  origins whose pages may send requests and read answers; * for all
+#   INVOCATIONS_MODEL             the model of requests to /invocations that name no model
 #   LISTEN            8080        port, or address:port
 #   LISTEN_TLS        8443        the same for TLS, which is on if a certificate and its key are mounted
 #   TLS_PORT          8443        the TLS port that clients use; plain HTTP is redirected to it
@@ -52,6 +53,7 @@ setting BURST "${BURST:-400}" "$number" "a whole number greater than 0"
 setting CONNECTIONS "${CONNECTIONS:-256}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
 setting LARGE_BODIES "${LARGE_BODIES:-16}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
 setting LARGE_BODIES_OF_CLIENT "${LARGE_BODIES_OF_CLIENT:-4}" '[1-9][0-9]{0,3}' "a whole number from 1 to 9999"
+setting INVOCATIONS_MODEL "${INVOCATIONS_MODEL:-}" '[A-Za-z0-9._-]*' "the name of a model"
 setting LISTEN "${LISTEN:-8080}" "([0-9.]+:)?$port" "a port, or address:port"
 setting LISTEN_TLS "${LISTEN_TLS:-8443}" "([0-9.]+:)?$port" "a port, or address:port"
 setting TLS_PORT "${TLS_PORT:-8443}" "$port" "a port"

@@ -168,7 +168,7 @@ def test_small_bodies_in_chunks_count_as_requests_of_their_client(start, upstrea
     upstream.received.clear()
     check_one_more(upstream, [post] * 3, lambda: post(2), limited=False)
     for received in upstream.received:
-        assert (received.path, len(received.body)) == (f"{PREDICT}/1.0", 50_000)
+        assert (received.path, len(received.body)) == (f"{PREDICT}/1.0?top_k=1", 50_000)
         client = received.headers["X-Forwarded-For"].removeprefix("1.1.1.")
         assert received.headers.get_all("X-Request-Id") == [f"of-{client}"]
         assert received.headers.get_all("X-Forwarded-Proto") == ["http"]

@@ -90,9 +90,17 @@ TRICKS = [
     "/predictions/a%252f..%252fmodels",
     "/predictions\\..\\models",
     "/PREDICTIONS/mnist",
-    "/v1/models/mnist:predict",
+    "/v1/models/mnist",
+    "/v1/models/mnist:predict/",
+    "/v1/models/mnist:predict%0a",
+    "/v1/models/mnist:regress",
+    "/v1/models/a%2fb:predict",
+    "/v1/models/..:predict/../mnist",
+    "/v1/models/:predict",
+    "/v1/models",
     "/v2/models/mnist/infer",
-    "/invocations",
+    "/invocations/",
+    "/invocations%0a",
     "/models/mnist/invoke",
     "/wf-predict/mnist",
     "/workflows",
@@ -157,6 +165,57 @@ def test_prediction_with_another_method_is_405(proxy, upstream, method):
     if method != "HEAD":
         check_error(answer, 405, "MethodNotAllowed")
     assert upstream.received == []
+
+
+@pytest.mark.parametrize(
+    ("target", "passed"),
+    [
+        ("/v1/models/mnist:predict", "/predictions/mnist"),
+        ("/v1/models/my-model_2.1:explain?top_k=1", "/explanations/my-model_2.1?top_k=1"),
+        ("/v1/models/mnist%3Apredict", "/predictions/mnist"),
+        ("/invocations?model_name=mnist", "/predictions/mnist"),
+        ("/invocations?model_name=mnist&top_k=1&a=b", "/predictions/mnist?top_k=1&a=b"),
+        ("/invocations?top_k=1&model_name=mnist", "/predictions/mnist?top_k=1"),
+        ("/invocations?top_k=1&model_name=mnist&a=b", "/predictions/mnist?top_k=1&a=b"),
+        ("/invocations?my_model_name=x&model_name=mnist", "/predictions/mnist?my_model_name=x"),
+    ],
+)
+def test_routes_of_kserve_and_sagemaker_are_predictions_and_explanations(proxy, upstream, target, passed):
+    answer = proxy.post(target, data=b'{"instances": [1]}', headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.content) == (200, b'{"ok": true}')
+    [received] = upstream.received
+    assert (received.path, received.body) == (passed, b'{"instances": [1]}')
+    upstream.received.clear()
+    refused = http.get(proxy.url + target, timeout=10)
+    check_error(refused, 405, "MethodNotAllowed")
+    assert refused.headers["Allow"] == "POST, PUT"
+    assert upstream.received == []
+
+
+def test_limits_of_predictions_hold_for_the_routes_of_others(proxy, upstream):
+    for path in ("/v1/models/mnist:predict", "/v1/models/mnist:explain", "/invocations?model_name=mnist"):
+        check_error(proxy.post(path, data=bytes(2**20 + 1)), 413, "BodyTooLarge")
+    assert upstream.received == []
+
+
+@pytest.mark.parametrize(
+    "query", ["", "?", "?model_name=", "?model_name=../models", "?model_name=a%2fb", "?model_name=a%0a", "?name=mnist"]
+)
+def test_invocation_without_a_model_is_400_and_says_how_to_name_it(proxy, upstream, query):
+    answer = proxy.post(f"/invocations{query}")
+    check_error(answer, 400, "MissingModel")
+    assert "/invocations?model_name=NAME" in answer.json()["message"]
+    assert upstream.received == []
+
+
+def test_invocation_without_a_name_goes_to_the_model_of_the_setting(start, upstream):
+    proxy = start(INVOCATIONS_MODEL="text")
+    for query in ("", "?", "?top_k=1", "?model_name=mnist"):
+        assert proxy.post(f"/invocations{query}").status_code == 200
+    assert [received.path for received in upstream.received] == [
+        *("/predictions/text", "/predictions/text", "/predictions/text?top_k=1", "/predictions/mnist"),
+    ]
+    check_error(proxy.post("/invocations?model_name=a%2fb"), 400, "MissingModel")
 
 
 # -- readiness --------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def refused_start(tmp_path: Path, mounts: dict[Path, str] | None = None, **setti
         ("ALLOW_PLAIN", "yes"),
         ("TRUSTED_PROXIES", "10.0.0.0/8,172.16.0.0/12"),
         ("PROXY_RATE", "1r/s\nx"),
+        ("INVOCATIONS_MODEL", "a/b"),
         ("CORS_ORIGINS", "app.example.com"),
         ("CORS_ORIGINS", "https://app.example.com/"),
         ("CORS_ORIGINS", "https://*.example.com"),

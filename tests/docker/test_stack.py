@@ -4,6 +4,7 @@ All tests share one stack. A test does not rely on another: `restored` undoes wh
 traffic and the faults that it needs.
 """
 
+import base64
 import re
 import threading
 import time
@@ -15,6 +16,7 @@ import requests
 
 from bundle.catalog import select
 from bundle.paths import ROOT
+from bundle.samples import first
 from bundle.server.client import check_sample
 from tests import queries
 from tests.docker.stack import SERVICES, Stack, build_archive, docker
@@ -80,6 +82,16 @@ def test_one_setting_limits_bodies_in_the_proxy_and_in_torchserve(stack: Stack):
     refused = requests.post(url, data=bytes(20 * 2**20 + 1), timeout=60)
     assert (refused.status_code, refused.json()["type"]) == (413, "BodyTooLarge")
     assert "20m" in refused.json()["message"]
+
+
+def test_clients_of_kserve_and_sagemaker_get_predictions(stack: Stack):
+    sample = (ROOT / "models" / "mnist" / "sample.png").read_bytes()
+    instances = {"instances": [{"data": base64.b64encode(sample).decode()}] * 2}
+    answer = requests.post(f"{stack.url('PORT')}/v1/models/mnist:predict", json=instances, timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert [first(each).label for each in answer.json()["predictions"]] == ["3", "3"]
+    answer = requests.post(f"{stack.url('PORT')}/invocations?model_name=mnist", data=sample, timeout=30)
+    assert (answer.status_code, first(answer.json()).label) == (200, "3"), answer.text
 
 
 def test_model_without_workers_is_503_with_the_reason(stack: Stack):

@@ -339,7 +339,7 @@ def test_image_has_every_module_that_the_load_test_imports(tmp_path: Path):
     The commands of loadtest/cli.py and the benchmark run beside the bundle.
     """
     stage = (ROOT / "docker" / "Dockerfile").read_text().partition(" AS locust\n")[2]
-    copied = [line.split()[1:-1] for line in stage.splitlines() if line.startswith("COPY ")]
+    copied = [line.replace("/sources/", "").split()[1:-1] for line in stage.splitlines() if line.startswith("COPY ")]
     for name in (name for names in copied for name in names if name.split("/")[0] in ("bundle", "loadtest")):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("bench", "__pycache__"))
