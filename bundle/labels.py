@@ -15,7 +15,8 @@ from bundle.paths import relative
 # keys under which the labels are: in config.json of transformers, data.yaml of YOLO, and files of TorchServe
 KEEPERS = ("id2label", "names", "object_type_names")
 HEADINGS = {"label", "labels", "name", "names", "class", "classes", "class_name"}  # of a CSV file with one column
-INDEXED = re.compile(r"(\d+)\s*[:,;=\t ]\s*(\S.*)")  # a line with a class index and its label
+# A line with a class index and its label. One blank does not separate them: "2 people" is a label.
+INDEXED = re.compile(r"(\d+)(?:\s*[:,;=\t]\s*| {2,})(\S.*)")
 ACCEPTED = 'a list of labels, {"0": label, ...}, {label: 0, ...}, or a text file with one label in each line'
 
 
@@ -105,7 +106,7 @@ def of_lines(file: Path, text: str) -> list[object]:
         table = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
         if len(table) > 1 and all(len(row) == 2 for row in table):
             for column in (0, 1):
-                for rows in (table, table[1:]):  # with a heading, and without
+                for rows in (table,) if any(map(str.isdigit, table[0])) else (table[1:],):  # below a heading
                     indices = {row[column]: row[1 - column] for row in rows}
                     if set(indices) == {str(index) for index in range(len(rows))}:
                         return [indices[str(index)] for index in range(len(rows))]

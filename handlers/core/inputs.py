@@ -66,13 +66,13 @@ def binary(value: bytes | str) -> bytes:
     """
     sent = value.encode("ascii", "replace") if isinstance(value, str) else value
     url = BASE64_DATA_URL.match(sent)
+    if isinstance(value, bytes) and not url and not is_base64(value):
+        return value
+    encoded = sent[url.end() :] if url else sent
     if isinstance(value, bytes):
-        if not url and not is_base64(value):
-            return value
-        # the decoder of forms makes a blank of each plus sign that is not percent-encoded
-        sent = value.strip().replace(b" ", b"+")
-        url = BASE64_DATA_URL.match(sent)
-    decoded = decode_base64(sent[url.end() :] if url else sent)
+        # the decoder of forms makes a blank of each plus sign that is not percent-encoded, also of the last one
+        encoded = encoded.strip(b"\r\n\t").replace(b" ", b"+")
+    decoded = decode_base64(encoded)
     if not decoded:
         raise EmptyInput("The base64 string encodes no bytes. Send the file's bytes, or base64 of them.")
     return decoded

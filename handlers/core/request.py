@@ -51,7 +51,10 @@ class Repeated(list):
 
     @classmethod
     def added(cls, before: object, value: object) -> "Repeated":
-        return cls([*(before if isinstance(before, Repeated) else [before]), value])
+        if not isinstance(before, Repeated):
+            return cls([before, value])
+        before.append(value)  # a copy each time would take minutes for a form of many fields
+        return before
 
 
 @dataclass(slots=True)  # not frozen: that doubles the time that making one takes
@@ -162,7 +165,7 @@ class RequestReader:
             if encoded := self.base64_of(row):
                 return Request([self.read_inputs({self.only_input: encoded})], self.read_options(query))
             if sent.charset:
-                row = {name: self.in_charset(name, value, sent.charset) for name, value in row.items()}
+                row = {name: self.field_in_charset(name, value, sent.charset) for name, value in row.items()}
         return self.read_fields(row, query, form=True)
 
     def base64_of(self, row: Mapping) -> bytes:
@@ -174,7 +177,7 @@ class RequestReader:
         body = names[0].encode() + b"=" + bytes(value) if isinstance(value, bytearray) else b""
         return body if BASE64_DATA_URL.match(body) or is_base64(body) else b""
 
-    def in_charset(self, name: str, value: object, charset: str) -> object:
+    def field_in_charset(self, name: str, value: object, charset: str) -> object:
         """Decode a field of a form, if it is a text."""
         kind = self.kinds.get(name)
         if kind is None or kind.name != "text":

@@ -2,11 +2,9 @@
 
 import json
 import math
-import re
 from typing import NoReturn
 
 LONGEST_NUMBER = 308  # digits of a whole number that is finite as a float
-LONG_NUMBER = re.compile(rf"(?<!\d)\d{{{LONGEST_NUMBER + 1}}}", re.ASCII)
 
 
 def parse_json(text: bytes | bytearray | str) -> object:
@@ -19,7 +17,6 @@ def parse_json(text: bytes | bytearray | str) -> object:
     """
     if not isinstance(text, str):
         text = text.decode(json.detect_encoding(text))
-    decoder = careful if LONG_NUMBER.search(text) else fast
     return decoder.decode(text.removeprefix("\ufeff"))
 
 
@@ -47,6 +44,4 @@ def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return fields
 
 
-fast = json.JSONDecoder(parse_float=finite, parse_constant=not_a_number, object_pairs_hook=unique)
-# a function for each whole number takes twice the time of a long list of them
-careful = json.JSONDecoder(parse_float=finite, parse_int=bounded, parse_constant=not_a_number, object_pairs_hook=unique)
+decoder = json.JSONDecoder(parse_float=finite, parse_int=bounded, parse_constant=not_a_number, object_pairs_hook=unique)

@@ -93,7 +93,7 @@ def test_valid_requests_in_a_batch_with_invalid_ones_are_answered_as_alone(serve
 
     alone = send(sample(folder)).json()
     batches_before, requests_before = batches(served.url("metrics_address"), model)
-    poison = b"\xff\xfe\xfd not an input \xff"
+    poison = b"\xfd\xfe\xff not an input \xff"
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(send, [sample(folder), poison] * 32))
     batches_after, requests_after = batches(served.url("metrics_address"), model)

@@ -39,6 +39,13 @@ def test_base64_whose_plus_signs_a_form_has_replaced_by_blanks_is_decoded():
     assert binary(b"data:image/png;base64," + encoded.replace(b"+", b" ")) == FILE
 
 
+@pytest.mark.parametrize("file", [b"\xf8" + bytes(range(31)) + b"\x3e", bytes(range(32)) + b"\x3e"])
+def test_base64_that_begins_or_ends_with_a_blank_for_a_plus_sign_keeps_every_byte(file: bytes):
+    encoded = base64.b64encode(file)
+    assert b"+" in encoded[:1] + encoded[-1:]
+    assert binary(encoded.replace(b"+", b" ")) == file
+
+
 @given(st.binary())
 def test_bytes_are_returned_unchanged(content: bytes):
     file = b"\x89PNG" + content

@@ -39,7 +39,7 @@ def written(folder: Path, name: str, content: str | bytes | object) -> Path:
         ("l.txt", "cat\r\ndog\r\nbird\r\n\r\n"),
         ("classes.names", "\ufeffcat\ndog\nbird"),
         ("l.txt", "cat\ndog\nbird".encode("utf-16")),
-        ("l.txt", "0 cat\n1 dog\n2 bird\n"),
+        ("l.txt", "0  cat\n1\tdog\n2= bird\n"),
         ("l.txt", "0: cat\n1: dog\n2: bird\n"),
         ("l.csv", "cat\ndog\nbird"),
         ("l.csv", "label\ncat\ndog\nbird"),
@@ -62,6 +62,7 @@ def test_labels_of_a_usual_file_are_read(tmp_path: Path, name: str, content):
         ("l.json", {"0": 5, "1": 7}, ["5", "7"]),
         ("l.json", ["größe", "残高"], ["größe", "残高"]),
         ("l.txt", "7 up\n8 up", ["7 up", "8 up"]),  # no indices: they do not count from 0
+        ("l.txt", "0 people\n1 person\n2 people", ["0 people", "1 person", "2 people"]),  # one blank is no separator
         ("l.txt", "tench, Tinca tinca\ngoldfish", ["tench, Tinca tinca", "goldfish"]),
         ("l.csv", '"crane, bird",0\n"crane, machine",1', ["crane, bird", "crane, machine"]),
         ("l.json", ["crane", "crane"], ["crane", "crane"]),  # ImageNet has two
@@ -90,6 +91,7 @@ def test_labels_are_kept_as_they_are_written(tmp_path: Path, name: str, content,
         ("l.txt", "", "must be a list of labels"),
         ("l.txt", "größe".encode("latin-1"), r"is not UTF-8 \(byte 2\). Save it in UTF-8"),
         ("l.csv", "cat,1\ndog,2", "neither has the class indices 0 to 1"),
+        ("l.csv", "0,cat\n0,dog", "neither has the class indices 0 to 1"),
         ("l.csv", "a,b,c\nd,e,f", "must have one column"),
         ("l.yaml", "names: [", "is not valid YAML"),
     ],

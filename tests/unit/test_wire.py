@@ -4,6 +4,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -177,6 +178,15 @@ def test_field_that_is_sent_several_times_has_all_of_its_values():
     [(_, [row], _)] = read(content, 100)
     assert row == {"data": ["a", bytearray(b"b"), bytearray()], "top_k": bytearray(b"1")}
     assert isinstance(row["data"], Repeated)
+
+
+def test_field_that_is_sent_very_often_is_read_in_time():
+    """A small compressed form can have millions of fields."""
+    start = time.process_time()
+    values: object = b""
+    for _ in range(100_000):
+        values = Repeated.added(values, b"")
+    assert (len(values), time.process_time() - start < 5) == (100_001, True)
 
 
 @pytest.mark.parametrize("text", [b'{"a": NaN}', b'{"a": 1e999}', b'{"a": 1, "a": 2}'])

@@ -5,6 +5,7 @@ import groovyjarjarasm.asm.tree.MethodNode;
 import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.QueryStringDecoder;
 import java.util.List;
+import org.pytorch.serve.http.BadRequestException;
 
 /**
  * The query of a prediction (`?top_k=1`) reaches the handler, as the header `bundle-query`.
@@ -39,7 +40,11 @@ public final class Query implements Patch {
         request.headers().remove(HEADER);
         int start = request.uri().indexOf('?') + 1;
         if (passed == null && start > 0 && start < request.uri().length()) {
-            request.headers().set(HEADER, request.uri().substring(start));
+            try {
+                request.headers().set(HEADER, request.uri().substring(start));
+            } catch (IllegalArgumentException error) {
+                throw new BadRequestException("The query has a control character. Percent-encode it.");
+            }
         }
     }
 }
