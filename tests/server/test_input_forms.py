@@ -4,6 +4,8 @@ import base64
 import gzip
 import io
 import json
+import socket
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -110,3 +112,13 @@ def test_file_in_a_format_that_cannot_be_read_is_named(served):
 def test_answer_is_utf8(served):
     answer = post(served, "predictions/text", json={"größe": 1})
     assert "größe".encode() in answer.content
+
+
+def test_control_character_in_the_query_is_rejected(served):
+    address = urlsplit(served.client.inference)
+    head = b"POST /predictions/text?top_k=\0 HTTP/1.0\r\nContent-Length: 5\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.sendall(head + b"hello")
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ") or answer.startswith(b"HTTP/1.0 400 "), answer
+    assert b"The query has a control character." in answer
