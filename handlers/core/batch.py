@@ -62,6 +62,7 @@ class BatchHandler(BaseHandler):
     Options: type[inputs.Options] = inputs.Options
     ExplainOptions: type[inputs.Options] | None = None  # of /explanations; None: those of predictions
     model: Any  # a torch.jit.ScriptModule, or a `Replayed` one
+    staging = Staging(torch.device("cpu"))  # until `initialize`: an archive is built with `collate` alone
 
     def __init__(self):
         super().__init__()
