@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
@@ -205,3 +207,14 @@ def test_requests_are_lost_without_the_patches(unpatched: Bare, pool):
         with pytest.raises(requests.ReadTimeout):
             future.result()
     unpatched.restore("one")
+
+
+def test_requests_that_do_not_wait_for_the_answer_before_are_all_answered(patched: Bare):
+    """TorchServe takes the id of a second request away when it answers the first one, and then forgets the second."""
+    request = b"POST /predictions/one HTTP/1.1\r\nHost: x\r\n%sContent-Length: 1\r\n\r\nx"
+    sent = request % b"" + request % b"Connection: close\r\n"
+    address = urlsplit(patched.inference)
+    for _ in range(1500):
+        with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+            connection.sendall(sent)
+            assert connection.makefile("rb").read().count(b"HTTP/1.1 200") == 2

@@ -2,6 +2,7 @@ package bundle.frontend;
 
 import groovyjarjarasm.asm.tree.ClassNode;
 import groovyjarjarasm.asm.tree.MethodNode;
+import io.netty.channel.Channel;
 import java.util.ArrayList;
 import java.util.Collections;
 import java.util.HashMap;
@@ -9,6 +10,7 @@ import java.util.IdentityHashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.Set;
+import java.util.UUID;
 import java.util.WeakHashMap;
 import java.util.concurrent.ArrayBlockingQueue;
 import java.util.concurrent.CompletableFuture;
@@ -16,6 +18,7 @@ import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.ExecutionException;
 import java.util.concurrent.TimeUnit;
 import org.pytorch.serve.job.Job;
+import org.pytorch.serve.util.NettyUtils;
 import org.pytorch.serve.util.messages.BaseModelRequest;
 import org.pytorch.serve.util.messages.ModelInferenceRequest;
 import org.pytorch.serve.util.messages.RequestInput;
@@ -33,8 +36,9 @@ import org.slf4j.LoggerFactory;
 /**
  * No request is lost when a worker ends.
  *
- * <p>TorchServe forgets the requests that a worker's thread has collected and not yet sent, and those in the queue of a
- * model that loses its last worker. With this patch:
+ * <p>TorchServe forgets the requests that a worker's thread has collected and not yet sent, those in the queue of a
+ * model that loses its last worker, and some of those that a client sends before it has the answer to the one before.
+ * With this patch:
  *
  * <ul>
  *   <li>The requests of a worker that ends, collected or inside it, go back to the front of the queue, once.
@@ -66,7 +70,8 @@ public final class Lost implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(WORKER, "org/pytorch/serve/wlm/ModelManager", MODEL, Code.REST_JOB, AGGREGATOR);
+        String manager = "org/pytorch/serve/wlm/ModelManager";
+        return List.of(WORKER, manager, MODEL, Code.REST_JOB, AGGREGATOR, Code.REQUEST_PARSER);
     }
 
     @Override
@@ -78,6 +83,12 @@ public final class Lost implements Patch {
         if (code.name.equals(Code.REST_JOB)) {
             Code.requireField(code, Answers.CLIENT);
             Code.requireField(code, Answers.STREAMS);
+            return;
+        }
+        if (code.name.equals(Code.REQUEST_PARSER)) {
+            MethodNode parse = Code.method(code, "parseRequest", Code.PARSE_REQUEST);
+            String id = "(Lio/netty/channel/Channel;)Ljava/lang/String;";
+            Code.redirectAll(parse, "org/pytorch/serve/util/NettyUtils", "getRequestId", id, Lost.class, "id", false);
             return;
         }
         if (code.name.equals(AGGREGATOR)) {
@@ -120,6 +131,18 @@ public final class Lost implements Patch {
         Code.redirectAll(run, WORKER, "isHealthy", "()Z", Lost.class, "isHealthy", false);
         // the worker's own thread does this, too; both at once raise ConcurrentModificationException
         Code.redirectAll(shutdown, AGGREGATOR, "sendError", error, Lost.class, "leave", false);
+    }
+
+    /**
+     * Return the id of the request that a connection has just sent.
+     *
+     * <p>TorchServe keeps one id for a connection, and removes it when an answer is sent. If the client does not wait
+     * for one answer before it sends the next request (pipelining), this may be the next one's. A request without an
+     * id is never sent to its worker, which then waits for the answer.
+     */
+    public static String id(Channel client) {
+        String id = NettyUtils.getRequestId(client);
+        return id == null ? UUID.randomUUID().toString() : id;
     }
 
     /** Return a request's kind, to decide whether it shares a batch: TorchServe leaves descriptions alone. */
