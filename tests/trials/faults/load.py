@@ -103,9 +103,20 @@ def overload(stack: Stack, seconds: float) -> Outcome:
 def overloaded(url: str, body: bytes, expected: str, seconds: float) -> Outcome:
     """Send three times as many requests as are answered, each with this body.
 
+    If only latencies are too long, it is repeated once: other work on the machine may have caused them.
+
     Args:
         expected: text that every correct answer contains.
     """
+    first = overloaded_once(url, body, expected, seconds)
+    if not first.broken or not all("p99" in limit for limit in first.broken):
+        return first
+    second = overloaded_once(url, body, expected, seconds)
+    second.notes.append(f"the attempt before it: {first.notes[-1]}")
+    return second
+
+
+def overloaded_once(url: str, body: bytes, expected: str, seconds: float) -> Outcome:
     answers = closed_loop(url, body, 16, seconds + 2, expected)
     rate = sum(answer.right for answer in answers) / (seconds + 2)
     with PoissonTraffic(url, body, expected, 0.5 * rate) as calm:
