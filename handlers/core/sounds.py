@@ -17,8 +17,6 @@ from handlers.core.signatures import describe_format
 from handlers.core.sound_repair import repaired
 
 PLAIN_WAV = struct.Struct("<4sI4s4sIHHIIHH4sI")  # of a file with the chunks `fmt ` and `data`, and no other
-
-
 READABLE = ("a WAV sound", "a FLAC sound", "an Ogg file", "an MP3 sound")  # signatures.py
 
 

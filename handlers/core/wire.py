@@ -1,9 +1,9 @@
 """Read the requests from the frontend's socket: a batch in one pass over what one system call received.
 
-For every length and every value, TorchServe's worker makes a system call and creates several objects. It then builds
-the rows and headers of the batch from these objects. With a small model, reading takes a fifth of a worker's time
-(BENCHMARKS.md). TorchServe also keeps only the last value of a form field that is sent several times; here, the row has
-all of them. This module replaces functions only if TorchServe's source files are the expected ones.
+TorchServe's worker makes a system call for every length and every value, and builds the batch from many small objects.
+With a small model, reading takes a fifth of a worker's time (BENCHMARKS.md). TorchServe also keeps only the last value
+of a form field that is sent several times; here, the row has all of them. This module replaces functions only if
+TorchServe's source files are the expected ones.
 """
 
 import hashlib

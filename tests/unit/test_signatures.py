@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from handlers.core import images, sounds
 from handlers.core.errors import RequestError, UndecodableImage
 from handlers.core.images import FORMATS, ImageLimits, open_image
-from handlers.core.signatures import format_name
+from handlers.core.signatures import SIGNATURES, format_name
 from handlers.core.texts import read_text
 from tests.unit.inputs import encode_image, encode_sound, tone_burst
 
@@ -115,3 +116,8 @@ def test_name_of_any_file_is_found_or_empty(content: bytes):
 
 def test_base64_within_base64_is_no_format():
     assert format_name(base64.b64encode(encode_image(PICTURE, "PNG"))) == ""
+
+
+def test_formats_that_are_read_have_a_signature():
+    names = {name for name, _ in SIGNATURES}
+    assert names.issuperset(images.READABLE + sounds.READABLE)
