@@ -58,7 +58,7 @@ def serve(models: Models = None, timeout: Annotated[float, Timeout] = 300) -> No
             client = running.client()
             missing = [folder.name for folder in folders if bring_back(server, client, folder, timeout, note)]
             wait_until_serving(server, running, folders, timeout)
-            changed = f"{', '.join(missing)} is served again" if missing else "nothing has changed"
+            changed = f"served again: {', '.join(missing)}" if missing else "nothing has changed"
             console.print(f"Already served by PID {running.pid}; {changed}.")
     console.print("\nTry:")
     for line in curl_lines(running.client(), folders):

@@ -11,9 +11,7 @@ from bundle.errors import BundleError
 
 SECONDS = 30  # timeout of one request
 CA_FILE = "CA_FILE"  # names the only authorities to trust; by default, these are the public ones
-UNKNOWN_AUTHORITY = range(
-    18, 22
-)  # OpenSSL's codes of a certificate, or an authority, that is not among the trusted ones
+UNKNOWN_AUTHORITY = range(18, 22)  # OpenSSL's codes: the certificate or its authority is not a trusted one
 
 
 class Untrusted(BundleError, requests.RequestException):

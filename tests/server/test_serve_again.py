@@ -57,7 +57,7 @@ def test_serve_brings_back_what_management_took(served: Place, restored, take, s
     again = served.bundle("serve", *SHIPPED)
     assert again.returncode == 0, again.stderr
     assert said in again.stderr
-    assert "mnist is served again" in again.stdout
+    assert "served again: mnist" in again.stdout
     assert answers(served)
     assert served.client.workers("mnist").ready == WORKERS
     assert served.record() == record
