@@ -155,7 +155,7 @@ class ModelAPI:
         if not verb:
             content[JSON] |= self.example("answer")
         if issubclass(options, PictureOptions):
-            content["image/png"] = {"schema": FILE}
+            content["image/png"] = {"schema": FILE | {"contentMediaType": "image/png"}}
         return {
             "operationId": f"{'explain' if verb else 'predict'}_{name}",
             "summary": f"{'Explain the answer of' if verb else 'Ask'} the model {name}.",

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from openapi_spec_validator import validate
+from pydantic import TypeAdapter
 
 from bundle import mar, openapi
 from bundle.build.archive import archive, fingerprint
@@ -19,7 +21,8 @@ from bundle.catalog import ModelFolder, select
 from bundle.cli.app import app
 from bundle.errors import BundleError
 from bundle.paths import FRONTEND, ROOT
-from handlers.core import errors
+from handlers.core import answers, errors
+from handlers.core import boxes as boxes_of_images
 from handlers.core.errors import RequestError
 from handlers.core.request import RequestReader
 from tests import programs
@@ -236,6 +239,21 @@ def test_answers_of_a_handler_that_declares_no_type_are_any_json(boxes: Path):
     assert status == 200
     check(document, "boxes-Answer", answer)
     assert document["components"]["examples"] == {}  # it has no sample
+
+
+def test_detections_with_masks_and_keypoints_are_of_their_type():
+    row = {
+        "boxes": torch.tensor([[1.0, 2.0, 5.0, 6.0]]),
+        "scores": torch.tensor([0.9]),
+        "labels": torch.tensor([0]),
+        "masks": torch.ones(1, 8, 8, dtype=torch.uint8),
+        "keypoints": torch.tensor([[[2.0, 3.0, 1.0], [4.0, 5.0, 1.0]]]),
+        "keypoints_scores": torch.tensor([[0.5, 0.25]]),
+    }
+    found = boxes_of_images.describe(row, boxes_of_images.Placement((8, 8), (1.0, 1.0)), ["cell"])
+    assert {"mask", "keypoints"} <= found[0].keys()
+    assert TypeAdapter(list[answers.Detection]).validate_python(found, strict=True) == found
+    check(document_of("cells"), "cells-Answer", {"detections": found})
 
 
 def test_error_of_a_request_is_of_its_response(price: Path):
