@@ -12,6 +12,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from bundle import openapi, samples
 from bundle.build.dryrun import DryRun
+from bundle.build.imports import importable
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.openapi import JSON
@@ -93,9 +94,10 @@ class ModelAPI:
         prefix = self.reference("")["$ref"]
         adapters: list[Any] = []
         try:
-            for name, declared in types.items():
-                mode = "serialization" if name.endswith("Answer") else "validation"
-                adapters.append((name, mode, TypeAdapter(declared)))
+            with importable(type(handler)):
+                for name, declared in types.items():
+                    mode = "serialization" if name.endswith("Answer") else "validation"
+                    adapters.append((name, mode, TypeAdapter(declared)))
             found, rest = TypeAdapter.json_schemas(
                 adapters, ref_template=f"{prefix}{{model}}", schema_generator=Untitled
             )
@@ -188,8 +190,13 @@ class ModelAPI:
         }
         kind = self.kinds[self.only_input] if self.only_input else None
         for media_type in RAW.get(kind.name, (OCTETS,)) if kind else ():
-            bodies[media_type] = {"schema": TEXT if kind and kind.name == "text" else FILE}
+            bodies[media_type] = self.raw_text() if kind and kind.name == "text" else {"schema": FILE}
         return bodies
+
+    def raw_text(self) -> dict:
+        """Return the media type of a text that is the whole body."""
+        request = self.examples.get(self.key("request"), {}).get("value", {})
+        return {"schema": TEXT} | ({"example": request[self.only_input]} if self.only_input in request else {})
 
     def summary(self) -> str:
         """Return the first line of the handler's file, which says what the handler does."""
@@ -232,7 +239,9 @@ class ModelAPI:
         """
         problem = ""
         try:
-            if TypeAdapter(self.handler.Answer).validate_python(answer, strict=True) != answer:
+            with importable(type(self.handler)):
+                adapter: TypeAdapter = TypeAdapter(self.handler.Answer)
+            if adapter.validate_python(answer, strict=True) != answer:
                 problem = "it has fields that are not declared"
         except ValidationError as exc:
             first = exc.errors(include_url=False)[0]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,6 +149,16 @@ def test_answer_type_without_a_schema_is_rejected(declared: str, message: str, t
         ModelAPI(folder, load_handler(folder))
 
 
+def test_answer_type_with_annotations_that_are_strings_is_described(tmp_path: Path):
+    changes = {"import torch\n": "from __future__ import annotations\n\nimport torch\n", "price: float": "price: Price"}
+    changes |= {"class PriceHandler": "Price = float\n\n\nclass PriceHandler"}
+    folder = copied("price", tmp_path, **changes)
+    before = set(sys.modules)
+    document = ModelAPI(folder, load_handler(folder)).document()
+    assert document["components"]["schemas"]["price-Answer"]["properties"] == {"price": {"type": "number"}}
+    assert not [name for name in set(sys.modules) - before if "price" in name]
+
+
 # --- requests ------------------------------------------------------------------------------------------------------
 
 HOUSE = {"rooms": 3, "area": 70.5}
@@ -174,6 +185,7 @@ HOUSE = {"rooms": 3, "area": 70.5}
         ("boxes", {"instances": ["iVBORw0KGgo=", {"data": "iVBORw0KGgo="}]}),
         ("text", {"data": "hello", "top_k": 2}),
         ("text", {"data": "hello", "top_k": 0}),
+        ("text", {"data": "hello", "top_k": None}),
         ("text", {"data": "hello", "top_k": 1.5}),
         ("text", {"instances": ["hello", {"text": "hello"}]}),
         ("membrane", {"data": "iVBORw0KGgo=", "format": "png", "overlay": True}),
@@ -268,6 +280,13 @@ def test_error_of_a_request_is_of_its_response(price: Path):
         assert not jsonschema.Draft202012Validator(schema).is_valid(body | {"type": "AnotherError"})
 
 
+def test_text_model_has_its_sample_as_the_raw_body():
+    [folder] = select(["text"])
+    document = ModelAPI(folder, load_handler(folder)).document(answer={"top_k": []})
+    body = document["paths"]["/predictions/text"]["post"]["requestBody"]["content"]["text/plain"]
+    assert body["example"] == folder.sample_file.read_text()
+
+
 @pytest.mark.parametrize(
     ("declared", "problem"),
     [
@@ -314,7 +333,7 @@ def test_fingerprint_with_a_changed_sample_changes(tmp_path: Path):
     assert fingerprint(folder) != before
 
 
-def test_archive_of_a_handler_that_is_no_batch_handler_has_no_document(tmp_path: Path):
+def test_archive_of_a_handler_that_is_no_batch_handler_has_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = copied("price", tmp_path)
     (folder.path / "handler.py").write_text(
         "from ts.torch_handler.base_handler import BaseHandler\n\n\nclass PlainHandler(BaseHandler):\n    pass\n"
@@ -324,6 +343,12 @@ def test_archive_of_a_handler_that_is_no_batch_handler_has_no_document(tmp_path:
     built = archive(ModelFolder(folder.path), tmp_path / "store").path
     assert openapi.NAME not in mar.names(built)
     assert openapi.read(built) is None
+    monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("BUNDLE_MODELS", str(tmp_path))
+    ended = programs.run(app, "openapi")
+    assert ended.status == 0, ended.stderr
+    assert json.loads(ended.stdout)["paths"].keys() == {"/ping"}
+    assert "price is left out: its handler does not declare what it accepts" in ended.stderr
 
 
 @pytest.mark.slow
