@@ -86,6 +86,9 @@ class DetectionHandler(ExplainedHandler):
             raise InvalidOption(f"max_detections must be between 1 and {self.settings.max_detections}.")
         return request
 
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        return super().option_limits(labels) | {"max_detections": {"maximum": self.settings.max_detections}}
+
     def decode(self, inputs: Inputs) -> Sample:
         """Decode an image file into pixels, uint8 [3, H, W]; `info` is its `Placement` and the file."""
         raw = self.settings.format == "torchvision"

@@ -42,6 +42,9 @@ class MNISTHandler(ExplainedClassifier):
         """Decode an image file into pixels as in MNIST, uint8 [1, 28, 28]; `info` is their place in the image."""
         return Sample(*read_digit(inputs.data, self.settings))
 
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        return super().option_limits(labels) | {"top_k": {"const": TOP_K}}
+
     def check_top_k(self, top_k: int) -> None:
         if top_k != TOP_K:
             raise InvalidOption(f"top_k must be {TOP_K}: this model always returns its {TOP_K} most probable classes.")

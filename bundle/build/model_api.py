@@ -12,6 +12,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from bundle import openapi, samples
 from bundle.build.dryrun import DryRun
+from bundle.build.handler import labels
 from bundle.build.imports import importable
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
@@ -20,6 +21,7 @@ from bundle.paths import relative
 from handlers.core import inputs
 from handlers.core.batch import BatchHandler
 from handlers.core.inputs import Kind, PictureOptions, kind_of
+from handlers.core.labelled import LabelledHandler
 from handlers.core.request import INSTANCES, URLENCODED
 
 MULTIPART = "multipart/form-data"
@@ -56,6 +58,9 @@ class ModelAPI:
         self.only_input = next(iter(self.kinds)) if len(self.kinds) == 1 else None
         self.explained = type(handler).explain is not BatchHandler.explain
         self.explain_options = handler.ExplainOptions or handler.Options
+        self.limits = (
+            handler.option_limits(labels(folder, handler) or []) if isinstance(handler, LabelledHandler) else {}
+        )
         self.schemas: dict[str, dict] = {}
         self.examples: dict[str, dict] = {}
         self.declared = self.declared_schemas()
@@ -121,9 +126,13 @@ class ModelAPI:
         return {name: value_schema(kind, declared[name]) for name, kind in self.kinds.items()}
 
     def option_fields(self, verb: str) -> dict[str, dict]:
-        """Return the schema of each option."""
+        """Return the schema of each option. One with limits is a component, because labels may be thousands."""
         declared = self.declared[f"{verb}Options"].get("properties", {})
-        return {name: without_null(schema) for name, schema in declared.items()}
+        fields = {name: without_null(schema) for name, schema in declared.items()}
+        for name in [each for each in fields if each in self.limits]:
+            self.schemas[self.key(name)] = fields[name] | self.limits[name]
+            fields[name] = self.reference(name)
+        return fields
 
     def instances(self) -> dict:
         """Return the schema of `instances`: objects or, of a model with one input, its values."""

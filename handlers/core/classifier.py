@@ -37,6 +37,9 @@ class ClassifierHandler(LabelledHandler):
             self.check_top_k(request.options.top_k)
         return request
 
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        return super().option_limits(labels) | {"top_k": {"maximum": len(labels)}}
+
     def check_top_k(self, top_k: int) -> None:
         """Check the number of classes that a request asks for.
 

@@ -191,6 +191,10 @@ class ExplainedHandler(LabelledHandler):
             self.class_index(request.options.target)
         return request
 
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        index = {"type": "integer", "minimum": 0, "maximum": len(labels) - 1}
+        return super().option_limits(labels) | {"target": {"anyOf": [{"enum": labels}, index]}}
+
     def class_index(self, target: int | str) -> int:
         """Return the class that the option `target` means.
 

@@ -217,6 +217,24 @@ def reads(reader: RequestReader, body: dict) -> bool:
         return False
 
 
+@pytest.mark.parametrize(
+    ("model", "verb", "option", "accepted", "refused"),
+    [
+        ("mnist", "Request", "top_k", [3], [1, 11]),
+        ("image", "Request", "top_k", [1, 10], [0, 11]),
+        ("cells", "Request", "max_detections", [1, 100], [101]),
+        ("cells", "ExplainRequest", "target", ["RBC", 0, 2], [3, -1, "car"]),
+    ],
+)
+def test_options_are_limited_by_settings_and_labels(model: str, verb: str, option: str, accepted: list, refused: list):
+    document = document_of(model)
+    for value in accepted:
+        check(document, f"{model}-{verb}", {"data": "iVBORw0KGgo=", option: value})
+    for value in refused:
+        with pytest.raises(jsonschema.ValidationError):
+            check(document, f"{model}-{verb}", {"data": "iVBORw0KGgo=", option: value})
+
+
 # --- answers and errors --------------------------------------------------------------------------------------------
 
 
