@@ -91,6 +91,12 @@ def rewrite(source: Path, target: Path, members: Mapping[str, bytes | None]) -> 
     return target
 
 
+def append(archive: Path, name: str, content: bytes) -> None:
+    """Add a member to an archive that has none of this name."""
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(name, content)
+
+
 def contents(archive: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the content of each member."""
     with opened(archive) as file:

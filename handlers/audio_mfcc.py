@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from handlers.core import inputs
+from handlers.core import answers, inputs
 from handlers.core.batch import Sample
 from handlers.core.curves import explainable_sound
 from handlers.core.explain import Explainable, ExplainedClassifier
@@ -27,6 +27,8 @@ class AudioMFCCHandler(ExplainedClassifier):
 
     class Inputs(inputs.Inputs):
         data: Sound
+
+    ExplainAnswer = answers.SoundExplanation
 
     def decode(self, inputs: Inputs) -> Sample:
         """Decode a sound file into a waveform, float32 [window]; `info` is its start in the clip, in seconds."""

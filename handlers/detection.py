@@ -8,8 +8,9 @@ import numpy
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from handlers.core import boxes, boxes_explained, inputs, settings
+from handlers.core import answers, boxes, boxes_explained, inputs, settings
 from handlers.core.batch import Sample
 from handlers.core.boxes import Detections, Format, Placement
 from handlers.core.errors import InvalidOption, NonFiniteOutput
@@ -59,8 +60,15 @@ class DetectionHandler(ExplainedHandler):
         data: Image
 
     class Options(inputs.PictureOptions):
-        score_threshold: Share | None = None
-        max_detections: PositiveInt | None = None
+        score_threshold: Annotated[Share | None, Field(description="The lowest score of a detection.")] = None
+        max_detections: Annotated[PositiveInt | None, Field(description="The most detections of the answer.")] = None
+
+    class Answer(TypedDict):
+        """The objects in the image, best first."""
+
+        detections: list[answers.Detection]
+
+    ExplainAnswer = answers.ImageExplanation
 
     settings: Settings
     least_score = boxes.MIN_SCORE
@@ -77,6 +85,9 @@ class DetectionHandler(ExplainedHandler):
         if asked is not None and asked > self.settings.max_detections:
             raise InvalidOption(f"max_detections must be between 1 and {self.settings.max_detections}.")
         return request
+
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        return super().option_limits(labels) | {"max_detections": {"maximum": self.settings.max_detections}}
 
     def decode(self, inputs: Inputs) -> Sample:
         """Decode an image file into pixels, uint8 [3, H, W]; `info` is its `Placement` and the file."""

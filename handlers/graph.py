@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from handlers.core import inputs
+from handlers.core import answers, inputs
 from handlers.core.batch import Sample
 from handlers.core.errors import GraphTooLarge
 from handlers.core.explain import Explainable, ExplainedClassifier
@@ -29,6 +29,8 @@ class GraphHandler(ExplainedClassifier):
 
     class Inputs(inputs.Inputs):
         data: Graph
+
+    ExplainAnswer = answers.GraphExplanation
 
     def decode(self, inputs: Inputs) -> Sample:
         return Sample(graph_tensors(inputs.data, self.settings))

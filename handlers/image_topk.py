@@ -8,7 +8,7 @@ from PIL import Image as PillowImage
 from pydantic import Field
 from torch import Tensor
 
-from handlers.core import inputs
+from handlers.core import answers, inputs
 from handlers.core.batch import Sample
 from handlers.core.errors import ImageTooLarge
 from handlers.core.explain import Explainable, ExplainedClassifier
@@ -32,6 +32,8 @@ class ImageTopKHandler(ExplainedClassifier):
 
     class Inputs(inputs.Inputs):
         data: Image
+
+    ExplainAnswer = answers.ImageExplanation
 
     def decode(self, inputs: Inputs) -> Sample:
         """Decode an image file into pixels, uint8 [channels, crop, crop]; `info` is their place in the image."""

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from handlers.core import inputs, topk
+from handlers.core import answers, inputs, topk
 from handlers.core.batch import Sample
 from handlers.core.digits import SIDE, read_digit
 from handlers.core.errors import InvalidOption
@@ -18,7 +19,7 @@ TOP_K = 3
 class MNISTHandler(ExplainedClassifier):
     """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises itself) -> logits [N, 10].
 
-    The answer is {"top_3_classes": [...], "top_3_probabilities": [...]}.
+    The answer has its own names, which clients of TorchServe's MNIST example know.
     """
 
     class Settings(ExplainedClassifier.Settings, ImageLimits):
@@ -29,9 +30,20 @@ class MNISTHandler(ExplainedClassifier):
     class Inputs(inputs.Inputs):
         data: Image
 
+    class Answer(TypedDict):
+        """The most probable classes, best first, and their probabilities."""
+
+        top_3_classes: list[int]
+        top_3_probabilities: list[float]
+
+    ExplainAnswer = answers.ImageExplanation
+
     def decode(self, inputs: Inputs) -> Sample:
         """Decode an image file into pixels as in MNIST, uint8 [1, 28, 28]; `info` is their place in the image."""
         return Sample(*read_digit(inputs.data, self.settings))
+
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        return super().option_limits(labels) | {"top_k": {"const": TOP_K}}
 
     def check_top_k(self, top_k: int) -> None:
         if top_k != TOP_K:

@@ -4,10 +4,10 @@ import re
 from typing import Any, NamedTuple, cast
 
 import torch
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 from torch import Tensor
 
-from handlers.core import inputs
+from handlers.core import answers, inputs
 from handlers.core.batch import Sample
 from handlers.core.curves import explainable_sound
 from handlers.core.digits import SIDE, read_digit
@@ -30,8 +30,6 @@ class MultimodalHandler(ExplainedClassifier):
     It takes images uint8 [N, 1, 28, 28] (as in MNIST), texts int64 [N, T] (the bytes of UTF-8, each plus one; 0 is
     padding), waveforms float32 [N, window] (mono, in [-1, 1]), and present bool [N, 3]. A missing input is zeros, which
     the model ignores because `present` is false. So requests with different inputs share one run of the model.
-
-    The answer is {"top_k": [...], "inputs": [the names of the inputs that were used]}.
     """
 
     class Settings(ExplainedClassifier.Settings, ImageLimits, SoundWindow, TextLimits):
@@ -47,6 +45,8 @@ class MultimodalHandler(ExplainedClassifier):
     settings: Settings
 
     class Inputs(inputs.Inputs):
+        model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [name]} for name in FIELDS]})
+
         image: Image | None = None
         text: Text | None = None
         audio: Sound | None = None
@@ -56,6 +56,13 @@ class MultimodalHandler(ExplainedClassifier):
             if self.image is None and self.text is None and self.audio is None:
                 raise ValueError("send at least one of the fields image, text and audio")
             return self
+
+    class Answer(answers.Ranking):
+        """The most probable classes, best first, and the names of the inputs that were used."""
+
+        inputs: list[str]
+
+    ExplainAnswer = answers.JointExplanation
 
     def decode(self, inputs: Inputs) -> Sample:
         """Decode the inputs that are there; the others become zeros, and false in `present`.

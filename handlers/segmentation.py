@@ -10,8 +10,9 @@ import torch
 from PIL import Image as PillowImage
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from handlers.core import device, inputs, masks, settings
+from handlers.core import answers, device, inputs, masks, settings
 from handlers.core.batch import Sample
 from handlers.core.errors import ImageTooLarge, InvalidOption, ServingError, input_too_large
 from handlers.core.explain import Explainable, ExplainedHandler
@@ -66,7 +67,16 @@ class SegmentationHandler(ExplainedHandler):
         data: Image
 
     class Options(inputs.PictureOptions):
-        overlay: bool = False  # with format=png: the mask laid over the image
+        overlay: Annotated[bool, Field(description="With format=png: the mask laid over the image.")] = False
+
+    class Answer(TypedDict):
+        """The classes in the image, the largest first, and the class index of each pixel."""
+
+        classes: list[answers.SegmentedClass]
+        mask: answers.Base64PNG
+        size: Annotated[list[int], Field(min_length=2, max_length=2, description="width and height")]
+
+    ExplainAnswer = answers.ImageExplanation
 
     class Info(NamedTuple):
         """What stays with a request: the image's original size, its size at the model's scale, and its file."""

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from handlers.core import inputs
+from handlers.core import answers, inputs
 from handlers.core.batch import Sample
 from handlers.core.errors import EmptyInput
 from handlers.core.explain import Explainable, ExplainedClassifier
@@ -44,6 +44,8 @@ class TextHandler(ExplainedClassifier):
 
     class Inputs(inputs.Inputs):
         data: Text
+
+    ExplainAnswer = answers.TextExplanation
 
     def load_assets(self, folder: Path) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own would compete with other workers

@@ -75,8 +75,7 @@ def fingerprint(folder: ModelFolder) -> str:
     """Return a digest of everything that decides the archive's content: the folder, the handlers, the build's code."""
     ours = [HANDLER_REQUIREMENTS, HANDLERS / "__init__.py", *(HANDLERS / "core").glob("*.py"), MODELS / "weights.py"]
     ours += [file for builder in BUILDERS for file in builder.glob("*.py")]
-    not_archived = NOT_ARCHIVED | {folder.bundle.sample}
-    own = [file for file in folder.path.rglob("*") if file.is_file() and file.name not in not_archived]
+    own = [file for file in folder.path.rglob("*") if file.is_file() and file.name not in NOT_ARCHIVED]
     inputs = [(str(file.relative_to(ROOT)), file) for file in ours]
     # relative to the folder, because the digest must be the same wherever the folder lies
     inputs += [(str(file.relative_to(folder.path)), file) for file in own if "__pycache__" not in file.parts]

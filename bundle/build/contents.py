@@ -9,13 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+from ts.torch_handler.base_handler import BaseHandler
 
+from bundle import mar
 from bundle.build.export import export
 from bundle.build.handler import handler_settings, labels, load_handler
+from bundle.build.model_api import ModelAPI, answer_of
 from bundle.build.precision import drop_inaccurate_precisions, set_precision
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
 from bundle.errors import BundleError
+from bundle.openapi import NAME as OPENAPI_NAME
 from bundle.paths import HANDLER_REQUIREMENTS, HANDLERS
+from handlers.core.batch import BatchHandler
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ def build(folder: ModelFolder, temporary: Path) -> tuple[Path, list[str]]:
     Raises:
         BundleError: a part of the archive is missing or invalid.
     """
-    stage = gather(folder, temporary / "stage")
+    handler = load_handler(folder)
+    stage = gather(folder, handler, temporary / "stage")
     notes = []
     if folder.bundle.examples:
         in_float32 = replace(stage, config=temporary / CONFIG_NAME)
@@ -47,18 +53,43 @@ def build(folder: ModelFolder, temporary: Path) -> tuple[Path, list[str]]:
         set_precision(in_float32.config, "float32")
         plain = pack(folder, in_float32, temporary)
         notes = drop_inaccurate_precisions(folder, plain, stage.module, stage.extra, stage.config)
-    return pack(folder, stage, temporary), notes
+    packed = pack(folder, stage, temporary)
+    if isinstance(handler, BatchHandler):
+        notes += describe_api(folder, handler, packed)
+    return packed, notes
 
 
-def gather(folder: ModelFolder, target: Path) -> Stage:
+def describe_api(folder: ModelFolder, handler: BatchHandler, packed: Path) -> list[str]:
+    """Add the model's OpenAPI document to its archive, with the answer to the folder's sample as an example.
+
+    Returns:
+        a note, if the example is missing because the model does not answer.
+
+    Raises:
+        BundleError: the answer is not of the type that the handler declares.
+    """
+    api, answer, notes = ModelAPI(folder, handler), None, []
+    if folder.bundle.sample:
+        try:
+            answer = answer_of(packed, folder)
+        except BundleError as exc:
+            notes = [f"{OPENAPI_NAME} has no example of an answer. {exc}"]
+        else:
+            api.check_answer(answer)
+    mar.append(packed, OPENAPI_NAME, json.dumps(api.document(answer), ensure_ascii=False).encode())
+    return notes
+
+
+def gather(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> Stage:
     """Collect the parts of the folder's archive in the folder `target`."""
     stage = Stage(target / "model.pt", target / CONFIG_NAME, target / "extra")
-    handler = load_handler(folder)
     export(folder, handler, stage.module)
     shutil.copytree(HANDLERS / "core", stage.extra / "handlers" / "core", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HANDLERS / "__init__.py", stage.extra / "handlers")
     stage_config(folder, stage.config)
     for file in folder.extra_files:
+        if file.name == OPENAPI_NAME:
+            raise BundleError(f"{folder.name}: bundle: files: has {file.name}, which each archive has. Rename it.")
         shutil.copy(file, stage.extra)
     if names := labels(folder, handler):
         (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))

@@ -8,8 +8,10 @@ import io
 import json
 import struct
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import ModelLoaderFactory
 from ts.service import Service
@@ -33,6 +35,7 @@ class DryRun:
         archive: a .mar file.
         batch_size: the largest batch; by default, that of the archive's model-config.yaml.
         gpu: the index of the worker's GPU; by default, the worker has none.
+        settings: of the handler, in the place of those in the archive's model-config.yaml.
 
     Attributes:
         handler: the handler's instance.
@@ -41,10 +44,16 @@ class DryRun:
         Exception: the handler's `initialize` raised it.
     """
 
-    def __init__(self, archive: Path, batch_size: int | None = None, gpu: int | None = None):
+    def __init__(
+        self,
+        archive: Path,
+        batch_size: int | None = None,
+        gpu: int | None = None,
+        settings: Mapping[str, object] | None = None,
+    ):
         self.unpacked = tempfile.TemporaryDirectory(prefix=f"dryrun-{archive.stem}-")
         try:
-            self.service = self.load(archive, Path(self.unpacked.name), batch_size, gpu)
+            self.service = self.load(archive, Path(self.unpacked.name), batch_size, gpu, settings or {})
         except BaseException:
             self.close()
             raise
@@ -52,10 +61,15 @@ class DryRun:
         self.handler: BaseHandler = self.service._entry_point.__self__
 
     @staticmethod
-    def load(archive: Path, folder: Path, batch_size: int | None, gpu: int | None) -> Service:
+    def load(
+        archive: Path, folder: Path, batch_size: int | None, gpu: int | None, settings: Mapping[str, object]
+    ) -> Service:
         """Unpack the archive into the folder, and load the model."""
         mar.unpack(archive, folder)
         model, config = mar.manifest(archive), mar.config(archive)
+        if settings:
+            config["handler"] = {**(config.get("handler") or {}), **settings}
+            (folder / model["configFile"]).write_text(yaml.safe_dump(config))
         metrics = MetricsCacheYamlImpl(config_file_path=str(METRICS_CONFIG))
         metrics.initialize_cache()
         metrics.model_name = model["modelName"]

@@ -32,6 +32,25 @@ def import_file(name: str, file: Path) -> ModuleType:
 
 
 @contextmanager
+def importable(cls: type) -> Iterator[None]:
+    """Let pydantic find, in the block, the names in a class's module that `import_file` has imported.
+
+    It needs them for annotations that are strings, if it resolves them after the file's code has run.
+    """
+    name, before = cls.__module__, sys.modules.get(cls.__module__)
+    module = ModuleType(name)
+    for each in vars(cls).values():
+        vars(module).update(getattr(each, "__globals__", {}))
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        sys.modules.pop(name)
+        if before is not None:
+            sys.modules[name] = before
+
+
+@contextmanager
 def imports_from(paths: Iterable[Path]) -> Iterator[None]:
     """Make these modules and packages importable in the block, each by its file's name, as in a fresh worker.
 

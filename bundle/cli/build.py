@@ -158,6 +158,32 @@ def keygen(
     console.print(f"{private} signs archives: keep it secret. {public} checks them.", markup=False, soft_wrap=True)
 
 
+@app.command(
+    epilog="Examples: `bundle openapi > openapi.json` · `bundle openapi mnist text --url https://models.example`"
+)
+def openapi(
+    models: Models = None,
+    url: Annotated[str | None, typer.Option(help="Of the server. By default, that of config.properties.")] = None,
+) -> None:
+    """Print the OpenAPI document of models, from which other programs generate clients.
+
+    Each archive has the document of its model; archives that are out of date are built first.
+    """
+    import json
+
+    from bundle import catalog
+    from bundle import openapi as document
+    from bundle.server.process import Server
+
+    server, folders = Server(), catalog.select(models or [])
+    build(folders, server.store)
+    parts = {folder.name: document.read(server.archive(folder)) for folder in folders}
+    for name in [name for name, part in parts.items() if part is None]:
+        note(f"{name} is left out: its handler does not declare what it accepts")
+    merged = document.merge([part for part in parts.values() if part], url or server.settings.url("inference_address"))
+    typer.echo(json.dumps(merged, indent=1, ensure_ascii=False))
+
+
 @app.command(epilog="Examples: `bundle sbom` · `bundle sbom --output /tmp/sbom.json`")
 def sbom(
     output: Annotated[

@@ -61,6 +61,8 @@ class BatchHandler(BaseHandler):
     Inputs: type[inputs.Inputs] = inputs.Inputs
     Options: type[inputs.Options] = inputs.Options
     ExplainOptions: type[inputs.Options] | None = None  # of /explanations; None: those of predictions
+    Answer: Any = JsonValue  # the type of what `encode` returns, for the schema only; not that of a picture
+    ExplainAnswer: Any = JsonValue  # of what `explain` returns
     model: Any  # a torch.jit.ScriptModule, or a `Replayed` one
     staging = Staging(torch.device("cpu"))  # until `initialize`: an archive is built with `collate` alone
 

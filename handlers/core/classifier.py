@@ -1,11 +1,12 @@
 """Classifiers: the answer is a list of the most probable classes, with their labels."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from handlers.core import inputs, settings, topk
+from handlers.core import answers, inputs, settings, topk
 from handlers.core.errors import InvalidOption
 from handlers.core.labelled import LabelledHandler
 from handlers.core.outputs import Outputs, main_output
@@ -25,8 +26,9 @@ class ClassifierHandler(LabelledHandler):
         outputs: Literal["logits", "probabilities"] = "logits"  # what the model returns
 
     class Options(inputs.Options):
-        top_k: PositiveInt | None = None
+        top_k: Annotated[PositiveInt | None, Field(description="How many classes the answer has.")] = None
 
+    Answer = answers.Ranking
     settings: Settings
 
     def read(self, row: dict, headers: Mapping) -> Request:
@@ -34,6 +36,9 @@ class ClassifierHandler(LabelledHandler):
         if isinstance(request.options, ClassifierHandler.Options) and request.options.top_k is not None:
             self.check_top_k(request.options.top_k)
         return request
+
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        return super().option_limits(labels) | {"top_k": {"maximum": len(labels)}}
 
     def check_top_k(self, top_k: int) -> None:
         """Check the number of classes that a request asks for.

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor
 
-from handlers.core import admission, inputs
+from handlers.core import admission, answers, inputs
 from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import InvalidOption, NonFiniteOutput, UnsupportedOperation
 from handlers.core.labelled import LabelledHandler
@@ -38,11 +38,18 @@ Attributions = tuple[Tensor, ...]
 class ExplanationOptions(inputs.PictureOptions):
     """The options of a request for an explanation."""
 
-    method: str | None = None  # by default, the first of those that the model can do
-    # a class index or a label, which may be a number, too; by default, the predicted class
-    target: Annotated[str | int, Field(union_mode="left_to_right")] | None = None
-    n_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
-    n_samples: Annotated[int, Field(ge=1, le=1000)] | None = None
+    method: Annotated[str | None, Field(description="By default, the first that the model can do.")] = None
+    # a label may be a number, too
+    target: Annotated[
+        Annotated[str | int, Field(union_mode="left_to_right")] | None,
+        Field(description="A class index or a label. By default, the predicted class."),
+    ] = None
+    n_steps: Annotated[
+        Annotated[int, Field(ge=1, le=MOST_STEPS)] | None, Field(description="Steps of integrated gradients.")
+    ] = None
+    n_samples: Annotated[
+        Annotated[int, Field(ge=1, le=1000)] | None, Field(description="Samples of the methods that remove parts.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,7 @@ class ExplainedHandler(LabelledHandler):
     """
 
     ExplainOptions = ExplanationOptions
+    ExplainAnswer: Any = answers.Explanation
     least_score = -math.inf  # of a class that can be explained
 
     @abc.abstractmethod
@@ -182,6 +190,10 @@ class ExplainedHandler(LabelledHandler):
         if isinstance(request.options, ExplanationOptions) and request.options.target is not None:
             self.class_index(request.options.target)
         return request
+
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        index = {"type": "integer", "minimum": 0, "maximum": len(labels) - 1}
+        return super().option_limits(labels) | {"target": {"anyOf": [{"enum": labels}, index]}}
 
     def class_index(self, target: int | str) -> int:
         """Return the class that the option `target` means.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from handlers.core.errors import EmptyInput, InvalidBase64, RequestError
@@ -47,7 +47,7 @@ class Options(BaseModel):
 class PictureOptions(Options):
     """The options of a handler whose answer may be a picture. Only a request with a single sample may ask for one."""
 
-    format: Literal["json", "png"] = "json"
+    format: Annotated[Literal["json", "png"], Field(description="Of the answer: JSON, or a picture.")] = "json"
 
 
 STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")

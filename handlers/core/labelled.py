@@ -29,5 +29,13 @@ class LabelledHandler(BatchHandler):
         super().initialize(context)
         self.labels = [self.mapping[str(index)] for index in range(len(self.mapping))]
 
+    def option_limits(self, labels: list[str]) -> dict[str, dict]:
+        """Return how settings and labels limit the options, by name, in the words of JSON Schema; only for the schema.
+
+        Args:
+            labels: by class index. An archive is described before `labels` is loaded.
+        """
+        return {}
+
     def describe(self) -> dict:
         return {**super().describe(), "labels": self.mapping}

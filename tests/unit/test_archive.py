@@ -36,7 +36,7 @@ def test_archive_of_each_model_is_self_contained(model, tmp_path):
     found = contents(archive(source, store=tmp_path).path)
     core = {f"handlers/core/{file.name}" for file in (HANDLERS / "core").glob("*.py")}
     expected = {"model.pt", "index_to_name.json", "model-config.yaml", "requirements.txt", mar.MANIFEST}
-    expected.add("MAR-INF/SHA256SUMS")
+    expected |= {"MAR-INF/SHA256SUMS", "openapi.json"}
     expected |= core | {"handlers/__init__.py", f"{source.bundle.handler}.py", *source.bundle.files}
     assert set(found) == expected
     manifest = json.loads(found[mar.MANIFEST])["model"]

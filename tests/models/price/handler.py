@@ -3,6 +3,7 @@
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from handlers.core import inputs
 from handlers.core.batch import BatchHandler, Sample
@@ -18,6 +19,9 @@ class PriceHandler(BatchHandler):
             age: float = 0  # years
 
         data: House
+
+    class Answer(TypedDict):
+        price: float
 
     def decode(self, inputs: Inputs) -> Sample:
         house = inputs.data
