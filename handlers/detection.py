@@ -12,6 +12,7 @@ from torch import Tensor
 from handlers.core import boxes, boxes_explained, inputs, settings
 from handlers.core.batch import Sample
 from handlers.core.boxes import Detections, Format, Placement
+from handlers.core.declared import Column
 from handlers.core.errors import InvalidOption, NonFiniteOutput
 from handlers.core.explain import Explainable, ExplainedHandler
 from handlers.core.heatmaps import explainable_image
@@ -63,6 +64,12 @@ class DetectionHandler(ExplainedHandler):
         max_detections: PositiveInt | None = None
 
     settings: Settings
+    columns = (
+        Column("label", "BYTES", ("detections", "label")),
+        Column("class", "INT64", ("detections", "class")),
+        Column("score", "FP32", ("detections", "score")),
+        Column("box", "FP32", ("detections", "box"), (-1, 4)),
+    )
     least_score = boxes.MIN_SCORE
 
     def read(self, row: dict, headers: Mapping) -> Request:

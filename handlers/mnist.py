@@ -5,6 +5,7 @@ from torch import Tensor
 
 from handlers.core import inputs, topk
 from handlers.core.batch import Sample
+from handlers.core.declared import Column, TakesTensors, TensorInput
 from handlers.core.digits import SIDE, read_digit
 from handlers.core.errors import InvalidOption
 from handlers.core.explain import Explainable, ExplainedClassifier
@@ -15,7 +16,7 @@ from handlers.core.inputs import Image
 TOP_K = 3
 
 
-class MNISTHandler(ExplainedClassifier):
+class MNISTHandler(ExplainedClassifier, TakesTensors):
     """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises itself) -> logits [N, 10].
 
     The answer is {"top_3_classes": [...], "top_3_probabilities": [...]}.
@@ -25,6 +26,10 @@ class MNISTHandler(ExplainedClassifier):
         pass
 
     settings: Settings
+    columns = (
+        Column("top_3_classes", "INT64", ("top_3_classes",), (TOP_K,)),
+        Column("top_3_probabilities", "FP32", ("top_3_probabilities",), (TOP_K,)),
+    )
 
     class Inputs(inputs.Inputs):
         data: Image
@@ -32,6 +37,9 @@ class MNISTHandler(ExplainedClassifier):
     def decode(self, inputs: Inputs) -> Sample:
         """Decode an image file into pixels as in MNIST, uint8 [1, 28, 28]; `info` is their place in the image."""
         return Sample(*read_digit(inputs.data, self.settings))
+
+    def tensor_inputs(self) -> tuple[TensorInput, ...]:
+        return (TensorInput("pixels", "UINT8", (1, SIDE, SIDE)),)
 
     def check_top_k(self, top_k: int) -> None:
         if top_k != TOP_K:

@@ -45,6 +45,7 @@ class MultimodalHandler(ExplainedClassifier):
         start: float = 0.0  # s
 
     settings: Settings
+    columns = ExplainedClassifier.columns
 
     class Inputs(inputs.Inputs):
         image: Image | None = None

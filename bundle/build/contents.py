@@ -16,6 +16,8 @@ from bundle.build.precision import drop_inaccurate_precisions, set_precision
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import HANDLER_REQUIREMENTS, HANDLERS
+from handlers.core.batch import BatchHandler
+from handlers.core.declared import METADATA_NAME, metadata
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def gather(folder: ModelFolder, target: Path) -> Stage:
     stage_config(folder, stage.config)
     for file in folder.extra_files:
         shutil.copy(file, stage.extra)
+    if isinstance(handler, BatchHandler):
+        (stage.extra / METADATA_NAME).write_text(json.dumps(metadata(handler), indent=1))
     if names := labels(folder, handler):
         (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
     return stage

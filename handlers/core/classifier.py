@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from handlers.core import inputs, settings, topk
+from handlers.core.declared import Column
 from handlers.core.errors import InvalidOption
 from handlers.core.labelled import LabelledHandler
 from handlers.core.outputs import Outputs, main_output
@@ -28,6 +29,11 @@ class ClassifierHandler(LabelledHandler):
         top_k: PositiveInt | None = None
 
     settings: Settings
+    columns: tuple[Column, ...] = (
+        Column("label", "BYTES", ("top_k", "label")),
+        Column("class", "INT64", ("top_k", "class")),
+        Column("probability", "FP32", ("top_k", "probability")),
+    )
 
     def read(self, row: dict, headers: Mapping) -> Request:
         request = super().read(row, headers)
