@@ -3,6 +3,7 @@
 import base64
 import json
 import struct
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from bundle.build.dryrun import DryRun
 from handlers.audio_mfcc import AudioMFCCHandler
+from handlers.core.cache import AnswerCache
 from handlers.core.classifier import ClassifierHandler
 from handlers.core.declared import columns, metadata, tensor_inputs
+from handlers.core.errors import EmptyInput, InvalidBase64, UnsupportedInput
 from handlers.core.headers import Verb
 from handlers.core.open_inference import JSON_SIZE, PROTOCOL, OpenInferenceReader
 from handlers.core.slots import Picture
@@ -22,6 +25,7 @@ from handlers.core.tensor_data import from_binary
 from handlers.detection import DetectionHandler
 from handlers.image_topk import ImageTopKHandler
 from handlers.mnist import MNISTHandler
+from handlers.multimodal import MultimodalHandler
 from tests.unit.numbered import BATCH_SIZE, CLASSES, MAX_INSTANCES, approximately, row
 
 V2 = {PROTOCOL: "v2"}
@@ -337,6 +341,27 @@ def test_requests_of_all_protocols_share_batches_and_affect_no_other(worker: Dry
             assert ("error" in answer) == kind.startswith("v2")  # type: ignore[operator]
 
 
+def test_cache_tells_tensors_and_forms_of_answers_apart(worker: DryRun):
+    cache = AnswerCache(1)
+    reader = worker.handler.readers[Verb.PREDICT, True]
+
+    def key(document: dict) -> bytes | None:
+        request = reader.read({"body": json.dumps(document).encode()}, V2)
+        return cache.key(request.inputs, request.options, request.many, request.respond)
+
+    one = numbers([1.0, 2.0, 3.0, 4.0], [1, 4])
+    assert key(one) == key(numbers([[1, 2, 3, 4]], [1, 4]))
+    others = [
+        numbers([1.0, 2.0, 3.0, 5.0], [1, 4]),
+        numbers([1.0, 2.0, 3.0, 4.0] * 2, [2, 4]),
+        one | {"id": "2"},
+        one | {"outputs": [{"name": "class"}]},
+        one | {"parameters": {"binary_data_output": True}},
+        one | {"parameters": {"top_k": 1}},
+    ]
+    assert len({key(each) for each in [one, *others]}) == 1 + len(others)
+
+
 # --- other handlers -----------------------------------------------------------------------------------------------
 
 
@@ -380,6 +405,28 @@ def test_metadata_is_that_of_the_module(handler: type, tensor: tuple, outputs: s
     assert {each["name"] for each in described["outputs"]} == outputs | {"json"}
     example = made.example().tensors
     assert list(example.shape) == tensor[2][1:]
+
+
+def test_several_inputs_are_read_by_name_and_may_be_missing():
+    handler = MultimodalHandler()
+    handler.settings = handler.Settings()
+    handler.context = SimpleNamespace(model_name="avdigits", manifest={"model": {"modelVersion": "1.0"}})
+    reader = OpenInferenceReader(handler, handler.Options, explains=False)
+
+    def read(**fields: list[str]) -> list:
+        inputs = [{"name": n, "shape": [len(v)], "datatype": "BYTES", "data": v} for n, v in fields.items()]
+        return reader.read({"body": json.dumps({"inputs": inputs}).encode()}, V2).inputs
+
+    encoded = base64.b64encode(bytes(range(200))).decode()
+    [first, second] = read(text=["one", "two"], image=[encoded, encoded])
+    assert (first.text, second.text) == ("one", "two")
+    assert (first.image, first.audio) == (bytes(range(200)), None)
+    with pytest.raises(UnsupportedInput, match="differ"):
+        read(text=["one", "two"], image=[encoded])
+    with pytest.raises(EmptyInput, match='"text" is empty'):
+        read(text=[""], image=[encoded])
+    with pytest.raises(InvalidBase64, match='"image"'):
+        read(text=["one"], image=["no base64!"])
 
 
 def test_subclass_with_an_answer_of_its_own_inherits_no_columns():
