@@ -185,7 +185,7 @@ def test_explanation_is_a_tensor_of_json(served: Place):
         ("GET", "v2/models/mnist/versions/9.9/ready", 404),
         ("GET", "v2/models/mnist/config", 404),
         ("POST", "v2/models/mnist/infer/more", 404),
-        ("POST", "v2/models/mnist/versions/infer", 404),
+        ("POST", "v2/models/mnist/versions/infer", 405),
         ("GET", "v2/health", 404),
         ("GET", "v2/health/well", 404),
         ("POST", "v2/repository/index", 404),
