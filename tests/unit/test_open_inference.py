@@ -2,9 +2,11 @@
 
 import base64
 import json
+import math
 import struct
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -16,7 +18,7 @@ from handlers.audio_mfcc import AudioMFCCHandler
 from handlers.core.cache import AnswerCache
 from handlers.core.classifier import ClassifierHandler
 from handlers.core.declared import columns, metadata, tensor_inputs
-from handlers.core.errors import EmptyInput, InvalidBase64, UnsupportedInput
+from handlers.core.errors import EmptyInput, InvalidBase64, UndecodableInput, UnsupportedInput
 from handlers.core.headers import Verb
 from handlers.core.open_inference import JSON_SIZE, PROTOCOL, OpenInferenceReader
 from handlers.core.slots import Picture
@@ -228,6 +230,35 @@ def test_size_of_the_json_that_is_wrong_is_an_error(worker: DryRun, size: str):
     document, content = binary_input(TEXTS[0].encode())
     status, answer = send(worker, document, content, **{JSON_SIZE: size})
     assert (status, list(answer)) == (400, ["error"])
+
+
+def test_bytes_that_no_tensor_has_are_an_error(worker: DryRun):
+    document, content = binary_input(TEXTS[0].encode())
+    status, answer = send(worker, document, content + b"more")
+    assert (status, "4 bytes more" in answer["error"]) == (400, True)
+    document["inputs"][0]["parameters"]["binary_data_size"] = len(content) + 1
+    status, answer = send(worker, document, content)
+    assert (status, "binary_data_size" in answer["error"]) == (400, True)
+
+
+def test_elements_beyond_the_first_dimension_are_an_error(worker: DryRun):
+    document = body_of(*TEXTS)
+    document["inputs"][0]["shape"] = [1, 3]
+    status, answer = send(worker, document)
+    assert (status, "[N] or [N, 1]" in answer["error"]) == (400, True)
+
+
+def test_handler_may_reject_the_values_of_tensors(worker: DryRun):
+    with patch.object(worker.handler, "check_tensors", side_effect=UndecodableInput("Five is odd.")):
+        status, answer = send(worker, numbers([5.0] * 4, [1, 4]))
+    assert (status, answer) == (400, {"error": "Five is odd."})
+
+
+def test_number_that_is_not_finite_leaves_in_no_form():
+    for binary in (True, False):
+        respond = Respond("numbers", "1.0", None, (("probability", binary),), ClassifierHandler.columns)
+        with pytest.raises(ValueError, match="JSON compliant"):
+            respond([{"top_k": [{"probability": math.nan}]}])
 
 
 documents = st.recursive(
