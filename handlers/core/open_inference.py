@@ -121,8 +121,7 @@ class OpenInferenceReader(RequestReader):
             raise UnsupportedInput("The body must be JSON of the Open Inference Protocol, not a form.")
         document, given = self.read_tensors(row[BODY], header(headers, JSON_SIZE.lower()))
         options = self.read_parameters(document.parameters, self.read_query(sent.query))
-        prepared = [name for name in given if name in self.tensors]
-        inputs = self.read_prepared(given) if prepared else self.read_samples(given)
+        inputs = self.read_samples(given) if given.keys().isdisjoint(self.tensors) else self.read_prepared(given)
         context = self.handler.context
         version = context.manifest["model"]["modelVersion"]
         outputs = self.read_outputs(document, options)
@@ -208,7 +207,7 @@ class OpenInferenceReader(RequestReader):
         """Return the names of the outputs, and whether each is binary."""
         names = [PICTURE] if getattr(options, "format", JSON) == "png" else [*(c.name for c in self.columns), JSON]
         binary = document.parameters.get(BINARY_OUTPUT, False)
-        asked: dict[str, bool] = {}
+        asked: dict[str, Any] = {}
         for each in document.outputs or ():
             if each.name in asked:
                 raise RepeatedField(f"The output {quote(each.name)} is asked for twice.")
