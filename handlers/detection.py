@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from handlers.core import answers, boxes, boxes_explained, inputs, settings
 from handlers.core.batch import Sample
 from handlers.core.boxes import Detections, Format, Placement
+from handlers.core.declared import Column
 from handlers.core.errors import InvalidOption, NonFiniteOutput
 from handlers.core.explain import Explainable, ExplainedHandler
 from handlers.core.heatmaps import explainable_image
@@ -71,6 +72,12 @@ class DetectionHandler(ExplainedHandler):
     ExplainAnswer = answers.ImageExplanation
 
     settings: Settings
+    columns = (
+        Column("label", "BYTES", ("detections", "label")),
+        Column("class", "INT64", ("detections", "class")),
+        Column("score", "FP32", ("detections", "score")),
+        Column("box", "FP32", ("detections", "box"), (-1, 4)),
+    )
     least_score = boxes.MIN_SCORE
 
     def read(self, row: dict, headers: Mapping) -> Request:

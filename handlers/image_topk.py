@@ -10,6 +10,7 @@ from torch import Tensor
 
 from handlers.core import answers, inputs
 from handlers.core.batch import Sample
+from handlers.core.declared import TakesTensors, TensorInput
 from handlers.core.errors import ImageTooLarge
 from handlers.core.explain import Explainable, ExplainedClassifier
 from handlers.core.heatmaps import explainable_image
@@ -17,7 +18,7 @@ from handlers.core.images import ImageLimits, flatten, open_image, resized
 from handlers.core.inputs import Image
 
 
-class ImageTopKHandler(ExplainedClassifier):
+class ImageTopKHandler(ExplainedClassifier, TakesTensors):
     """Model: uint8 [N, 3, crop, crop] (RGB; it normalises itself) -> logits or probabilities [N, classes]."""
 
     class Settings(ExplainedClassifier.Settings, ImageLimits):
@@ -51,6 +52,9 @@ class ImageTopKHandler(ExplainedClassifier):
         left, top = corner(width, self.settings.crop) / width, corner(height, self.settings.crop) / height
         place = (left, top, left + self.settings.crop / width, top + self.settings.crop / height)
         return Sample(pixels.unsqueeze(0) if self.settings.channels == 1 else pixels.permute(2, 0, 1), place)
+
+    def tensor_inputs(self) -> tuple[TensorInput, ...]:
+        return (TensorInput("pixels", "UINT8", (self.settings.channels, self.settings.crop, self.settings.crop)),)
 
     def example(self) -> Sample:
         return Sample(torch.zeros(self.settings.channels, self.settings.crop, self.settings.crop, dtype=torch.uint8))

@@ -6,6 +6,7 @@ from typing_extensions import TypedDict
 
 from handlers.core import answers, inputs, topk
 from handlers.core.batch import Sample
+from handlers.core.declared import Column, TakesTensors, TensorInput
 from handlers.core.digits import SIDE, read_digit
 from handlers.core.errors import InvalidOption
 from handlers.core.explain import Explainable, ExplainedClassifier
@@ -16,7 +17,7 @@ from handlers.core.inputs import Image
 TOP_K = 3
 
 
-class MNISTHandler(ExplainedClassifier):
+class MNISTHandler(ExplainedClassifier, TakesTensors):
     """Model: uint8 [N, 1, 28, 28] (bright ink on black; it normalises itself) -> logits [N, 10].
 
     The answer has its own names, which clients of TorchServe's MNIST example know.
@@ -26,6 +27,10 @@ class MNISTHandler(ExplainedClassifier):
         pass
 
     settings: Settings
+    columns = (
+        Column("top_3_classes", "INT64", ("top_3_classes",), (TOP_K,)),
+        Column("top_3_probabilities", "FP32", ("top_3_probabilities",), (TOP_K,)),
+    )
 
     class Inputs(inputs.Inputs):
         data: Image
@@ -44,6 +49,9 @@ class MNISTHandler(ExplainedClassifier):
 
     def option_limits(self, labels: list[str]) -> dict[str, dict]:
         return super().option_limits(labels) | {"top_k": {"const": TOP_K}}
+
+    def tensor_inputs(self) -> tuple[TensorInput, ...]:
+        return (TensorInput("pixels", "UINT8", (1, SIDE, SIDE)),)
 
     def check_top_k(self, top_k: int) -> None:
         if top_k != TOP_K:

@@ -43,6 +43,7 @@ class MultimodalHandler(ExplainedClassifier):
         start: float = 0.0  # s
 
     settings: Settings
+    columns = ExplainedClassifier.columns
 
     class Inputs(inputs.Inputs):
         model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [name]} for name in FIELDS]})

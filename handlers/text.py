@@ -11,7 +11,8 @@ from torch import Tensor
 
 from handlers.core import answers, inputs
 from handlers.core.batch import Sample
-from handlers.core.errors import EmptyInput
+from handlers.core.declared import TakesTensors, TensorInput
+from handlers.core.errors import EmptyInput, TextTooLong, UnsupportedInput
 from handlers.core.explain import Explainable, ExplainedClassifier
 from handlers.core.inputs import Text
 from handlers.core.outputs import main_output
@@ -23,7 +24,7 @@ from handlers.core.words import explainable_words
 MASKS = ("[MASK]", "<mask>", "[UNK]", "<unk>")  # what tokenizers call tokens without a meaning of their own
 
 
-class TextHandler(ExplainedClassifier):
+class TextHandler(ExplainedClassifier, TakesTensors):
     """Model: token ids int64 [N, T], attention mask int64 [N, T] (1 token, 0 padding) -> logits [N, classes].
 
     The tokenizer is the archive's tokenizer.json, in the format of Hugging Face's `tokenizers`. Its truncation and its
@@ -59,7 +60,7 @@ class TextHandler(ExplainedClassifier):
                 "in the section `handler:`, or `batchSize: 1`"
             )
         self.tokenizer.no_padding()
-        truncate(self.tokenizer, self.settings.max_tokens)
+        self.longest = truncate(self.tokenizer, self.settings.max_tokens)
 
     def decode(self, inputs: Inputs) -> Sample:
         """Encode a text as token ids, int64 [T], and with them their types if the module takes them."""
@@ -72,6 +73,19 @@ class TextHandler(ExplainedClassifier):
         if "types" in self.settings.arguments:
             return Sample((torch.tensor(ids), torch.tensor(encoding.type_ids)))
         return Sample(torch.from_numpy(numpy.array(ids, dtype=numpy.int64)))
+
+    def tensor_inputs(self) -> tuple[TensorInput, ...]:
+        names = ("ids", "types") if "types" in self.settings.arguments else ("ids",)
+        return tuple(TensorInput(name, "INT64", (-1,)) for name in names)
+
+    def check_tensors(self, tensors: tuple[Tensor, ...]) -> None:
+        """Check token ids: the module would fail on an unknown one, and on a GPU it would end the worker."""
+        ids = tensors[0]
+        if len(ids) > self.longest:
+            raise TextTooLong(f"The text has {len(ids)} tokens; at most {self.longest} are accepted.")
+        for name, values, size in zip(("ids", "types"), tensors, (self.tokenizer.get_vocab_size(), 2), strict=False):
+            if values.shape != ids.shape or values.min() < 0 or values.max() >= size:
+                raise UnsupportedInput(f'"{name}" must have one number from 0 to {size - 1} for each token.')
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
         """Pad the texts, and make the attention mask: the module's arguments, each int64 [N, T]."""

@@ -21,6 +21,7 @@ from bundle.errors import BundleError
 from bundle.openapi import NAME as OPENAPI_NAME
 from bundle.paths import HANDLER_REQUIREMENTS, HANDLERS
 from handlers.core.batch import BatchHandler
+from handlers.core.declared import METADATA_NAME, metadata
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def gather(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> St
         if file.name == OPENAPI_NAME:
             raise BundleError(f"{folder.name}: bundle: files: has {file.name}, which each archive has. Rename it.")
         shutil.copy(file, stage.extra)
+    if isinstance(handler, BatchHandler):
+        (stage.extra / METADATA_NAME).write_text(json.dumps(metadata(handler), indent=1))
     if names := labels(folder, handler):
         (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
     return stage

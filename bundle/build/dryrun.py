@@ -91,8 +91,8 @@ class DryRun:
             headers: the HTTP headers of each request; by default, none.
 
         Returns:
-            status and body of each answer. A body is parsed if its content type is JSON, bytes if it is a picture, and
-            otherwise a str. If the batch fails as a whole, each body is TorchServe's message.
+            status and body of each answer. A body is parsed if its content type is JSON, bytes if it is a picture or
+            has binary tensors, and otherwise a str. If the batch fails as a whole, each body is TorchServe's message.
         """
         headers = headers or [{} for _ in rows]
         batch = [request(index, *pair) for index, pair in enumerate(zip(rows, headers, strict=True))]
@@ -157,5 +157,6 @@ def answers(response: bytes, count: int) -> list[tuple[int, object]]:
         if content_type == "application/json":
             decoded.append((status, json.loads(body)))
         else:
-            decoded.append((status, body if content_type.startswith("image/") else body.decode()))
+            binary = content_type.startswith("image/") or content_type == "application/octet-stream"
+            decoded.append((status, body if binary else body.decode()))
     return decoded

@@ -23,7 +23,7 @@ from torch import Tensor
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handlers.core import admission, batching, device, inputs, memory, precision, replay, settings, wire
+from handlers.core import admission, batching, device, inputs, memory, open_inference, precision, replay, settings, wire
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
     InternalError,
@@ -39,8 +39,8 @@ from handlers.core.errors import (
 from handlers.core.headers import Verb, behind_proxy, proxy_arrival, requested_verb
 from handlers.core.metrics import HandlerMetrics
 from handlers.core.outputs import Outputs, check_rows, split_rows, to_host
-from handlers.core.request import Request, RequestReader
-from handlers.core.slots import Picture, Response, Sample, Slot, encode_json
+from handlers.core.request import Request
+from handlers.core.slots import Picture, Sample, Slot
 from handlers.core.staging import Staging
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class BatchHandler(BaseHandler):
         Raises:
             RequestError: the request is malformed.
         """
-        return self.readers[requested_verb(row, headers)].read(row, headers)
+        return self.readers[requested_verb(row, headers), open_inference.is_open_inference(headers)].read(row, headers)
 
     def collate(self, samples: list[Sample]) -> tuple[Tensor, ...]:
         """Make the module's inputs, with the batch as first dimension; by default, stack samples of equal shape."""
@@ -163,8 +163,7 @@ class BatchHandler(BaseHandler):
         """
         self.settings = self.Settings.model_validate((context.model_yaml_config or {}).get("handler") or {})
         self.behind_proxy = behind_proxy()
-        options = {Verb.PREDICT: self.Options, Verb.EXPLAIN: self.ExplainOptions or self.Options}
-        self.readers = {v: RequestReader(self.Inputs, each, self.settings.max_instances) for v, each in options.items()}
+        self.readers = open_inference.readers(self)
         torch.set_num_threads(self.settings.threads)
         memory.keep_freed_memory()
         super().initialize(context)
@@ -226,7 +225,7 @@ class BatchHandler(BaseHandler):
         if first_arrival is not None:
             self.metrics.observe("queue", time.time() - first_arrival)
         self.metrics.count_batch(len(data))
-        slots = [Slot() for _ in data]
+        slots = [Slot(open_inference.is_open_inference(each)) for each in headers]
         try:
             self.serve(slots, data, headers, arrivals)
         except MemoryError:
@@ -302,15 +301,15 @@ class BatchHandler(BaseHandler):
             raise explanation_unsupported()  # before anything is decoded
         deadline.check()
         request = self.read(row, headers)
-        slot.options, slot.many = request.options, request.many
-        slot.key = self.cache.key(request.inputs, request.options, request.many, verb)
+        slot.options, slot.many, slot.respond = request.options, request.many, request.respond
+        slot.key = self.cache.key(request.inputs, request.options, request.many, request.respond, verb)
         if cached := self.cache.get(slot.key):
             slot.response = cached
             return
         samples = []  # the slot's only if all are decoded: part of an answer must be neither computed nor cached
         for each in request.inputs:
             deadline.check()
-            samples.append(self.decode(each))
+            samples.append(each.sample() if isinstance(each, open_inference.Prepared) else self.decode(each))
             if slot.explained:
                 samples[-1].inputs = each
         slot.samples = samples
@@ -381,9 +380,10 @@ class BatchHandler(BaseHandler):
         """Set each request's status and content type, and return the bodies."""
         bodies, statuses, rejections = [], [], []
         for index, slot in enumerate(slots):
-            error = slot.error
-            response = slot.response if error is None else Response(encode_json(error.body()))
+            error, response = slot.error, slot.sent()
             self.context.set_response_content_type(index, response.content_type)
+            if response.json_size is not None:
+                self.context.set_response_header(index, open_inference.JSON_SIZE, str(response.json_size))
             bodies.append(response.body)
             if error is None:
                 statuses.append(200)

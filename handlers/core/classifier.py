@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from handlers.core import answers, inputs, settings, topk
+from handlers.core.declared import Column
 from handlers.core.errors import InvalidOption
 from handlers.core.labelled import LabelledHandler
 from handlers.core.outputs import Outputs, main_output
@@ -30,6 +31,11 @@ class ClassifierHandler(LabelledHandler):
 
     Answer = answers.Ranking
     settings: Settings
+    columns: tuple[Column, ...] = (
+        Column("label", "BYTES", ("top_k", "label")),
+        Column("class", "INT64", ("top_k", "class")),
+        Column("probability", "FP32", ("top_k", "probability")),
+    )
 
     def read(self, row: dict, headers: Mapping) -> Request:
         request = super().read(row, headers)

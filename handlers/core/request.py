@@ -6,7 +6,7 @@ text/*, a str. Whatever does not parse, and every other type, is a bytearray. A 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from handlers.core.errors import (
     UnsupportedEncoding,
     UnsupportedInput,
 )
-from handlers.core.headers import request_headers
+from handlers.core.headers import RequestHeaders, request_headers
 from handlers.core.inputs import (
     BASE64_DATA_URL,
     Inputs,
@@ -38,6 +38,7 @@ from handlers.core.inputs import (
     is_base64,
     kind_of,
 )
+from handlers.core.slots import Answer, Response
 from handlers.core.strict_json import parse_json
 from handlers.core.texts import in_charset
 
@@ -62,14 +63,16 @@ class Request:
     """The content of one request.
 
     Attributes:
-        inputs: one entry per sample.
+        inputs: one entry per sample: what `decode` takes, or tensors that need no decoding.
         options: for all samples of the request.
         many: whether the inputs came as {"instances": [...]}; then the response is {"predictions": [...]}.
+        respond: makes the response of the answers instead, in the form of another protocol.
     """
 
-    inputs: list[Inputs]
+    inputs: list[Any]
     options: Options
     many: bool = False
+    respond: Callable[[list[Answer]], Response] | None = None
 
 
 class RequestReader:
@@ -135,11 +138,7 @@ class RequestReader:
             TooManyInstances: more than `max_instances` samples.
         """
         sent = request_headers(headers)
-        if sent.encoding not in ("", "identity"):
-            raise UnsupportedEncoding(
-                f"The Content-Encoding {quote(sent.encoding)} is not supported. Send the body uncompressed, or "
-                "compressed with gzip."
-            )
+        check_encoding(sent)
         query = self.read_query(sent.query)
         if row.keys() == {BODY} and not isinstance(row[BODY], Repeated):
             body = row[BODY]
@@ -321,6 +320,19 @@ class RequestReader:
             raise InvalidJSON(f"The request contains invalid JSON. {self.accepted}") from exc
         except ValueError as exc:
             raise InvalidJSON(f"The request contains invalid JSON: {exc}. {self.accepted}") from exc
+
+
+def check_encoding(sent: RequestHeaders) -> None:
+    """Check that the body is not compressed; the frontend has decompressed gzip.
+
+    Raises:
+        UnsupportedEncoding: it is.
+    """
+    if sent.encoding not in ("", "identity"):
+        raise UnsupportedEncoding(
+            f"The Content-Encoding {quote(sent.encoding)} is not supported. Send the body uncompressed, or "
+            "compressed with gzip."
+        )
 
 
 def option_type(field: FieldInfo) -> TypeAdapter:

@@ -1,6 +1,7 @@
 """The slots of a batch: each holds one request and its decoded samples."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,10 +54,20 @@ class Picture:
 
 
 class Response(NamedTuple):
-    """The response to one request."""
+    """The response to one request.
+
+    Attributes:
+        body: as it is sent.
+        content_type: of the body.
+        json_size: bytes of JSON at the beginning of a body in which binary tensors follow; None in all others.
+    """
 
     body: str | bytes
     content_type: str = "application/json"
+    json_size: int | None = None
+
+
+Answer = JsonValue | Picture
 
 
 @dataclass(slots=True)
@@ -64,8 +75,10 @@ class Slot:
     """One request of a batch, on its way through the stages.
 
     Attributes:
+        open_inference: whether the client speaks the Open Inference Protocol.
         options: the request's options.
         many: whether the body has the form {"predictions": [...]}.
+        respond: makes the response of the answers instead, in the form of another protocol.
         samples: the decoded inputs.
         explained: whether the request asks for an explanation instead of a prediction.
         key: the key of the response in the cache; None if the cache is off.
@@ -73,25 +86,30 @@ class Slot:
         error: the error to respond with instead.
     """
 
+    open_inference: bool = False
     options: Options | None = None
     many: bool = False
+    respond: Callable[[list[Answer]], Response] | None = None
     samples: list[Sample] = field(default_factory=list)
     explained: bool = False
     key: bytes | None = None
     response: Response = Response("")
     error: ServingError | None = None
 
-    def finish(self, answers: list[JsonValue | Picture]) -> None:
+    def finish(self, answers: list[Answer]) -> None:
         """Make the response: one answer per sample. A picture is the only answer of its request.
 
         Raises:
             NonFiniteOutput: an answer contains NaN or infinity, which JSON does not have.
             UnsupportedInput: so does the input, in the precision of its tensors.
         """
-        if not self.many and isinstance(answers[0], Picture):
+        if not self.many and not self.respond and isinstance(answers[0], Picture):
             self.response = Response(answers[0].content, answers[0].content_type)
             return
         try:
+            if self.respond:
+                self.response = self.respond(answers)
+                return
             # encoded here, because TorchServe would indent it, which is longer and uses Python's slow encoder
             self.response = Response(encode_json({"predictions": answers} if self.many else answers[0]))
         except ValueError as exc:
@@ -100,3 +118,9 @@ class Slot:
             if not all(sample.is_finite() for sample in self.samples):
                 raise UnsupportedInput("The input has a number that is too large for the model.") from exc
             raise NonFiniteOutput("The model's output for this input is not a finite number.") from exc
+
+    def sent(self) -> Response:
+        """Return what the client gets: the response, or the error in the form of its protocol."""
+        if self.error is None:
+            return self.response
+        return Response(encode_json({"error": str(self.error)} if self.open_inference else self.error.body()))

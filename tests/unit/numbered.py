@@ -22,13 +22,17 @@ HANDLER = textwrap.dedent(
     from handlers.core import inputs
     from handlers.core.batch import Sample
     from handlers.core.classifier import ClassifierHandler
+    from handlers.core.declared import TakesTensors, TensorInput
     from handlers.core.errors import UndecodableInput
     from handlers.core.inputs import Text
 
 
-    class NumbersHandler(ClassifierHandler):
+    class NumbersHandler(ClassifierHandler, TakesTensors):
         class Inputs(inputs.Inputs):
             data: Text
+
+        def tensor_inputs(self):
+            return (TensorInput("numbers", "FP32", (4,)),)
 
         def decode(self, inputs):
             if inputs.data == "bug":

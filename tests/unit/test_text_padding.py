@@ -12,6 +12,7 @@ from bundle.build.dryrun import DryRun
 from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.errors import BundleError
 from handlers.core.batch import Sample
+from handlers.core.errors import TextTooLong, UnsupportedInput
 from handlers.text import TextHandler
 from tests.unit.workbench import CLASSES, WordNet, Workbench
 
@@ -297,3 +298,25 @@ def test_folder_whose_settings_name_other_arguments_than_the_module_takes_is_not
     config.write_text(config.read_text().replace('["ids", "mask"]', '["ids"]'))
     with pytest.raises(BundleError, match=r"the module takes ids, mask, and the handler gives it ids\. Write"):
         archive(ModelFolder(folder.path), workbench.store)
+
+
+def test_ids_that_the_module_does_not_have_are_rejected(tmp_path: Path):
+    """On a GPU, they would end the worker."""
+    handler = loaded(tmp_path, made({"pad_id": PAD}, TRUNCATION))
+    last = len(WORDS) - 1
+    handler.check_tensors((torch.tensor([0, last]),))
+    for ids in ([last + 1], [0, -1]):
+        with pytest.raises(UnsupportedInput, match=f"from 0 to {last}"):
+            handler.check_tensors((torch.tensor(ids),))
+    with pytest.raises(TextTooLong, match="at most 3"):
+        handler.check_tensors((torch.zeros(4, dtype=torch.int64),))
+
+
+def test_types_have_one_number_for_each_token(tmp_path: Path):
+    arguments = ("ids", "mask", "types")
+    handler = loaded(tmp_path, made({"pad_id": PAD}, TRUNCATION), arguments=arguments)
+    assert [each.name for each in handler.tensor_inputs()] == ["ids", "types"]
+    handler.check_tensors((torch.tensor([3, 4]), torch.tensor([0, 1])))
+    for types in ([0], [0, 2]):
+        with pytest.raises(UnsupportedInput, match='"types"'):
+            handler.check_tensors((torch.tensor([3, 4]), torch.tensor(types)))

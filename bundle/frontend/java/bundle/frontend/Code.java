@@ -168,13 +168,15 @@ final class Code {
     /**
      * Make a method that returns nothing return at once where a method of ours returns false.
      *
-     * <p>Ours gets the object whose method this is.
+     * @param variables the numbers of the local variables that ours gets, such as 0 for the object whose method this is
      */
-    static void guard(MethodNode in, Class<?> to, String name) throws Refusal {
+    static void guard(MethodNode in, Class<?> to, String name, int... variables) throws Refusal {
         InsnList added = new InsnList();
         LabelNode goesOn = new LabelNode();
         String owner = Type.getInternalName(to);
-        added.add(new VarInsnNode(Opcodes.ALOAD, 0));
+        for (int variable : variables) {
+            added.add(new VarInsnNode(Opcodes.ALOAD, variable));
+        }
         added.add(new MethodInsnNode(Opcodes.INVOKESTATIC, owner, name, descriptor(owner, name)));
         added.add(new JumpInsnNode(Opcodes.IFNE, goesOn));
         added.add(new InsnNode(Opcodes.RETURN));

@@ -30,7 +30,8 @@ final class Patches implements ClassFileTransformer {
                     new Gzip(),
                     new Buckets(),
                     new Close(),
-                    new Query());
+                    new Query(),
+                    new Routes());
 
     private final Map<String, byte[]> originals = new HashMap<>();
     private final Map<String, byte[]> changed = new HashMap<>();

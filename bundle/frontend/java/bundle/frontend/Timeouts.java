@@ -57,8 +57,8 @@ public final class Timeouts implements Patch {
         }
         if (code.name.equals(Code.REST_JOB) || code.name.equals(Code.GRPC_JOB)) {
             String response = "([BLjava/lang/CharSequence;ILjava/lang/String;Ljava/util/Map;)V";
-            Code.guard(Code.method(code, "response", response), Timeouts.class, "claim");
-            Code.guard(Code.method(code, "sendError", "(ILjava/lang/String;)V"), Timeouts.class, "claim");
+            Code.guard(Code.method(code, "response", response), Timeouts.class, "claim", 0);
+            Code.guard(Code.method(code, "sendError", "(ILjava/lang/String;)V"), Timeouts.class, "claim", 0);
         } else if (code.name.equals(MODEL)) {
             MethodNode batch = Code.method(code, "pollBatch", Gather.POLL_BATCH);
             // the first call takes a management job, the second waits for the first request

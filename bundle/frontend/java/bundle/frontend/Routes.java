@@ -1,0 +1,205 @@
+package bundle.frontend;
+
+import com.google.gson.JsonObject;
+import com.google.gson.JsonSyntaxException;
+import groovyjarjarasm.asm.tree.ClassNode;
+import io.netty.channel.ChannelHandlerContext;
+import io.netty.handler.codec.http.FullHttpRequest;
+import io.netty.handler.codec.http.FullHttpResponse;
+import io.netty.handler.codec.http.HttpHeaderNames;
+import io.netty.handler.codec.http.HttpHeaderValues;
+import io.netty.handler.codec.http.HttpMethod;
+import io.netty.handler.codec.http.HttpResponse;
+import io.netty.handler.codec.http.QueryStringDecoder;
+import io.netty.util.AttributeKey;
+import java.nio.charset.StandardCharsets;
+import java.util.Arrays;
+import java.util.List;
+import java.util.stream.Collectors;
+import org.pytorch.serve.archive.DownloadArchiveException;
+import org.pytorch.serve.archive.model.ModelException;
+import org.pytorch.serve.archive.workflow.WorkflowException;
+import org.pytorch.serve.http.BadRequestException;
+import org.pytorch.serve.http.MethodNotAllowedException;
+import org.pytorch.serve.http.ResourceNotFoundException;
+import org.pytorch.serve.http.api.rest.InferenceRequestHandler;
+import org.pytorch.serve.util.JsonUtils;
+import org.pytorch.serve.wlm.WorkerInitializationException;
+
+/**
+ * The routes of KServe (Open Inference Protocol and v1) and of SageMaker are those of predictions and explanations.
+ *
+ * <p>TorchServe has some of them, in a form that their clients do not understand: without versions, metadata and binary
+ * tensors, and with a readiness that is always true.
+ */
+public final class Routes implements Patch {
+    private static final String NETTY = "org/pytorch/serve/util/NettyUtils";
+    private static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
+    private static final String JSON_SIZE = "inference-header-content-length";
+    private static final AttributeKey<Boolean> OPEN_INFERENCE = AttributeKey.valueOf("bundle.open_inference");
+
+    @Override
+    public String name() {
+        return "routes";
+    }
+
+    @Override
+    public List<String> classes() {
+        return List.of(Code.HTTP_HANDLER, Code.REQUEST_PARSER, NETTY);
+    }
+
+    @Override
+    public void change(ClassNode code) throws Refusal {
+        String client = "Lio/netty/channel/ChannelHandlerContext;";
+        String request = "Lio/netty/handler/codec/http/FullHttpRequest;";
+        if (code.name.equals(Code.HTTP_HANDLER)) {
+            String parameters = "(" + client + request + ")V";
+            Code.begin(Code.method(code, "channelRead0", parameters), Routes.class, "receive", 1, 2);
+        } else if (code.name.equals(Code.REQUEST_PARSER)) {
+            String rest = "Lio/netty/handler/codec/http/QueryStringDecoder;[Ljava/lang/String;";
+            String parameters = "(" + client + request + rest + ")V";
+            Code.guard(Code.method(code, "handleRequest", parameters), Routes.class, "pass", 0, 1, 2, 3, 4);
+        } else {
+            String parameters = "(" + client + "Lio/netty/handler/codec/http/HttpResponse;Z)V";
+            Code.begin(Code.method(code, "sendHttpResponse", parameters), Routes.class, "answer", 0, 1);
+        }
+    }
+
+    /** Note the protocol of a request. Called when it has arrived. */
+    public static void receive(ChannelHandlerContext client, FullHttpRequest request) {
+        request.headers().remove(PROTOCOL); // only `pass` may set it
+        String uri = request.uri();
+        boolean open = uri.equals("/v2") || uri.startsWith("/v2/") || uri.startsWith("/v2?");
+        client.channel().attr(OPEN_INFERENCE).set(open);
+    }
+
+    /**
+     * Handle a request of a route that is not TorchServe's. Called before TorchServe looks at the path, and after it has
+     * checked the token.
+     *
+     * @return whether TorchServe handles the request
+     */
+    public static boolean pass(
+            InferenceRequestHandler handler,
+            ChannelHandlerContext client,
+            FullHttpRequest request,
+            QueryStringDecoder query,
+            String[] segments)
+            throws ModelException, DownloadArchiveException, WorkflowException, WorkerInitializationException {
+        List<String> path = Arrays.asList(segments).subList(Math.min(1, segments.length), segments.length);
+        String first = path.isEmpty() ? "" : path.get(0);
+        String[] to;
+        if (first.equals("v2")) {
+            to = openInference(client, request, path);
+        } else if (first.equals("v1") && path.size() <= 3 && path.contains("models")) {
+            to = firstProtocol(client, request, path);
+        } else if (first.equals("invocations") && path.size() == 1) {
+            to = invocation(request, query);
+        } else if (first.equals("models") && path.size() == 3 && path.get(2).equals("invoke")) {
+            to = predictions(path.get(1), null, "predict", request);
+        } else {
+            return true;
+        }
+        if (to != null) {
+            handler.handleRequest(client, request, query, to);
+        }
+        return false;
+    }
+
+    /** Return the segments of TorchServe's own route; null if the request was answered. */
+    private static String[] openInference(ChannelHandlerContext client, FullHttpRequest request, List<String> path)
+            throws ModelException {
+        if (path.size() == 1 || (path.size() == 3 && path.get(1).equals("health"))) {
+            require(HttpMethod.GET, request);
+            States.server(client, path.size() == 1 ? "" : path.get(2));
+            return null;
+        }
+        boolean versioned = path.size() > 4 && path.get(3).equals("versions");
+        int parts = versioned ? 5 : 3; // v2/models/NAME or v2/models/NAME/versions/VERSION
+        if (path.size() < 3 || path.size() > parts + 1 || !path.get(1).equals("models")) {
+            throw new ResourceNotFoundException();
+        }
+        String version = versioned ? path.get(4) : null;
+        String verb = path.size() > parts ? path.get(parts) : "";
+        if (verb.isEmpty() || verb.equals("ready")) {
+            require(HttpMethod.GET, request);
+            States.model(client, path.get(2), version, !verb.isEmpty());
+            return null;
+        }
+        String[] to = predictions(path.get(2), version, verb.equals("infer") ? "predict" : verb, request);
+        request.headers().set(PROTOCOL, "v2");
+        if (request.headers().contains(JSON_SIZE)) { // otherwise, the worker would try to parse the body as JSON
+            request.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_OCTET_STREAM);
+        }
+        return to;
+    }
+
+    /** The same for v1/models, v1/models/NAME, and v1/models/NAME:predict. */
+    private static String[] firstProtocol(ChannelHandlerContext client, FullHttpRequest request, List<String> path)
+            throws ModelException {
+        String last = path.size() == 3 ? path.get(2) : "";
+        int colon = last.lastIndexOf(':');
+        if (colon >= 0) {
+            return predictions(last.substring(0, colon), null, last.substring(colon + 1), request);
+        }
+        require(HttpMethod.GET, request);
+        if (last.isEmpty()) {
+            States.models(client);
+        } else {
+            States.model(client, last, null, true);
+        }
+        return null;
+    }
+
+    /** The same for invocations?model_name=NAME. The rest of the query are options. */
+    private static String[] invocation(FullHttpRequest request, QueryStringDecoder query) {
+        List<String> named = query.parameters().get("model_name");
+        String name = named != null ? named.get(0) : States.onlyModel();
+        if (name == null || name.isEmpty()) {
+            throw new BadRequestException("Name the model: /invocations?model_name=NAME.");
+        }
+        String options = Arrays.stream(query.rawQuery().split("&"))
+                .filter(each -> !each.startsWith("model_name="))
+                .collect(Collectors.joining("&"));
+        request.setUri(query.rawPath() + (options.isEmpty() ? "" : "?" + options));
+        return predictions(name, null, "predict", request);
+    }
+
+    private static String[] predictions(String model, String version, String verb, FullHttpRequest request) {
+        if (!verb.equals("predict") && !verb.equals("explain")) {
+            throw new ResourceNotFoundException();
+        }
+        if (!HttpMethod.PUT.equals(request.method())) {
+            require(HttpMethod.POST, request);
+        }
+        String route = verb.equals("predict") ? "predictions" : "explanations";
+        return version == null ? new String[] {"", route, model} : new String[] {"", route, model, version};
+    }
+
+    private static void require(HttpMethod method, FullHttpRequest request) {
+        if (!method.equals(request.method())) {
+            throw new MethodNotAllowedException();
+        }
+    }
+
+    /** Give an error of TorchServe the form of the client's protocol. Called before it is sent. */
+    public static void answer(ChannelHandlerContext client, HttpResponse response) {
+        boolean open = Boolean.TRUE.equals(client.channel().attr(OPEN_INFERENCE).get());
+        if (!open || response.status().code() < 400 || !(response instanceof FullHttpResponse)) {
+            return;
+        }
+        FullHttpResponse whole = (FullHttpResponse) response;
+        try {
+            String text = whole.content().toString(StandardCharsets.UTF_8);
+            JsonObject error = JsonUtils.GSON_PRETTY.fromJson(text, JsonObject.class);
+            if (error != null && error.has("message")) {
+                JsonObject theirs = new JsonObject();
+                theirs.add("error", error.get("message"));
+                // shorter than what it replaces, so that it fits into the buffer
+                whole.content().clear().writeBytes(theirs.toString().getBytes(StandardCharsets.UTF_8));
+            }
+        } catch (JsonSyntaxException error) {
+            // it is no error of TorchServe, and stays as it is
+        }
+    }
+}

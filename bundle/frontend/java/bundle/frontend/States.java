@@ -1,0 +1,159 @@
+package bundle.frontend;
+
+import com.google.gson.JsonArray;
+import com.google.gson.JsonObject;
+import com.google.gson.JsonParseException;
+import io.netty.channel.ChannelHandlerContext;
+import io.netty.handler.codec.http.HttpResponseStatus;
+import java.io.IOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.HashMap;
+import java.util.Map;
+import java.util.Set;
+import java.util.TreeSet;
+import org.pytorch.serve.archive.model.ModelNotFoundException;
+import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
+import org.pytorch.serve.http.ResourceNotFoundException;
+import org.pytorch.serve.util.ConfigManager;
+import org.pytorch.serve.util.JsonUtils;
+import org.pytorch.serve.util.NettyUtils;
+import org.pytorch.serve.wlm.Model;
+import org.pytorch.serve.wlm.ModelManager;
+import org.pytorch.serve.wlm.ModelVersionName;
+import org.pytorch.serve.wlm.ModelVersionedRefs;
+import org.pytorch.serve.wlm.WorkerState;
+import org.pytorch.serve.wlm.WorkerThread;
+
+/** Answers about the server and its models, for the clients of KServe's protocols. */
+final class States {
+    private static final String METADATA = "open_inference.json"; // bundle/build writes it into the archive
+
+    // for each version that had all its workers once: their number at that time
+    private static final Map<ModelVersionName, Integer> COMPLETE = new HashMap<>();
+    private static boolean started;
+
+    private States() {}
+
+    /** Answer v2 (""), v2/health/live or v2/health/ready. */
+    static void server(ChannelHandlerContext client, String asked) {
+        JsonObject answer = new JsonObject();
+        if (asked.isEmpty()) {
+            JsonArray extensions = new JsonArray();
+            extensions.add("binary_tensor_data");
+            answer.addProperty("name", "torchserve");
+            answer.addProperty("version", ConfigManager.getInstance().getVersion());
+            answer.add("extensions", extensions);
+            NettyUtils.sendJsonResponse(client, answer);
+        } else if (asked.equals("live")) {
+            answer.addProperty("live", true);
+            NettyUtils.sendJsonResponse(client, answer);
+        } else if (asked.equals("ready")) {
+            sendReady(client, answer, isReady());
+        } else {
+            throw new ResourceNotFoundException();
+        }
+    }
+
+    /**
+     * Answer whether a model is ready, or what it takes and returns.
+     *
+     * @param version null for the default version
+     */
+    static void model(ChannelHandlerContext client, String name, String version, boolean readiness)
+            throws ModelNotFoundException, ModelVersionNotFoundException {
+        ModelManager manager = ModelManager.getInstance();
+        Model model = manager.getModel(name, version);
+        if (model == null) {
+            throw new ModelNotFoundException("Model not found: " + name);
+        }
+        JsonObject answer = new JsonObject();
+        answer.addProperty("name", name);
+        if (readiness) {
+            sendReady(client, answer, readyWorkers(model) >= Math.max(1, model.getMinWorkers()));
+            return;
+        }
+        JsonArray versions = new JsonArray();
+        Set<String> sorted = new TreeSet<>();
+        manager.getAllModelVersions(name).forEach(each -> sorted.add(each.getKey()));
+        sorted.forEach(versions::add);
+        answer.add("versions", versions);
+        metadata(model).entrySet().forEach(each -> answer.add(each.getKey(), each.getValue()));
+        NettyUtils.sendJsonResponse(client, answer);
+    }
+
+    /** Answer the names of all models, for v1/models. */
+    static void models(ChannelHandlerContext client) {
+        JsonArray names = new JsonArray();
+        new TreeSet<>(ModelManager.getInstance().getDefaultModels(true).keySet()).forEach(names::add);
+        JsonObject answer = new JsonObject();
+        answer.add("models", names);
+        NettyUtils.sendJsonResponse(client, answer);
+    }
+
+    /** Return the name of the only model; null if there are several, or none. */
+    static String onlyModel() {
+        Set<String> names = ModelManager.getInstance().getDefaultModels(true).keySet();
+        return names.size() == 1 ? names.iterator().next() : null;
+    }
+
+    private static void sendReady(ChannelHandlerContext client, JsonObject answer, boolean ready) {
+        answer.addProperty("ready", ready);
+        HttpResponseStatus status = ready ? HttpResponseStatus.OK : HttpResponseStatus.SERVICE_UNAVAILABLE;
+        NettyUtils.sendJsonResponse(client, answer, status);
+    }
+
+    /**
+     * Return whether every version has its minimum of READY workers.
+     *
+     * <p>After all of them had once, a version that never had does not count: whoever registers it sees that it fails,
+     * and the others still answer. A version that gets more workers is ready meanwhile. bundle/supervisor decides alike.
+     */
+    private static synchronized boolean isReady() {
+        boolean all = true;
+        boolean degraded = false;
+        for (Map.Entry<String, ModelVersionedRefs> each : ModelManager.getInstance().getAllModels()) {
+            for (Map.Entry<String, Model> version : each.getValue().getAllVersions()) {
+                Model model = version.getValue();
+                int ready = readyWorkers(model);
+                if (ready >= model.getMinWorkers()) {
+                    COMPLETE.put(model.getModelVersionName(), model.getMinWorkers());
+                } else {
+                    all = false;
+                    int expected = COMPLETE.getOrDefault(model.getModelVersionName(), 0);
+                    degraded |= ready < Math.min(expected, model.getMinWorkers());
+                }
+            }
+        }
+        started |= all;
+        return started && !degraded;
+    }
+
+    private static int readyWorkers(Model model) {
+        int ready = 0;
+        for (WorkerThread worker : ModelManager.getInstance().getWorkers(model.getModelVersionName())) {
+            // null: the list was copied while it became shorter
+            if (worker != null && worker.isRunning() && worker.getState() == WorkerState.WORKER_MODEL_LOADED) {
+                ready++;
+            }
+        }
+        return ready;
+    }
+
+    /** Return what the archive says about its inputs and outputs; nothing if the bundle did not build it. */
+    private static JsonObject metadata(Model model) {
+        Path file = model.getModelDir().toPath().resolve(METADATA);
+        try {
+            if (Files.isRegularFile(file)) {
+                return JsonUtils.GSON_PRETTY.fromJson(Files.readString(file), JsonObject.class);
+            }
+        } catch (IOException | JsonParseException error) {
+            Agent.say("routes", "in; " + METADATA + " of " + model.getModelName() + " cannot be read: " + error);
+        }
+        JsonObject unknown = new JsonObject();
+        unknown.addProperty("platform", "");
+        unknown.add("inputs", new JsonArray());
+        unknown.add("outputs", new JsonArray());
+        return unknown;
+    }
+}
