@@ -149,13 +149,15 @@ def test_client_that_asks_before_it_sends_too_much_gets_413(patched: Bare):
 
 def test_registration_names_the_parameters_that_the_archive_overrides(patched: Bare):
     archive(patched.folder / "store", "more", batchSize=4)
-    query = {"url": "more.mar", "initial_workers": 2, "response_timeout": 60, "batch_size": 8, "max_batch_delay": 7}
+    query = {"url": "more.mar", "initial_workers": 2, "response_timeout": 5, "batch_size": 8}
     answer = requests.post(f"{patched.management}/models", params=query, timeout=120)
     assert answer.status_code == 200, answer.text
     assert answer.json()["status"] == (
         'Model "more" Version: 1.0 registered with 1 initial workers; parameters without effect, because the '
-        "archive's model-config.yaml sets other values: initial_workers=2 (1), batch_size=8 (4)"
+        "archive's model-config.yaml sets other values: initial_workers=2 (1), response_timeout=5 (60)"
     )
+    [described] = requests.get(f"{patched.management}/models/more", timeout=20).json()
+    assert described["batchSize"] == 8  # TorchServe obeys this one
     assert requests.delete(f"{patched.management}/models/more", timeout=30).status_code == 200
 
 
