@@ -62,8 +62,8 @@ class Source:
                 yield request(number, line)
 
     def count(self) -> int | None:
-        """Count the inputs; None if they come from standard input, which can be read only once."""
-        if STANDARD_INPUT in self.places:
+        """Count the inputs; None if some come from standard input or a pipe, which can be read only once."""
+        if STANDARD_INPUT in self.places or self.form != "files" and not Path(self.places[0]).is_file():
             return None
         return sum(1 for _ in (self.inputs() if self.form == "files" else lines(self.places[0])))
 

@@ -36,6 +36,20 @@ AUTOMATIC = ("Content-Type", "User-Agent", "Accept", "Accept-Encoding")
 Finish = Callable[[dict[str, object], object], None]
 
 
+class Rejected(Exception):
+    """A try that brought no answer.
+
+    Attributes:
+        failure: why.
+        seconds: for which the server asks to wait.
+        away: whether the same would happen to every other input now.
+    """
+
+    def __init__(self, failure: Failure, seconds: float = 0, away: bool = False):
+        super().__init__(failure.message)
+        self.failure, self.seconds, self.away = failure, seconds, away
+
+
 class Feed:
     """Inputs, read by a thread, so that a slow disk or pipe does not stop the requests in flight.
 
@@ -112,8 +126,8 @@ class Sender:
             finish: takes an input's name, and its answer or Failure.
 
         Raises:
-            NotRunning: no server has answered any request for `patience` seconds.
-            BundleError: the model is not served any more, or the server rejects the key.
+            NotRunning: no server has accepted a request for `patience` seconds.
+            BundleError: the model is not served any more.
         """
         feed = Feed(inputs, 2 * self.concurrency)
         connector = aiohttp.TCPConnector(limit=self.concurrency, ssl=trusted(self.client.inference))
@@ -144,35 +158,47 @@ class Sender:
         """Return an input's answer, or the Failure of its last try."""
         began = time.monotonic()
         for pause in pauses():
-            asked, connected, kind = 0.0, True, ""
             try:
-                headers = item.headers | await self._authorization()
-                async with session.post(self.url, data=content, headers=headers, allow_redirects=False) as response:
-                    body = await response.read()
-                self._heard = time.monotonic()
-                if 200 <= response.status < 300:
-                    return answer(response.content_type, body)
-                kind, message = described(body)
-                failure = Failure(response.status, message or response.reason or "")
-                asked = seconds_to_wait(response.headers.get("Retry-After", ""))
-            except (aiohttp.ClientError, TimeoutError, requests.RequestException) as exc:
-                connected = not isinstance(exc, aiohttp.ClientConnectorError)
-                failure = Failure(None, f"The server did not answer: {exc or type(exc).__name__}.")
-            if kind in UNKNOWN_MODEL:
-                raise BundleError(f"{self.url} does not exist any more: {failure.message}")
-            wait = random.uniform(1, JITTER) * max(asked, pause)
-            since = began if connected else max(began, self._heard)
-            tired = time.monotonic() + wait > since + self.patience
-            if kind == INVALID_KEY:
-                if tired or not self.client.keys:
-                    raise BundleError(f"The server rejects the key: {failure.message}")
-                self._key_read = float("-inf")  # another command may have renewed it
-            elif tired and not connected:
-                raise NotRunning(f"No server has answered at {self.client.inference} for {self.patience:g} s.")
-            elif tired or not failure.retriable:
-                return failure
+                return await self._ask(session, item, content)
+            except Rejected as exc:
+                rejected = exc
+            wait = random.uniform(1, JITTER) * max(rejected.seconds, pause)
+            since = max(began, self._heard) if rejected.away else began
+            is_last = time.monotonic() + wait > since + self.patience
+            if is_last and rejected.away:
+                message = f"{self.client.inference} has accepted no request for {self.patience:g} s."
+                raise NotRunning(message, rejected.failure.message)
+            if is_last or not rejected.failure.retriable:
+                return rejected.failure
             await asyncio.sleep(wait)
         raise AssertionError("pauses do not end")
+
+    async def _ask(self, session: aiohttp.ClientSession, item: Input, content: bytes) -> object:
+        """Send an input once, and return its answer.
+
+        Raises:
+            Rejected: there is no answer.
+            BundleError: the model is not served any more.
+        """
+        try:
+            headers = item.headers | await self._authorization()
+            async with session.post(self.url, data=content, headers=headers, allow_redirects=False) as response:
+                body = await response.read()
+        except (aiohttp.ClientError, TimeoutError, requests.RequestException) as exc:
+            failure = Failure(None, f"The server did not answer: {exc or type(exc).__name__}.")
+            raise Rejected(failure, away=isinstance(exc, aiohttp.ClientConnectorError)) from exc
+        if 200 <= response.status < 300:
+            self._heard = time.monotonic()
+            return answer(response.content_type, body)
+        kind, message = described(body)
+        if kind == INVALID_KEY:  # another command may have renewed it, or another server has started
+            self._key_read = float("-inf")
+            raise Rejected(Failure(None, f"The server rejects the key: {message}"), away=True)
+        if kind in UNKNOWN_MODEL:
+            raise BundleError(f"{self.url} does not exist any more: {message}")
+        self._heard = time.monotonic()
+        failure = Failure(response.status, message or response.reason or "")
+        raise Rejected(failure, seconds_to_wait(response.headers.get("Retry-After", "")))
 
     async def _authorization(self) -> dict[str, str]:
         """Return the header with the key, if the server requires one."""
