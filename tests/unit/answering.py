@@ -128,7 +128,7 @@ def abc(tmp_path: Path) -> Path:
     folder = tmp_path / "inputs"
     folder.mkdir()
     for name in "abc":
-        (abc / name).write_text(name)
+        (folder / name).write_text(name)
     return folder
 
 
