@@ -6,7 +6,7 @@
 #   TORCH_INDEX_URL  a package index for torch, such as one of CPU builds (PyPI)
 #   BUNDLE_MODELS    the folder of the model folders (models)
 #   MODELS           the models to archive and serve, or "all" (those that are always served)
-#   MODEL            one model, for train, rollout, tune, profile and loadtest
+#   MODEL            one model, for predict, train, rollout, tune, profile and loadtest
 #   ARGS             arguments for train.py, such as "--devices 2 --precision bf16-mixed"
 #   DATA_DIR         the folder of the data sets, which are downloaded if missing (data)
 #   TESTS            arguments for pytest (all tests)
@@ -49,7 +49,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
   $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
+.PHONY: help made setup dev serve stop status logs predict archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
   gpu-check tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend sbom clean
 
 help:  ## show the commands
@@ -72,6 +72,11 @@ status: made  ## show models, versions, workers
 
 logs: made  ## follow the server's and the workers' logs
 	@$(BUNDLE) logs
+
+predict: made  ## send many inputs to a model (MODEL=image INPUT=photos OUTPUT=answers.jsonl FORM=lines RESUME=1)
+	@test -n "$(MODEL)" -a -n "$(INPUT)" -a -n "$(OUTPUT)" || \
+	  { echo "error: name all three: make predict MODEL=image INPUT=photos OUTPUT=answers.jsonl" >&2; exit 2; }
+	@$(BUNDLE) predict "$(MODEL)" "$(INPUT)" $(call options,OUTPUT CONCURRENCY) $(if $(FORM),--$(FORM)) $(if $(RESUME),--resume)
 
 archive: setup  ## build the archives into model_store/ (MODELS="mnist text")
 	@$(BUNDLE) archive $(MODELS)
