@@ -116,8 +116,14 @@ class HandlerMetrics:
             self.add(self.rejected, requests, error_type)
 
     def count_predictions(self, answers: list[Answer]) -> None:
-        if self.predictions is not None:
+        """Count answers of one request. If the handler's `first` fails, the answers are sent all the same."""
+        if self.predictions is None:
+            return
+        try:
             self.predictions.count(answers)
+        except Exception:
+            self.predictions = None
+            logger.exception("a bug in `first`: the predictions of %s are not counted any more", self.identity[0])
 
     def observe(self, stage: str, seconds: float) -> None:
         self.add(self.seconds[stage], round(seconds, 6))

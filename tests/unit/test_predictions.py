@@ -156,13 +156,15 @@ def test_predictions_are_counted_by_class_and_confidence(tmp_path: Path, lines: 
     assert lines.total("bundle_confidence_total") == dict.fromkeys(INTERVALS, 0) | confidence
 
 
-def test_worker_prints_many_predictions_at_once(tmp_path: Path, lines: Lines):
+def test_worker_prints_many_predictions_at_once(tmp_path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(predictions, "SECONDS", 60)
     with DryRun(write_archive(tmp_path), BATCH_SIZE) as worker:
         for _ in range(20):
             worker.predict([row(1)] * BATCH_SIZE)
-        wait_for(lambda: sum(lines.total("bundle_predictions_total").values()) == 20 * BATCH_SIZE, 10)
+        assert sum(lines.total("bundle_predictions_total").values()) == 0
+        worker.handler.metrics.predictions.emit()
     [values] = [each for each in lines.found["bundle_predictions_total"].values() if sum(each)]
-    assert len(values) < 20, "a line for each batch"
+    assert values == [0, 20 * BATCH_SIZE]
 
 
 def test_worker_prints_the_reference_at_its_start(tmp_path: Path, lines: Lines):
@@ -180,6 +182,17 @@ def test_setting_turns_the_metrics_off(tmp_path: Path, lines: Lines):
         assert worker.predict([row(0)])[0][0] == 200
         assert worker.handler.metrics.predictions is None
     assert set(lines.found) == {"bundle_requests_total"}
+
+
+def test_bug_in_first_is_logged_and_fails_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    with DryRun(write_archive(tmp_path), BATCH_SIZE) as worker:
+        monkeypatch.setattr(worker.handler, "encode", lambda *_: {"score": 1})
+        assert worker.predict([row(0), row(1)]) == [(200, {"score": 1})] * 2
+        [record] = [each for each in caplog.records if "a bug in `first`" in each.getMessage()]
+        assert record.exc_info
+        assert worker.handler.metrics.predictions is None
 
 
 # --- what comes first ------------------------------------------------------------------------------------------------
