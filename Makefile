@@ -2,8 +2,10 @@
 # them, which have more options.
 #
 # Variables (defaults in brackets):
-#   PYTHON           the Python that makes .venv (python3)
-#   TORCH_INDEX_URL  a package index for torch, such as one of CPU builds (PyPI)
+#   PYTHON           the Python that makes .venv: 3.11 to 3.13 (python3)
+#   TORCH_INDEX_URL  the package index of torch, or "pypi" (PyTorch's index of CPU builds, if there is no NVIDIA driver and
+#                    that index answers; otherwise PyPI)
+#   INSTALLER        pip, to install packages without uv (uv)
 #   BUNDLE_MODELS    the folder of the model folders (models)
 #   MODELS           the models to archive and serve, or "all" (those that are always served)
 #   MODEL            one model, for predict, train, rollout, tune, profile and loadtest
@@ -42,9 +44,10 @@ endif
 
 BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
-# no progress bars in a log
-QUIET := $(if $(CI),--quiet)
+# installs packages: the names of files in requirements/; no progress bars in a log
+SETUP := $(BIN)/python -m bundle.setup $(if $(CI),--quiet) $(if $(filter pip,$(INSTALLER)),--pip)
+# where NVIDIA's driver shows itself, as in bundle/setup/torch_source.py
+DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /usr/lib/wsl/lib/libcuda.so.1)
 STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml) \
   $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml)
 
@@ -88,7 +91,9 @@ rollout: setup  ## replace the version of a model that is served, without a fail
 	@test -n "$(MODEL)" || { echo "error: name the model: make rollout MODEL=mnist" >&2; exit 2; }
 	@COMPOSE="$(STACK)" $(BUNDLE) rollout "$(MODEL)"
 
-image:  ## build the Docker images (TORCH_INDEX_URL=... for CPU-only torch)
+# a build does not see the host's driver
+image: export TORCH_INDEX_URL := $(or $(TORCH_INDEX_URL),$(if $(GPU)$(DRIVER),pypi))
+image:  ## build the Docker images (GPU=1 or TORCH_INDEX_URL=pypi for CUDA)
 	$(STACK) build $(or $(SERVICES),torchserve)
 
 up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1)
@@ -207,29 +212,26 @@ clean:  ## stop the server; remove the archives and products of builds (not .ven
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@$(PYTHON) bundle/setup/check_python.py
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-# --no-deps, because serve.txt is complete, and pip would also download the newest torch for captum
-.venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt | .venv/bin/python
-	$(PIP) $(QUIET) --no-deps -r requirements/serve.txt
-	$(PIP) $(QUIET) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r requirements/torch.txt
-	$(BIN)/python -m bundle.server.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
+# a torch from another index replaces the one that is installed
+.PHONY: switch
+ifneq ($(TORCH_INDEX_URL),)
+.venv/serve.done: $(if $(filter $(shell cat .venv/torch-index 2>/dev/null),$(TORCH_INDEX_URL)),,switch)
+endif
+
+# without the stamp from its start, so that the next make continues an interrupted run
+.venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt requirements/uv.txt | .venv/bin/python
+	@rm -f $@
+	@$(SETUP) serve torch $$($(BIN)/python -m bundle.server.java >/dev/null 2>&1 || echo jre)
 	@touch $@
 
-# The command `bundle`, linked to this checkout. --no-deps, because its dependencies are installed already.
+# the command `bundle`, linked to this checkout
 .venv/bin/bundle: pyproject.toml .venv/serve.done
-	$(PIP) $(QUIET) --no-deps --no-build-isolation --editable .
+	@$(SETUP) command
 	@touch $@
 
-.venv/loadtest.done: requirements/loadtest.txt .venv/serve.done
-	$(PIP) $(QUIET) -r requirements/loadtest.txt
-	@touch $@
-
-.venv/fuzz.done: requirements/fuzz.txt .venv/serve.done
-	$(PIP) $(QUIET) -r requirements/fuzz.txt
-	@touch $@
-
-.venv/dev.done: requirements/dev.txt .venv/serve.done
-	$(PIP) $(QUIET) -r requirements/dev.txt
+.venv/loadtest.done .venv/fuzz.done .venv/dev.done: .venv/%.done: requirements/%.txt .venv/serve.done
+	@$(SETUP) $*
 	@touch $@

@@ -91,6 +91,10 @@ def try_samples(server: "Server", running: "Running", folders: list["ModelFolder
 
 def start(server: "Server", folders: list["ModelFolder"], timeout: float) -> "Running":
     """Start the server and wait until it serves. After any failure, Ctrl-C included, nothing is left running."""
+    from bundle.setup.torch_source import unused_gpu
+
+    if line := unused_gpu():
+        note(line)
     running = server.start(folders)
     try:
         wait_until_serving(server, running, folders, timeout)
