@@ -114,6 +114,22 @@ class Client:
                 f"TorchServe refused {method} /models{path} with {answer.status_code}.", reason(answer) or answer.text
             )
 
+    def schema(self) -> dict:
+        """Return the OpenAPI document of the models that are registered.
+
+        Raises:
+            BundleError: the server has none, because the frontend's patch is off.
+        """
+        url, auth = f"{self.inference}/openapi.json", self.auth("inference")
+        answer = session.get(url, auth=auth, timeout=SECONDS)
+        if not answer.ok:
+            raise BundleError(
+                f"The server answered /openapi.json with {answer.status_code}. It needs the frontend's patch `routes`: "
+                "start the server with it, or leave --running out.",
+                reason(answer) or answer.text,
+            )
+        return answer.json()
+
     def predict(
         self,
         model: str,

@@ -48,6 +48,7 @@ def test_no_origin_is_allowed_by_default(proxy, upstream):
         (PREDICT, "POST", "POST, PUT"),
         ("/explanations/mnist/1.0", "PUT", "POST, PUT"),
         ("/ping", "GET", "GET, HEAD"),
+        ("/openapi.json", "GET", "GET, HEAD"),
     ],
 )
 def test_preflight_of_an_allowed_origin_is_permitted(open_to_app, upstream, supervisor, path, method, allowed):

@@ -85,6 +85,9 @@ TRICKS = [
     "/predictions%0a/mnist",
     "/%0apredictions/mnist",
     "/ping%0a",
+    "/openapi.json%0a",
+    "/openapi.json/",
+    "/openapixjson",
     "/dropped%0a",
     "/error%0a",
     "/predictions/a%252f..%252fmodels",
@@ -246,3 +249,30 @@ def test_ping_with_post_is_405(proxy, supervisor):
 def test_ping_without_a_supervisor_is_503(start):
     proxy = start(SUPERVISOR_PORT=str(free_ports(1)[0]))
     check_error(http.get(f"{proxy.url}/ping", timeout=10), 503, "ServerUnavailable", "5")
+
+
+# -- the schema -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["/openapi.json", "/openapi.json?x=1", "/models/%2e%2e/openapi.json"])
+def test_schema_is_that_of_torchserve(proxy, upstream, target):
+    status, _, body = proxy.raw(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (status, body) == (200, b'{"ok": true}')
+    [received] = upstream.received
+    assert received.path.partition("?")[0] == "/openapi.json"
+    assert http.head(f"{proxy.url}/openapi.json", timeout=10).status_code == 200
+
+
+def test_schema_with_another_method_or_a_long_body_is_rejected(proxy, upstream):
+    refused = proxy.post("/openapi.json")
+    check_error(refused, 405, "MethodNotAllowed")
+    assert refused.headers["Allow"] == "GET, HEAD"
+    check_error(http.get(f"{proxy.url}/openapi.json", data=bytes(2000), timeout=10), 413, "BodyTooLarge")
+    assert upstream.received == []
+
+
+def test_error_of_torchserve_for_the_schema_is_the_proxys(proxy, upstream):
+    upstream.status, upstream.body = 500, b'{"code": 500, "type": "java.lang.Exception", "message": "inside"}'
+    check_error(http.get(f"{proxy.url}/openapi.json", timeout=10), 500, "PredictionFailed")
+    upstream.status, upstream.body = 400, b'{"code": 400, "type": "InvalidKeyException", "message": "no key"}'
+    check_error(http.get(f"{proxy.url}/openapi.json", timeout=10), 400, "InvalidKeyException")

@@ -27,7 +27,8 @@ import org.pytorch.serve.util.JsonUtils;
 import org.pytorch.serve.wlm.WorkerInitializationException;
 
 /**
- * The routes of KServe (Open Inference Protocol and v1) and of SageMaker are those of predictions and explanations.
+ * The routes of KServe (Open Inference Protocol and v1) and of SageMaker are those of predictions and explanations; and
+ * /openapi.json describes the models.
  *
  * <p>TorchServe has some of them, in a form that their clients do not understand: without versions, metadata and binary
  * tensors, and with a readiness that is always true.
@@ -95,6 +96,10 @@ public final class Routes implements Patch {
             to = firstProtocol(client, request, path);
         } else if (first.equals("invocations") && path.size() == 1) {
             to = invocation(request, query);
+        } else if (first.equals("openapi.json") && path.size() == 1) {
+            require(HttpMethod.GET, request);
+            Schema.send(client);
+            to = null;
         } else if (first.equals("models") && path.size() == 3 && path.get(2).equals("invoke")) {
             to = predictions(path.get(1), null, "predict", request);
         } else {

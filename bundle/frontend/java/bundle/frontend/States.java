@@ -62,8 +62,7 @@ final class States {
      */
     static void model(ChannelHandlerContext client, String name, String version, boolean readiness)
             throws ModelNotFoundException, ModelVersionNotFoundException {
-        ModelManager manager = ModelManager.getInstance();
-        Model model = manager.getModel(name, version);
+        Model model = ModelManager.getInstance().getModel(name, version);
         if (model == null) {
             throw new ModelNotFoundException("Model not found: " + name);
         }
@@ -73,11 +72,7 @@ final class States {
             sendReady(client, answer, readyWorkers(model) >= Math.max(1, model.getMinWorkers()));
             return;
         }
-        JsonArray versions = new JsonArray();
-        Set<String> sorted = new TreeSet<>();
-        manager.getAllModelVersions(name).forEach(each -> sorted.add(each.getKey()));
-        sorted.forEach(versions::add);
-        answer.add("versions", versions);
+        answer.add("versions", versions(name));
         metadata(model).entrySet().forEach(each -> answer.add(each.getKey(), each.getValue()));
         NettyUtils.sendJsonResponse(client, answer);
     }
@@ -95,6 +90,15 @@ final class States {
     static String onlyModel() {
         Set<String> names = ModelManager.getInstance().getDefaultModels(true).keySet();
         return names.size() == 1 ? names.iterator().next() : null;
+    }
+
+    /** Return the registered versions of a model. */
+    static JsonArray versions(String name) throws ModelNotFoundException {
+        Set<String> sorted = new TreeSet<>();
+        ModelManager.getInstance().getAllModelVersions(name).forEach(each -> sorted.add(each.getKey()));
+        JsonArray versions = new JsonArray();
+        sorted.forEach(versions::add);
+        return versions;
     }
 
     private static void sendReady(ChannelHandlerContext client, JsonObject answer, boolean ready) {
@@ -142,18 +146,27 @@ final class States {
 
     /** Return what the archive says about its inputs and outputs; nothing if the bundle did not build it. */
     private static JsonObject metadata(Model model) {
-        Path file = model.getModelDir().toPath().resolve(METADATA);
-        try {
-            if (Files.isRegularFile(file)) {
-                return JsonUtils.GSON_PRETTY.fromJson(Files.readString(file), JsonObject.class);
-            }
-        } catch (IOException | JsonParseException error) {
-            Agent.say("routes", "in; " + METADATA + " of " + model.getModelName() + " cannot be read: " + error);
+        JsonObject known = read(model, METADATA);
+        if (known != null) {
+            return known;
         }
         JsonObject unknown = new JsonObject();
         unknown.addProperty("platform", "");
         unknown.add("inputs", new JsonArray());
         unknown.add("outputs", new JsonArray());
         return unknown;
+    }
+
+    /** Return the JSON object in a file of the model's archive; null if it is missing or cannot be read. */
+    static JsonObject read(Model model, String name) {
+        Path file = model.getModelDir().toPath().resolve(name);
+        try {
+            if (Files.isRegularFile(file)) {
+                return JsonUtils.GSON_PRETTY.fromJson(Files.readString(file), JsonObject.class);
+            }
+        } catch (IOException | JsonParseException error) {
+            Agent.say("routes", "in; " + name + " of " + model.getModelName() + " cannot be read: " + error);
+        }
+        return null;
     }
 }
