@@ -27,6 +27,12 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
+@pytest.fixture
+def client(patched: Bare) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(patched.grpc) as connected:
+        yield connected
+
+
 def infer(server: Bare, model: str, body: bytes = b"x") -> str:
     """Return status and message of a request's error."""
     data = triton.InferInput("data", [1], "BYTES").set_data_from_numpy(numpy.array([body], numpy.object_))
@@ -35,10 +41,8 @@ def infer(server: Bare, model: str, body: bytes = b"x") -> str:
     return f"{raised.value.status().removeprefix('StatusCode.')}: {raised.value.message()}"
 
 
-def test_model_without_metadata_is_described_by_its_name(patched: Bare):
-    with triton.InferenceServerClient(patched.grpc) as client:
-        assert client.is_model_ready("one")
-        metadata = client.get_model_metadata("one")
+def test_model_without_metadata_is_described_by_its_name(client: triton.InferenceServerClient):
+    metadata = client.get_model_metadata("one")
     assert (metadata.name, metadata.versions, list(metadata.inputs), list(metadata.outputs)) == ("one", ["1.0"], [], [])
 
 
@@ -63,11 +67,24 @@ def test_request_beyond_the_client_timeout_is_deadline_exceeded_at_once(patched:
     wait_for(lambda: infer(patched, "late") == ANSWERED, 20)
 
 
-def test_request_inside_a_killed_worker_is_answered_by_the_next(patched: Bare, pool):
+def test_model_that_loses_its_workers_is_not_ready(patched: Bare, client: triton.InferenceServerClient):
+    assert client.is_model_ready("two")
+    patched.scale("two", 0)
+    assert not client.is_model_ready("two")
+    assert infer(patched, "two") == 'UNAVAILABLE: The model "two" has no workers. Retry later.'
+    patched.restore("two")
+    assert client.is_model_ready("two", "1.0")
+
+
+def test_request_inside_a_killed_worker_is_answered_by_the_next(
+    patched: Bare, client: triton.InferenceServerClient, pool
+):
+    client.is_server_ready()  # only a server that was ready stops being so
     inside = pool.submit(infer, patched, "one", b"sleep 2")
     time.sleep(1)
     [killed] = patched.workers("one")
     kill(patched, "one")
+    wait_for(lambda: not client.is_server_ready(), 20)
     assert inside.result() == ANSWERED
     assert patched.workers("one") != [killed]
 
