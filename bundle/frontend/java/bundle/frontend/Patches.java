@@ -32,7 +32,9 @@ final class Patches implements ClassFileTransformer {
                     new Close(),
                     new Query(),
                     new Routes(),
-                    new Grpc());
+                    new Grpc(),
+                    new Oversized(),
+                    new Registration());
 
     private final Map<String, byte[]> originals = new HashMap<>();
     private final Map<String, byte[]> changed = new HashMap<>();
