@@ -109,10 +109,14 @@ def raw(*contents: bytes, inputs: int = 1, typed_too: bool = False) -> Any:
     return request
 
 
-def many() -> Any:
+def many(inputs: int = 1, outputs: int = 0, dimensions: int = 1, parameters: int = 0) -> Any:
     request = messages.ModelInferRequest(model_name="m")
-    for _ in range(101):
-        request.inputs.add()
+    for _ in range(inputs):
+        request.inputs.add().shape.extend([1] * dimensions)
+    for _ in range(outputs):
+        request.outputs.add()
+    for index in range(parameters):
+        request.inputs[0].parameters[str(index)].bool_param = True
     return request
 
 
@@ -123,7 +127,10 @@ REQUESTS = {
     "raw": raw(b"ab", b"cde", inputs=2),
     "raw without an input": raw(b"ab", b"cd"),
     "raw and typed": raw(b"ab", typed_too=True),
-    "many inputs": many(),
+    "inputs": many(inputs=101),
+    "outputs": many(outputs=101),
+    "dimensions": many(dimensions=9),
+    "parameters of an input": many(parameters=101),
     "large numbers": typed("INT64", "int64_contents", [0] * (LIMIT // 8 + 1)),  # short in the message
     "large bytes": typed("BYTES", "bytes_contents", [b""] * (LIMIT // 4 + 1)),
     "bytes without a field": typed("FP16", "fp32_contents", [1]),
@@ -231,7 +238,10 @@ def test_parameters_of_all_kinds_are_kept_and_all_outputs_are_binary(results):
         *((f"outside {datatype}", "a number that its datatype does not have") for datatype in OUTSIDE),
         ("raw without an input", "raw_input_contents must have one element for each input"),
         ("raw and typed", "in raw_input_contents, or of none"),
-        ("many inputs", "more than 100 inputs"),
+        ("inputs", "At most 100 inputs are accepted, not 101"),
+        ("outputs", "At most 100 outputs"),
+        ("dimensions", "At most 8 dimensions"),
+        ("parameters of an input", "At most 100 parameters"),
         ("large numbers", "max_request_size"),
         ("large bytes", "max_request_size"),
     ],

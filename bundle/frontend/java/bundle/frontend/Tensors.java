@@ -36,15 +36,16 @@ import org.pytorch.serve.util.messages.RequestInput;
 final class Tensors {
     private static final String JSON_SIZE = "Inference-Header-Content-Length";
     private static final String SIZE = "binary_data_size";
-    private static final int MOST_TENSORS = 100; // as the handler; empty ones would become long as JSON
+    // as in the handler; a few bytes of a message can become many of JSON
+    private static final int MOST = 100;
+    private static final int MOST_DIMENSIONS = 8;
 
     private Tensors() {}
 
     /** Return the input of the worker. */
     static RequestInput request(ModelInferRequest sent) {
-        if (sent.getInputsCount() > MOST_TENSORS || sent.getOutputsCount() > MOST_TENSORS) {
-            throw new BadRequestException("The request has more than " + MOST_TENSORS + " inputs or outputs.");
-        }
+        checkCount(sent.getInputsCount(), MOST, "inputs");
+        checkCount(sent.getOutputsCount(), MOST, "outputs");
         boolean raw = sent.getRawInputContentsCount() > 0;
         if (raw && sent.getRawInputContentsCount() != sent.getInputsCount()) {
             throw new BadRequestException("raw_input_contents must have one element for each input.");
@@ -63,6 +64,7 @@ final class Tensors {
             ByteString content = raw ? sent.getRawInputContents(inputs.size()) : packed(tensor);
             JsonObject input = named(tensor.getName());
             input.addProperty("datatype", tensor.getDatatype());
+            checkCount(tensor.getShapeCount(), MOST_DIMENSIONS, "dimensions");
             JsonArray shape = new JsonArray();
             tensor.getShapeList().forEach(shape::add);
             input.add("shape", shape);
@@ -123,6 +125,7 @@ final class Tensors {
 
     /** Return parameters in JSON, and one of ours, which replaces the client's own. */
     private static JsonObject parameters(Map<String, InferParameter> sent, String name, JsonPrimitive value) {
+        checkCount(sent.size(), MOST, "parameters");
         JsonObject json = new JsonObject();
         sent.forEach((key, each) -> json.add(key, value(each)));
         json.add(name, value);
@@ -208,6 +211,12 @@ final class Tensors {
             throw new BadRequestException("An input has a number that its datatype does not have.");
         }
         return value;
+    }
+
+    private static void checkCount(int count, int most, String what) {
+        if (count > most) {
+            throw new BadRequestException("At most " + most + " " + what + " are accepted, not " + count + ".");
+        }
     }
 
     private static void checkSize(long bytes) {
