@@ -35,7 +35,7 @@ import org.pytorch.serve.wlm.WorkerInitializationException;
  */
 public final class Routes implements Patch {
     private static final String NETTY = "org/pytorch/serve/util/NettyUtils";
-    private static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
+    static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
     private static final String JSON_SIZE = "inference-header-content-length";
     private static final AttributeKey<Boolean> OPEN_INFERENCE = AttributeKey.valueOf("bundle.open_inference");
 
