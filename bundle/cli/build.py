@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bundle.cli.console import console, errors, note, opening, progress
-from bundle.cli.parameters import Models, comma_list
+from bundle.cli.parameters import Models, comma_list, model_names
 from bundle.errors import NotRunning
 
 if TYPE_CHECKING:
@@ -194,6 +194,36 @@ def openapi(
         merged, address = of_archives(server, models or []), server.settings.url("inference_address")
     merged["servers"] = [{"url": url or address}]
     typer.echo(json.dumps(merged, indent=1, ensure_ascii=False))
+
+
+@app.command(epilog="Examples: `bundle reference birds photos/` · `bundle reference birds a.jpg b.jpg c.jpg`")
+def reference(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder in models/.", autocompletion=model_names)],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="FILE", exists=True, help="Typical inputs, or folders of them.")
+    ],
+) -> None:
+    """Record what a model predicts for typical inputs, in its folder's reference.json.
+
+    Prometheus compares the predictions of the server with it. The next archive of the model has the file.
+    """
+    from bundle import catalog
+    from bundle.build import reference as recorder
+    from bundle.paths import relative
+    from bundle.server.process import Server
+    from handlers.core.predictions import REFERENCE_NAME
+
+    server, folders = Server(), catalog.select([model])
+    build(folders, server.store)
+    files = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    with errors.status(f"sending {len(files)} inputs to {model}"):
+        examples = [recorder.from_file(file) for file in files]
+        recorded = recorder.record(server.archive(folders[0]), examples, "inputs of `bundle reference`")
+    target = folders[0].path / REFERENCE_NAME
+    target.write_text(recorder.text(recorded))
+    classes = len(recorded.classes)
+    console.print(f"{relative(target)}: {recorded.examples} inputs, {classes} classes", markup=False, soft_wrap=True)
 
 
 def of_archives(server: "Server", models: list[str]) -> dict:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -131,18 +131,34 @@ class Client:
         return answer.json()
 
     def predict(
-        self, model: str, content: bytes, version: str | None = None, headers: dict[str, str] | None = None
+        self,
+        model: str,
+        content: bytes,
+        version: str | None = None,
+        headers: dict[str, str] | None = None,
+        options: Mapping[str, str] | None = None,
+        explain: bool = False,
     ) -> requests.Response:
         """Send one input as request body, and return the answer.
 
         Each call has its own connection, and closes it: TorchServe keeps connections open even when asked to close
         them, and `drain` takes an open connection for a client.
+
+        Args:
+            options: parameters of the request, such as {"top_k": "1"}.
+            explain: whether to ask for an explanation instead of a prediction.
         """
-        url = f"{self.inference}/predictions/{'/'.join(filter(None, (model, version)))}"
+        url = f"{self.inference}/{path(model, version, explain)}"
         with Session() as once:
-            answer = once.post(url, data=content, headers=headers, auth=self.auth("inference"), timeout=SECONDS)
+            auth = self.auth("inference")
+            answer = once.post(url, data=content, headers=headers, params=options, auth=auth, timeout=SECONDS)
             answer.raw.close()  # the end of the session would not close it
         return answer
+
+
+def path(model: str, version: str | None = None, explain: bool = False) -> str:
+    """Return the path of requests to a version, by default to the default one."""
+    return "/".join(filter(None, ("explanations" if explain else "predictions", model, version)))
 
 
 def count_ready(described: dict) -> WorkerCount:

@@ -136,10 +136,8 @@ def test_containers_run_without_privileges_or_build_tools(stack: Stack):
         "Seccomp:",
         "2",
     ]  # 2: a filter, Docker's own
-    search = (
-        r"command -v gcc cc make; find / -xdev -path '*/.cache/pip/*' 2>/dev/null; ls .venv/bin/pip* 2>/dev/null; true"
-    )
-    assert stack.execute("sh", "-c", search) == ""
+    search = r"command -v gcc cc make; find / -xdev -path '*/.cache/*' 2>/dev/null"
+    assert stack.execute("sh", "-c", f"{search}; ls .venv/bin/pip* .venv/bin/uv* 2>/dev/null; true") == ""
 
 
 def test_prometheus_rules_pass_promtool(stack: Stack):

@@ -16,7 +16,7 @@ from bundle.server.status import Status
 
 pytestmark = pytest.mark.slow  # most tests start Java
 PATCHES = ["gather", "overload", "lost", "timeouts", "forms", "drain", "management", "scaling"]
-PATCHES += ["gzip", "buckets", "close", "query", "routes"]
+PATCHES += ["gzip", "buckets", "close", "query", "routes", "oversized", "registration"]
 NO_COMPILER = shutil.which("javac") is None and os.environ.get("CI") != "true"  # there, a test fails without a JDK
 HELLO = 'public class Hello { public static void main(String[] a) { System.out.println("started"); } }'
 # reads the list of a model's workers while it changes

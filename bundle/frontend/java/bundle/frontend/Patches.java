@@ -31,7 +31,9 @@ final class Patches implements ClassFileTransformer {
                     new Buckets(),
                     new Close(),
                     new Query(),
-                    new Routes());
+                    new Routes(),
+                    new Oversized(),
+                    new Registration());
 
     private final Map<String, byte[]> originals = new HashMap<>();
     private final Map<String, byte[]> changed = new HashMap<>();
