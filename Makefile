@@ -176,7 +176,7 @@ slow-units-a-d slow-units-e-z: slow-units-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
 
 lock: dev  ## update requirements/*.txt to the newest versions
-	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
+	cd requirements && set -e && for set in serve dev loadtest kserve; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
 frontend: dev  ## build the Java agent for TorchServe's frontend, bundle/frontend/frontend.jar; needs a JDK 17
