@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bundle.cli.console import console, note, opening, progress, state_columns
+from bundle.cli.console import ENDING, console, note, opening, progress, state_columns
 from bundle.cli.parameters import Model, duration
 from bundle.cli.serve import NOT_RUNNING
 from bundle.errors import BundleError, NotRunning, UsageError
@@ -225,8 +225,6 @@ def predict_all(
         NotRunning: the server does not run, or does not serve the model; or it has not answered for too long.
         typer.Exit: with 1: an input has failed.
     """
-    import asyncio
-
     from bundle.bulk.record import recording
     from bundle.bulk.sender import Sender
     from bundle.server.client import path
@@ -251,7 +249,7 @@ def predict_all(
                     show()
 
                 missing = (item for item in source.inputs() if not record.has(item.name))
-                asyncio.run(sender.send(missing, finish))
+                run(sender.send(missing, finish))
         except BaseException:
             note(summary(record, began))
             if output:
@@ -260,6 +258,38 @@ def predict_all(
     note(summary(record, began))
     if record.failed:
         raise typer.Exit(1)
+
+
+def run(sending: Coroutine[object, object, None]) -> None:
+    """Run a coroutine; SIGTERM and SIGHUP cancel it, as Ctrl-C does.
+
+    The usual handler would raise its KeyboardInterrupt inside any task, and asyncio would print it.
+    """
+    import asyncio
+    import signal
+
+    usual = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
+
+    async def cancellable() -> None:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task
+
+        def end(number: signal.Signals) -> None:
+            with suppress(KeyboardInterrupt):
+                usual[number](number, None)
+            task.cancel()
+
+        for number in usual:
+            loop.add_signal_handler(number, end, number)
+        await sending
+
+    try:
+        asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

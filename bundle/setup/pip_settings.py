@@ -73,6 +73,10 @@ class PipSettings:
             told["UV_NO_CACHE"] = "1"
         if told.keys() & {"UV_INDEX", "UV_FIND_LINKS"}:
             told["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # pip's: the best version of all indexes
+        if extra := told.get("UV_INDEX"):
+            # of equal versions, uv takes that of the first index, even if its wheel suits the system less
+            own = environment.get("UV_DEFAULT_INDEX") or environment.get("UV_INDEX_URL")
+            told["UV_INDEX"] = f"{own or self.values.get('index-url', PYPI_URL)} {extra}"
         # pip trusts the system's certificates, too
         told["UV_SYSTEM_CERTS"] = "1"
         return {

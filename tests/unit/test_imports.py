@@ -10,8 +10,9 @@ from bundle.build.imports import import_file, imports_from
 from bundle.paths import ROOT
 
 ALLOWED = {
-    "cli": {"build", "server", "setup", "supervisor", "tuning", "load"},
+    "cli": {"build", "bulk", "server", "setup", "supervisor", "tuning", "load"},
     "build": set(),
+    "bulk": {"server"},
     "server": set(),
     "setup": set(),
     "supervisor": {"server"},

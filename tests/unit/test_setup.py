@@ -46,5 +46,12 @@ def test_uv_gets_pips_settings_and_its_own_come_first():
     assert not told.keys() & {"UV_DEFAULT_INDEX", "HTTPS_PROXY"}
 
 
+def test_further_indexes_of_pip_come_after_its_first_one():
+    """Of equal versions, uv takes that of the first index, even if its wheel suits the system less."""
+    settings = PipSettings({"extra-index-url": "https://more/"})
+    assert settings.for_uv({})["UV_INDEX"] == "https://pypi.org/simple https://more/"
+    assert settings.for_uv({"UV_DEFAULT_INDEX": "https://own/"})["UV_INDEX"] == "https://own/ https://more/"
+
+
 def test_installed_packages_are_not_damaged():
     assert [info.name for info in site_packages(Path(sys.prefix)).glob("py*.dist-info") if is_damaged(info)] == []
