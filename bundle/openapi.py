@@ -20,6 +20,7 @@ JSON = "application/json"
 OCTETS = "application/octet-stream"
 MULTIPART = "multipart/form-data"
 FILE = {"type": "string", "format": "binary", "contentMediaType": OCTETS}  # older generators need the format
+ANYTHING: dict = {"schema": {}}
 RETRY_AFTER = {"Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}}
 
 # The types of errors by status that TorchServe (...Exception), the frontend's patches and the proxy answer, beside
@@ -61,7 +62,7 @@ def error_types() -> dict[int, list[str]]:
 
 
 def error_response(status: int, types: list[str]) -> dict:
-    known = {"properties": {"code": {"const": status}, "type": {"enum": types}}}
+    known = {"properties": {"code": {"type": "integer", "enum": [status]}, "type": {"type": "string", "enum": types}}}
     content = {JSON: {"schema": {"allOf": [{"$ref": "#/components/schemas/Error"}, known]}}}
     headers = {"headers": RETRY_AFTER} if status in RETRIED else {}
     return {"description": MEANINGS[status], **headers, "content": content}
@@ -123,8 +124,8 @@ def server_paths() -> dict[str, dict]:
                 "schema": name,
             }
         ],
-        "requestBody": {"required": True, "content": {JSON: {}, OCTETS: {"schema": FILE}}},
-        "responses": {"200": {"description": "The answer.", "content": {JSON: {}, "image/png": {"schema": FILE}}}}
+        "requestBody": {"required": True, "content": {JSON: ANYTHING, OCTETS: {"schema": FILE}}},
+        "responses": {"200": {"description": "The answer.", "content": {JSON: ANYTHING, "image/png": {"schema": FILE}}}}
         | error_references(),
     }
     itself = {"200": described("An OpenAPI document.", {"type": "object"})}
@@ -156,7 +157,7 @@ def common() -> dict:
         "type": "array",
         "items": record({"name": name, "datatype": name, "shape": {"type": "array", "items": {"type": "integer"}}}),
     }
-    model = {"name": name, "versions": {"type": "array", "items": name}, "platform": name}
+    model: dict[str, dict] = {"name": name, "versions": {"type": "array", "items": name}, "platform": name}
     types = error_types()
     responses = {f"Error{status}": error_response(status, types[status]) for status in types}
     responses |= {f"{OPEN_INFERENCE}Error{status}": open_inference_error(status) for status in types}
@@ -219,14 +220,14 @@ def ready_paths(name: str) -> dict[str, dict]:
 
 def generic(name: str, version: str) -> dict:
     """Return what is known of a model whose handler does not declare what it accepts: paths and components."""
-    anything: dict = {"*/*": {}}
+    anything = {"*/*": ANYTHING}
     form = {"schema": {"type": "object", "properties": {"data": FILE}}}  # the name that TorchServe's handlers read
     operation = {
         "summary": f"Ask the model {name}.",
         "description": "The model's handler does not declare what it accepts.",
         "tags": [name],
         "parameters": [],
-        "requestBody": {"required": True, "content": {JSON: {}, MULTIPART: form, **anything}},
+        "requestBody": {"required": True, "content": {JSON: ANYTHING, MULTIPART: form, **anything}},
         "responses": {
             "200": {"description": "The answer.", "content": anything},
             "default": {"description": "An error of the server or of the handler.", "content": anything},

@@ -1,11 +1,13 @@
 """What the tests of OpenAPI documents share: documents of models, and checks against their schemas."""
 
+import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import jsonschema
 
-from bundle import openapi
+from bundle import mar, openapi
 from bundle.build.handler import load_handler
 from bundle.build.model_api import ModelAPI
 from bundle.catalog import ModelFolder, select
@@ -54,3 +56,19 @@ def copied(model: str, target: Path, **changes: str) -> ModelFolder:
         text = text.replace(old, new)
     file.write_text(text)
     return ModelFolder(target / model)
+
+
+def write_archive(store: Path, name: str, document: object, version: str = "1.0") -> str:
+    """Write an archive that can be registered, and return its name.
+
+    Args:
+        document: its openapi.json: JSON, bytes as they are, or None without one.
+    """
+    described = {"modelName": name, "modelVersion": version, "handler": "handler.py"}
+    archive = store / f"{name}-{version}.mar"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(mar.MANIFEST, json.dumps({"runtime": "python", "model": described}))
+        file.writestr("handler.py", "")
+        if document is not None:
+            file.writestr(openapi.NAME, document if isinstance(document, bytes) else json.dumps(document))
+    return archive.name

@@ -2,14 +2,12 @@
 
 import json
 import re
-import zipfile
-from pathlib import Path
 
 import pytest
 from openapi_spec_validator import validate
 
-from bundle import mar, openapi
-from tests.unit.schemas import document_of
+from bundle import openapi
+from tests.unit.schemas import document_of, write_archive
 from tests.unit.test_frontend import NO_COMPILER
 from tests.unit.test_frontend_routes import ask
 
@@ -28,22 +26,6 @@ FOREIGN = [  # files of this name in archives that the bundle did not build
 ]
 
 
-def write(store: Path, name: str, document: object, version: str = "1.0") -> str:
-    """Write an archive that can be registered, and return its name.
-
-    Args:
-        document: its openapi.json: JSON, bytes as they are, or None without one.
-    """
-    described = {"modelName": name, "modelVersion": version, "handler": "handler.py"}
-    archive = store / f"{name}-{version}.mar"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr(mar.MANIFEST, json.dumps({"runtime": "python", "model": described}))
-        file.writestr("handler.py", "")
-        if document is not None:
-            file.writestr(openapi.NAME, document if isinstance(document, bytes) else json.dumps(document))
-    return archive.name
-
-
 def second_version() -> dict:
     return json.loads(json.dumps(document_of("price")).replace('"rooms"', '"floors"'))
 
@@ -59,14 +41,16 @@ def hostile() -> dict:
 def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Return what one server answered, after each of several changes."""
     store = tmp_path_factory.mktemp("store")
-    archives = {model: write(store, model, document_of(model)) for model in MODELS}
-    others = [f"{write(store, f'foreign{index}', content)} foreign{index}" for index, content in enumerate(FOREIGN)]
+    archives = {model: write_archive(store, model, document_of(model)) for model in MODELS}
+    others = [
+        f"{write_archive(store, f'foreign{index}', content)} foreign{index}" for index, content in enumerate(FOREIGN)
+    ]
     others += [f"{archives[model]} {name}" for name, model in COPIES.items()]
-    others += [f"{archives['price']} a$1", f"{write(store, 'hostile', hostile())} hostile"]
+    others += [f"{archives['price']} a$1", f"{write_archive(store, 'hostile', hostile())} hostile"]
     steps = {
         "none": [],
         "some": [f"register {archive} {model}" for model, archive in archives.items()],
-        "two versions": [f"register {write(store, 'price', second_version(), '1.1')} price"],
+        "two versions": [f"register {write_archive(store, 'price', second_version(), '1.1')} price"],
         "other default": ["default price 1.1"],
         "all": [f"register {each}" for each in others],
     }
