@@ -1,9 +1,9 @@
-"""Make calls with KServe's own client: a JSON object of calls on stdin, that of their results on stdout.
+"""Make calls with KServe's own clients: a JSON object of calls on stdin, that of their results on stdout.
 
 This program runs in the environment of requirements/kserve.txt, which has nothing of the bundle. All calls are made at
 the same time.
 
-    python kserve_calls.py URL <<< '{"a name": {"protocol": "v2", "method": "is_model_ready", "model": "mnist"}}'
+    python kserve_calls.py URL GRPC_ADDRESS <<< '{"a name": {"protocol": "v2", "method": "is_server_live"}}'
 """
 
 import asyncio
@@ -11,11 +11,12 @@ import base64
 import json
 import sys
 
+import grpc
 import httpx
 import numpy
-from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
+from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest, RESTConfig
 
-url = sys.argv[1]
+url, grpc_address = sys.argv[1:]
 
 
 def tensor(name: str, datatype: str, data: list, binary: bool = True, **parameters: str) -> InferInput:
@@ -41,7 +42,26 @@ async def call(client: InferenceRESTClient, protocol: str, method: str, model: s
     return {each.name: each.as_numpy().tolist() for each in answer.outputs}
 
 
+async def grpc_call(client: InferenceGRPCClient, method: str, model: str = "", **given) -> object:
+    if method.startswith("is_server"):
+        return await getattr(client, method)()
+    if method == "is_model_ready":
+        return await client.is_model_ready(model)
+    sent = InferRequest(model, [tensor(**each) for each in given["inputs"]], parameters=given.get("parameters"))
+    return {each.name: each.as_numpy().tolist() for each in (await client.infer(sent)).outputs}
+
+
+async def grpc_outcome(**given) -> object:
+    async with InferenceGRPCClient(grpc_address) as client:
+        try:
+            return await grpc_call(client, **given)
+        except grpc.RpcError as error:
+            return {"status": error.code().name, "error": error.details()}
+
+
 async def outcome(protocol: str, **given) -> object:
+    if protocol == "grpc":
+        return await grpc_outcome(**given)
     async with InferenceRESTClient(RESTConfig(protocol=protocol)) as client:
         try:
             return await call(client, protocol, **given)
@@ -53,4 +73,4 @@ async def outcomes(calls: dict[str, dict]) -> dict[str, object]:
     return dict(zip(calls, await asyncio.gather(*(outcome(**each) for each in calls.values())), strict=True))
 
 
-print(json.dumps(asyncio.run(outcomes(json.load(sys.stdin)))))
+print(json.dumps(asyncio.run(outcomes(json.load(sys.stdin))), default=bytes.decode))  # gRPC has texts as bytes

@@ -48,6 +48,10 @@ def client(served: Place) -> Iterator[triton.InferenceServerClient]:
         yield connected
 
 
+def grpc_address(served: Place) -> str:
+    return f"127.0.0.1:{served.ports['grpc_inference_port']}"
+
+
 def get(served: Place, path: str) -> requests.Response:
     return requests.get(f"{served.client.inference}/{path}", timeout=30)
 
@@ -205,7 +209,10 @@ def kserve(served: Place, kserve_python: Path) -> dict[str, Any]:
             f"{name} v1": first_protocol("infer", name, instances=[value, value]),
             f"{name} explained": first_protocol("explain", name, instances=[value], method=QUICK[name]),
         }
-    program = [kserve_python, Path(__file__).with_name("kserve_calls.py"), served.client.inference]
+    second = {name: call for name, call in calls.items() if call["protocol"] == "v2"}
+    calls |= {f"{name} over grpc": call | {"protocol": "grpc"} for name, call in second.items()}
+    addresses = [served.client.inference, grpc_address(served)]
+    program = [kserve_python, Path(__file__).with_name("kserve_calls.py"), *addresses]
     done = subprocess.run(program, input=json.dumps(calls), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -238,12 +245,35 @@ def test_kserves_client_gets_readiness_options_and_errors(kserve: dict[str, Any]
         assert words in kserve[name]["error"], name
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_kserves_grpc_client_gets_the_answers_of_a_batch(kserve: dict[str, Any], name: str):
+    assert labels(kserve[f"{name} binary over grpc"]["json"]) == [EXPECTED[name]] * 3
+    assert labels(kserve[f"{name} json over grpc"]["json"]) == [EXPECTED[name]] * 2
+    assert kserve[f"{name} is ready over grpc"] is True
+
+
+def test_kserves_grpc_client_gets_readiness_options_and_errors(kserve: dict[str, Any]):
+    assert kserve["live over grpc"] is kserve["ready over grpc"] is True
+    assert numpy.shape(kserve["options over grpc"]["label"]) == (1, 2)
+    errors = {
+        "unknown model is ready": ("NOT_FOUND", "Model not found: nothing"),
+        "no such model": ("NOT_FOUND", "Model not found: nothing"),
+        "no image": ("INVALID_ARGUMENT", "not an image"),
+        "datatype": ("INVALID_ARGUMENT", "must be UINT8 [N, 1, 28, 28], not FP32 [1, 1, 1, 1]"),
+        "option": ("INVALID_ARGUMENT", "top_k must be"),
+    }
+    for name, (status, words) in errors.items():
+        result = kserve[f"{name} over grpc"]
+        assert (result["status"], words in result["error"]) == (status, True), (name, result)
+
+
 def test_examples_of_the_documentation_run(served: Place, kserve_python: Path):
     page = (ROOT / "docs" / "protocols.md").read_text().replace("http://127.0.0.1:8080", served.client.inference)
     page = page.replace("127.0.0.1:8080", served.client.inference.removeprefix("http://"))
+    page = page.replace("127.0.0.1:7070", grpc_address(served))
     examples = [code for _, code in re.findall(r"```(python|sh)\n(.*?)```", page, re.DOTALL)]
-    programs = [[sys.executable, "-c"], ["sh", "-c"], [kserve_python, "-c"]]
-    expected = [EXPECTED["image"], '"outputs"', "top_3_classes"]
+    programs = [[sys.executable, "-c"], ["sh", "-c"], [kserve_python, "-c"], [sys.executable, "-c"]]
+    expected = [EXPECTED["image"], '"outputs"', "top_3_classes", EXPECTED["image"]]
     for program, code, words in zip(programs, examples, expected, strict=True):
         done = subprocess.run([*program, code], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert (done.returncode, words in done.stdout) == (0, True), done.stdout + done.stderr
