@@ -157,7 +157,7 @@ def common() -> dict:
         "type": "array",
         "items": record({"name": name, "datatype": name, "shape": {"type": "array", "items": {"type": "integer"}}}),
     }
-    model = {"name": name, "versions": {"type": "array", "items": name}, "platform": name}
+    model: dict[str, dict] = {"name": name, "versions": {"type": "array", "items": name}, "platform": name}
     types = error_types()
     responses = {f"Error{status}": error_response(status, types[status]) for status in types}
     responses |= {f"{OPEN_INFERENCE}Error{status}": open_inference_error(status) for status in types}

@@ -44,7 +44,7 @@ class OpenInferenceAPI:
             "": ("metadata", f"Inputs and outputs of the model {self.name}.", {"200": about} | missing),
             "/ready": ("ready", f"Whether the model is ready: {self.name}.", ready),
         }
-        paths = {}
+        paths: dict[str, dict] = {}
         for suffix, (word, summary, answers) in asked.items():
             paths |= self.both(word, suffix, "get", {"summary": summary, "responses": answers})
         return paths
