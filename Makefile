@@ -195,7 +195,7 @@ other-servers: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/server $(addprefix --ignore ,$(RESTARTED))
 
 lock: dev  ## update requirements/*.txt to the newest versions
-	cd requirements && set -e && for set in serve dev loadtest; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
+	cd requirements && set -e && for set in serve dev loadtest kserve; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
 frontend: dev  ## build the Java agent for TorchServe's frontend, bundle/frontend/frontend.jar; needs a JDK 17

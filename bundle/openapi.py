@@ -39,7 +39,7 @@ SERVER_ERRORS = {
 MEANINGS = {
     400: "The request is invalid: correct it.",
     404: "The server has no such model, or no such version of it.",
-    413: "The input exceeds a limit. If the whole body is too long for TorchServe, the answer has no content.",
+    413: "The input exceeds a limit.",
     414: "The URL is too long. Send the input in the body.",
     415: "The Content-Encoding or the charset is not supported.",
     429: "Overload: retry.",

@@ -53,7 +53,7 @@ class Installer:
             self.why_pip = f"pip's settings have {', '.join(unknown)}, which uv does not have"
         else:
             pinned = pins(REQUIREMENTS / "uv.txt")["uv"]
-            if installed("uv") != pinned and self.pip("install", "--quiet", f"uv=={pinned}", own=True):
+            if installed("uv") != pinned and self.pip("install", "-qq", f"uv=={pinned}", own=True):
                 self.why_pip = "uv cannot be installed"
         if self.why_pip:
             self.report(f"pip installs the packages, because {self.why_pip}. uv would be faster.")

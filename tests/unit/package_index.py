@@ -6,7 +6,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
@@ -40,7 +40,7 @@ class Index:
 
     Attributes:
         url: its address, for pip and uv.
-        asked: the paths that were requested.
+        asked: the paths that were fetched.
         held: names of files that are not sent until the index ends.
     """
 
@@ -59,11 +59,12 @@ def serving(*wheels: tuple[str, bytes], held: set[str] = frozenset()) -> Iterato
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            index.asked.append(self.path)
+            if self.command == "GET":
+                index.asked.append(self.path)
             folder, _, rest = self.path.strip("/").partition("/")
             files = [file for file in index.wheels if file.partition("-")[0].replace("_", "-") == rest]
             if folder == "files" and (file := rest.replace("%2B", "+")) in index.wheels:
-                if file in index.held:
+                if file in index.held and self.command == "GET":
                     ended.wait(60)
                 self.answer(index.wheels[file], "application/octet-stream")
             elif folder == "simple" and files:
@@ -77,7 +78,11 @@ def serving(*wheels: tuple[str, bytes], held: set[str] = frozenset()) -> Iterato
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command == "GET":
+                with suppress(ConnectionError):  # an interrupted client
+                    self.wfile.write(body)
+
+        do_HEAD = do_GET  # uv asks for the sizes first
 
         def log_message(self, *_: object) -> None:
             pass

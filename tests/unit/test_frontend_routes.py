@@ -76,12 +76,14 @@ ASKED = [
     ("GET /v2/models/x/config", 404, '"error"'),
     ("GET /v1/models", 200, '{ "models": [] }'),
     ("GET /v1/models/x", 404, '"ModelNotFoundException"'),
+    ("GET /v1/x/models", 404, '"ResourceNotFoundException"'),
     ("POST /v1/models/x:regress", 404, '"ResourceNotFoundException"'),
     ("GET /v1/models/x:predict", 405, '"MethodNotAllowedException"'),
     ("POST /invocations", 400, "Name the model"),
     ("GET /openapi.json", 200, '"openapi":"3.1.0"'),
     ("POST /openapi.json", 405, '"MethodNotAllowedException"'),
     ("GET /openapi.json/x", 404, '"ResourceNotFoundException"'),
+    ("POST /invocations?model_name=&a=b", 400, "Name the model"),
     ("GET /models/x/other", 404, '"ResourceNotFoundException"'),
 ]
 INFERRED = [  # request, URI with the query that the handler gets, protocol, content type, kind

@@ -233,7 +233,7 @@ def test_every_error_of_the_frontends_patches_is_in_the_response_of_its_status()
 
 
 def test_every_error_of_the_proxy_for_a_post_is_in_the_response_of_its_status():
-    found = re.findall(r"""'{"code": (\d+), "type": "(\w+)\"""", (ROOT / "docker" / "nginx" / "nginx.conf").read_text())
+    found = re.findall(r"^ +(\d{3}) +([A-Z]\w+);$", (ROOT / "docker" / "nginx" / "nginx.conf").read_text(), re.M)
     assert ("429", "TooManyRequests") in found
     for status, name in found:
         if name != "MethodNotAllowed":  # of another method

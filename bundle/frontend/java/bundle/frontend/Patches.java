@@ -32,6 +32,7 @@ final class Patches implements ClassFileTransformer {
                     new Close(),
                     new Query(),
                     new Routes(),
+                    new Grpc(),
                     new Oversized(),
                     new Registration());
 

@@ -35,7 +35,7 @@ import org.pytorch.serve.wlm.WorkerInitializationException;
  */
 public final class Routes implements Patch {
     private static final String NETTY = "org/pytorch/serve/util/NettyUtils";
-    private static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
+    static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
     private static final String JSON_SIZE = "inference-header-content-length";
     private static final AttributeKey<Boolean> OPEN_INFERENCE = AttributeKey.valueOf("bundle.open_inference");
 
@@ -92,7 +92,7 @@ public final class Routes implements Patch {
         String[] to;
         if (first.equals("v2")) {
             to = openInference(client, request, path);
-        } else if (first.equals("v1") && path.size() <= 3 && path.contains("models")) {
+        } else if (first.equals("v1") && path.size() > 1 && path.size() <= 3 && path.get(1).equals("models")) {
             to = firstProtocol(client, request, path);
         } else if (first.equals("invocations") && path.size() == 1) {
             to = invocation(request, query);
@@ -158,9 +158,9 @@ public final class Routes implements Patch {
 
     /** The same for invocations?model_name=NAME. The rest of the query are options. */
     private static String[] invocation(FullHttpRequest request, QueryStringDecoder query) {
-        List<String> named = query.parameters().get("model_name");
-        String name = named != null ? named.get(0) : States.onlyModel();
-        if (name == null || name.isEmpty()) {
+        List<String> named = query.parameters().getOrDefault("model_name", List.of());
+        String name = named.stream().filter(each -> !each.isEmpty()).findFirst().orElseGet(States::onlyModel);
+        if (name == null) {
             throw new BadRequestException("Name the model: /invocations?model_name=NAME.");
         }
         String options = Arrays.stream(query.rawQuery().split("&"))

@@ -53,7 +53,7 @@ final class Schema {
         JsonObject united = own.getAsJsonObject("server");
         for (Map.Entry<String, Model> each : models.entrySet()) {
             String name = each.getKey();
-            JsonArray versions = States.versions(name);
+            JsonArray versions = States.array(States.versions(name));
             JsonObject document = States.read(each.getValue(), FILE);
             if (document != null) {
                 try {
