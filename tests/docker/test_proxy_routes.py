@@ -323,8 +323,12 @@ def test_schema_with_another_method_or_a_long_body_is_rejected(proxy, upstream):
     assert upstream.received == []
 
 
-def test_error_of_torchserve_for_the_schema_is_the_proxys(proxy, upstream):
+def test_bug_of_torchserve_in_the_schema_is_hidden_and_other_errors_pass(proxy, upstream):
+    upstream.headers = {"Content-Type": "application/json"}
     upstream.status, upstream.body = 500, b'{"code": 500, "type": "java.lang.Exception", "message": "inside"}'
     check_error(http.get(f"{proxy.url}/openapi.json", timeout=10), 500, "PredictionFailed")
-    upstream.status, upstream.body = 400, b'{"code": 400, "type": "InvalidKeyException", "message": "no key"}'
+    upstream.status, upstream.body = (
+        400,
+        b'{"code": 400, "type": "InvalidKeyException", "message": "The token of the request is missing."}',
+    )
     check_error(http.get(f"{proxy.url}/openapi.json", timeout=10), 400, "InvalidKeyException")

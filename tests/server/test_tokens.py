@@ -98,7 +98,12 @@ def test_each_api_accepts_its_key(guarded: Place):
 @pytest.mark.parametrize("pattern", WRONG.values(), ids=WRONG)
 def test_predictions_without_their_key_are_refused(guarded: Place, pattern):
     sent = headers(guarded, "inference", pattern)
-    for method, path in (("POST", "/predictions/mnist"), ("GET", "/ping"), ("POST", "/v1/models/mnist:predict")):
+    for method, path in (
+        ("POST", "/predictions/mnist"),
+        ("POST", "/v1/models/mnist:predict"),
+        ("GET", "/ping"),
+        ("GET", "/openapi.json"),
+    ):
         assert_refused(requests.request(method, guarded.client.inference + path, data=DIGIT, headers=sent, timeout=30))
     address = f"127.0.0.1:{guarded.ports['grpc_inference_port']}"
     with pytest.raises(grpc_client.GrpcError) as refused:
@@ -159,6 +164,7 @@ def test_commands_use_the_keys_and_never_show_them(guarded: Place, tmp_path: Pat
         ["status"],
         ["predict", "mnist"],
         ["predict", "mnist", "--grpc"],
+        ["openapi", "--running"],
         ["rollout", "mnist", "--archive", str(new)],
         ["status"],
     ):
