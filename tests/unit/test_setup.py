@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bundle.paths import ROOT
+from bundle.setup import torch_source
 from bundle.setup.check_python import check
 from bundle.setup.packages import is_damaged, site_packages
 from bundle.setup.pip_settings import PipSettings, parse
@@ -29,6 +30,15 @@ def test_python_of_the_tested_range_is_accepted(minor: int):
 def test_makefile_looks_for_the_driver_in_the_same_places():
     [listed] = re.findall(r"^DRIVER := \$\(wildcard (.+)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert tuple(listed.split()) == DRIVER
+
+
+@pytest.mark.parametrize(("build", "driver", "said"), [("+cpu", True, True), ("+cpu", False, False), ("", True, False)])
+def test_gpu_that_a_cpu_build_leaves_unused_is_reported(
+    build: str, driver: bool, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch_source, "DRIVER", (str(tmp_path if driver else tmp_path / "none"),))
+    monkeypatch.setattr(torch_source, "version", lambda name: f"2.11.0{build}")
+    assert bool(torch_source.unused_gpu()) is said
 
 
 def test_environment_and_install_section_come_before_pips_global_settings():
