@@ -1,6 +1,7 @@
 """Open a page on which to try the served models: `bundle page` starts this in the page's own environment."""
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -82,10 +83,9 @@ def main() -> None:
         log_level="warning",
         timeout_graceful_shutdown=ENDING_SECONDS,
     )
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         Server(config, f"http://{given.host}:{given.port}", given.browser).run()
-    except KeyboardInterrupt:
-        print("\nThe page has ended.")
+    print("\nThe page has ended.")
 
 
 if __name__ == "__main__":

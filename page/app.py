@@ -1,4 +1,4 @@
-"""The page: a model is chosen, its form is filled in, and its answer is shown."""
+"""The page: a tab for each model, with a form to fill in and the answer beside it."""
 
 import io
 from collections.abc import Iterator
@@ -33,32 +33,23 @@ def page(served: Served, examples: Path) -> gradio.Blocks:
     """
     with gradio.Blocks(title="Models", analytics_enabled=False, delete_cache=CACHE) as blocks:
         gradio.Markdown("# Try the models")
-        chosen = gradio.Radio([], label="Model", interactive=True, elem_id="model")
-        notice = gradio.HTML(elem_id="notice", visible=False)
-        blocks.load(lambda: offer(served), None, [chosen, notice], show_progress="hidden")
 
-        @gradio.render(inputs=chosen, triggers=[chosen.change])
-        def show(name: str | None) -> None:
+        @gradio.render()
+        def show() -> None:
             try:
-                model = served.models().get(name) if name else None
+                models = served.models()
+                problem = "" if models else "The server has no models that describe themselves."
             except (BundleError, OSError) as error:
-                gradio.HTML(views.message(said(error), failed=True))
+                models, problem = {}, said(error)
+            if problem:
+                gradio.HTML(views.message(problem, failed=True), elem_id="problem")
                 return
-            if model:
-                Form(served, model, examples / model.name).show()
+            with gradio.Tabs(elem_id="models"):
+                for name, model in models.items():
+                    with gradio.Tab(name):
+                        Form(served, model, examples / name).show()
 
     return blocks
-
-
-def offer(served: Served) -> tuple[Any, Any]:
-    """Return the models to choose from, and what to say if there are none."""
-    try:
-        names = list(served.models())
-        problem = "" if names else "The server has no models that describe themselves."
-    except (BundleError, OSError) as error:
-        names, problem = [], said(error)
-    notice = gradio.update(value=views.message(problem, failed=True), visible=bool(problem))
-    return gradio.update(choices=names, value=names[0] if names else None), notice
 
 
 class Form:
@@ -67,20 +58,24 @@ class Form:
     def __init__(self, served: Served, model: Model, examples: Path):
         self.served, self.model, self.examples = served, model, examples
 
+    def id(self, part: str) -> str:
+        """Return the id of a part in the page, which has the forms of all models."""
+        return f"{self.model.name}-{part}"
+
     def show(self) -> None:
         """Add the components to the page that is being made."""
         model = self.model
-        gradio.Markdown(f"{model.summary} `{model.predict.path}`", elem_id="about")
+        gradio.Markdown(f"{model.summary} `{model.predict.path}`", elem_id=self.id("about"))
         with gradio.Row():
             with gradio.Column(min_width=320):
-                self.inputs = [for_field(field, self.examples) for field in model.fields]
+                self.inputs = [for_field(field, self.id(field.name), self.examples) for field in model.fields]
                 self.options = self.option_controls("Options", model.predict.options)
                 explained = model.explain.options if model.explain else ()
                 self.explain_options = self.option_controls("Options of the explanation", explained)
                 self.explain = gradio.Checkbox(
                     bool(model.explain), label="Explain", interactive=True, visible=bool(model.explain)
                 )
-                ask = gradio.Button("Ask", variant="primary", elem_id="ask")
+                ask = gradio.Button("Ask", variant="primary", elem_id=self.id("ask"))
             with gradio.Column(min_width=320):
                 self.add_outputs()
         controls = [*self.inputs, *self.options, *self.explain_options]
@@ -93,26 +88,36 @@ class Form:
         if not options:
             return []
         with gradio.Accordion(title, open=False):
-            return [for_option(option) for option in options]
+            return [for_option(option, self.id(option.name)) for option in options]
 
     def add_outputs(self) -> None:
-        self.status = gradio.HTML(elem_id="status", padding=False)
-        self.bars = gradio.Label(label="Answer", num_top_classes=10, visible=False, elem_id="bars")
+        self.status = gradio.HTML(elem_id=self.id("status"), padding=False)
+        self.bars = gradio.Label(label="Answer", num_top_classes=10, visible=False, elem_id=self.id("bars"))
         drawn = {"format": "png", "visible": False, "interactive": False, "buttons": ["fullscreen"]}
-        self.picture = gradio.Image(label="In the picture", alt_text="What the model found", elem_id="picture", **drawn)
+        self.picture = gradio.Image(
+            label="In the picture", alt_text="What the model found", elem_id=self.id("picture"), **drawn
+        )
         self.explanation = gradio.Image(
-            label="Explanation", alt_text="What speaks for the answer", elem_id="explanation", **drawn
+            label="Explanation", alt_text="What speaks for the answer", elem_id=self.id("explanation"), **drawn
         )
         with gradio.Tabs():
             with gradio.Tab("JSON"):
-                self.json = gradio.Code(language="json", label="Answer", interactive=False, elem_id="json")
+                self.json = gradio.Code(language="json", label="Answer", interactive=False, elem_id=self.id("json"))
             with gradio.Tab("curl"):
                 self.curl = gradio.Code(
-                    language="shell", label="The same request", interactive=False, wrap_lines=True, elem_id="curl"
+                    language="shell",
+                    label="The same request",
+                    interactive=False,
+                    wrap_lines=True,
+                    elem_id=self.id("curl"),
                 )
             with gradio.Tab("Python"):
                 self.python = gradio.Code(
-                    language="python", label="The same request", interactive=False, wrap_lines=True, elem_id="python"
+                    language="python",
+                    label="The same request",
+                    interactive=False,
+                    wrap_lines=True,
+                    elem_id=self.id("python"),
                 )
         self.outputs = [
             self.status, self.bars, self.picture, self.explanation, self.json, self.curl, self.python
@@ -123,6 +128,7 @@ class Form:
     def answer(self, explain: bool, *values: Any) -> Iterator[dict]:
         """Ask the model; yield what changes on the page: first the answer, then the pictures."""
         cleared = {self.bars: HIDDEN, self.picture: HIDDEN, self.explanation: HIDDEN, self.json: ""}
+        yield cleared | {self.status: views.message("Asking ...")}
         try:
             yield from self.ask(explain, values, cleared)
         except (BundleError, OSError) as error:  # OSError: the errors of requests, too

@@ -1,6 +1,7 @@
 """The parts of a form: one control for each input and each option of a model."""
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +9,13 @@ from typing import Any
 
 import gradio
 from gradio import component_meta
-from PIL import Image
 
 from bundle.errors import BundleError
 from page import views
+from page.canvas import canvas
 from page.schema import Field, Option
 
-CANVAS = 280  # pixels of a side
-PEN = 20
+HEIGHT = 280  # pixels of a picture
 component_meta.create_or_modify_pyi = lambda *_: None  # it would write a .pyi file beside this one
 
 
@@ -54,35 +54,32 @@ class Control:
     read: Callable[..., Any]
 
 
-def for_field(field: Field, examples: Path) -> Control:
+def for_field(field: Field, name: str, examples: Path) -> Control:
     """Make the control of an input, with the example of the schema in it.
 
     Args:
+        name: of the control in the page.
         examples: the folder for example files.
     """
+    shown = {"label": field.name, "interactive": True, "elem_id": name}
     if field.kind == "text":
-        box = gradio.Textbox(field.example or "", label=field.name, max_lines=8, **filled_in(field))
+        box = gradio.Textbox(field.example or "", max_lines=8, **shown)
         return Control(field.name, (box,), lambda text: text or None)
     if field.kind == "json":
         written = "" if field.example is None else json.dumps(field.example)
-        code = gradio.Code(written, language="json", label=field.name, lines=5, **filled_in(field))
+        code = gradio.Code(written, language="json", lines=5, **shown)
         return Control(field.name, (code,), lambda text: parsed(field.name, text))
-    example = views.example_file(field.example, examples, field.name)
+    example = views.written_file(field.example, examples, field.name)
     if field.kind == "image":
-        return for_image(field, example)
+        return for_image(field, name, example, examples)
     if field.kind == "sound":
-        sound = Sound(example, type="filepath", label=field.name, **filled_in(field))
+        sound = Sound(example, type="filepath", **shown)
         return Control(field.name, (sound,), as_path)
-    file = gradio.File(example, type="filepath", label=field.name, **filled_in(field))
+    file = gradio.File(example, type="filepath", **shown)
     return Control(field.name, (file,), as_path)
 
 
-def filled_in(field: Field) -> dict[str, Any]:
-    """Return what all components have that a person fills in for an input."""
-    return {"interactive": True, "elem_id": f"input-{field.name}"}
-
-
-def for_image(field: Field, example: str | None) -> Control:
+def for_image(field: Field, name: str, example: str | None, examples: Path) -> Control:
     """Make the control of an image: a file, the camera or the clipboard, or a drawing."""
     drawn = gradio.State(False)
     with gradio.Tabs():
@@ -92,40 +89,22 @@ def for_image(field: Field, example: str | None) -> Control:
                 type="filepath",
                 image_mode=None,
                 label=field.name,
-                height=CANVAS,
+                height=HEIGHT,
                 buttons=[],
-                **filled_in(field),
+                interactive=True,
+                elem_id=name,
             )
         with gradio.Tab("Draw") as second:
-            drawing = gradio.Sketchpad(
-                type="filepath",
-                format="png",
-                label=f"{field.name}, drawn",
-                canvas_size=(CANVAS, CANVAS),
-                fixed_canvas=True,
-                layers=False,
-                brush=gradio.Brush(default_size=PEN, colors=["#000000"], color_mode="fixed"),
-                buttons=[],
-                transforms=(),
-                interactive=True,
-                elem_id=f"draw-{field.name}",
-            )
+            drawing = canvas(field.name, f"{name}-drawn")
     first.select(lambda: False, None, drawn)
     second.select(lambda: True, None, drawn)
-    return Control(
-        field.name,
-        (picture, drawing, drawn),
-        lambda chosen, sketch, is_drawn: as_path(inked(sketch) if is_drawn else chosen),
-    )
 
+    def read(file: str | None, url: str, is_drawn: bool) -> Path | None:
+        if not is_drawn:
+            return as_path(file)
+        return as_path(views.written_file(url, examples, f"drawn-{field.name}-{zlib.crc32(url.encode()):08x}"))
 
-def inked(sketch: dict | None) -> str | None:
-    """Return the file of a drawing; None if it is empty."""
-    file = (sketch or {}).get("composite")
-    if not file:
-        return None
-    with Image.open(file) as image:
-        return file if image.convert("RGBA").getchannel("A").getbbox() else None
+    return Control(field.name, (picture, drawing, drawn), read)
 
 
 def as_path(file: str | None) -> Path | None:
@@ -146,13 +125,13 @@ def parsed(name: str, text: str) -> Any:
         raise BundleError(f"{name} is not valid JSON: {exc}.") from exc
 
 
-def for_option(option: Option) -> Control:
+def for_option(option: Option, name: str) -> Control:
     """Make the control of an option. Left as it is, the option is not sent."""
     shown = {
         "label": option.name,
         "info": option.about or None,
         "interactive": True,
-        "elem_id": f"option-{option.name}",
+        "elem_id": name,
     }
     if option.kind == "choice":
         choices = gradio.Dropdown(["", *map(str, option.choices)], value="", **shown)

@@ -61,15 +61,15 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
-def example_file(value: object, folder: Path, name: str) -> str | None:
+def written_file(value: object, folder: Path, name: str) -> str | None:
     """Write a file that a request has as base64, so that the page can show it; return its path.
 
     Args:
-        value: base64, perhaps in a data: URL; of anything else, the result is None.
+        value: base64, perhaps in a data: URL; of anything else, and of "", the result is None.
         folder: for the file.
         name: of the file, without its ending.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         return None
     try:
         content = base64.b64decode(

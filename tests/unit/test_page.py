@@ -106,7 +106,7 @@ def test_example_of_an_input_is_the_folders_sample(name: str, tmp_path: Path):
     [field] = model_of(name).fields
     sample = select([name])[0].sample_file
     if field.kind in ("image", "sound"):
-        written = Path(views.example_file(field.example, tmp_path, "data"))
+        written = Path(views.written_file(field.example, tmp_path, "data"))
         assert written.suffix == sample.suffix
         assert written.read_bytes() == sample.read_bytes()
     elif field.kind == "text":
@@ -117,13 +117,13 @@ def test_example_of_an_input_is_the_folders_sample(name: str, tmp_path: Path):
 
 def test_examples_of_several_inputs_are_their_files(tmp_path: Path):
     examples = {field.name: field.example for field in model_of("avdigits").fields}
-    assert Path(views.example_file(examples["image"], tmp_path, "image")).suffix == ".png"
-    assert Path(views.example_file(examples["audio"], tmp_path, "audio")).suffix == ".flac"
+    assert Path(views.written_file(examples["image"], tmp_path, "image")).suffix == ".png"
+    assert Path(views.written_file(examples["audio"], tmp_path, "audio")).suffix == ".flac"
 
 
-@pytest.mark.parametrize("value", [None, 3, "not base64!"])
+@pytest.mark.parametrize("value", [None, 3, "", "not base64!"])
 def test_example_that_is_no_file_is_left_out(value: object, tmp_path: Path):
-    assert views.example_file(value, tmp_path, "data") is None
+    assert views.written_file(value, tmp_path, "data") is None
 
 
 def test_input_of_an_unknown_kind_is_a_file():
