@@ -73,7 +73,7 @@ def for_field(field: Field, name: str, examples: Path) -> Control:
     if field.kind == "image":
         return for_image(field, name, example, examples)
     if field.kind == "sound":
-        sound = Sound(example, type="filepath", **shown)
+        sound = Sound(example, type="filepath", buttons=[], **shown)
         return Control(field.name, (sound,), as_path)
     file = gradio.File(example, type="filepath", **shown)
     return Control(field.name, (file,), as_path)

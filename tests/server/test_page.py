@@ -171,6 +171,29 @@ def test_drawing_is_answered(visit):
     assert visitor.bars()[0] == "1"
 
 
+def test_camera_and_microphone_are_answered(visit):
+    visitor = visit()
+    visitor.choose("image")
+    camera = visitor.part("data")
+    camera.get_by_label("Remove Image").click()
+    camera.get_by_label("Capture from camera").click()
+    camera.get_by_text("Click to Access Webcam").click()
+    camera.locator("video").wait_for()
+    camera.get_by_label("capture photo").click()
+    camera.locator("img").wait_for()
+    assert "Explained in" in visitor.ask()
+    visitor.choose("audio")
+    microphone = visitor.part("data")
+    microphone.get_by_label("Clear").click()
+    microphone.get_by_label("Record audio").click()
+    microphone.get_by_role("button", name="Record", exact=True).click()
+    visitor.tab.wait_for_timeout(1500)
+    microphone.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    microphone.get_by_label("Play").wait_for()
+    assert "Explained in" in visitor.ask()
+    visitor.shoot("recorded")
+
+
 def test_error_of_the_server_is_shown_with_its_text(visit, tmp_path: Path):
     visitor = visit()
     visitor.choose("text")
@@ -181,7 +204,7 @@ def test_error_of_the_server_is_shown_with_its_text(visit, tmp_path: Path):
     visitor.choose("mnist")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    visitor.part("data").get_by_label("Clear").click()
+    visitor.part("data").get_by_label("Remove Image").click()
     visitor.part("data").locator("input[type=file]").set_input_files(broken)
     visitor.tab.wait_for_timeout(500)
     assert visitor.ask().startswith("400 UndecodableImage: The input is not an image")
