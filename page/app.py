@@ -21,6 +21,7 @@ CACHE = (60 * 60, 24 * 60 * 60)  # s: how often files that people sent are looke
 HIDDEN = gradio.update(value=None, visible=False)
 CSS = """
 .failed {color: var(--error-text-color); font-weight: 600}
+.drawn img {padding-top: 2rem} /* the label lies there */
 footer {display: none !important}
 """
 
@@ -93,7 +94,13 @@ class Form:
     def add_outputs(self) -> None:
         self.status = gradio.HTML(elem_id=self.id("status"), padding=False)
         self.bars = gradio.Label(label="Answer", num_top_classes=10, visible=False, elem_id=self.id("bars"))
-        drawn = {"format": "png", "visible": False, "interactive": False, "buttons": ["fullscreen"]}
+        drawn = {
+            "format": "png",
+            "visible": False,
+            "interactive": False,
+            "buttons": ["fullscreen"],
+            "elem_classes": "drawn",
+        }
         self.picture = gradio.Image(
             label="In the picture", alt_text="What the model found", elem_id=self.id("picture"), **drawn
         )

@@ -237,7 +237,7 @@ def predict(
     console.print_json(data=answer)
 
 
-@app.command(epilog="Examples: `bundle page` · `bundle page --port 7861 --no-browser`")
+@app.command(epilog="Examples: `bundle page` · `bundle page --port 7861 --host 0.0.0.0`")
 def page(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,

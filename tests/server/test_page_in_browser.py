@@ -189,7 +189,7 @@ def test_camera_and_microphone_are_answered(visit):
     microphone.get_by_role("button", name="Record", exact=True).click()
     visitor.tab.wait_for_timeout(1500)
     microphone.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
-    microphone.get_by_label("Play").wait_for()
+    microphone.get_by_label("Play", exact=True).wait_for()
     assert "Explained in" in visitor.ask()
     visitor.shoot("recorded")
 
