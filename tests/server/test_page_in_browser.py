@@ -23,7 +23,7 @@ from tests.shipped import ON_REQUEST, SHIPPED
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-SECONDS = 30
+SECONDS = 60
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
     pytest.mark.skipif(
