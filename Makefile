@@ -2,11 +2,13 @@
 # them, which have more options.
 #
 # Variables (defaults in brackets):
-#   PYTHON           the Python that makes .venv (python3)
-#   TORCH_INDEX_URL  a package index for torch, such as one of CPU builds (PyPI)
+#   PYTHON           the Python that makes .venv: 3.11 to 3.13 (python3)
+#   TORCH_INDEX_URL  the package index of torch, or "pypi" (PyTorch's index of CPU builds, if there is no NVIDIA driver and
+#                    that index answers; otherwise PyPI)
+#   INSTALLER        pip, to install packages without uv (uv)
 #   BUNDLE_MODELS    the folder of the model folders (models)
 #   MODELS           the models to archive and serve, or "all" (those that are always served)
-#   MODEL            one model, for train, rollout, tune, profile and loadtest
+#   MODEL            one model, for predict, train, rollout, tune, profile and loadtest
 #   ARGS             arguments for train.py, such as "--devices 2 --precision bf16-mixed"
 #   DATA_DIR         the folder of the data sets, which are downloaded if missing (data)
 #   TESTS            arguments for pytest (all tests)
@@ -42,14 +44,15 @@ endif
 
 BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
-# no progress bars in a log
-QUIET := $(if $(CI),--quiet)
+# installs packages: the names of files in requirements/; no progress bars in a log
+SETUP := $(BIN)/python -m bundle.setup $(if $(CI),--quiet) $(if $(filter pip,$(INSTALLER)),--pip)
+# where NVIDIA's driver shows itself, as in bundle/setup/torch_source.py
+DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /usr/lib/wsl/lib/libcuda.so.1)
 STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml) \
   $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve page stop status logs archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
+.PHONY: help made setup dev serve page stop status logs predict archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
   gpu-check tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend sbom clean
 
 help:  ## show the commands
@@ -76,6 +79,11 @@ status: made  ## show models, versions, workers
 logs: made  ## follow the server's and the workers' logs
 	@$(BUNDLE) logs
 
+predict: made  ## send many inputs to a model (MODEL=image INPUT=photos OUTPUT=answers.jsonl FORM=lines RESUME=1)
+	@test -n "$(MODEL)" -a -n "$(INPUT)" -a -n "$(OUTPUT)" || \
+	  { echo "error: name all three: make predict MODEL=image INPUT=photos OUTPUT=answers.jsonl" >&2; exit 2; }
+	@$(BUNDLE) predict "$(MODEL)" "$(INPUT)" $(call options,OUTPUT CONCURRENCY) $(if $(FORM),--$(FORM)) $(if $(RESUME),--resume)
+
 archive: setup  ## build the archives into model_store/ (MODELS="mnist text")
 	@$(BUNDLE) archive $(MODELS)
 
@@ -86,7 +94,9 @@ rollout: setup  ## replace the version of a model that is served, without a fail
 	@test -n "$(MODEL)" || { echo "error: name the model: make rollout MODEL=mnist" >&2; exit 2; }
 	@COMPOSE="$(STACK)" $(BUNDLE) rollout "$(MODEL)"
 
-image:  ## build the Docker images (TORCH_INDEX_URL=... for CPU-only torch)
+# a build does not see the host's driver
+image: export TORCH_INDEX_URL := $(or $(TORCH_INDEX_URL),$(if $(GPU)$(DRIVER),pypi))
+image:  ## build the Docker images (GPU=1 or TORCH_INDEX_URL=pypi for CUDA)
 	$(STACK) build $(or $(SERVICES),torchserve)
 
 up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1)
@@ -143,7 +153,7 @@ ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-z
-	$(BIN)/python -m pytest tests/server
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 restarted-servers other-servers
 endif
 
 fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
@@ -167,7 +177,7 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units slow-units-a-d slow-units-e-z
+.PHONY: check fast-units slow-units-a-d slow-units-e-z restarted-servers other-servers
 check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
@@ -178,8 +188,17 @@ fast-units: dev .venv/loadtest.done
 slow-units-a-d slow-units-e-z: slow-units-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
 
+# their tests mostly wait for servers to start and to end, so they run beside the others
+RESTARTED = $(addprefix tests/server/test_,operation.py supervised.py tokens.py)
+
+restarted-servers: dev
+	$(BIN)/python -m pytest $(RESTARTED)
+
+other-servers: dev .venv/loadtest.done
+	$(BIN)/python -m pytest tests/server $(addprefix --ignore ,$(RESTARTED))
+
 lock: dev  ## update requirements/*.txt to the newest versions
-	cd requirements && set -e && for set in serve dev loadtest page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
+	cd requirements && set -e && for set in serve dev loadtest kserve page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
 frontend: dev  ## build the Java agent for TorchServe's frontend, bundle/frontend/frontend.jar; needs a JDK 17
@@ -196,23 +215,24 @@ clean:  ## stop the server; remove the archives and products of builds (not .ven
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@$(PYTHON) bundle/setup/check_python.py
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-# --no-deps, because serve.txt is complete, and pip would also download the newest torch for captum
-.venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt | .venv/bin/python
-	$(PIP) $(QUIET) --no-deps -r requirements/serve.txt
-	$(PIP) $(QUIET) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -r requirements/torch.txt
-	$(BIN)/python -m bundle.server.java >/dev/null 2>&1 || $(PIP) $(QUIET) -r requirements/jre.txt
+# a torch from another index replaces the one that is installed
+.PHONY: switch
+ifneq ($(TORCH_INDEX_URL),)
+.venv/serve.done: $(if $(filter $(shell cat .venv/torch-index 2>/dev/null),$(TORCH_INDEX_URL)),,switch)
+endif
+
+# without the stamp from its start, so that the next make continues an interrupted run
+.venv/serve.done: requirements/serve.txt requirements/torch.txt requirements/jre.txt requirements/uv.txt | .venv/bin/python
+	@rm -f $@
+	@$(SETUP) serve torch $$($(BIN)/python -m bundle.server.java >/dev/null 2>&1 || echo jre)
 	@touch $@
 
-# The command `bundle`, linked to this checkout. --no-deps, because its dependencies are installed already.
+# the command `bundle`, linked to this checkout
 .venv/bin/bundle: pyproject.toml .venv/serve.done
-	$(PIP) $(QUIET) --no-deps --no-build-isolation --editable .
-	@touch $@
-
-.venv/loadtest.done: requirements/loadtest.txt .venv/serve.done
-	$(PIP) $(QUIET) -r requirements/loadtest.txt
+	@$(SETUP) command
 	@touch $@
 
 # An environment of its own: Gradio needs other versions of the libraries that serving needs, and much that it does not
@@ -221,10 +241,6 @@ clean:  ## stop the server; remove the archives and products of builds (not .ven
 	.venv-page/bin/python -m pip --disable-pip-version-check install $(QUIET) -r requirements/page.txt
 	@touch $@
 
-.venv/fuzz.done: requirements/fuzz.txt .venv/serve.done
-	$(PIP) $(QUIET) -r requirements/fuzz.txt
-	@touch $@
-
-.venv/dev.done: requirements/dev.txt .venv/serve.done
-	$(PIP) $(QUIET) -r requirements/dev.txt
+.venv/loadtest.done .venv/fuzz.done .venv/dev.done: .venv/%.done: requirements/%.txt .venv/serve.done
+	@$(SETUP) $*
 	@touch $@

@@ -26,6 +26,7 @@ from handlers.core.settings import PositiveInt
 from handlers.core.slots import Picture
 
 Share = Annotated[float, Field(ge=0, le=1)]
+NOTHING = "none"  # counted for an image without detections
 
 
 class DetectionHandler(ExplainedHandler):
@@ -143,6 +144,14 @@ class DetectionHandler(ExplainedHandler):
 
             return Picture(boxes_drawn.draw(image, row, placement, self.labels, self.settings.max_picture_pixels))
         return {"detections": boxes.describe(row, placement, self.labels)}
+
+    def first(self, answer: Answer) -> tuple[int, float | None]:
+        """Return the class of the best detection, and its score; or the last outcome, if nothing was found."""
+        found = answer["detections"]
+        return (found[0]["class"], found[0]["score"]) if found else (len(self.labels), None)
+
+    def outcomes(self) -> list[str]:
+        return [*self.labels, NOTHING]
 
     def explainable(self, sample: Sample) -> Explainable:
         """Follow the best box of each class; compare with an image of the mean colour."""

@@ -64,6 +64,9 @@ class MNISTHandler(ExplainedClassifier, TakesTensors):
             "top_3_probabilities": [entry["probability"] for entry in best],
         }
 
+    def first(self, answer: Answer) -> tuple[int, float | None]:
+        return answer["top_3_classes"][0], answer["top_3_probabilities"][0]
+
     def example(self) -> Sample:
         return Sample(torch.zeros(1, SIDE, SIDE, dtype=torch.uint8))
 

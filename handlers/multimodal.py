@@ -44,6 +44,7 @@ class MultimodalHandler(ExplainedClassifier):
 
     settings: Settings
     columns = ExplainedClassifier.columns
+    first = ExplainedClassifier.first
 
     class Inputs(inputs.Inputs):
         model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [name]} for name in FIELDS]})

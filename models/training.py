@@ -312,6 +312,8 @@ def write(folder: Path, model: nn.Module, labels: list[str], metrics: dict) -> N
     (folder / "metrics.json").write_text(text)
     print_figures(metrics)
     print(f"Wrote weights.safetensors, index_to_name.json and metrics.json into {folder}.")
+    if (folder / "reference.json").exists():
+        print("Its reference.json is that of the previous weights. Record it again: models/README.md, References.")
 
 
 def print_figures(metrics: dict) -> None:

@@ -12,16 +12,19 @@ import yaml
 from ts.torch_handler.base_handler import BaseHandler
 
 from bundle import mar
+from bundle.build import reference
 from bundle.build.export import export
 from bundle.build.handler import handler_settings, labels, load_handler
 from bundle.build.model_api import ModelAPI, answer_of
-from bundle.build.precision import drop_inaccurate_precisions, set_precision
+from bundle.build.precision import drop_inaccurate_precisions, examples, set_precision
 from bundle.catalog import CONFIG_NAME, LABELS_NAME, ModelFolder
 from bundle.errors import BundleError
 from bundle.openapi import NAME as OPENAPI_NAME
 from bundle.paths import HANDLER_REQUIREMENTS, HANDLERS
 from handlers.core.batch import BatchHandler
 from handlers.core.declared import METADATA_NAME, metadata
+from handlers.core.labelled import LabelledHandler
+from handlers.core.predictions import REFERENCE_NAME
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,28 @@ def build(folder: ModelFolder, temporary: Path) -> tuple[Path, list[str]]:
         set_precision(in_float32.config, "float32")
         plain = pack(folder, in_float32, temporary)
         notes = drop_inaccurate_precisions(folder, plain, stage.module, stage.extra, stage.config)
+        notes += record_reference(folder, plain, stage.extra)
     packed = pack(folder, stage, temporary)
     if isinstance(handler, BatchHandler):
         notes += describe_api(folder, handler, packed)
     return packed, notes
+
+
+def record_reference(folder: ModelFolder, archive: Path, extra: Path) -> list[str]:
+    """Record what the archive's model predicts for the folder's examples, unless the folder has a reference.json.
+
+    Returns:
+        a note, if it cannot be recorded.
+    """
+    target = extra / REFERENCE_NAME
+    if target.exists():
+        return []
+    try:
+        files = map(reference.from_file, examples(folder))
+        target.write_text(reference.text(reference.record(archive, list(files), "the folder's examples")))
+    except BundleError as exc:
+        return [f"no reference of its predictions. {exc}"]
+    return []
 
 
 def describe_api(folder: ModelFolder, handler: BatchHandler, packed: Path) -> list[str]:
@@ -96,6 +117,10 @@ def gather(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> St
         (stage.extra / METADATA_NAME).write_text(json.dumps(metadata(handler), indent=1))
     if names := labels(folder, handler):
         (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
+        recorded = folder.path / REFERENCE_NAME
+        if recorded.is_file() and isinstance(handler, LabelledHandler):
+            reference.check(recorded, handler, names)
+            shutil.copy(recorded, stage.extra)
     return stage
 
 

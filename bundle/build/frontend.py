@@ -1,8 +1,11 @@
 """Build bundle/frontend/frontend.jar from its Java sources. The same sources and compiler make the same bytes.
 
+The jar also has what openapi.json of a server says without the documents of its models.
+
 python -m bundle.build.frontend [JAR]
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,12 +14,14 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from bundle import openapi
 from bundle.errors import BundleError
 from bundle.files import write_atomically
 from bundle.paths import FRONTEND
 from bundle.paths import FRONTEND_JAR as JAR
 
 SOURCES = FRONTEND / "java"
+SCHEMA = "bundle/frontend/openapi.json"  # Schema.java reads it
 RELEASE = 11  # the oldest Java that the bundle accepts: bundle/server/java.py
 DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that an archive can have
 MANIFEST = """Manifest-Version: 1.0
@@ -43,6 +48,7 @@ def build(jar: Path = JAR) -> None:
         entries = {"META-INF/MANIFEST.MF": MANIFEST.format(compiler=compiler).encode()}
         classes = sorted(Path(folder).rglob("*.class"))
         entries |= {file.relative_to(folder).as_posix(): file.read_bytes() for file in classes}
+        entries[SCHEMA] = schema()
         packed = Path(folder) / "packed.jar"
         with zipfile.ZipFile(packed, "w") as archive:  # stored: compressed bytes depend on zlib's version
             for name, content in entries.items():
@@ -51,6 +57,11 @@ def build(jar: Path = JAR) -> None:
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, content)
         write_atomically(jar, packed.read_bytes())
+
+
+def schema() -> bytes:
+    """Return the jar's openapi.json: the common part, and the part of a model without a document, called MODEL."""
+    return json.dumps({"server": openapi.common(), "model": openapi.generic("MODEL", "1.0")}, indent=1).encode()
 
 
 def compiler_version() -> str:

@@ -14,9 +14,10 @@ from bundle import openapi, samples
 from bundle.build.dryrun import DryRun
 from bundle.build.handler import labels
 from bundle.build.imports import importable
+from bundle.build.open_inference_api import OpenInferenceAPI
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
-from bundle.openapi import JSON
+from bundle.openapi import FILE, JSON, MULTIPART, OCTETS
 from bundle.paths import relative
 from handlers.core import inputs
 from handlers.core.batch import BatchHandler
@@ -24,12 +25,9 @@ from handlers.core.inputs import Kind, PictureOptions, kind_of
 from handlers.core.labelled import LabelledHandler
 from handlers.core.request import INSTANCES, URLENCODED
 
-MULTIPART = "multipart/form-data"
-OCTETS = "application/octet-stream"
 RAW = {"image": ("image/*", OCTETS), "sound": ("audio/*", OCTETS), "text": ("text/plain",)}  # Content-Types by kind
 TEXT = {"type": "string", "minLength": 1}
 BASE64 = TEXT | {"contentEncoding": "base64", "description": "The file in base64. A data: URL, too."}
-FILE = {"type": "string", "format": "binary", "contentMediaType": OCTETS}  # older generators need the format
 LONGEST_EXAMPLE = 100_000  # characters of JSON
 QUICK = {"precision": "float32"}  # settings of a handler that starts without comparing precisions
 
@@ -75,11 +73,33 @@ class ModelAPI:
             self.add_example("request", self.sample())
             self.add_example("answer", answer)
         self.schemas[self.key("Inputs")] = closed(self.declared["Inputs"], self.json_fields())
-        name = self.folder.name
-        paths = {f"/predictions/{name}": {"post": self.operation("", self.handler.Options)}}
+        name, version = self.folder.name, self.folder.bundle.version
+        paths = openapi.model_paths(name, "predict", self.operation("", self.handler.Options))
         if self.explained:
-            paths[f"/explanations/{name}"] = {"post": self.operation("Explain", self.explain_options)}
-        return openapi.merge([{"paths": paths, "components": {"schemas": self.schemas, "examples": self.examples}}])
+            paths |= openapi.model_paths(name, "explain", self.operation("Explain", self.explain_options))
+        paths |= openapi.ready_paths(name) | self.open_inference(answer)
+        components = {"schemas": self.schemas, "examples": self.examples}
+        components["parameters"] = openapi.version_parameter(name, version)
+        return openapi.merge([{"paths": paths, "components": components}])
+
+    def open_inference(self, answer: object) -> dict[str, dict]:
+        """Return the paths of the Open Inference Protocol, and keep their schemas and examples."""
+        api = OpenInferenceAPI(self.folder.name, self.folder.bundle.version, self.handler)
+        verbs = {"infer": ("", self.handler.Options)}
+        if self.explained:
+            verbs["explain"] = ("Explain", self.explain_options)
+        paths = api.questions()
+        for verb, (prefix, options) in verbs.items():
+            paths |= api.inference(verb, self.option_fields(prefix), pictures=issubclass(options, PictureOptions))
+        self.schemas |= api.schemas
+        request = self.examples.get(self.key("request"), {}).get("value")
+        for name, value in api.examples(request, answer).items():
+            self.add_example(name, value)
+        for item in (each for path, each in paths.items() if path.endswith("/infer")):
+            operation = item["post"]
+            operation["requestBody"]["content"][JSON] |= self.example("inferRequest")
+            operation["responses"]["200"]["content"][JSON] |= self.example("inferAnswer")
+        return paths
 
     def key(self, name: str) -> str:
         """Return the name of a component, which no other model has: no name of a type contains a hyphen."""
@@ -168,7 +188,6 @@ class ModelAPI:
         if issubclass(options, PictureOptions):
             content["image/png"] = {"schema": FILE | {"contentMediaType": "image/png"}}
         return {
-            "operationId": f"{'explain' if verb else 'predict'}_{name}",
             "summary": f"{'Explain the answer of' if verb else 'Ask'} the model {name}.",
             "description": self.summary(),
             "tags": [name],

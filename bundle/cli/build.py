@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bundle.cli.console import console, errors, note, opening, progress
-from bundle.cli.parameters import Models, comma_list
+from bundle.cli.parameters import Models, comma_list, model_names
+from bundle.errors import NotRunning
 
 if TYPE_CHECKING:
     from bundle.catalog import ModelFolder
+    from bundle.server.process import Server
 
 app = typer.Typer()
 numbers = comma_list(float, "numbers")
@@ -160,28 +162,85 @@ def keygen(
 
 @app.command(
     epilog="Examples: `bundle openapi > openapi.json` · `bundle openapi mnist text --url https://models.example`"
+    " · `bundle openapi --running > openapi.json`"
 )
 def openapi(
     models: Models = None,
-    url: Annotated[str | None, typer.Option(help="Of the server. By default, that of config.properties.")] = None,
+    running: Annotated[
+        bool, typer.Option("--running", "-r", help="Of all models that the running server has now, without archives.")
+    ] = False,
+    url: Annotated[
+        str | None, typer.Option(help="The server's address in the document. By default, that of config.properties.")
+    ] = None,
 ) -> None:
     """Print the OpenAPI document of models, from which other programs generate clients.
 
-    Each archive has the document of its model; archives that are out of date are built first.
+    Each archive has the document of its model; archives that are out of date are built first. A running server answers
+    the document of its models at /openapi.json.
     """
     import json
 
-    from bundle import catalog
-    from bundle import openapi as document
     from bundle.server.process import Server
 
-    server, folders = Server(), catalog.select(models or [])
-    build(folders, server.store)
-    parts = {folder.name: document.read(server.archive(folder)) for folder in folders}
-    for name in [name for name, part in parts.items() if part is None]:
-        note(f"{name} is left out: its handler does not declare what it accepts")
-    merged = document.merge([part for part in parts.values() if part], url or server.settings.url("inference_address"))
+    if running and models:
+        raise typer.BadParameter("with --running, the document has all models of the server.", param_hint="MODEL")
+    server = Server()
+    if running:
+        found = server.running()
+        if found is None:
+            raise NotRunning("TorchServe is not running. Start it: make serve")
+        merged, address = found.client().schema(), found.inference
+    else:
+        merged, address = of_archives(server, models or []), server.settings.url("inference_address")
+    merged["servers"] = [{"url": url or address}]
     typer.echo(json.dumps(merged, indent=1, ensure_ascii=False))
+
+
+@app.command(epilog="Examples: `bundle reference birds photos/` · `bundle reference birds a.jpg b.jpg c.jpg`")
+def reference(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder in models/.", autocompletion=model_names)],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="FILE", exists=True, help="Typical inputs, or folders of them.")
+    ],
+) -> None:
+    """Record what a model predicts for typical inputs, in its folder's reference.json.
+
+    Prometheus compares the predictions of the server with it. The next archive of the model has the file.
+    """
+    from bundle import catalog
+    from bundle.build import reference as recorder
+    from bundle.paths import relative
+    from bundle.server.process import Server
+    from handlers.core.predictions import REFERENCE_NAME
+
+    server, folders = Server(), catalog.select([model])
+    build(folders, server.store)
+    files = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    with errors.status(f"sending {len(files)} inputs to {model}"):
+        examples = [recorder.from_file(file) for file in files]
+        recorded = recorder.record(server.archive(folders[0]), examples, "inputs of `bundle reference`")
+    target = folders[0].path / REFERENCE_NAME
+    target.write_text(recorder.text(recorded))
+    classes = len(recorded.classes)
+    console.print(f"{relative(target)}: {recorded.examples} inputs, {classes} classes", markup=False, soft_wrap=True)
+
+
+def of_archives(server: "Server", models: list[str]) -> dict:
+    """Return the document of the models in the server's store, after building what is out of date."""
+    from bundle import catalog, mar
+    from bundle import openapi as document
+
+    folders = catalog.select(models)
+    build(folders, server.store)
+    parts = []
+    for folder in folders:
+        archive = server.archive(folder)
+        part = document.read(archive)
+        if part is None:
+            note(f"{folder.name}: its handler does not declare what it accepts, so any body and answer are described")
+        parts.append(part or document.generic(folder.name, mar.version(archive)))
+    return document.merge(parts)
 
 
 @app.command(epilog="Examples: `bundle sbom` · `bundle sbom --output /tmp/sbom.json`")

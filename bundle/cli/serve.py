@@ -1,6 +1,5 @@
-"""The commands that operate a server: start and stop it, look at it, ask it, replace a version."""
+"""The commands that operate a server: start and stop it, look at it, replace a version."""
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 from bundle.cli.build import build
 from bundle.cli.console import console, note, opening, progress
 from bundle.cli.parameters import Model, Models, Timeout, address, file_or_dash
-from bundle.errors import BundleError, NotRunning, UsageError
+from bundle.errors import BundleError, NotRunning
 
 if TYPE_CHECKING:
     from bundle.catalog import ModelFolder
@@ -93,6 +92,10 @@ def try_samples(server: "Server", running: "Running", folders: list["ModelFolder
 
 def start(server: "Server", folders: list["ModelFolder"], timeout: float) -> "Running":
     """Start the server and wait until it serves. After any failure, Ctrl-C included, nothing is left running."""
+    from bundle.setup.torch_source import unused_gpu
+
+    if line := unused_gpu():
+        note(line)
     running = server.start(folders)
     try:
         wait_until_serving(server, running, folders, timeout)
@@ -180,61 +183,6 @@ def logs(
         raise NotRunning("There are no logs: no server was started here. Start one: make serve")
     following = ["-F"] if follow and server.running() else []
     subprocess.run(["tail", f"--lines={lines}", *following, *map(str, files)])
-
-
-@app.command(epilog="Examples: `bundle predict mnist` · `bundle predict image photo.jpg --grpc`")
-def predict(
-    model: Model,
-    file: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="FILE", exists=True, dir_okay=False, help="The input. By default, the sample in the model's folder."
-        ),
-    ] = None,
-    grpc: Annotated[bool, typer.Option("--grpc", help="Use gRPC instead of HTTP.")] = False,
-) -> None:
-    """Send one input to a model, and print its answer."""
-    from bundle import catalog
-    from bundle.paths import models_dir, relative
-    from bundle.samples import grpc_fields, headers
-    from bundle.server.process import Server
-
-    if file is None:
-        samples = {folder.name: folder.sample_file for folder in catalog.folders() if folder.sample_file}
-        file = samples.get(model)
-        if file is None:
-            there = ", ".join(samples) or "none"
-            raise UsageError(
-                f"There is no sample of {model} in {relative(models_dir())}/; there are samples of: {there}. "
-                f"To send a file of yours: bundle predict {model} FILE"
-            )
-    with opening(file):
-        content = file.read_bytes()
-    try:
-        fields = grpc_fields(file) if grpc else {}
-    except ValueError as exc:
-        raise UsageError(f"{file} is not valid JSON: {exc}") from exc
-    running = Server().running()
-    if running is None:
-        raise NotRunning(NOT_RUNNING)
-    if grpc:
-        from bundle.server import grpc_client  # imports grpcio, which HTTP need not wait for
-
-        try:
-            authorization = keys.header("inference") if (keys := running.keys()) else None
-            body = grpc_client.predict(running.grpc, model, fields, authorization=authorization)
-        except grpc_client.GrpcError as exc:
-            raise BundleError(str(exc)) from exc
-    else:
-        body = running.client().predict(model, content, headers=headers(file)).content
-    try:
-        answer = json.loads(body)
-    except ValueError as exc:
-        raise BundleError(f"{model} answered {len(body)} bytes that are not JSON.") from exc
-    # over gRPC, TorchServe keeps the body of an error and drops its status
-    if isinstance(answer, dict) and answer.keys() >= {"code", "type", "message"}:
-        raise BundleError(f"{model} answered {answer['code']} {answer['type']}: {answer['message']}")
-    console.print_json(data=answer)
 
 
 @app.command(epilog="Examples: `bundle page` · `bundle page --port 7861 --host 0.0.0.0`")

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,19 +114,51 @@ class Client:
                 f"TorchServe refused {method} /models{path} with {answer.status_code}.", reason(answer) or answer.text
             )
 
+    def schema(self) -> dict:
+        """Return the OpenAPI document of the models that are registered.
+
+        Raises:
+            BundleError: the server has none, because the frontend's patch is off.
+        """
+        url, auth = f"{self.inference}/openapi.json", self.auth("inference")
+        answer = session.get(url, auth=auth, timeout=SECONDS)
+        if not answer.ok:
+            raise BundleError(
+                f"The server answered /openapi.json with {answer.status_code}. It needs the frontend's patch `routes`: "
+                "start the server with it, or leave --running out.",
+                reason(answer) or answer.text,
+            )
+        return answer.json()
+
     def predict(
-        self, model: str, content: bytes, version: str | None = None, headers: dict[str, str] | None = None
+        self,
+        model: str,
+        content: bytes,
+        version: str | None = None,
+        headers: dict[str, str] | None = None,
+        options: Mapping[str, str] | None = None,
+        explain: bool = False,
     ) -> requests.Response:
         """Send one input as request body, and return the answer.
 
         Each call has its own connection, and closes it: TorchServe keeps connections open even when asked to close
         them, and `drain` takes an open connection for a client.
+
+        Args:
+            options: parameters of the request, such as {"top_k": "1"}.
+            explain: whether to ask for an explanation instead of a prediction.
         """
-        url = f"{self.inference}/predictions/{'/'.join(filter(None, (model, version)))}"
+        url = f"{self.inference}/{path(model, version, explain)}"
         with Session() as once:
-            answer = once.post(url, data=content, headers=headers, auth=self.auth("inference"), timeout=SECONDS)
+            auth = self.auth("inference")
+            answer = once.post(url, data=content, headers=headers, params=options, auth=auth, timeout=SECONDS)
             answer.raw.close()  # the end of the session would not close it
         return answer
+
+
+def path(model: str, version: str | None = None, explain: bool = False) -> str:
+    """Return the path of requests to a version, by default to the default one."""
+    return "/".join(filter(None, ("explanations" if explain else "predictions", model, version)))
 
 
 def count_ready(described: dict) -> WorkerCount:

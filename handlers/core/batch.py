@@ -365,7 +365,9 @@ class BatchHandler(BaseHandler):
         for row in rows:
             if isinstance(row, ServingError):
                 raise row
-        slot.finish([self.encode(row, s.info, slot.options) for row, s in zip(rows, slot.samples, strict=True)])
+        answers = [self.encode(row, s.info, slot.options) for row, s in zip(rows, slot.samples, strict=True)]
+        slot.finish(answers)
+        self.metrics.count_predictions(answers)
         self.cache.put(slot.key, slot.response)
 
     def explain_slot(self, slot: Slot) -> None:

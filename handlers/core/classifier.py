@@ -1,7 +1,7 @@
 """Classifiers: the answer is a list of the most probable classes, with their labels."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -62,3 +62,7 @@ class ClassifierHandler(LabelledHandler):
     def encode(self, row: Tensor, info: object, options: Options) -> dict:
         top_k = options.top_k or min(self.settings.top_k, len(self.labels))
         return {"top_k": topk.best_classes(row, top_k, self.labels)}
+
+    def first(self, answer: Any) -> tuple[int, float | None]:
+        best = answer["top_k"][0]
+        return best["class"], best["probability"]

@@ -22,8 +22,8 @@ class Column:
     Attributes:
         name: of the output.
         datatype: of its elements.
-        path: where they are in the answer: ("scores",) is a list of them, ("found", "score") a list of objects that
-            each have one.
+        path: where they are in the answer: ("scores",) is a list of them or, with the shape (), the only one;
+            ("found", "score") is a list of objects that each have one.
         shape: of one sample. Its first dimension is -1 if answers differ in length: shorter ones are filled up, with
             -1 (integers), 0 (other numbers) or empty strings.
     """
@@ -33,7 +33,7 @@ class Column:
     path: tuple[str, ...]
     shape: tuple[int, ...] = (-1,)
 
-    def of(self, answer: Any) -> list:
+    def of(self, answer: Any) -> Any:
         entries = answer[self.path[0]]
         return [entry[self.path[1]] for entry in entries] if len(self.path) > 1 else entries
 

@@ -1,21 +1,25 @@
 """The handlers' metrics. TorchServe's `/metrics` shows them beside its own (bundle/config/metrics.yaml declares them).
 
 The worker prints each observation as a line, and the frontend parses it. So nothing is observed per request, and the
-lines of a batch are printed at once (BENCHMARKS.md).
+lines of a batch are printed at once (BENCHMARKS.md). Predictions are printed every few seconds (`predictions.py`).
 """
 
 import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from ts.context import Context
 from ts.metrics.caching_metric import CachingMetric
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.metrics.metric_type_enum import MetricTypes
+
+from handlers.core.predictions import INTERVALS, Predictions, Reference, Series, counted
+from handlers.core.slots import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +37,59 @@ class HandlerMetrics:
     """
 
     def __init__(self, context: Context):
-        cache = context.metrics
+        self.cache = cache = context.metrics
         self.identity = [context.model_name, context.manifest["model"].get("modelVersion", "")]
         self.batch_size = histogram(cache, "bundle_batch_size", "Count")
         self.seconds = {stage: histogram(cache, f"bundle_{stage}_seconds", "Seconds") for stage in STAGES}
         self.answered = counter(cache, "bundle_requests_total", "Status")
         self.rejected = counter(cache, "bundle_rejected_requests_total", "ErrorType")
 
+        self.predictions: Predictions | None = None
         self.lines: list[str] = []
         self.texts: dict[tuple[str, ...], tuple[str, str]] = {}
 
+    def watch(
+        self,
+        first: Callable[[Any], tuple[int, float | None]],
+        outcomes: Sequence[str],
+        limit: int,
+        reference: Reference | None,
+    ) -> None:
+        """Count predictions from now on, and print the reference with which they are compared.
+
+        Args:
+            first: returns the index of an answer's first outcome, and its confidence; None if it has none.
+            outcomes: their labels, by index.
+            limit: the most outcomes that have a counter of their own.
+            reference: of this model.
+        """
+        names = counted(outcomes, limit, reference)
+        self.predictions = Predictions(
+            self.line,
+            first,
+            Series(counter(self.cache, "bundle_predictions_total", "Class"), names),
+            Series(counter(self.cache, "bundle_confidence_total", "Confidence"), INTERVALS),
+        )
+        self.predictions.emit()
+        if reference is not None:
+            share = gauge(self.cache, "bundle_predictions_reference", "Class")
+            confidence = gauge(self.cache, "bundle_confidence_reference", "Confidence")
+            for name, value in reference.share(outcomes, names).items():
+                self.add(share, round(value, 6), name)
+            for name in INTERVALS:
+                self.add(confidence, reference.confidence.get(name, 0.0), name)
+            self.emit()
+
     def add(self, metric: CachingMetric, value: float, *dimensions: str) -> None:
-        """Add a line in the format of `CachingMetric.emit_metrics`, which the frontend parses."""
+        self.lines.append(self.line(metric, value, *dimensions))
+
+    def line(self, metric: CachingMetric, value: float, *dimensions: str) -> str:
+        """Return a line in the format of `CachingMetric.emit_metrics`, which the frontend parses."""
         key = metric.metric_name, *dimensions
         if key not in self.texts:
             self.texts[key] = self.around_value(metric, dimensions)
         before, after = self.texts[key]
-        self.lines.append(f"{before}{value}{after}{int(time.time())}")
+        return f"{before}{value}{after}{int(time.time())}"
 
     def around_value(self, metric: CachingMetric, dimensions: tuple[str, ...]) -> tuple[str, str]:
         """Return what a line has before the value, and between the value and the time: the same in every batch."""
@@ -75,6 +115,16 @@ class HandlerMetrics:
         for error_type, requests in Counter(rejections).items():
             self.add(self.rejected, requests, error_type)
 
+    def count_predictions(self, answers: list[Answer]) -> None:
+        """Count answers of one request. If the handler's `first` fails, the answers are sent all the same."""
+        if self.predictions is None:
+            return
+        try:
+            self.predictions.count(answers)
+        except Exception:
+            self.predictions = None
+            logger.exception("a bug in `first`: the predictions of %s are not counted any more", self.identity[0])
+
     def observe(self, stage: str, seconds: float) -> None:
         self.add(self.seconds[stage], round(seconds, 6))
 
@@ -91,6 +141,10 @@ def histogram(cache: MetricsCacheYamlImpl, name: str, unit: str) -> CachingMetri
 
 def counter(cache: MetricsCacheYamlImpl, name: str, dimension: str) -> CachingMetric:
     return metric(cache, name, "Count", [*DIMENSIONS, dimension], MetricTypes.COUNTER)
+
+
+def gauge(cache: MetricsCacheYamlImpl, name: str, dimension: str) -> CachingMetric:
+    return metric(cache, name, "Count", [*DIMENSIONS, dimension], MetricTypes.GAUGE)
 
 
 def metric(

@@ -182,11 +182,10 @@ class OpenInferenceReader(RequestReader):
 
     def read_prepared(self, given: dict[str, Given]) -> list:
         """Read the module's own tensors: one sample for each entry of the first dimension."""
-        if given.keys() != self.tensors.keys():
-            missing = [name for name in self.tensors if name not in given]
-            other = next(name for name in [*missing, *given] if name in missing or name not in self.tensors)
-            verb = "is missing" if missing else "must not be sent beside tensors"
-            raise MissingField(f"The input {quote(other)} {verb}. {self.accepted}")
+        if missing := [name for name in self.tensors if name not in given]:
+            raise MissingField(f"The input {quote(missing[0])} is missing. {self.accepted}")
+        if files := [name for name in given if name not in self.tensors]:
+            raise UnsupportedInput(f"The input {quote(files[0])} must not be sent beside tensors. {self.accepted}")
         batches = {name: prepared(self.tensors[name], *given[name]) for name in self.tensors}
         same_count({name: len(batch) for name, batch in batches.items()})
         rows = self.limited(list(zip(*batches.values(), strict=True)))

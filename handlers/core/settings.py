@@ -32,3 +32,5 @@ class Settings(BaseModel):
     # s, after which the explanations of a batch that are not finished get 429: so long they may delay the next batch
     max_explain_seconds: PositiveFloat = 5.0
     cache_entries: NaturalInt = 0  # answers to repeated inputs that a worker keeps; 0 turns the cache off
+    # classes that have a counter of their own in the metrics of predictions; the others share one. 0: no such metrics
+    counted_classes: NaturalInt = 32

@@ -43,6 +43,8 @@ class Respond:
             datatype, shape, values = self.tensor(name, answers)
             output: dict[str, Any] = {"name": name, "shape": shape, "datatype": datatype}
             if binary:
+                if datatype != BYTES:
+                    encode_json(values)  # binary tensors must not have what JSON does not have
                 contents.append(tensor_data.to_binary(datatype, values))
                 output["parameters"] = {"binary_data_size": len(contents[-1])}
             elif name == PICTURE:
@@ -65,16 +67,20 @@ class Respond:
         if name == JSON:
             return BYTES, [len(answers)], [encode_json(each) for each in answers]
         column = next(each for each in self.columns if each.name == name)
-        rows = [column.of(answer) for answer in answers]
-        longest, inner = max(map(len, rows)), column.shape[1:]
-        size = math.prod(inner)
-        filler = FILLERS.get(column.datatype, 0)
-        elements: list = []
-        for row in rows:
-            elements += chain.from_iterable(row) if inner else row
-            elements += [filler] * ((longest - len(row)) * size)
+        shape, elements = flattened([column.of(answer) for answer in answers], column)
         if column.datatype == BYTES:
             elements = [each.encode(errors="backslashreplace") for each in elements]
-        else:
-            encode_json(elements)  # binary tensors must not have what JSON does not have
-        return column.datatype, [len(answers), longest, *inner], elements
+        return column.datatype, shape, elements
+
+
+def flattened(rows: list, column: Column) -> tuple[list[int], list]:
+    """Return shape and elements of a column. Shorter rows are filled up."""
+    if not column.shape:
+        return [len(rows)], rows
+    longest, inner = max(map(len, rows)), column.shape[1:]
+    filler = [FILLERS.get(column.datatype, 0)] * math.prod(inner)
+    elements: list = []
+    for row in rows:
+        elements += chain.from_iterable(row) if inner else row
+        elements += filler * (longest - len(row))
+    return [len(rows), longest, *inner], elements

@@ -47,7 +47,10 @@ def test_no_origin_is_allowed_by_default(proxy, upstream):
     [
         (PREDICT, "POST", "POST, PUT"),
         ("/explanations/mnist/1.0", "PUT", "POST, PUT"),
+        ("/v2/models/mnist/infer", "POST", "POST, PUT"),
+        ("/v2/models/mnist", "GET", "GET, HEAD"),
         ("/ping", "GET", "GET, HEAD"),
+        ("/openapi.json", "GET", "GET, HEAD"),
     ],
 )
 def test_preflight_of_an_allowed_origin_is_permitted(open_to_app, upstream, supervisor, path, method, allowed):

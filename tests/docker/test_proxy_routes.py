@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import requests
 
 from bundle.server.ports import free_ports
 from tests.docker.proxy import PREDICT, check_error, http
@@ -85,20 +86,37 @@ TRICKS = [
     "/predictions%0a/mnist",
     "/%0apredictions/mnist",
     "/ping%0a",
+    "/openapi.json%0a",
+    "/openapi.json/",
+    "/openapixjson",
     "/dropped%0a",
     "/error%0a",
     "/predictions/a%252f..%252fmodels",
     "/predictions\\..\\models",
     "/PREDICTIONS/mnist",
-    "/v1/models/mnist",
     "/v1/models/mnist:predict/",
     "/v1/models/mnist:predict%0a",
     "/v1/models/mnist:regress",
     "/v1/models/a%2fb:predict",
-    "/v1/models/..:predict/../mnist",
+    "/v1/models/..:predict/../../mnist",
     "/v1/models/:predict",
-    "/v1/models",
-    "/v2/models/mnist/infer",
+    "/v1/models/",
+    "/v1/models%0a",
+    "/v1/models/mnist/versions/1.0",
+    "/v2/",
+    "/v2%0a",
+    "/v2/health",
+    "/v2/health/well",
+    "/v2/health/ready%0a",
+    "/v2/models",
+    "/v2/models/mnist/config",
+    "/v2/models/mnist/versions",
+    "/v2/models/mnist/infer/",
+    "/v2/models/mnist/infer%0a",
+    "/v2/models/mnist/1.0/infer",
+    "/v2/models/a%2fb/infer",
+    "/v2/models/mnist/versions/1.0/../../../../models",
+    "/v2/repository/index",
     "/invocations/",
     "/invocations%0a",
     "/models/mnist/invoke",
@@ -126,7 +144,7 @@ TRICKS = [
 def test_other_path_is_rejected_and_not_passed_on(proxy, upstream, supervisor, method, target):
     status, headers, body = proxy.raw(f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
     assert status in (400, 404)
-    assert json.loads(body)["code"] == status
+    assert json.loads(body).get("code", status) == status
     assert headers["Content-Type"] == "application/json"
     assert upstream.received == supervisor.received == []
 
@@ -167,55 +185,92 @@ def test_prediction_with_another_method_is_405(proxy, upstream, method):
     assert upstream.received == []
 
 
+# -- routes of KServe and SageMaker ------------------------------------------------------------------------------------
+
+
+def check_open_inference_error(answer: requests.Response, status: int, words: str) -> None:
+    assert (answer.status_code, list(answer.json())) == (status, ["error"]), answer.text
+    assert answer.headers["Content-Type"] == "application/json"
+    assert words in answer.json()["error"]
+
+
 @pytest.mark.parametrize(
     ("target", "passed"),
     [
-        ("/v1/models/mnist:predict", "/predictions/mnist"),
-        ("/v1/models/my-model_2.1:explain?top_k=1", "/explanations/my-model_2.1?top_k=1"),
-        ("/v1/models/mnist%3Apredict", "/predictions/mnist"),
-        ("/invocations?model_name=mnist", "/predictions/mnist"),
-        ("/invocations?model_name=mnist&top_k=1&a=b", "/predictions/mnist?top_k=1&a=b"),
-        ("/invocations?top_k=1&model_name=mnist", "/predictions/mnist?top_k=1"),
-        ("/invocations?top_k=1&model_name=mnist&a=b", "/predictions/mnist?top_k=1&a=b"),
-        ("/invocations?my_model_name=x&model_name=mnist", "/predictions/mnist?my_model_name=x"),
+        ("/v1/models/mnist:predict", "/v1/models/mnist:predict"),
+        ("/v1/models/my-model_2.1:explain?top_k=1", "/v1/models/my-model_2.1:explain?top_k=1"),
+        ("/v1/models/mnist%3Apredict", "/v1/models/mnist:predict"),
+        ("/v2/models/mnist/infer", "/v2/models/mnist/infer"),
+        (
+            "/v2/models/my-model_2.1/versions/1.0-a/explain?top_k=1",
+            "/v2/models/my-model_2.1/versions/1.0-a/explain?top_k=1",
+        ),
+        ("/models/../v2//models/mnist/%69nfer", "/v2/models/mnist/infer"),
+        ("/invocations?top_k=1&model_name=mnist&a=b", "/invocations?top_k=1&model_name=mnist&a=b"),
+        ("/invocations", "/invocations?model_name=&"),
+        ("/invocations?my_model_name=x", "/invocations?model_name=&my_model_name=x"),
     ],
 )
-def test_routes_of_kserve_and_sagemaker_are_predictions_and_explanations(proxy, upstream, target, passed):
-    answer = proxy.post(target, data=b'{"instances": [1]}', headers={"Content-Type": "application/json"})
-    assert (answer.status_code, answer.content) == (200, b'{"ok": true}')
+def test_inference_of_kserve_and_sagemaker_is_passed_on(proxy, upstream, target, passed):
+    upstream.headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "2"}
+    status, answered, body = proxy.raw(
+        f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 18\r\nInference-Header-Content-Length: 18\r\n"
+        'Connection: close\r\n\r\n{"instances": [1]}'
+    )
+    assert (status, body, answered["Inference-Header-Content-Length"]) == (200, b'{"ok": true}', "2")
     [received] = upstream.received
     assert (received.path, received.body) == (passed, b'{"instances": [1]}')
+    assert received.headers["Inference-Header-Content-Length"] == "18"
     upstream.received.clear()
     refused = http.get(proxy.url + target, timeout=10)
-    check_error(refused, 405, "MethodNotAllowed")
-    assert refused.headers["Allow"] == "POST, PUT"
+    assert (refused.status_code, refused.headers["Allow"]) == (405, "POST, PUT")
     assert upstream.received == []
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/models", "/v1/models/mnist", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/mnist"),
+        *("/v2/models/mnist/ready", "/v2/models/mnist/versions/1.0", "/v2/models/mnist/versions/1.0/ready"),
+    ],
+)
+def test_question_about_models_is_passed_on_without_its_body(proxy, upstream, path, method):
+    upstream.status = 503
+    answer = http.request(method, f"{proxy.url}{path}?x=1", data=b"a body", timeout=10)
+    assert (answer.status_code, answer.content) == (503, b'{"ok": true}' if method == "GET" else b"")
+    assert [(each.method, each.path, each.body) for each in upstream.received] == [("GET", path, b"")]
+    refused = proxy.post(path)
+    assert (refused.status_code, refused.headers["Allow"]) == (405, "GET, HEAD")
+    assert len(upstream.received) == 1
 
 
 def test_limits_of_predictions_hold_for_the_routes_of_others(proxy, upstream):
+    large = bytes(2**20 + 1)
     for path in ("/v1/models/mnist:predict", "/v1/models/mnist:explain", "/invocations?model_name=mnist"):
-        check_error(proxy.post(path, data=bytes(2**20 + 1)), 413, "BodyTooLarge")
+        check_error(proxy.post(path, data=large), 413, "BodyTooLarge")
+    for path in ("/v2/models/mnist/infer", "/v2/models/mnist/versions/1.0/explain"):
+        check_open_inference_error(proxy.post(path, data=large), 413, "1m")
     assert upstream.received == []
 
 
-@pytest.mark.parametrize(
-    "query", ["", "?", "?model_name=", "?model_name=../models", "?model_name=a%2fb", "?model_name=a%0a", "?name=mnist"]
-)
-def test_invocation_without_a_model_is_400_and_says_how_to_name_it(proxy, upstream, query):
-    answer = proxy.post(f"/invocations{query}")
-    check_error(answer, 400, "MissingModel")
-    assert "/invocations?model_name=NAME" in answer.json()["message"]
-    assert upstream.received == []
+def test_errors_of_the_proxy_have_the_form_of_the_open_inference_protocol(proxy, upstream):
+    check_open_inference_error(http.get(f"{proxy.url}/v2/models/mnist/infer", timeout=10), 405, "POST")
+    check_open_inference_error(http.get(f"{proxy.url}/v2/repository/index?a=b", timeout=10), 404, "Valid paths")
+    upstream.status = 500
+    check_open_inference_error(proxy.post("/v2/models/mnist/infer"), 500, "in the log of the worker")
+    upstream.status, upstream.body = 429, b'{"error": "of TorchServe"}'
+    answer = proxy.post("/v2/models/mnist/infer")
+    assert (answer.status_code, answer.headers["Retry-After"], answer.content) == (429, "1", upstream.body)
 
 
 def test_invocation_without_a_name_goes_to_the_model_of_the_setting(start, upstream):
     proxy = start(INVOCATIONS_MODEL="text")
-    for query in ("", "?", "?top_k=1", "?model_name=mnist"):
+    for query in ("", "?top_k=1", "?model_name=mnist"):
         assert proxy.post(f"/invocations{query}").status_code == 200
     assert [received.path for received in upstream.received] == [
-        *("/predictions/text", "/predictions/text", "/predictions/text?top_k=1", "/predictions/mnist"),
+        *("/invocations?model_name=text&", "/invocations?model_name=text&top_k=1", "/invocations?model_name=mnist"),
     ]
-    check_error(proxy.post("/invocations?model_name=a%2fb"), 400, "MissingModel")
 
 
 # -- readiness --------------------------------------------------------------------------------------------------------
@@ -246,3 +301,30 @@ def test_ping_with_post_is_405(proxy, supervisor):
 def test_ping_without_a_supervisor_is_503(start):
     proxy = start(SUPERVISOR_PORT=str(free_ports(1)[0]))
     check_error(http.get(f"{proxy.url}/ping", timeout=10), 503, "ServerUnavailable", "5")
+
+
+# -- the schema -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["/openapi.json", "/openapi.json?x=1", "/models/%2e%2e/openapi.json"])
+def test_schema_is_that_of_torchserve(proxy, upstream, target):
+    status, _, body = proxy.raw(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (status, body) == (200, b'{"ok": true}')
+    [received] = upstream.received
+    assert received.path.partition("?")[0] == "/openapi.json"
+    assert http.head(f"{proxy.url}/openapi.json", timeout=10).status_code == 200
+
+
+def test_schema_with_another_method_or_a_long_body_is_rejected(proxy, upstream):
+    refused = proxy.post("/openapi.json")
+    check_error(refused, 405, "MethodNotAllowed")
+    assert refused.headers["Allow"] == "GET, HEAD"
+    check_error(http.get(f"{proxy.url}/openapi.json", data=bytes(2000), timeout=10), 413, "BodyTooLarge")
+    assert upstream.received == []
+
+
+def test_error_of_torchserve_for_the_schema_is_the_proxys(proxy, upstream):
+    upstream.status, upstream.body = 500, b'{"code": 500, "type": "java.lang.Exception", "message": "inside"}'
+    check_error(http.get(f"{proxy.url}/openapi.json", timeout=10), 500, "PredictionFailed")
+    upstream.status, upstream.body = 400, b'{"code": 400, "type": "InvalidKeyException", "message": "no key"}'
+    check_error(http.get(f"{proxy.url}/openapi.json", timeout=10), 400, "InvalidKeyException")

@@ -11,8 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import requests
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
 
 from bundle.catalog import select
 from bundle.paths import ROOT
@@ -84,14 +87,27 @@ def test_one_setting_limits_bodies_in_the_proxy_and_in_torchserve(stack: Stack):
     assert "20m" in refused.json()["message"]
 
 
-def test_clients_of_kserve_and_sagemaker_get_predictions(stack: Stack):
-    sample = (ROOT / "models" / "mnist" / "sample.png").read_bytes()
-    instances = {"instances": [{"data": base64.b64encode(sample).decode()}] * 2}
+def test_clients_of_kserve_and_sagemaker_get_answers(stack: Stack):
+    instances = {"instances": [{"data": base64.b64encode(DIGIT).decode()}] * 2}
     answer = requests.post(f"{stack.url('PORT')}/v1/models/mnist:predict", json=instances, timeout=30)
     assert answer.status_code == 200, answer.text
     assert [first(each).label for each in answer.json()["predictions"]] == ["3", "3"]
-    answer = requests.post(f"{stack.url('PORT')}/invocations?model_name=mnist", data=sample, timeout=30)
+    answer = requests.post(f"{stack.url('PORT')}/v1/models/mnist:explain", json=instances, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert [each["target"]["label"] for each in answer.json()["predictions"]] == ["3", "3"]
+    answer = requests.post(f"{stack.url('PORT')}/invocations?model_name=mnist", data=DIGIT, timeout=30)
     assert (answer.status_code, first(answer.json()).label) == (200, "3"), answer.text
+
+
+def test_tritons_client_gets_answers(stack: Stack):
+    with triton.InferenceServerClient(stack.url("PORT").removeprefix("http://")) as client:
+        assert client.is_server_ready()
+        assert client.is_model_ready("mnist", "1.0")
+        assert client.get_model_metadata("mnist")["inputs"][0]["name"] == "data"
+        data = triton.InferInput("data", [2], "BYTES").set_data_from_numpy(numpy.array([DIGIT] * 2, numpy.object_))
+        assert client.infer("mnist", [data]).as_numpy("top_3_classes")[:, 0].tolist() == [3, 3]
+        with pytest.raises(InferenceServerException, match="Model not found: nothing"):
+            client.infer("nothing", [data])
 
 
 def test_model_without_workers_is_503_with_the_reason(stack: Stack):
@@ -136,10 +152,8 @@ def test_containers_run_without_privileges_or_build_tools(stack: Stack):
         "Seccomp:",
         "2",
     ]  # 2: a filter, Docker's own
-    search = (
-        r"command -v gcc cc make; find / -xdev -path '*/.cache/pip/*' 2>/dev/null; ls .venv/bin/pip* 2>/dev/null; true"
-    )
-    assert stack.execute("sh", "-c", search) == ""
+    search = r"command -v gcc cc make; find / -xdev -path '*/.cache/*' 2>/dev/null"
+    assert stack.execute("sh", "-c", f"{search}; ls .venv/bin/pip* .venv/bin/uv* 2>/dev/null; true") == ""
 
 
 def test_prometheus_rules_pass_promtool(stack: Stack):

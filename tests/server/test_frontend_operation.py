@@ -1,10 +1,11 @@
-"""The frontend's patches `drain`, `management` and `gzip`."""
+"""The frontend's patches `drain`, `management`, `registration`, `gzip` and `oversized`."""
 
 import gzip
 import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ import requests
 
 from bundle.server import grpc_client
 from tests.server.bare import PLAIN, SLOW_START, Bare, archive, bare
+
+LARGE = bytes(7 * 2**20)  # TorchServe's default limit is 6.25 MiB
 
 
 def longest_during_a_registration(server: Bare) -> float:
@@ -106,13 +109,69 @@ def test_body_that_is_no_gzip_is_400(patched: Bare, body: bytes):
 
 
 def test_gzip_body_that_becomes_too_large_is_400(patched: Bare):
-    body = gzip.compress(bytes(7 * 2**20))  # TorchServe's default limit is 6.25 MiB
+    body = gzip.compress(LARGE)
     answer = patched.post("one", body, headers={"Content-Encoding": "gzip", "Content-Type": "text/plain"})
     assert answer.status_code == 400, answer.text
     assert "The decompressed body has more than 6553500 bytes." in answer.json()["message"]
 
 
-def test_registration_and_gzip_without_the_patches(unpatched: Bare):
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (LARGE, {}),
+        (LARGE, {"Connection": "close"}),
+        (LARGE, {"Content-Type": "application/json"}),
+        ((LARGE[start : start + 2**16] for start in range(0, len(LARGE), 2**16)), {}),
+    ],
+    ids=["kept alive", "closed", "JSON", "chunked"],
+)
+def test_body_over_the_limit_gets_413_that_names_the_limit(patched: Bare, body: bytes | Iterator[bytes], headers: dict):
+    with requests.Session() as client:
+        answer = client.post(f"{patched.inference}/predictions/one", body, headers=headers, timeout=20)
+        assert (answer.status_code, answer.json()["type"]) == (413, "BodyTooLarge")
+        assert answer.json()["message"] == "The body is larger than 6,553,500 bytes, the limit of max_request_size."
+        assert client.post(f"{patched.inference}/predictions/one", b"x", timeout=20).status_code == 200
+
+
+def test_client_that_asks_before_it_sends_too_much_gets_413(patched: Bare):
+    address = urlsplit(patched.inference)
+    asked = b"POST /predictions/one HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        connection.sendall(asked % len(LARGE))
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b"6,553,500" in answer
+        connection.sendall(asked % 1)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 100")
+        connection.sendall(b"x")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_registration_names_the_parameters_that_the_archive_overrides(patched: Bare):
+    archive(patched.folder / "store", "more", batchSize=4)
+    query = {"url": "more.mar", "initial_workers": 2, "response_timeout": 5, "batch_size": 8}
+    answer = requests.post(f"{patched.management}/models", params=query, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["status"] == (
+        'Model "more" Version: 1.0 registered with 1 initial workers; parameters without effect, because the '
+        "archive's model-config.yaml sets other values: initial_workers=2 (1), response_timeout=5 (60)"
+    )
+    [described] = requests.get(f"{patched.management}/models/more", timeout=20).json()
+    assert described["batchSize"] == 8  # TorchServe obeys this one
+    assert requests.delete(f"{patched.management}/models/more", timeout=30).status_code == 200
+
+
+def test_registration_that_fails_names_the_log(patched: Bare):
+    archive(patched.folder / "store", "fails", maxRetryTimeoutInSec=1)
+    patched.break_workers("fails")
+    answer = requests.post(f"{patched.management}/models", params={"url": "fails.mar"}, timeout=120)
+    assert answer.status_code == 500, answer.text
+    assert "Failed to start workers for model fails version: 1.0. The server's log has" in answer.json()["message"]
+
+
+def test_registration_large_and_gzip_bodies_without_the_patches(unpatched: Bare):
+    answer = unpatched.post("one", LARGE)
+    assert (answer.status_code, answer.content) == (413, b"")
     body = gzip.compress(b"a text")
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"}
     assert unpatched.post("one", body, headers=headers).json()["fields"] == {"body": str(body)}

@@ -85,6 +85,20 @@ def test_text_is_read_in_its_charset_or_the_charset_is_named(served, charset):
         assert answer.json() == post(served, "predictions/text", data=text.encode()).json()
 
 
+@pytest.mark.parametrize("name", ["text.txt", None], ids=["file", "field"])
+@pytest.mark.parametrize("charset", ["iso-8859-1", "utf-16"])
+def test_part_of_a_form_is_read_in_its_charset(served, name: str | None, charset: str):
+    text = f"café, {SENTENCE.decode()}"
+    part = (name, text.encode(charset), f"text/plain; charset={charset}")
+    answer = post(served, "predictions/text", files={"data": part})
+    assert answer.json() == post(served, "predictions/text", data=text.encode()).json()
+
+
+def test_part_of_a_form_that_is_not_in_its_charset_is_rejected(served):
+    answer = post(served, "predictions/text", files={"data": ("text.txt", b"caf\xe9", "text/plain; charset=us-ascii")})
+    assert (answer.status_code, answer.json()["message"]) == (400, 'The field "data" is not in US-ASCII.')
+
+
 def test_compressed_body_is_read_or_its_compression_is_named(served):
     body = json.dumps({"data": SENTENCE.decode()}).encode()
     headers = {"Content-Type": "application/json"}

@@ -1,28 +1,50 @@
-"""The routes of KServe and SageMaker on a real server, with Triton's own client and with raw requests."""
+"""The routes of KServe and SageMaker on a real server, with Triton's and KServe's own clients and with raw requests."""
 
+import base64
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy
+import psutil
 import pytest
 import requests
 import tritonclient.http as triton
+from tritonclient.http import InferRequestedOutput as Output
 from tritonclient.utils import InferenceServerException
 
-from bundle.catalog import ModelFolder, select
+from bundle.catalog import select
+from bundle.paths import ROOT
 from bundle.samples import first
+from handlers.mnist import MNISTHandler
+from loadtest.bench.systems.environment import Environment
+from tests.server.bare import PLAIN, Bare, archive
 from tests.server.place import Place
 from tests.shipped import SHIPPED
+from tests.support import batches, wait_for
 
-MODELS = {model.name: model for model in select(SHIPPED)}
+SAMPLES = {model.name: model.sample_file.read_bytes() for model in select(SHIPPED)}
+EXPECTED = {model.name: model.bundle.expect for model in select(SHIPPED)}
+ENCODED = {name: base64.b64encode(sample).decode() for name, sample in SAMPLES.items()}
 TENSORS = {"mnist": "pixels", "image": "pixels", "audio": "waveform", "text": "ids"}
-COPY = "mnist-copy"
+QUICK = dict.fromkeys(SHIPPED, "saliency") | {"text": "feature_ablation"}  # methods of explanations
+DTYPES = {"UINT8": numpy.uint8, "INT64": numpy.int64, "FP32": numpy.float32}
+NO_IMAGE = b"no image"
 
 
-@pytest.fixture(scope="module")
+def connect(url: str) -> triton.InferenceServerClient:
+    return triton.InferenceServerClient(url.removeprefix("http://"))
+
+
+@pytest.fixture
 def client(served: Place) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(served.client.inference.removeprefix("http://"), concurrency=4) as connected:
+    with connect(served.client.inference) as connected:
         yield connected
 
 
@@ -30,98 +52,240 @@ def get(served: Place, path: str) -> requests.Response:
     return requests.get(f"{served.client.inference}/{path}", timeout=30)
 
 
-def post(served: Place, path: str, **arguments: object) -> requests.Response:
+def post(served: Place, path: str, **arguments: Any) -> requests.Response:
     return requests.post(f"{served.client.inference}/{path}", timeout=60, **arguments)
 
 
-def samples(model: ModelFolder, count: int = 1) -> triton.InferInput:
-    files = numpy.array([model.sample_file.read_bytes()] * count, numpy.object_)
-    return triton.InferInput("data", [count], "BYTES").set_data_from_numpy(files)
+def files(*contents: bytes) -> triton.InferInput:
+    array = numpy.array(contents, numpy.object_)
+    return triton.InferInput("data", [len(contents)], "BYTES").set_data_from_numpy(array)
 
 
-def native(served: Place, name: str) -> dict:
-    return post(served, f"predictions/{name}", data=MODELS[name].sample_file.read_bytes()).json()
+def tensor(name: str, datatype: str, shape: list[int]) -> triton.InferInput:
+    ones = numpy.ones(shape, DTYPES[datatype])
+    return triton.InferInput(name, shape, datatype).set_data_from_numpy(ones)
 
 
-def same_class(answer: dict, expected: dict) -> bool:
-    return first(answer)["class"] == first(expected)["class"]
+def labels(texts: Any) -> list[str]:
+    """Return the first label of each answer in the output `json`."""
+    return [first(json.loads(each)).label for each in texts]
 
 
 # --- Triton's client ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_tritons_client_gets_the_native_answers(served: Place, client: triton.InferenceServerClient, name: str):
-    result = client.infer(name, [samples(MODELS[name], 3)], request_id="1")
-    expected = native(served, name)
-    assert result.get_response()["model_name"] == name
-    answers = [json.loads(each) for each in result.as_numpy("json")]
-    assert len(answers) == 3
-    assert all(same_class(each, expected) for each in answers)
-    again = client.infer(name, [samples(MODELS[name])], model_version="1.0")
-    assert same_class(json.loads(again.as_numpy("json")[0]), expected)
+def test_tritons_client_gets_the_answers_of_a_batch(served: Place, client: triton.InferenceServerClient, name: str):
+    result = client.infer(name, [files(*[SAMPLES[name]] * 3)], request_id="1")
+    assert (result.get_response()["model_name"], result.get_response()["id"]) == (name, "1")
+    assert labels(result.as_numpy("json")) == [EXPECTED[name]] * 3
+    asked = [Output("json", binary_data=False)]
+    result = client.infer(name, [files(SAMPLES[name])], model_version="1.0", outputs=asked)
+    assert labels(result.as_numpy("json")) == [EXPECTED[name]]
+    assert [each["name"] for each in result.get_response()["outputs"]] == ["json"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_metadata_describe_what_the_model_takes_and_returns(client: triton.InferenceServerClient, name: str):
     metadata = client.get_model_metadata(name, "1.0")
     assert (metadata["name"], metadata["versions"], metadata["platform"]) == (name, ["1.0"], "pytorch_torchscript")
-    inputs = {each["name"]: each for each in metadata["inputs"]}
-    assert list(inputs) == ["data", TENSORS[name]]
-    tensor = inputs[TENSORS[name]]
-    shape = [2, *(6 if size < 0 else size for size in tensor["shape"][1:])]
-    dtype = {"UINT8": numpy.uint8, "FP32": numpy.float32, "INT64": numpy.int64}[tensor["datatype"]]
-    given = triton.InferInput(tensor["name"], shape, tensor["datatype"]).set_data_from_numpy(numpy.ones(shape, dtype))
-    result = client.infer(name, [given])
+    described = {each["name"]: each for each in metadata["inputs"]}
+    assert list(described) == ["data", TENSORS[name]]
+    taken = described[TENSORS[name]]
+    shape = [2, *(6 if size < 0 else size for size in taken["shape"][1:])]
+    result = client.infer(name, [tensor(taken["name"], taken["datatype"], shape)])
+    assert [each["name"] for each in result.get_response()["outputs"]] == [each["name"] for each in metadata["outputs"]]
     for output in metadata["outputs"]:
         found = result.as_numpy(output["name"])
-        assert found.shape[0] == 2
         assert result.get_output(output["name"])["datatype"] == output["datatype"]
-        assert len(found.shape) == len(output["shape"])
+        assert (found.shape[0], found.ndim) == (2, len(output["shape"]))
 
 
-def test_clients_of_all_protocols_share_a_server(served: Place, client: triton.InferenceServerClient):
-    expected = native(served, "mnist")
-    digit = MODELS["mnist"].sample_file.read_bytes()
+def test_pixels_that_the_client_prepared_get_the_answer_of_the_file(client: triton.InferenceServerClient):
+    handler = MNISTHandler()
+    handler.settings = handler.Settings()
+    pixels = handler.decode(handler.Inputs(data=SAMPLES["mnist"])).tensors.numpy()[None]
+    given = triton.InferInput("pixels", list(pixels.shape), "UINT8").set_data_from_numpy(pixels)
+    result = client.infer("mnist", [given])
+    expected = client.infer("mnist", [files(SAMPLES["mnist"])])
+    assert result.as_numpy("top_3_classes").tolist() == expected.as_numpy("top_3_classes").tolist()
+    assert result.as_numpy("top_3_probabilities") == pytest.approx(expected.as_numpy("top_3_probabilities"), abs=0.02)
 
-    def ask(index: int) -> dict | str:
-        if index % 4 == 0:
-            return json.loads(client.infer("mnist", [samples(MODELS["mnist"])]).as_numpy("json")[0])
-        if index % 4 == 1:
-            bad = triton.InferInput("data", [1], "BYTES").set_data_from_numpy(numpy.array([b"no image"], numpy.object_))
-            with pytest.raises(InferenceServerException) as raised:
-                client.infer("mnist", [bad])
-            return raised.value.status()
-        return post(
-            served, "predictions/mnist" if index % 4 == 2 else "invocations?model_name=mnist", data=digit
-        ).json()
 
-    with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(ask, range(64)))
-    for index, answer in enumerate(answers):
-        assert answer == "400" if index % 4 == 1 else same_class(answer, expected)
+def test_parameters_are_the_options_of_the_model(client: triton.InferenceServerClient):
+    result = client.infer("image", [files(SAMPLES["image"])], parameters={"top_k": 2}, priority=1, timeout=10**6)
+    assert result.as_numpy("label").shape == (1, 2)
+    assert result.as_numpy("label")[0, 0].decode() == EXPECTED["image"]
+    assert result.as_numpy("probability").dtype == numpy.float32
 
 
 @pytest.mark.parametrize("compression", ["gzip", None])
-def test_compressed_binary_tensors_are_read(served: Place, client: triton.InferenceServerClient, compression):
-    result = client.infer("text", [samples(MODELS["text"])], request_compression_algorithm=compression)
-    assert same_class(json.loads(result.as_numpy("json")[0]), native(served, "text"))
+def test_compressed_binary_tensors_are_read(client: triton.InferenceServerClient, compression: str | None):
+    result = client.infer("text", [files(SAMPLES["text"])], request_compression_algorithm=compression)
+    assert labels(result.as_numpy("json")) == [EXPECTED["text"]]
 
 
-def test_errors_say_to_the_client_what_was_wrong(client: triton.InferenceServerClient):
-    cases = [
-        ("404", "nothing", samples(MODELS["mnist"]), {}, "nothing"),
-        ("404", "mnist", samples(MODELS["mnist"]), {"model_version": "9.9"}, "9.9"),
-        ("400", "mnist", samples(MODELS["mnist"]), {"parameters": {"topk": 1}}, '"topk"'),
-        ("413", "mnist", samples(MODELS["mnist"], 33), {}, "at most 32"),
-        ("415", "mnist", samples(MODELS["mnist"]), {"request_compression_algorithm": "deflate"}, "deflate"),
+MNIST = SAMPLES["mnist"]
+MISTAKES: list[tuple[str, str, triton.InferInput, dict, str]] = [
+    ("404", "nothing", files(MNIST), {}, "nothing"),
+    ("404", "mnist", files(MNIST), {"model_version": "9.9"}, "9.9"),
+    ("400", "mnist", files(NO_IMAGE), {}, "not an image"),
+    ("400", "mnist", files(MNIST, b""), {}, '"data" is empty'),
+    ("400", "audio", files(NO_IMAGE), {}, "sound"),
+    ("400", "mnist", tensor("data", "UINT8", [1, 28]), {}, 'datatype of "data" must be BYTES, not UINT8'),
+    ("400", "mnist", tensor("pixels", "FP32", [1, 1, 28, 28]), {}, "must be UINT8 [N, 1, 28, 28], not FP32"),
+    ("400", "image", tensor("pixels", "UINT8", [1, 3, 16, 16]), {}, "[N, 3, 32, 32], not UINT8 [1, 3, 16, 16]"),
+    ("400", "audio", tensor("waveform", "FP32", [16000]), {}, "FP32 [N, 16000]"),
+    ("400", "text", tensor("tokens", "INT64", [1, 6]), {}, 'Accepted inputs: "data" (BYTES), or "ids" (INT64)'),
+    ("400", "mnist", files(MNIST), {"parameters": {"topk": 1}}, '"topk"'),
+    ("400", "image", files(SAMPLES["image"]), {"parameters": {"top_k": 10**6}}, "top_k must be between 1 and"),
+    ("400", "text", files(SAMPLES["text"]), {"outputs": [Output("logits")]}, '"label"'),
+    ("400", "text", files(SAMPLES["text"]), {"outputs": [Output("label", class_count=2)]}, '"classification"'),
+    ("413", "mnist", files(*[MNIST] * 33), {}, "at most 32"),
+    ("415", "mnist", files(MNIST), {"request_compression_algorithm": "deflate"}, "deflate"),
+]
+
+
+@pytest.mark.parametrize(("status", "model", "given", "options", "words"), MISTAKES)
+def test_error_says_to_the_client_what_was_wrong(client, status, model, given, options, words):
+    with pytest.raises(InferenceServerException) as raised:
+        client.infer(model, [given], **options)
+    assert raised.value.status() == status
+    assert words in raised.value.message()
+    assert "decoding the response" not in raised.value.message()
+
+
+# --- KServe's client ----------------------------------------------------------------------------------------------
+
+
+def infer(model: str, *inputs: dict, **more: Any) -> dict:
+    return {"protocol": "v2", "method": "infer", "model": model, "inputs": inputs, **more}
+
+
+def first_protocol(call: str, model: str, **data: Any) -> dict:
+    return {"protocol": "v1", "method": call, "model": model, "data": data}
+
+
+def data(*encoded: str, **more: Any) -> dict:
+    return {"name": "data", "datatype": "BYTES", "data": encoded, **more}
+
+
+@pytest.fixture(scope="module")
+def kserve_python() -> Path:
+    """Python with KServe's client, whose packages do not fit into the environment of the tests."""
+    environment = Environment(ROOT / "build" / "kserve", ROOT / "requirements" / "kserve.txt")
+    environment.install()
+    return environment.python
+
+
+@pytest.fixture(scope="module")
+def kserve(served: Place, kserve_python: Path) -> dict[str, Any]:
+    """The results of all calls of KServe's client, which were made at the same time."""
+    bad = base64.b64encode(NO_IMAGE).decode()
+    calls = {
+        "live": {"protocol": "v2", "method": "is_server_live"},
+        "ready": {"protocol": "v2", "method": "is_server_ready"},
+        "unknown model is ready": {"protocol": "v2", "method": "is_model_ready", "model": "nothing"},
+        "options": infer("image", data(ENCODED["image"]), parameters={"top_k": 2}),
+        "no such model": infer("nothing", data(bad)),
+        "no image": infer("mnist", data(bad)),
+        "datatype": infer("mnist", {"name": "pixels", "datatype": "FP32", "data": [[[[0.5]]]]}),
+        "shape": infer("mnist", {"name": "pixels", "datatype": "UINT8", "data": [[[[1]]]]}),
+        "option": infer("image", data(ENCODED["image"]), parameters={"top_k": 0}),
+        "no image in v1": first_protocol("infer", "mnist", instances=[bad]),
+        "no such model in v1": first_protocol("infer", "nothing", instances=[bad]),
+    }
+    for name, encoded in ENCODED.items():
+        value = SAMPLES[name].decode() if name == "text" else encoded
+        calls |= {
+            f"{name} is ready": {"protocol": "v2", "method": "is_model_ready", "model": name},
+            f"{name} is ready in v1": {"protocol": "v1", "method": "is_model_ready", "model": name},
+            f"{name} binary": infer(name, data(*[encoded] * 3)),
+            f"{name} json": infer(name, data(encoded, encoded, binary=False, content_type="base64")),
+            f"{name} v1": first_protocol("infer", name, instances=[value, value]),
+            f"{name} explained": first_protocol("explain", name, instances=[value], method=QUICK[name]),
+        }
+    program = [kserve_python, Path(__file__).with_name("kserve_calls.py"), served.client.inference]
+    done = subprocess.run(program, input=json.dumps(calls), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_kserves_client_gets_the_answers_of_a_batch(kserve: dict[str, Any], name: str):
+    assert labels(kserve[f"{name} binary"]["json"]) == [EXPECTED[name]] * 3
+    assert labels(kserve[f"{name} json"]["json"]) == [EXPECTED[name]] * 2
+    assert [first(each).label for each in kserve[f"{name} v1"]["predictions"]] == [EXPECTED[name]] * 2
+    assert [each["target"]["label"] for each in kserve[f"{name} explained"]["predictions"]] == [EXPECTED[name]]
+    assert kserve[f"{name} is ready"] is kserve[f"{name} is ready in v1"] is True
+
+
+def test_kserves_client_gets_readiness_options_and_errors(kserve: dict[str, Any]):
+    assert kserve["live"] is kserve["ready"] is True
+    assert kserve["unknown model is ready"] is False
+    assert numpy.shape(kserve["options"]["label"]) == (1, 2)
+    errors = {
+        "no such model": (404, "Model not found: nothing"),
+        "no such model in v1": (404, "Model not found: nothing"),
+        "no image": (400, "not an image"),
+        "no image in v1": (400, "not an image"),
+        "datatype": (400, "must be UINT8 [N, 1, 28, 28], not FP32 [1, 1, 1, 1]"),
+        "shape": (400, "must be UINT8 [N, 1, 28, 28], not UINT8 [1, 1, 1, 1]"),
+        "option": (400, "top_k must be"),
+    }
+    for name, (status, words) in errors.items():
+        assert kserve[name]["status"] == status, name
+        assert words in kserve[name]["error"], name
+
+
+def test_examples_of_the_documentation_run(served: Place, kserve_python: Path):
+    page = (ROOT / "docs" / "protocols.md").read_text().replace("http://127.0.0.1:8080", served.client.inference)
+    page = page.replace("127.0.0.1:8080", served.client.inference.removeprefix("http://"))
+    examples = [code for _, code in re.findall(r"```(python|sh)\n(.*?)```", page, re.DOTALL)]
+    programs = [[sys.executable, "-c"], ["sh", "-c"], [kserve_python, "-c"]]
+    expected = [EXPECTED["image"], '"outputs"', "top_3_classes"]
+    for program, code, words in zip(programs, examples, expected, strict=True):
+        done = subprocess.run([*program, code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, words in done.stdout) == (0, True), done.stdout + done.stderr
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def test_requests_of_all_protocols_share_batches_and_fail_alone(served: Place):
+    def open_inference(content: bytes) -> str:
+        with connect(served.client.inference) as client:  # one for each request, because a client belongs to one thread
+            try:
+                return labels(client.infer("mnist", [files(content)]).as_numpy("json"))[0]
+            except InferenceServerException as error:
+                return error.status()
+
+    def raw(path: str, **sent: Any) -> str:
+        answer = post(served, path, **sent)
+        if answer.status_code != 200:
+            return str(answer.status_code)
+        [ranked] = answer.json().get("predictions", [answer.json()])
+        return first(ranked).label
+
+    ways = [
+        (partial(open_inference, MNIST), "3"),
+        (partial(open_inference, NO_IMAGE), "400"),
+        (partial(raw, "predictions/mnist", data=MNIST), "3"),
+        (partial(raw, "predictions/mnist", data=NO_IMAGE), "400"),
+        (partial(raw, "v1/models/mnist:predict", json={"instances": [ENCODED["mnist"]]}), "3"),
+        (partial(raw, "v1/models/mnist:predict", json={"instances": [3]}), "400"),
+        (partial(raw, "invocations?model_name=mnist", data=MNIST), "3"),
+        (partial(raw, "models/mnist/invoke", data=NO_IMAGE), "400"),
     ]
-    for status, name, given, options, words in cases:
-        with pytest.raises(InferenceServerException) as raised:
-            client.infer(name, [given], **options)
-        assert raised.value.status() == status
-        assert words in raised.value.message()
-        assert "decoding the response" not in raised.value.message()
+    metrics = served.url("metrics_address")
+    ways_taken = ways * 24
+    count, requests_before = batches(metrics, "mnist")
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda way: way[0](), ways_taken))
+    assert answers == [expected for _, expected in ways_taken]
+    more, requests_after = batches(metrics, "mnist")
+    assert requests_after - requests_before == len(ways_taken)
+    assert more - count < 0.8 * len(ways_taken)
 
 
 # --- readiness ----------------------------------------------------------------------------------------------------
@@ -135,45 +299,79 @@ def test_server_and_its_models_are_ready(served: Place, client: triton.Inference
     assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
     assert get(served, "v1/models").json()["models"] == sorted(SHIPPED)
     assert get(served, "v1/models/mnist").json() == {"name": "mnist", "ready": True}
+    assert get(served, "ping").json() == {"status": "Healthy"}
 
 
-def test_model_without_workers_is_not_ready(served: Place, client: triton.InferenceServerClient):
-    management = served.client.management
-    registration = {"url": "mnist.mar", "model_name": COPY, "initial_workers": "0"}
-    assert requests.post(f"{management}/models", params=registration, timeout=60).ok
+def is_ready(server: Bare, what: str = "health") -> bool:
+    answer = requests.get(f"{server.inference}/v2/{what}/ready", timeout=20)
+    assert answer.json()["ready"] == (answer.status_code == 200)
+    return answer.json()["ready"]
+
+
+def test_model_without_workers_is_not_ready(patched: Bare):
+    patched.scale("one", 0)
     try:
-        requests.put(f"{management}/models/{COPY}", params={"min_worker": 0, "synchronous": "true"}, timeout=60)
-        assert not client.is_model_ready(COPY)
-        answer = get(served, f"v1/models/{COPY}")
-        assert (answer.status_code, answer.json()) == (503, {"name": COPY, "ready": False})
-        assert client.is_server_ready()
-        with pytest.raises(InferenceServerException, match="no workers") as raised:
-            client.infer(COPY, [samples(MODELS["mnist"])])
+        assert not is_ready(patched, "models/one")
+        answer = requests.get(f"{patched.inference}/v1/models/one", timeout=20)
+        assert (answer.status_code, answer.json()) == (503, {"name": "one", "ready": False})
+        with connect(patched.inference) as client:
+            assert not client.is_model_ready("one")
+            assert client.is_server_ready()
+            with pytest.raises(InferenceServerException, match="no workers") as raised:
+                client.infer("one", [files(b"x")])
         assert raised.value.status() == "503"
     finally:
-        requests.delete(f"{management}/models/{COPY}", timeout=60)
+        patched.restore("one")
+
+
+def test_model_that_is_loading_is_not_ready_and_its_server_stays_ready(patched: Bare):
+    wait_for(partial(is_ready, patched), 30)
+    archive(patched.folder / "store", "slow", **PLAIN)
+    registration = {"url": "slow.mar", "initial_workers": "1", "synchronous": "false"}
+    assert requests.post(f"{patched.management}/models", params=registration, timeout=60).ok
+    try:
+        assert not is_ready(patched, "models/slow")
+        assert is_ready(patched)
+        wait_for(partial(is_ready, patched, "models/slow"), 30)
+    finally:
+        requests.delete(f"{patched.management}/models/slow", timeout=60)
+
+
+def test_server_is_not_ready_until_a_lost_worker_is_replaced(patched: Bare):
+    wait_for(partial(is_ready, patched), 30)
+    patched.break_workers("two")
+    psutil.Process(patched.workers("two")[0]).kill()
+    wait_for(lambda: not is_ready(patched), 20)
+    assert not is_ready(patched, "models/two")
+    assert is_ready(patched, "models/one")
+    (patched.folder / "break-two").unlink()
+    wait_for(partial(is_ready, patched), 30)
+    assert is_ready(patched, "models/two")
 
 
 # --- other routes -------------------------------------------------------------------------------------------------
 
 
 def test_routes_of_kserve_v1_and_sagemaker_are_predictions(served: Place):
-    digit = MODELS["mnist"].sample_file.read_bytes()
-    expected = native(served, "mnist")
     for path in ("invocations?model_name=mnist", "models/mnist/invoke", "v1/models/mnist:predict"):
-        answer = post(served, path, data=digit)
-        assert same_class(answer.json(), expected), path
-    answer = post(served, "invocations?top_k=1&model_name=text", data=MODELS["text"].sample_file.read_bytes())
+        assert first(post(served, path, data=MNIST).json()).label == "3", path
+    answer = post(served, "invocations?top_k=1&model_name=text", data=SAMPLES["text"])
     assert len(answer.json()["top_k"]) == 1
-    assert post(served, "invocations", data=digit).status_code == 400
+    for path in ("invocations", "invocations?model_name="):
+        assert post(served, path, data=MNIST).status_code == 400
 
 
-def test_explanation_is_a_tensor_of_json(served: Place):
-    body = {"inputs": [{"name": "data", "shape": [1], "datatype": "BYTES", "data": ["a good film"]}]}
-    for path in ("v2/models/text/explain", "v2/models/text/versions/1.0/explain"):
-        [output] = post(served, path, json=body).json()["outputs"]
-        assert (output["name"], output["shape"]) == ("json", [1])
-        assert "tokens" in json.loads(output["data"][0]) or "words" in json.loads(output["data"][0])
+def test_explanation_is_json_or_a_picture(served: Place):
+    options = {"method": "integrated_gradients", "target": EXPECTED["mnist"], "n_steps": 20}
+    body = {"inputs": [{"name": "data", "shape": [2], "datatype": "BYTES", "data": [ENCODED["mnist"]] * 2}]}
+    for path in ("v2/models/mnist/explain", "v2/models/mnist/versions/1.0/explain"):
+        [output] = post(served, path, json={**body, "parameters": options}).json()["outputs"]
+        assert (output["name"], output["shape"]) == ("json", [2])
+        assert [json.loads(each)["method"] for each in output["data"]] == ["integrated_gradients"] * 2
+    drawn = post(served, "v2/models/mnist/explain", json={**body, "parameters": options | {"format": "png"}})
+    [output] = drawn.json()["outputs"]
+    assert (output["name"], output["shape"]) == ("picture", [2])
+    assert all(base64.b64decode(each).startswith(b"\x89PNG") for each in output["data"])
 
 
 @pytest.mark.parametrize(
@@ -197,5 +395,5 @@ def test_unknown_route_is_an_error_of_the_protocol(served: Place, method: str, p
 
 
 def test_client_cannot_choose_the_protocol_by_a_header(served: Place):
-    answer = post(served, "predictions/mnist", data=b"no image", headers={"Bundle-Protocol": "v2"})
+    answer = post(served, "predictions/mnist", data=NO_IMAGE, headers={"Bundle-Protocol": "v2"})
     assert answer.json()["type"] == "UndecodableImage"

@@ -4,6 +4,7 @@ import json
 import textwrap
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,9 +66,8 @@ class Numbers(nn.Module):
         return self.layer(numbers)
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
-    folder = tmp_path_factory.mktemp("archive")
+def write_archive(folder: Path, **files: str) -> Path:
+    """Write the archive into a folder, with further files by name, without their extension .json."""
     torch.manual_seed(0)
     torch.jit.script(Numbers().eval()).save(str(folder / "model.pt"))
     manifest = {
@@ -85,8 +85,15 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
         archive.writestr("numbers_handler.py", HANDLER)
         archive.writestr("index_to_name.json", json.dumps({str(index): f"n{index}" for index in range(CLASSES)}))
         archive.writestr("model-config.yaml", f"handler: {{top_k: 3, max_instances: {MAX_INSTANCES}}}\n")
+        for name, content in files.items():
+            archive.writestr(f"{name}.json", content)
         archive.write(folder / "model.pt", "model.pt")
-    with DryRun(mar, BATCH_SIZE) as worker:
+    return mar
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DryRun]:
+    with DryRun(write_archive(tmp_path_factory.mktemp("archive")), BATCH_SIZE) as worker:
         yield worker
 
 

@@ -16,6 +16,7 @@ from bundle.errors import BundleError
 from bundle.paths import HANDLER_REQUIREMENTS, HANDLERS, MODELS, ROOT
 from bundle.signing import check, make_keys
 from handlers.core.declared import METADATA_NAME
+from handlers.core.predictions import REFERENCE_NAME
 from tests.shipped import SHIPPED
 
 
@@ -37,7 +38,7 @@ def test_archive_of_each_model_is_self_contained(model, tmp_path):
     found = contents(archive(source, store=tmp_path).path)
     core = {f"handlers/core/{file.name}" for file in (HANDLERS / "core").glob("*.py")}
     expected = {"model.pt", "index_to_name.json", "model-config.yaml", "requirements.txt", mar.MANIFEST}
-    expected |= {"MAR-INF/SHA256SUMS", "openapi.json", METADATA_NAME}
+    expected |= {"MAR-INF/SHA256SUMS", "openapi.json", METADATA_NAME, REFERENCE_NAME}
     expected |= core | {"handlers/__init__.py", f"{source.bundle.handler}.py", *source.bundle.files}
     assert set(found) == expected
     manifest = json.loads(found[mar.MANIFEST])["model"]

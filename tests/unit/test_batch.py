@@ -272,7 +272,9 @@ def test_metrics_of_a_batch_are_one_log_message(worker: DryRun, caplog: pytest.L
     """Each line has the format of TorchServe's own metrics."""
     with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, "ts"):  # a program raises the level of `ts`
         worker.predict([row(0)])
-        [message] = [record.getMessage() for record in caplog.records if "[METRICS]bundle_" in record.getMessage()]
+        [message] = [
+            record.getMessage() for record in caplog.records if "[METRICS]bundle_batch_size" in record.getMessage()
+        ]
         caplog.clear()
         metrics = worker.handler.metrics
         metrics.batch_size.add_or_update(1, metrics.identity)

@@ -134,6 +134,7 @@ def test_rollout_accepts_a_dash_for_standard_input(tmp_path: Path, monkeypatch: 
         (["tune", "image", "--p99", "1s", "--precision", "fp8"], "'fp8' is not one of: auto, float32, bfloat16"),
         (["tune", "image", "--p99", "1s", "--input", "nonesuch.jpg"], "'nonesuch.jpg' does not exist"),
         (["profile", "mnist", "--concurrency", "0"], "--concurrency"),
+        (["openapi", "mnist", "--running"], "with --running, the document has all models of the server"),
         (["add-model", "x", "--serialized", "nonesuch.pt", "--labels", SAMPLE], "'nonesuch.pt' does not exist"),
         (["add-model", "x", "--serialized", SAMPLE, "--labels", SAMPLE, "--mean", "0.5,x"], "is not a list of numbers"),
         (["add-model", "-x", "--serialized", SAMPLE, "--labels", SAMPLE], "No such option"),
@@ -185,7 +186,9 @@ def test_program_without_subcommands_has_the_same_statuses(module: str):
     assert f"python -m {module}" in shown.stdout
 
 
-@pytest.mark.parametrize("arguments", ["status", "predict mnist", "profile mnist", "rollout mnist", "logs"])
+@pytest.mark.parametrize(
+    "arguments", ["status", "predict mnist", "profile mnist", "rollout mnist", "logs", "openapi --running"]
+)
 def test_command_without_a_server_is_status_3(arguments: str):
     ended = programs.run(app, *arguments.split())
     assert (ended.status, ended.stdout) == (3, "")

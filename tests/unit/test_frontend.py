@@ -16,7 +16,7 @@ from bundle.server.status import Status
 
 pytestmark = pytest.mark.slow  # most tests start Java
 PATCHES = ["gather", "overload", "lost", "timeouts", "forms", "drain", "management", "scaling"]
-PATCHES += ["gzip", "buckets", "close", "query", "routes"]
+PATCHES += ["gzip", "buckets", "close", "query", "routes", "grpc", "oversized", "registration"]
 NO_COMPILER = shutil.which("javac") is None and os.environ.get("CI") != "true"  # there, a test fails without a JDK
 HELLO = 'public class Hello { public static void main(String[] a) { System.out.println("started"); } }'
 # reads the list of a model's workers while it changes
@@ -83,7 +83,7 @@ def states_of(tmp_path: Path, class_path: str, **environment: str) -> dict[str, 
     return frontend.states(console)
 
 
-def compile_java(folder: Path, source: str, class_path: Path | None = None) -> None:
+def compile_java(folder: Path, source: str, class_path: Path | str | None = None) -> None:
     file = folder / f"{source.split('class ')[1].split()[0]}.java"
     file.write_text(source)
     subprocess.run(["javac", "-cp", class_path or folder, "-d", folder, file], check=True)

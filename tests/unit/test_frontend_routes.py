@@ -10,7 +10,8 @@ from bundle.paths import ROOT
 from tests.unit.test_frontend import JAR, NO_COMPILER, compile_java, run_java
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="no JDK")]
-# sends each request "METHOD URI" through a connection's handlers; prints the status, the body, and what was passed on
+# registers each "register ARCHIVE NAME", without workers, and makes each "default NAME VERSION" the default; sends each
+# other "METHOD URI" through a connection's handlers, and prints the status, the body, and what was passed on
 PROGRAM = """
 import io.netty.buffer.Unpooled;
 import io.netty.channel.embedded.EmbeddedChannel;
@@ -34,6 +35,15 @@ public class Routes {
         ModelManager.init(config, new WorkLoadManager(config, new NioEventLoopGroup(1)));
         for (String each : tries) {
             String[] words = each.split(" ");
+            if (words[0].equals("register")) {
+                ModelManager.getInstance().registerModel(
+                        words[1], words[2], null, null, 1, 1, 1, 1, words[2], false, false, false);
+                continue;
+            }
+            if (words[0].equals("default")) {
+                ModelManager.getInstance().setDefaultVersion(words[1], words[2]);
+                continue;
+            }
             HttpRequestHandlerChain first = new ApiDescriptionRequestHandler(ConnectorType.INFERENCE_CONNECTOR);
             first.setNextHandler(new InferenceRequestHandler(new HashMap<>()))
                     .setNextHandler(new InvalidRequestHandler());
@@ -66,9 +76,14 @@ ASKED = [
     ("GET /v2/models/x/config", 404, '"error"'),
     ("GET /v1/models", 200, '{ "models": [] }'),
     ("GET /v1/models/x", 404, '"ModelNotFoundException"'),
+    ("GET /v1/x/models", 404, '"ResourceNotFoundException"'),
     ("POST /v1/models/x:regress", 404, '"ResourceNotFoundException"'),
     ("GET /v1/models/x:predict", 405, '"MethodNotAllowedException"'),
     ("POST /invocations", 400, "Name the model"),
+    ("GET /openapi.json", 200, '"openapi":"3.1.0"'),
+    ("POST /openapi.json", 405, '"MethodNotAllowedException"'),
+    ("GET /openapi.json/x", 404, '"ResourceNotFoundException"'),
+    ("POST /invocations?model_name=&a=b", 400, "Name the model"),
     ("GET /models/x/other", 404, '"ResourceNotFoundException"'),
 ]
 INFERRED = [  # request, URI with the query that the handler gets, protocol, content type, kind
@@ -90,22 +105,29 @@ INFERRED = [  # request, URI with the query that the handler gets, protocol, con
 ]
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Return what Java printed about each request."""
-    folder = tmp_path_factory.mktemp("routes")
+def ask(folder: Path, *asked: str) -> list[list[str]]:
+    """Return what Java printed about each request: the request, the status, the body, ...
+
+    Args:
+        folder: TorchServe's working folder and model store.
+    """
     compile_java(folder, PROGRAM, building.torchserve_jar())
     (folder / "config.properties").write_text(f"metrics_config={ROOT / 'bundle' / 'config' / 'metrics.yaml'}\n")
     version = Path(building.torchserve_jar()).parents[1] / "version.txt"
     (folder / "ts").mkdir()
     (folder / "ts" / "version.txt").write_text(version.read_text())
-    asked = [each[0] for each in [*ASKED, *INFERRED]]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         config = f"-DtsConfigFile={folder / 'config.properties'}"
         command = [config, f"-javaagent:{JAR}", "-cp", f"{folder}:{building.torchserve_jar()}", "Routes"]
         printed = run_java(*command, *asked)
-    found = [line.split("\t")[1:] for line in printed.splitlines() if line.startswith("ANSWER")]
+    return [line.split("\t")[1:] for line in printed.splitlines() if line.startswith("ANSWER")]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Return what Java printed about each request."""
+    found = ask(tmp_path_factory.mktemp("routes"), *(each[0] for each in [*ASKED, *INFERRED]))
     return {request: rest for request, *rest in found}
 
 

@@ -31,7 +31,7 @@ contents = st.one_of(
 seeds = st.integers(0, 2**32 - 1)
 PLAIN = Shape(
     kind="raw", content_type=None, path="/predictions/{model}", method="POST", headers=(), top_k=None, field="data",
-    boundary=BOUNDARY, chunked=False, changes=(0, 0), seed=0,
+    boundary=BOUNDARY, chunked=False, json_size=None, changes=(0, 0), seed=0,
 )  # fmt: skip
 
 
@@ -195,6 +195,22 @@ def test_graph_in_json_is_written_as_it_is():
     assert wrapped.body == b'{"data": {"nodes": [NaN]}}'
 
 
+def test_tensors_of_the_open_inference_protocol_are_a_valid_request():
+    for kind in ("v2", "v2 binary"):
+        shape = replace(PLAIN, kind=kind, top_k=2)
+        wrapped = wrap(shape, TWO, several=True)
+        headers = dict(wrapped.headers)
+        size = int(headers.get("Inference-Header-Content-Length", len(wrapped.body)))
+        document = json.loads(wrapped.body[:size])
+        assert shape.path_of("avdigits") == "/v2/models/avdigits/infer"
+        assert ([each["name"] for each in document["inputs"]], document["parameters"]) == (
+            ["image", "text"],
+            {"top_k": 2},
+        )
+        assert wrapped.row == {"body": document if kind == "v2" else wrapped.body}
+        assert wrapped.body[size:] == (b"" if kind == "v2" else b"\4\0\0\0\x89PNG\5\0\0\0seven")
+
+
 def test_models_that_compute_longer_get_fewer_cases():
     counts = Counter(model_of(number, MODELS) for number in range(3800))
     assert counts["cells"] == counts["membrane"] == 100
@@ -235,6 +251,10 @@ def sent(content_type: str = "image/png", size: int = 10) -> Case:
     return Case(0, 0, "image", "POST", "/predictions/image", headers, b"x" * size, False, "")
 
 
+def sent_open_inference() -> Case:
+    return replace(sent(), path="/v2/models/image/infer")
+
+
 def error(code: int, type_: str = "EmptyInput") -> bytes:
     return json.dumps({"code": code, "type": type_, "message": "why"}).encode()
 
@@ -247,6 +267,11 @@ FORM = "application/x-www-form-urlencoded"
     [
         (sent(), Answer(200, b"{}", 1), None),
         (sent(), Answer(400, error(400), 1), None),
+        (sent(), Answer(400, b'{"error": "why"}', 1), "wrong body"),
+        (sent_open_inference(), Answer(400, b'{"error": "why"}', 1), None),
+        (sent_open_inference(), Answer(400, error(400), 1), "wrong body"),
+        (sent_open_inference(), Answer(200, b'{"outputs": []}\x00\xff', 1), None),
+        (sent_open_inference(), Answer(200, b'{"outputs": [NaN]}', 1), "wrong body"),
         (sent(), Answer(200, b'{"probability": NaN}', 1), "wrong body"),
         (sent(), Answer(200, b"", 1), "wrong body"),
         (sent(), Answer(400, error(413), 1), "wrong body"),

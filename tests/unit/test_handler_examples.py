@@ -15,6 +15,8 @@ from bundle.build.archive import archive
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder
 from bundle.paths import HANDLERS
+from handlers.core.declared import METADATA_NAME
+from handlers.core.open_inference import PROTOCOL
 
 PAGE = (HANDLERS / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -82,6 +84,7 @@ def start_with(start: Start) -> Start:
 def test_every_example_is_tested():
     defined = [re.findall(r"^(?:class|def) (\w+)", code, re.MULTILINE)[0] for code in EXAMPLES]
     methods = ["load_assets", "read", "decode", "reduce", "predict", "explain", "describe", "handle"]
+    methods.insert(-1, "TotalHandler")
     assert defined == ["ScoreHandler", *methods, "LengthHandler", "CountsHandler", "DoubleHandler"]
 
 
@@ -156,6 +159,21 @@ def test_handle_example_counts_in_a_metric_of_its_own(start_with: Start, caplog:
         [(status, body)] = worker.predict([{"body": b"two words"}])
     assert status == 200
     assert f"[METRICS]answered_characters.Count:{len(json.dumps(body))}|" in caplog.text
+
+
+def test_tensors_example_takes_and_answers_tensors(start: Start):
+    worker = start(example("TotalHandler"))
+    numbers = {"name": "numbers", "shape": [2, 2], "datatype": "FP32", "data": [1, 2, 3, 4.5]}
+    texts = {"name": "data", "shape": [2], "datatype": "BYTES", "data": ["[1, 2]", "[3, 4.5]"]}
+    rows = [{"body": {"inputs": [each]}} for each in (numbers, texts)]
+    for status, answer in worker.predict(rows, [{PROTOCOL: "v2"}] * 2):
+        assert status == 200, answer
+        total, whole = answer["outputs"]
+        assert total == {"name": "total", "shape": [2], "datatype": "FP32", "data": [3, 7.5]}
+        assert [json.loads(each) for each in whole["data"]] == [{"total": 3}, {"total": 7.5}]
+    described = json.loads((Path(worker.handler.context.system_properties["model_dir"]) / METADATA_NAME).read_text())
+    assert [each["name"] for each in described["inputs"]] == ["data", "numbers"]
+    assert described["outputs"][0] == {"name": "total", "datatype": "FP32", "shape": [-1]}
 
 
 def test_classifier_example_answers_a_ranking(start: Start):

@@ -10,9 +10,10 @@ from bundle.build.imports import import_file, imports_from
 from bundle.paths import ROOT
 
 ALLOWED = {
-    "cli": {"build", "server", "supervisor", "tuning", "load"},
+    "cli": {"build", "server", "setup", "supervisor", "tuning", "load"},
     "build": set(),
     "server": set(),
+    "setup": set(),
     "supervisor": {"server"},
     "load": {"server"},
     "tuning": {"load", "server"},

@@ -80,6 +80,11 @@ def test_models_of_a_merged_document_are_all_offered_and_other_routes_are_not():
     assert [model.name for model in models(merged)] == ["price", "text"]
 
 
+def test_model_whose_handler_declares_nothing_takes_a_file():
+    [model] = models(openapi.merge([openapi.generic("old", "1.0")]))
+    assert (model.name, model.fields, model.explain) == ("old", (Field("data", "file"),), None)
+
+
 def test_options_have_their_kinds_bounds_and_choices():
     model = model_of("cells")
     threshold, most = model.predict.options

@@ -16,8 +16,10 @@ from bundle.build.precision import Judge
 from bundle.build.quantize import layers, load, quantize
 from bundle.catalog import CONFIG_NAME, ModelFolder, select
 from bundle.errors import BundleError
+from bundle.mar import contents, read
 from bundle.paths import MODELS
 from handlers.core.precision import INT8_NAME, fastest, freeze
+from handlers.core.predictions import REFERENCE_NAME, Reference
 from tests.shipped import DATA_DIR, SHIPPED, skip_without_data_set
 from tests.unit.inputs import DIGITS, draw_digit, encode_image
 
@@ -360,3 +362,23 @@ def held_out(model: str, count: int) -> list[tuple[torch.Tensor, ...]]:
     inputs, _ = train.load(DATA_DIR, "test")
     chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:count]
     return [(batch,) for batch in inputs[chosen].split(50)]
+
+
+@pytest.mark.slow
+def test_archive_has_a_reference_of_the_predictions_for_its_examples(tmp_path: Path):
+    folder = mnist_with_examples(tmp_path, agreement=0.9)
+    (folder.path / REFERENCE_NAME).unlink(missing_ok=True)
+    built = archive(folder, store=tmp_path / "store")
+    recorded = Reference.model_validate_json(read(built.path, REFERENCE_NAME))
+    assert (recorded.source, recorded.examples) == ("the folder's examples", 120)
+    assert len(recorded.classes) > 5
+    assert not any("reference" in note for note in built.notes)
+
+
+@pytest.mark.slow
+def test_archive_of_too_few_examples_for_a_reference_has_a_note_instead(tmp_path: Path):
+    folder = mnist_with_examples(tmp_path, count=50, agreement=0.9)
+    (folder.path / REFERENCE_NAME).unlink(missing_ok=True)
+    built = archive(folder, store=tmp_path / "store")
+    assert any("A reference of mnist needs 100 examples; there are 50." in note for note in built.notes)
+    assert REFERENCE_NAME not in dict(contents(built.path))

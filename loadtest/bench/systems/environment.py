@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, with its own packages and the bundle's torch."""
+"""Virtual environments for packages that do not fit into the bundle's own, with the bundle's torch."""
 
 import hashlib
 import shutil
@@ -9,21 +9,21 @@ from pathlib import Path
 
 from bundle.errors import BundleError
 from bundle.paths import relative
-from loadtest.bench.paths import WORK
-
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 
 
 class Environment:
-    """The environment build/bench/env/NAME with the packages of requirements/NAME.txt.
+    """An environment with packages of its own.
 
-    Torch and the other packages of the models come from the environment that the benchmark runs in, after the peer's
-    own packages. So they are the same for all systems and are installed once.
+    Torch and the other packages of the models come from the environment that this process runs in, after its own
+    packages. So they are the same for all systems of the benchmark, and are installed once.
+
+    Args:
+        folder: of the environment.
+        requirements: the file of its own packages, pinned.
     """
 
-    def __init__(self, name: str):
-        self.folder = WORK / "env" / name
-        self.requirements = REQUIREMENTS / f"{name}.txt"
+    def __init__(self, folder: Path, requirements: Path):
+        self.folder, self.requirements = folder, requirements
 
     @property
     def python(self) -> Path:

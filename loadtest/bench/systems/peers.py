@@ -5,14 +5,18 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bundle.server.ports import free_ports
 from loadtest.bench import resnet
 from loadtest.bench.cases import Case
+from loadtest.bench.paths import WORK
 from loadtest.bench.systems.base import Endpoint, batching, first
 from loadtest.bench.systems.environment import Environment
 from loadtest.bench.systems.processes import wait_for_answer, workplace
+
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Peer:
 
     @property
     def environment(self) -> Environment:
-        return Environment(self.name)
+        return Environment(WORK / "env" / self.name, REQUIREMENTS / f"{self.name}.txt")
 
     @property
     def version(self) -> str:

@@ -42,6 +42,10 @@ class Case:
         return f"{self.model}-{self.seed}-{self.number}"
 
     @property
+    def open_inference(self) -> bool:
+        return self.path.startswith("/v2/")
+
+    @property
     def content_type(self) -> str:
         return next((value for name, value in self.headers if name == "Content-Type"), "")
 
@@ -94,7 +98,7 @@ def case(seed: int, number: int, models: tuple[str, ...]) -> Case:
         number=number,
         model=model,
         method=shape.method,
-        path=shape.path.format(model=model),
+        path=shape.path_of(model),
         headers=wrapped.headers,
         body=body,
         chunked=shape.chunked,

@@ -1,6 +1,5 @@
 """Send the same cases to the handlers in this process, through TorchServe's own worker code."""
 
-import json
 import logging
 import os
 import sys
@@ -14,10 +13,11 @@ from random import Random
 
 from bundle.build.dryrun import DryRun
 from bundle.paths import MODEL_STORE
+from handlers.core.open_inference import PROTOCOL
 from tests.trials.fuzz import corpus
 from tests.trials.fuzz.cases import Case, case, model_of
 from tests.trials.fuzz.findings import FOLDER, Findings
-from tests.trials.fuzz.verdict import agree, scores
+from tests.trials.fuzz.verdict import OPEN_INFERENCE, agree, is_error, scores
 
 BATCH = 8  # requests
 NEIGHBOURS = 2  # valid requests in a batch
@@ -101,17 +101,19 @@ def check(
         result.requests += 1
         if status == 200:
             result.served += 1
-        elif 400 <= status < 500 and isinstance(body, dict) and body.keys() == {"code", "type", "message"}:
-            result.rejected[body["type"]] += 1
+        elif 400 <= status < 500 and isinstance(body, dict) and is_error(body, status, one.open_inference):
+            result.rejected[body.get("type", OPEN_INFERENCE)] += 1
         else:
             result.failed += 1
-            findings.save(one, "5xx of the handler", details=f"{status} {json.dumps(body)[:300]}")
+            findings.save(one, "5xx of the handler", details=f"{status} {str(body)[:300]}")
 
 
 def headers(one: Case) -> dict[str, str]:
-    """Return the headers as the frontend passes them on: only its own `explain` header marks explanations."""
+    """Return the headers as the frontend passes them on: only its own mark explanations and the protocol."""
     asked = {name: value for name, value in one.headers if name != "explain"}
-    return asked | ({"explain": "True"} if one.path.startswith("/explanations") else {})
+    if one.path.startswith("/explanations") or (one.open_inference and one.path.endswith("/explain")):
+        asked["explain"] = "True"
+    return asked | ({PROTOCOL: "v2"} if one.open_inference else {})
 
 
 def alike(seen: tuple[int, object], expected: tuple[int, object]) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -31,9 +32,18 @@ PATHS = (
     "/predictions/{model}", "/predictions/{model}/1.0", "/predictions/{model}/9.9", "/predictions/{model}/%00",
     "/predictions/{model}?top_k=1&data=x", "/explanations/{model}", "/predictions/no-such-model",
 )  # fmt: skip
+OPEN_INFERENCE = (  # the same in the Open Inference Protocol
+    "/v2/models/{model}/infer", "/v2/models/{model}/versions/1.0/infer", "/v2/models/{model}/versions/9.9/infer",
+    "/v2/models/{model}/%00", "/v2/models/{model}/infer?top_k=1&data=x", "/v2/models/{model}/explain",
+    "/v2/models/no-such-model/infer",
+)  # fmt: skip
+JSON_SIZE = "Inference-Header-Content-Length"
 FIELDS = ("data", "data", "data", "instances", "top_k", "Data", "", "body", "a" * 300, "data[]", "\u00e9")
 BOUNDARIES = ("", "other", BOUNDARY + "-", "x" * 200, "a b", '"unclosed')
-SHAPES = ("raw", "raw", "raw", "json", "json", "instances", "multipart", "urlencoded", "base64", "data url")
+SHAPES = (
+    *("raw", "raw", "raw", "json", "json", "instances", "multipart", "urlencoded", "base64", "data url"),
+    *("v2", "v2 binary"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Shape:
         field: name of the field with the input; with the usual name, all inputs keep the names of their fields.
         boundary: of a form, as its Content-Type has it; None: it has none.
         chunked: whether the body is sent without a length.
+        json_size: the header of binary tensors; None: the right number.
         changes: number of mutations of the JSON tree, and of the finished body.
         seed: of these mutations.
     """
@@ -61,8 +72,13 @@ class Shape:
     field: str
     boundary: str | None
     chunked: bool
+    json_size: str | None
     changes: tuple[int, int]
     seed: int
+
+    def path_of(self, model: str) -> str:
+        path = OPEN_INFERENCE[PATHS.index(self.path)] if self.kind in ("v2", "v2 binary") else self.path
+        return path.format(model=model)
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,7 @@ shapes = st.builds(
     field=mostly(FIELD, st.sampled_from(FIELDS)),
     boundary=mostly(BOUNDARY, st.sampled_from((None, *BOUNDARIES))),
     chunked=mostly(False, st.booleans()),
+    json_size=mostly(None, st.sampled_from(["0", "1", "-1", "", "x", "9" * 5000, "\u0663"])),
     changes=mostly((0, 0), st.tuples(st.integers(0, 3), st.integers(0, 1))),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -143,11 +160,18 @@ def wrap(shape: Shape, inputs: list[Part], several: bool) -> Wrapped:
         several: whether it does. Such a model takes no raw body: the request is a form instead.
     """
     random = Random(shape.seed)
+    more: tuple[tuple[str, str], ...] = ()
     if shape.field != FIELD:
         inputs = [replace(part, field=shape.field) if index == 0 else part for index, part in enumerate(inputs)]
     kind = "multipart" if several and shape.kind in ("raw", "base64") else shape.kind
     if kind in ("json", "instances", "data url"):
         content_type, body = JSON_TYPE, as_json(shape, inputs, several, random)
+    elif kind in ("v2", "v2 binary"):
+        document, binary = open_inference(shape, inputs, random)
+        content_type, body = JSON_TYPE, document + binary
+        if kind == "v2 binary":  # the frontend then sets this Content-Type
+            more = ((JSON_SIZE, str(len(document)) if shape.json_size is None else shape.json_size),)
+            content_type = "application/octet-stream"
     elif kind == "base64":
         content_type, body = "text/plain", base64.encodebytes(inputs[0].content)
     elif kind == "multipart":
@@ -160,7 +184,7 @@ def wrap(shape: Shape, inputs: list[Part], several: bool) -> Wrapped:
     damaged = body
     for _ in range(shape.changes[1]):
         damaged = generic.mutated(damaged, [body], random)
-    headers = (*(() if content_type is None else (("Content-Type", content_type),)), *shape.headers)
+    headers = (*(() if content_type is None else (("Content-Type", content_type),)), *more, *shape.headers)
     return Wrapped(headers, damaged, row(shape, kind, inputs, content_type, damaged, intact=damaged == body))
 
 
@@ -169,11 +193,34 @@ def as_json(shape: Shape, inputs: list[Part], several: bool, random: Random) -> 
     if shape.kind == "instances":
         objects = [tree.Object(pairs)] * 2 if several else [pairs[0][1], tree.Object(pairs)]
         pairs = (("instances", objects[: 1 + shape.seed % 2]),)
-    top_k = () if shape.top_k is None else (("top_k", tree.build(shape.top_k)),)
-    node: object = tree.Object((*pairs, *top_k))
+    return written(tree.Object((*pairs, *option(shape))), shape, random)
+
+
+def option(shape: Shape) -> tuple[tuple[str, object], ...]:
+    return () if shape.top_k is None else (("top_k", tree.build(shape.top_k)),)
+
+
+def written(node: object, shape: Shape, random: Random) -> bytes:
     for _ in range(shape.changes[0]):
         node = tree.mutated(node, random)
     return tree.write(node).encode("utf-8", "surrogatepass")
+
+
+def open_inference(shape: Shape, inputs: list[Part], random: Random) -> tuple[bytes, bytes]:
+    """Return the JSON of a request of the Open Inference Protocol with one sample, and its binary tensors."""
+    tensors, contents = [], []
+    for part in inputs:
+        described = {"name": part.field, "shape": [1], "datatype": "BYTES"}
+        if shape.kind == "v2 binary":
+            contents.append(struct.pack("<I", len(part.content)) + part.content)
+            described["parameters"] = {"binary_data_size": len(contents[-1])}
+        elif part.kind == "file":
+            described |= {"data": [in_json(part, False)], "parameters": {"content_type": "base64"}}
+        else:
+            described["data"] = [part.content.decode("utf-8", "replace")]
+        tensors.append(tree.build(described))
+    parameters = (("parameters", tree.Object(option(shape))),) if option(shape) else ()
+    return written(tree.Object((("inputs", tensors), *parameters)), shape, random), b"".join(contents)
 
 
 def in_json(part: Part, as_url: bool) -> object:
@@ -186,8 +233,8 @@ def in_json(part: Part, as_url: bool) -> object:
 
 
 def form(shape: Shape, inputs: list[Part]) -> list[tuple[str, bytes]]:
-    option = [] if shape.top_k is None else [("top_k", str(shape.top_k).encode("utf-8", "surrogatepass"))]
-    return [*((part.field, part.content) for part in inputs), *option]
+    top_k = [] if shape.top_k is None else [("top_k", str(shape.top_k).encode("utf-8", "surrogatepass"))]
+    return [*((part.field, part.content) for part in inputs), *top_k]
 
 
 def multipart(shape: Shape, inputs: list[Part]) -> bytes:

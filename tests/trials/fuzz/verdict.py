@@ -9,6 +9,8 @@ from tests.trials.fuzz.cases import BODY_LIMIT, Case
 
 FAULTS = ("5xx", "late", "no answer", "wrong body")
 ERROR_KEYS = {"code", "type", "message"}
+OPEN_INFERENCE = "of the Open Inference Protocol"
+OPEN_INFERENCE_ERROR_KEYS = {"error"}
 CUT_OFF = (b"ContentLengthError: 400", b"ClientOSError(104")  # closed in the middle of the answer, or before it
 HEADER_LIMIT = 8192  # Netty's limit, in bytes, for all headers together
 FORMS = ("application/x-www-form-urlencoded", "multipart/")
@@ -36,7 +38,7 @@ class Tally:
     Attributes:
         sent: all cases.
         served: 2xx.
-        rejected: 4xx, by type.
+        rejected: 4xx, by type; those of the Open Inference Protocol have none.
         known: known frontend errors, by reason.
         failed: invalid answers, by kind (one of FAULTS).
         neighbours: valid requests that were sent at the same time.
@@ -60,11 +62,11 @@ class Tally:
         if reason := known_frontend_error(case, answer):
             self.known[reason] += 1
             return None
-        problem = fault(answer, deadline)
+        problem = fault(answer, deadline, case.open_inference)
         if problem:
             self.failed[problem] += 1
         elif answer.status >= 400:
-            self.rejected[json.loads(answer.body)["type"]] += 1
+            self.rejected[json.loads(answer.body).get("type", OPEN_INFERENCE)] += 1
         else:
             self.served += 1
         return problem
@@ -94,12 +96,13 @@ def is_form(case: Case) -> bool:
     return case.content_type.lower().startswith(FORMS)
 
 
-def fault(answer: Answer, deadline: float) -> str | None:
+def fault(answer: Answer, deadline: float, open_inference: bool = False) -> str | None:
     """Return what is wrong with an answer (one of FAULTS), or None.
 
     Args:
         answer: to a mutated request.
         deadline: in seconds.
+        open_inference: whether the request was one of the Open Inference Protocol.
     """
     if not answer.status:
         return "no answer"
@@ -108,13 +111,28 @@ def fault(answer: Answer, deadline: float) -> str | None:
     if answer.seconds > deadline:
         return "late"
     try:
-        body = json.loads(answer.body, parse_constant=not_json)
+        body = parsed(answer, open_inference)
     except (ValueError, RecursionError):
         return "wrong body"
     if answer.status < 300:
         return None
-    right = isinstance(body, dict) and body.keys() == ERROR_KEYS and body["code"] == answer.status and body["message"]
-    return None if right and answer.status >= 400 else "wrong body"
+    right = answer.status >= 400 and is_error(body, answer.status, open_inference)
+    return None if right else "wrong body"
+
+
+def parsed(answer: Answer, open_inference: bool) -> object:
+    """Return the JSON of an answer; binary tensors may follow that of the Open Inference Protocol."""
+    if not open_inference:
+        return json.loads(answer.body, parse_constant=not_json)
+    return json.JSONDecoder(parse_constant=not_json).raw_decode(answer.body.decode(errors="replace"))[0]
+
+
+def is_error(body: object, status: int, open_inference: bool) -> bool:
+    if not isinstance(body, dict):
+        return False
+    if open_inference:
+        return body.keys() == OPEN_INFERENCE_ERROR_KEYS and bool(body["error"])
+    return body.keys() == ERROR_KEYS and body["code"] == status and bool(body["message"])
 
 
 def not_json(constant: str) -> None:

@@ -77,15 +77,20 @@ final class Answers {
      * @param retryAfter seconds after which the client may try again; 0 leaves the header out
      */
     static void error(ChannelHandlerContext client, int status, String type, String message, int retryAfter) {
+        FullHttpResponse answer = response(status, type, message);
+        if (retryAfter > 0) {
+            answer.headers().set(HttpHeaderNames.RETRY_AFTER, retryAfter);
+        }
+        NettyUtils.sendHttpResponse(client, answer, true);
+    }
+
+    static FullHttpResponse response(int status, String type, String message) {
         String json = JsonUtils.GSON_PRETTY.toJson(new ErrorResponse(status, type, message)) + "\n";
         FullHttpResponse answer = new DefaultFullHttpResponse(
                 HttpVersion.HTTP_1_1,
                 HttpResponseStatus.valueOf(status),
                 Unpooled.wrappedBuffer(json.getBytes(StandardCharsets.UTF_8)));
         answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
-        if (retryAfter > 0) {
-            answer.headers().set(HttpHeaderNames.RETRY_AFTER, retryAfter);
-        }
-        NettyUtils.sendHttpResponse(client, answer, true);
+        return answer;
     }
 }

@@ -3,6 +3,7 @@ package bundle.frontend;
 import groovyjarjarasm.asm.tree.ClassNode;
 import groovyjarjarasm.asm.tree.MethodNode;
 import io.netty.buffer.ByteBuf;
+import io.netty.buffer.Unpooled;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.handler.codec.DecoderException;
 import io.netty.handler.codec.http.FullHttpRequest;
@@ -10,19 +11,30 @@ import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpResponseStatus;
 import io.netty.handler.codec.http.HttpUtil;
+import io.netty.handler.codec.http.multipart.FileUpload;
+import io.netty.handler.codec.http.multipart.HttpData;
+import java.io.IOException;
 import java.nio.charset.CharacterCodingException;
+import java.nio.charset.Charset;
 import java.nio.charset.StandardCharsets;
 import java.util.Arrays;
 import java.util.List;
+import java.util.Locale;
+import org.pytorch.serve.http.BadRequestException;
 import org.pytorch.serve.util.NettyUtils;
 
 /**
- * `curl --data-binary @file` works without a Content-Type, and a form that cannot be decoded is 400.
+ * `curl --data-binary @file` works without a Content-Type, a form that cannot be decoded is 400, and a part of a form
+ * has the charset that it declares.
  *
  * <p>curl calls every body of `-d` and `--data-binary` a form (application/x-www-form-urlencoded). TorchServe answers a
- * photograph that is sent like that with 500 and a stack trace in its log.
+ * photograph that is sent like that with 500 and a stack trace in its log. The charset of a part, such as
+ * `curl -F "data=@text.txt;type=text/plain;charset=iso-8859-1"`, does not reach the handler, which expects UTF-8.
  */
 public final class Forms implements Patch {
+    private static final String NETTY = "org/pytorch/serve/util/NettyUtils";
+    private static final String PARTS = "io/netty/handler/codec/http/multipart/";
+
     @Override
     public String name() {
         return "forms";
@@ -30,7 +42,7 @@ public final class Forms implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(Code.REQUEST_PARSER, Code.HTTP_HANDLER);
+        return List.of(Code.REQUEST_PARSER, Code.HTTP_HANDLER, NETTY);
     }
 
     @Override
@@ -38,6 +50,13 @@ public final class Forms implements Patch {
         if (code.name.equals(Code.REQUEST_PARSER)) {
             MethodNode parse = Code.method(code, "parseRequest", Code.PARSE_REQUEST);
             Code.begin(parse, Forms.class, "check", 1); // a static method's second parameter: the request
+        } else if (code.name.equals(NETTY)) {
+            String field = "(L" + PARTS + "InterfaceHttpData;)Lorg/pytorch/serve/util/messages/InputParameter;";
+            MethodNode read = Code.method(code, "getFormData", field);
+            for (String kind : List.of("Attribute", "FileUpload")) {
+                String content = "()Lio/netty/buffer/ByteBuf;";
+                Code.redirectAll(read, PARTS + kind, "getByteBuf", content, Forms.class, "content", false);
+            }
         } else {
             Code.redirectError(code, "INTERNAL_SERVER_ERROR", Forms.class, "sendError");
         }
@@ -53,6 +72,22 @@ public final class Forms implements Patch {
             } else if (isRaw(body)) {
                 request.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_OCTET_STREAM);
             }
+        }
+    }
+
+    /** Return the content of a form's field: of a text, in UTF-8. */
+    public static ByteBuf content(HttpData field) throws IOException {
+        Charset charset = field.getCharset();
+        boolean isText = !(field instanceof FileUpload)
+                || String.valueOf(((FileUpload) field).getContentType()).toLowerCase(Locale.ROOT).startsWith("text/");
+        if (!isText || charset == null || charset.equals(StandardCharsets.UTF_8)) {
+            return field.getByteBuf();
+        }
+        try {
+            String text = charset.newDecoder().decode(field.getByteBuf().nioBuffer()).toString();
+            return Unpooled.wrappedBuffer(text.getBytes(StandardCharsets.UTF_8));
+        } catch (CharacterCodingException error) {
+            throw new BadRequestException("The field \"" + field.getName() + "\" is not in " + charset + ".");
         }
     }
 

@@ -31,7 +31,10 @@ final class Patches implements ClassFileTransformer {
                     new Buckets(),
                     new Close(),
                     new Query(),
-                    new Routes());
+                    new Routes(),
+                    new Grpc(),
+                    new Oversized(),
+                    new Registration());
 
     private final Map<String, byte[]> originals = new HashMap<>();
     private final Map<String, byte[]> changed = new HashMap<>();

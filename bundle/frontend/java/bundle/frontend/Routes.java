@@ -27,14 +27,15 @@ import org.pytorch.serve.util.JsonUtils;
 import org.pytorch.serve.wlm.WorkerInitializationException;
 
 /**
- * The routes of KServe (Open Inference Protocol and v1) and of SageMaker are those of predictions and explanations.
+ * The routes of KServe (Open Inference Protocol and v1) and of SageMaker are those of predictions and explanations; and
+ * /openapi.json describes the models.
  *
  * <p>TorchServe has some of them, in a form that their clients do not understand: without versions, metadata and binary
  * tensors, and with a readiness that is always true.
  */
 public final class Routes implements Patch {
     private static final String NETTY = "org/pytorch/serve/util/NettyUtils";
-    private static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
+    static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
     private static final String JSON_SIZE = "inference-header-content-length";
     private static final AttributeKey<Boolean> OPEN_INFERENCE = AttributeKey.valueOf("bundle.open_inference");
 
@@ -91,10 +92,14 @@ public final class Routes implements Patch {
         String[] to;
         if (first.equals("v2")) {
             to = openInference(client, request, path);
-        } else if (first.equals("v1") && path.size() <= 3 && path.contains("models")) {
+        } else if (first.equals("v1") && path.size() > 1 && path.size() <= 3 && path.get(1).equals("models")) {
             to = firstProtocol(client, request, path);
         } else if (first.equals("invocations") && path.size() == 1) {
             to = invocation(request, query);
+        } else if (first.equals("openapi.json") && path.size() == 1) {
+            require(HttpMethod.GET, request);
+            Schema.send(client);
+            to = null;
         } else if (first.equals("models") && path.size() == 3 && path.get(2).equals("invoke")) {
             to = predictions(path.get(1), null, "predict", request);
         } else {
@@ -153,9 +158,9 @@ public final class Routes implements Patch {
 
     /** The same for invocations?model_name=NAME. The rest of the query are options. */
     private static String[] invocation(FullHttpRequest request, QueryStringDecoder query) {
-        List<String> named = query.parameters().get("model_name");
-        String name = named != null ? named.get(0) : States.onlyModel();
-        if (name == null || name.isEmpty()) {
+        List<String> named = query.parameters().getOrDefault("model_name", List.of());
+        String name = named.stream().filter(each -> !each.isEmpty()).findFirst().orElseGet(States::onlyModel);
+        if (name == null) {
             throw new BadRequestException("Name the model: /invocations?model_name=NAME.");
         }
         String options = Arrays.stream(query.rawQuery().split("&"))

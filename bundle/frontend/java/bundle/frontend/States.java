@@ -27,6 +27,8 @@ import org.pytorch.serve.wlm.WorkerThread;
 
 /** Answers about the server and its models, for the clients of KServe's protocols. */
 final class States {
+    static final String NAME = "torchserve";
+    static final String EXTENSION = "binary_tensor_data";
     private static final String METADATA = "open_inference.json"; // bundle/build writes it into the archive
 
     // for each version that had all its workers once: their number at that time
@@ -40,8 +42,8 @@ final class States {
         JsonObject answer = new JsonObject();
         if (asked.isEmpty()) {
             JsonArray extensions = new JsonArray();
-            extensions.add("binary_tensor_data");
-            answer.addProperty("name", "torchserve");
+            extensions.add(EXTENSION);
+            answer.addProperty("name", NAME);
             answer.addProperty("version", ConfigManager.getInstance().getVersion());
             answer.add("extensions", extensions);
             NettyUtils.sendJsonResponse(client, answer);
@@ -62,32 +64,36 @@ final class States {
      */
     static void model(ChannelHandlerContext client, String name, String version, boolean readiness)
             throws ModelNotFoundException, ModelVersionNotFoundException {
-        ModelManager manager = ModelManager.getInstance();
-        Model model = manager.getModel(name, version);
-        if (model == null) {
-            throw new ModelNotFoundException("Model not found: " + name);
-        }
+        Model model = find(name, version);
         JsonObject answer = new JsonObject();
         answer.addProperty("name", name);
         if (readiness) {
-            sendReady(client, answer, readyWorkers(model) >= Math.max(1, model.getMinWorkers()));
+            sendReady(client, answer, isReady(model));
             return;
         }
-        JsonArray versions = new JsonArray();
-        Set<String> sorted = new TreeSet<>();
-        manager.getAllModelVersions(name).forEach(each -> sorted.add(each.getKey()));
-        sorted.forEach(versions::add);
-        answer.add("versions", versions);
+        answer.add("versions", array(versions(name)));
         metadata(model).entrySet().forEach(each -> answer.add(each.getKey(), each.getValue()));
         NettyUtils.sendJsonResponse(client, answer);
     }
 
+    /**
+     * Return a version of a model.
+     *
+     * @param version null or "" for the default version
+     */
+    static Model find(String name, String version) throws ModelNotFoundException, ModelVersionNotFoundException {
+        String given = version == null || version.isEmpty() ? null : version;
+        Model model = ModelManager.getInstance().getModel(name, given);
+        if (model == null) {
+            throw new ModelNotFoundException("Model not found: " + name);
+        }
+        return model;
+    }
+
     /** Answer the names of all models, for v1/models. */
     static void models(ChannelHandlerContext client) {
-        JsonArray names = new JsonArray();
-        new TreeSet<>(ModelManager.getInstance().getDefaultModels(true).keySet()).forEach(names::add);
         JsonObject answer = new JsonObject();
-        answer.add("models", names);
+        answer.add("models", array(new TreeSet<>(ModelManager.getInstance().getDefaultModels(true).keySet())));
         NettyUtils.sendJsonResponse(client, answer);
     }
 
@@ -95,6 +101,19 @@ final class States {
     static String onlyModel() {
         Set<String> names = ModelManager.getInstance().getDefaultModels(true).keySet();
         return names.size() == 1 ? names.iterator().next() : null;
+    }
+
+    /** Return the registered versions of a model, sorted. */
+    static Set<String> versions(String name) throws ModelNotFoundException {
+        Set<String> sorted = new TreeSet<>();
+        ModelManager.getInstance().getAllModelVersions(name).forEach(each -> sorted.add(each.getKey()));
+        return sorted;
+    }
+
+    static JsonArray array(Set<String> names) {
+        JsonArray array = new JsonArray();
+        names.forEach(array::add);
+        return array;
     }
 
     private static void sendReady(ChannelHandlerContext client, JsonObject answer, boolean ready) {
@@ -109,7 +128,7 @@ final class States {
      * <p>After all of them had once, a version that never had does not count: whoever registers it sees that it fails,
      * and the others still answer. A version that gets more workers is ready meanwhile. bundle/supervisor decides alike.
      */
-    private static synchronized boolean isReady() {
+    static synchronized boolean isReady() {
         boolean all = true;
         boolean degraded = false;
         for (Map.Entry<String, ModelVersionedRefs> each : ModelManager.getInstance().getAllModels()) {
@@ -129,6 +148,11 @@ final class States {
         return started && !degraded;
     }
 
+    /** Return whether a model has its minimum of READY workers, and at least one. */
+    static boolean isReady(Model model) {
+        return readyWorkers(model) >= Math.max(1, model.getMinWorkers());
+    }
+
     private static int readyWorkers(Model model) {
         int ready = 0;
         for (WorkerThread worker : ModelManager.getInstance().getWorkers(model.getModelVersionName())) {
@@ -141,19 +165,28 @@ final class States {
     }
 
     /** Return what the archive says about its inputs and outputs; nothing if the bundle did not build it. */
-    private static JsonObject metadata(Model model) {
-        Path file = model.getModelDir().toPath().resolve(METADATA);
-        try {
-            if (Files.isRegularFile(file)) {
-                return JsonUtils.GSON_PRETTY.fromJson(Files.readString(file), JsonObject.class);
-            }
-        } catch (IOException | JsonParseException error) {
-            Agent.say("routes", "in; " + METADATA + " of " + model.getModelName() + " cannot be read: " + error);
+    static JsonObject metadata(Model model) {
+        JsonObject known = read(model, METADATA);
+        if (known != null) {
+            return known;
         }
         JsonObject unknown = new JsonObject();
         unknown.addProperty("platform", "");
         unknown.add("inputs", new JsonArray());
         unknown.add("outputs", new JsonArray());
         return unknown;
+    }
+
+    /** Return the JSON object in a file of the model's archive; null if it is missing or cannot be read. */
+    static JsonObject read(Model model, String name) {
+        Path file = model.getModelDir().toPath().resolve(name);
+        try {
+            if (Files.isRegularFile(file)) {
+                return JsonUtils.GSON_PRETTY.fromJson(Files.readString(file), JsonObject.class);
+            }
+        } catch (IOException | JsonParseException error) {
+            Agent.say("routes", "in; " + name + " of " + model.getModelName() + " cannot be read: " + error);
+        }
+        return null;
     }
 }

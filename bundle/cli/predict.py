@@ -1,0 +1,302 @@
+"""The command that sends inputs to a model: one, whose answer it shows, or many, with one JSON line each."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bundle.cli.console import console, note, opening, progress, state_columns
+from bundle.cli.parameters import Model, duration
+from bundle.cli.serve import NOT_RUNNING
+from bundle.errors import BundleError, NotRunning, UsageError
+
+if TYPE_CHECKING:
+    from bundle.bulk.inputs import Source
+    from bundle.bulk.record import Record
+    from bundle.server.process import Running
+
+app = typer.Typer()
+REFRESH_SECONDS = 0.2  # of the progress bar
+
+
+@app.command(
+    epilog="Examples: `bundle predict mnist` · `bundle predict image photo.jpg --option top_k=1`"
+    " · `bundle predict image photos --output answers.jsonl` · `bundle predict text - --lines < questions.txt`"
+    " · `bundle predict text requests.jsonl --jsonl --output answers.jsonl --resume`"
+)
+def predict(
+    model: Model,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE|FOLDER|-]...",
+            help="The inputs; `-` for their names on standard input, one in each line. By default, the sample in the "
+            "model's folder.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the JSON lines. By default, standard output.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue the output of an earlier run: send what is missing, or may succeed this time."
+        ),
+    ] = False,
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help='Each line of FILE or - is a JSON request, which may have an "id".')
+    ] = False,
+    lines: Annotated[bool, typer.Option("--lines", help="Each line of FILE or - is a text.")] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the model, such as top_k=3. May be repeated."),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Ask for explanations instead of predictions.")] = False,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", "-c", min=1, max=1024, help="Requests at the same time, for many inputs.")
+    ] = 64,
+    patience: Annotated[
+        float,
+        typer.Option(
+            parser=duration,
+            metavar="DURATION",
+            help="How long to repeat an input while the server is overloaded or does not answer.",
+        ),
+    ] = "2m",  # type: ignore[assignment]  # Typer parses the default, too
+    grpc: Annotated[bool, typer.Option("--grpc", help="Send one file over gRPC instead of HTTP.")] = False,
+) -> None:
+    """Send inputs to a model.
+
+    The answer to one file is printed as it is. Several files, a folder, `-`, `--jsonl`, `--lines` and `--output` make a
+    run: it writes one JSON line for each input, as soon as it is answered or has failed. Progress goes to standard
+    error.
+
+    Exit with 0 if all inputs are answered, with 1 if one has failed, with 3 if no server is running.
+    """
+    options = dict(pair(text) for text in option or [])
+    places = inputs or []
+    for place in places:
+        if place != "-" and not Path(place).exists():
+            raise UsageError(f"File {place!r} does not exist.")
+    if output or resume or jsonl or lines or len(places) > 1 or any(p == "-" or Path(p).is_dir() for p in places):
+        if grpc:
+            raise UsageError("--grpc sends one file: leave it out.")
+        predict_all(model, source(places, jsonl, lines, output), resume, options, explain, concurrency, patience)
+        return
+    if grpc and (options or explain):
+        raise UsageError("--grpc sends no options and asks for no explanations: leave it out.")
+    file = Path(places[0]) if places else sample_of(model)
+    console.print_json(data=(ask_grpc if grpc else ask)(model, file, options, explain))
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Parse an option of a model."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UsageError(f"{text!r} is not an option like top_k=3.")
+    return name, value
+
+
+def source(places: list[str], jsonl: bool, lines: bool, output: Path | None) -> "Source":
+    """Check what is to be sent.
+
+    Raises:
+        UsageError: arguments are missing, or contradict each other.
+    """
+    from bundle.bulk.inputs import Source
+
+    if jsonl and lines:
+        raise UsageError("A line is either a JSON request (--jsonl) or a text (--lines): choose one.")
+    if not places:
+        raise UsageError("Name the inputs: files, folders, or - for standard input.")
+    if (jsonl or lines) and (len(places) > 1 or Path(places[0]).is_dir()):
+        raise UsageError("--jsonl and --lines read one file. For several: cat FILE ... | bundle predict MODEL -")
+    return Source(places, "jsonl" if jsonl else "lines" if lines else "files", output)
+
+
+# --- one input --------------------------------------------------------------------------------------------------
+
+
+def sample_of(model: str) -> Path:
+    """Return the sample in a model's folder.
+
+    Raises:
+        UsageError: there is no such folder, or it has no sample.
+    """
+    from bundle import catalog
+    from bundle.paths import models_dir, relative
+
+    samples = {folder.name: folder.sample_file for folder in catalog.folders() if folder.sample_file}
+    if model not in samples:
+        there = ", ".join(samples) or "none"
+        raise UsageError(
+            f"There is no sample of {model} in {relative(models_dir())}/; there are samples of: {there}. "
+            f"To send a file of yours: bundle predict {model} FILE"
+        )
+    return samples[model]
+
+
+def server() -> "Running":
+    """Return the server that `bundle serve` started.
+
+    Raises:
+        NotRunning: it does not run.
+    """
+    from bundle.server.process import Server
+
+    running = Server().running()
+    if running is None:
+        raise NotRunning(NOT_RUNNING)
+    return running
+
+
+def ask(model: str, file: Path, options: dict[str, str], explain: bool) -> object:
+    """Return the answer to a file over HTTP.
+
+    Raises:
+        BundleError: it is an error, or not JSON.
+    """
+    from bundle.samples import headers
+
+    with opening(file):
+        content = file.read_bytes()
+    client = server().client()
+    return checked(model, client.predict(model, content, None, headers(file), options, explain).content)
+
+
+def ask_grpc(model: str, file: Path, *_: object) -> object:
+    """Return the answer to a file over gRPC.
+
+    Raises:
+        BundleError: it is an error, or not JSON; or the file is not the JSON that its name promises.
+    """
+    from bundle.samples import grpc_fields
+
+    try:
+        with opening(file):
+            fields = grpc_fields(file)
+    except ValueError as exc:
+        raise UsageError(f"{file} is not valid JSON: {exc}") from exc
+    running = server()
+    from bundle.server import grpc_client  # imports grpcio, which HTTP need not wait for
+
+    try:
+        authorization = keys.header("inference") if (keys := running.keys()) else None
+        return checked(model, grpc_client.predict(running.grpc, model, fields, authorization=authorization))
+    except grpc_client.GrpcError as exc:
+        raise BundleError(str(exc)) from exc
+
+
+def checked(model: str, body: bytes) -> object:
+    """Return an answer.
+
+    Raises:
+        BundleError: it is an error, or not JSON.
+    """
+    try:
+        answer = json.loads(body)
+    except ValueError as exc:
+        raise BundleError(f"{model} answered {len(body)} bytes that are not JSON.") from exc
+    # over gRPC, TorchServe keeps the body of an error and drops its status
+    if isinstance(answer, dict) and answer.keys() >= {"code", "type", "message"}:
+        raise BundleError(f"{model} answered {answer['code']} {answer['type']}: {answer['message']}")
+    return answer
+
+
+# --- many inputs ------------------------------------------------------------------------------------------------
+
+
+def predict_all(
+    model: str,
+    source: "Source",
+    resume: bool,
+    options: dict[str, str],
+    explain: bool,
+    concurrency: int,
+    patience: float,
+) -> None:
+    """Send all inputs of a source, and write their lines.
+
+    Raises:
+        NotRunning: the server does not run, or does not serve the model; or it has not answered for too long.
+        typer.Exit: with 1: an input has failed.
+    """
+    import asyncio
+
+    from bundle.bulk.record import recording
+    from bundle.bulk.sender import Sender
+    from bundle.server.client import path
+    from bundle.server.http import check_certificate
+
+    output = source.output
+    if resume and output is None:
+        raise UsageError("--resume continues a file: name it with --output.")
+    client = server().client()
+    check_certificate(client.inference)
+    if client.describe(model) is None:
+        there = ", ".join(client.models()) or "none"
+        raise NotRunning(f"{model} is not served; there are: {there}. Serve it: make serve MODELS={model}")
+    sender = Sender(client, path(model, explain=explain), options, concurrency, patience)
+    with recording(output, resume) as record:
+        began = time.monotonic()
+        try:
+            with shown(record, source) as show:
+
+                def finish(name: dict[str, object], outcome: object) -> None:
+                    record.write(name, outcome)
+                    show()
+
+                missing = (item for item in source.inputs() if not record.has(item.name))
+                asyncio.run(sender.send(missing, finish))
+        except BaseException:
+            note(summary(record, began))
+            if output:
+                note(f"The run is not complete. To continue it, add --resume; {output} has what is finished.")
+            raise
+    note(summary(record, began))
+    if record.failed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def shown(record: "Record", source: "Source") -> Iterator[Callable[[], None]]:
+    """Show a bar over the inputs; yield what updates it. Lines that are printed on a terminal need no bar."""
+    if source.output is None and console.is_terminal:
+        yield lambda: None
+        return
+    from rich.progress import TimeRemainingColumn
+
+    with progress(*state_columns(), TimeRemainingColumn()) as bars:
+        total = source.count()
+        task = bars.add_task("predict", total=total, completed=record.earlier, state="")
+        due = 0.0
+
+        def show(at_once: bool = False) -> None:
+            nonlocal due
+            if at_once or time.monotonic() > due:  # a bar that moves with each answer would take a fifth of the time
+                due = time.monotonic() + REFRESH_SECONDS
+                finished = record.answered + record.failed
+                state = f"{finished:,}" + (f"/{total:,}" if total is not None else "") + f", {record.failed:,} failed"
+                bars.update(task, completed=finished, state=state)
+
+        yield show
+        show(at_once=True)
+
+
+def summary(record: "Record", began: float) -> str:
+    """Return what the run did, in a line.
+
+    Args:
+        began: time.monotonic() seconds.
+    """
+    seconds = time.monotonic() - began
+    sent = record.answered + record.failed - record.earlier
+    before = f", {record.earlier:,} of them before" if record.earlier else ""
+    return (
+        f"{record.answered:,} answered, {record.failed:,} failed{before}; "
+        f"{sent:,} in {seconds:.1f} s, {sent / max(seconds, 0.001):.0f}/s"
+    )

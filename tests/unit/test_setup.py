@@ -1,0 +1,50 @@
+"""The parts of `python -m bundle.setup` that install nothing."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from bundle.paths import ROOT
+from bundle.setup.check_python import check
+from bundle.setup.packages import is_damaged, site_packages
+from bundle.setup.pip_settings import PipSettings, parse
+from bundle.setup.torch_source import DRIVER
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 10, 13), (3, 14, 0), (4, 0, 0)])
+def test_python_outside_of_the_tested_range_is_rejected_in_one_line(version: tuple[int, ...]):
+    with pytest.raises(SystemExit) as ended:
+        check(version)
+    assert str(ended.value).startswith(f"error: This is Python {version[0]}.{version[1]},")
+    assert "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize("minor", [11, 12, 13])
+def test_python_of_the_tested_range_is_accepted(minor: int):
+    check((3, minor, 0, "final", 0))
+
+
+def test_makefile_looks_for_the_driver_in_the_same_places():
+    [listed] = re.findall(r"^DRIVER := \$\(wildcard (.+)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tuple(listed.split()) == DRIVER
+
+
+def test_environment_and_install_section_come_before_pips_global_settings():
+    listed = ["global.timeout='1'", ":env:.timeout='3'", "install.timeout='2'", "global.find-links='\\n/a\\n/b'"]
+    listed += ["global.cert='/c'", ":env:.cert=''", "list.format='json'"]
+    assert parse("\n".join(listed)) == {"timeout": "3", "find-links": "\n/a\n/b", "cert": "/c"}
+
+
+def test_uv_gets_pips_settings_and_its_own_come_first():
+    settings = PipSettings({"index-url": "https://a/", "find-links": "/a /b", "cert": "/c", "proxy": "http://p"})
+    told = settings.for_uv({"UV_INDEX_URL": "https://own/", "https_proxy": "http://own"})
+    assert told["UV_FIND_LINKS"] == "/a,/b"
+    assert told["SSL_CERT_FILE"] == "/c"
+    assert told["HTTP_PROXY"] == "http://p"
+    assert not told.keys() & {"UV_DEFAULT_INDEX", "HTTPS_PROXY"}
+
+
+def test_installed_packages_are_not_damaged():
+    assert [info.name for info in site_packages(Path(sys.prefix)).glob("py*.dist-info") if is_damaged(info)] == []
