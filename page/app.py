@@ -73,8 +73,9 @@ class Form:
                 self.options = self.option_controls("Options", model.predict.options)
                 explained = model.explain.options if model.explain else ()
                 self.explain_options = self.option_controls("Options of the explanation", explained)
+                possible = bool(model.explain)
                 self.explain = gradio.Checkbox(
-                    bool(model.explain), label="Explain", interactive=True, visible=bool(model.explain)
+                    possible, label="Explain", interactive=True, visible=possible, elem_id=self.id("explain")
                 )
                 ask = gradio.Button("Ask", variant="primary", elem_id=self.id("ask"))
             with gradio.Column(min_width=320):

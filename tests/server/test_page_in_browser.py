@@ -97,8 +97,8 @@ class Visitor:
                 break
         return said
 
-    def said(self, before: str = "") -> str:
-        finished = self.part("status").locator("p").filter(has_text=re.compile(r"Explained in|\d\d\d( \w+)?: "))
+    def said(self, before: str = "", expected: str = r"Explained in|\d\d\d( \w+)?: ") -> str:
+        finished = self.part("status").locator("p").filter(has_text=re.compile(expected))
         finished = finished.filter(has_not_text=before) if before else finished
         finished.wait_for()
         return finished.text_content()
@@ -255,11 +255,15 @@ def test_page_of_models_with_other_inputs_and_answers(served_on_request: Place, 
                     sample = select([name])[0].sample_file
                     visitor.part("data").locator("input[type=file]").set_input_files(sample)
                     visitor.tab.wait_for_timeout(500)
-                said = visitor.ask()
+                if name in ("cells", "membrane"):  # their explanations take many seconds
+                    visitor.part("explain").get_by_role("checkbox").uncheck()
+                    visitor.part("ask").click()
+                    visitor.said(expected="Answered in")
+                    visitor.part("picture").locator("img").wait_for()
+                else:
+                    assert "Explained in" in visitor.ask()
                 visitor.shoot(name)
-                assert "Explained in" in said
                 assert select([name])[0].bundle.expect in visitor.bars()[0]
-                assert visitor.part("picture").locator("img").count() == (name in ("cells", "membrane"))
             assert visitor.problems == []
         finally:
             visitor.context.close()
