@@ -110,7 +110,9 @@ class Form:
         )
         with gradio.Tabs():
             with gradio.Tab("JSON"):
-                self.json = gradio.Code(language="json", label="Answer", interactive=False, elem_id=self.id("json"))
+                self.json = gradio.Code(
+                    language="json", label="Answer", interactive=False, max_lines=40, elem_id=self.id("json")
+                )
             with gradio.Tab("curl"):
                 self.curl = gradio.Code(
                     language="shell",

@@ -67,7 +67,7 @@ def for_field(field: Field, name: str, examples: Path) -> Control:
         return Control(field.name, (box,), lambda text: text or None)
     if field.kind == "json":
         written = "" if field.example is None else json.dumps(field.example)
-        code = gradio.Code(written, language="json", lines=5, **shown)
+        code = gradio.Code(written, language="json", lines=5, max_lines=20, wrap_lines=True, **shown)
         return Control(field.name, (code,), lambda text: parsed(field.name, text))
     example = views.written_file(field.example, examples, field.name)
     if field.kind == "image":

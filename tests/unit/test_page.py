@@ -39,12 +39,13 @@ FORMS = {
     "boxes": ({"data": "image"}, ["score_threshold"]),
     "price": ({"data": "json"}, []),
 }
+ANSWERS = {"mnist": {"top_3_classes": [], "top_3_probabilities": []}, "cells": {"detections": []}}
 PICTURES = {"cells": {"format": "png"}, "membrane": {"format": "png", "overlay": "true"}}
 
 
 def document_of(name: str) -> dict:
     folder = ModelFolder(TOYS / name) if name in ("boxes", "price") else select([name])[0]
-    return ModelAPI(folder, load_handler(folder)).document(answer={})
+    return ModelAPI(folder, load_handler(folder)).document(answer=ANSWERS.get(name, {"top_k": []}))
 
 
 def model_of(name: str) -> Model:
