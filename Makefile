@@ -52,7 +52,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
   $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve stop status logs predict archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
+.PHONY: help made setup dev serve page stop status logs predict archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
   gpu-check tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend sbom clean
 
 help:  ## show the commands
@@ -66,6 +66,9 @@ dev: .venv/bin/bundle .venv/dev.done  ## make .venv for training and testing, to
 
 serve: setup  ## build archives, start TorchServe, return when every model works (MODELS="mnist text")
 	@$(BUNDLE) serve $(MODELS)
+
+page: setup .venv-page/page.done  ## open a page on which to try the served models, http://127.0.0.1:7860 (PAGE_PORT=7861)
+	@$(BUNDLE) page $(if $(PAGE_PORT),--port "$(PAGE_PORT)")
 
 stop: made  ## stop the server and its workers
 	@$(BUNDLE) stop
@@ -144,7 +147,7 @@ profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mni
 	@test -n "$(MODEL)" || { echo "error: name the model: make profile MODEL=mnist" >&2; exit 2; }
 	@$(BUNDLE) profile "$(MODEL)" $(call options,CONCURRENCY SECONDS)
 
-test:  ## lint; test units and a real TorchServe (TESTS="tests/unit -k mnist")
+test: .venv-page/page.done  ## lint; test units and a real TorchServe (TESTS="tests/unit -k mnist")
 ifdef TESTS
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(TESTS)
@@ -195,7 +198,7 @@ other-servers: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/server $(addprefix --ignore ,$(RESTARTED))
 
 lock: dev  ## update requirements/*.txt to the newest versions
-	cd requirements && set -e && for set in serve dev loadtest kserve; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
+	cd requirements && set -e && for set in serve dev loadtest kserve page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
 frontend: dev  ## build the Java agent for TorchServe's frontend, bundle/frontend/frontend.jar; needs a JDK 17
@@ -209,7 +212,7 @@ clean:  ## stop the server; remove the archives and products of builds (not .ven
 	rm -rf build logs lightning_logs hs_err_pid*.log
 	for record in model_store/*.fingerprint; do rm -f "$$record" "$${record%.fingerprint}.mar"; done
 	rm -f model_store/rollout-*.mar model_store/.*.mar-????????
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 .venv/bin/python:
 	@$(PYTHON) bundle/setup/check_python.py
@@ -230,6 +233,12 @@ endif
 # the command `bundle`, linked to this checkout
 .venv/bin/bundle: pyproject.toml .venv/serve.done
 	@$(SETUP) command
+	@touch $@
+
+# An environment of its own: Gradio needs other versions of the libraries that serving needs, and much that it does not
+.venv-page/page.done: requirements/page.txt .venv/serve.done
+	$(PYTHON) -m venv .venv-page || { rm -rf .venv-page; exit 1; }
+	.venv-page/bin/python -m pip --disable-pip-version-check install $(QUIET) -r requirements/page.txt
 	@touch $@
 
 .venv/loadtest.done .venv/fuzz.done .venv/dev.done: .venv/%.done: requirements/%.txt .venv/serve.done

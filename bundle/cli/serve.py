@@ -62,6 +62,7 @@ def serve(models: Models = None, timeout: Annotated[float, Timeout] = 300) -> No
     console.print("\nTry:")
     for line in curl_lines(running.client(), folders):
         console.print(f"  {line}", soft_wrap=True, markup=False)
+    console.print("or in a browser: make page")
 
 
 def make_run_folder(server: "Server") -> None:
@@ -182,6 +183,37 @@ def logs(
         raise NotRunning("There are no logs: no server was started here. Start one: make serve")
     following = ["-F"] if follow and server.running() else []
     subprocess.run(["tail", f"--lines={lines}", *following, *map(str, files)])
+
+
+@app.command(epilog="Examples: `bundle page` · `bundle page --port 7861 --host 0.0.0.0`")
+def page(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    browser: Annotated[
+        bool | None, typer.Option(help="Open a browser. By default, if there is a display.", show_default=False)
+    ] = None,
+) -> None:
+    """Open a page on which a person tries the served models, until Ctrl-C.
+
+    It needs an environment of its own, which `make page` makes.
+    """
+    import os
+
+    from bundle.paths import ROOT
+    from bundle.server.process import Server
+
+    server = Server()
+    if server.running() is None:
+        raise NotRunning(NOT_RUNNING)
+    python = ROOT / ".venv-page" / "bin" / "python"
+    if not python.is_file():
+        raise BundleError("The page's environment .venv-page is missing. Make it: make page")
+    if browser is None:
+        browser = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    command = [str(python), "-m", "page", "--host", host, "--port", str(port)]
+    command += ["--record", str(server.record), "--store", str(server.store), "--files", str(server.run_dir / "page")]
+    command += ["--browser"] if browser else []
+    os.execve(python, command, {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @app.command(

@@ -1,0 +1,225 @@
+"""The page: a tab for each model, with a form to fill in and the answer beside it."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio
+import requests
+from PIL import Image
+
+from bundle.errors import BundleError
+from page import views
+from page.call import Call, Reply
+from page.controls import Control, for_field, for_option
+from page.schema import Model
+from page.served import Connection, Served
+
+EXPLANATION = "explanation.png"
+CACHE = (60 * 60, 24 * 60 * 60)  # s: how often files that people sent are looked through, and their longest age
+HIDDEN = gradio.update(value=None, visible=False)
+CSS = """
+.failed {color: var(--error-text-color); font-weight: 600}
+.drawn img {padding-top: 2rem} /* the label lies there */
+footer {display: none !important}
+"""
+
+
+def page(served: Served, examples: Path) -> gradio.Blocks:
+    """Make the page of a server. It asks the server for its models each time that a browser loads it.
+
+    Args:
+        examples: the folder for example files.
+    """
+    with gradio.Blocks(title="Models", analytics_enabled=False, delete_cache=CACHE) as blocks:
+        gradio.Markdown("# Try the models")
+
+        @gradio.render()
+        def show() -> None:
+            try:
+                models = served.models()
+                problem = "" if models else "The server has no models that describe themselves."
+            except (BundleError, OSError) as error:
+                models, problem = {}, said(error)
+            if problem:
+                gradio.HTML(views.message(problem, failed=True), elem_id="problem")
+                return
+            with gradio.Tabs(elem_id="models"):
+                for name, model in models.items():
+                    with gradio.Tab(name):
+                        Form(served, model, examples / name).show()
+
+    return blocks
+
+
+class Form:
+    """The form of one model, and its answer."""
+
+    def __init__(self, served: Served, model: Model, examples: Path):
+        self.served, self.model, self.examples = served, model, examples
+
+    def id(self, part: str) -> str:
+        """Return the id of a part in the page, which has the forms of all models."""
+        return f"{self.model.name}-{part}"
+
+    def show(self) -> None:
+        """Add the components to the page that is being made."""
+        model = self.model
+        gradio.Markdown(f"{model.summary} `{model.predict.path}`", elem_id=self.id("about"))
+        with gradio.Row():
+            with gradio.Column(min_width=320):
+                self.inputs = [for_field(field, self.id(field.name), self.examples) for field in model.fields]
+                self.options = self.option_controls("Options", model.predict.options)
+                explained = model.explain.options if model.explain else ()
+                self.explain_options = self.option_controls("Options of the explanation", explained)
+                possible = bool(model.explain)
+                self.explain = gradio.Checkbox(
+                    possible, label="Explain", interactive=True, visible=possible, elem_id=self.id("explain")
+                )
+                ask = gradio.Button("Ask", variant="primary", elem_id=self.id("ask"))
+            with gradio.Column(min_width=320):
+                self.add_outputs()
+        controls = [*self.inputs, *self.options, *self.explain_options]
+        components = [self.explain, *(part for control in controls for part in control.components)]
+        asked = [ask.click]
+        asked += [part.submit for control in self.inputs for part in control.components if hasattr(part, "submit")]
+        gradio.on(asked, self.answer, components, self.outputs, concurrency_limit=None, show_progress="minimal")
+
+    def option_controls(self, title: str, options: tuple) -> list[Control]:
+        if not options:
+            return []
+        with gradio.Accordion(title, open=False):
+            return [for_option(option, self.id(option.name)) for option in options]
+
+    def add_outputs(self) -> None:
+        self.status = gradio.HTML(elem_id=self.id("status"), padding=False)
+        self.bars = gradio.Label(label="Answer", num_top_classes=10, visible=False, elem_id=self.id("bars"))
+        drawn = {
+            "format": "png",
+            "visible": False,
+            "interactive": False,
+            "buttons": ["fullscreen"],
+            "elem_classes": "drawn",
+        }
+        self.picture = gradio.Image(
+            label="In the picture", alt_text="What the model found", elem_id=self.id("picture"), **drawn
+        )
+        self.explanation = gradio.Image(
+            label="Explanation", alt_text="What speaks for the answer", elem_id=self.id("explanation"), **drawn
+        )
+        with gradio.Tabs():
+            with gradio.Tab("JSON"):
+                self.json = gradio.Code(
+                    language="json", label="Answer", interactive=False, max_lines=40, elem_id=self.id("json")
+                )
+            with gradio.Tab("curl"):
+                self.curl = gradio.Code(
+                    language="shell",
+                    label="The same request",
+                    interactive=False,
+                    wrap_lines=True,
+                    elem_id=self.id("curl"),
+                )
+            with gradio.Tab("Python"):
+                self.python = gradio.Code(
+                    language="python",
+                    label="The same request",
+                    interactive=False,
+                    wrap_lines=True,
+                    elem_id=self.id("python"),
+                )
+        self.outputs = [
+            self.status, self.bars, self.picture, self.explanation, self.json, self.curl, self.python
+        ]  # fmt: skip
+
+    # --- asking ----------------------------------------------------------------------------------------------------
+
+    def answer(self, explain: bool, *values: Any) -> Iterator[dict]:
+        """Ask the model; yield what changes on the page: first the answer, then the pictures."""
+        cleared = {self.bars: HIDDEN, self.picture: HIDDEN, self.explanation: HIDDEN, self.json: ""}
+        yield cleared | {self.status: views.message("Asking ...")}
+        try:
+            yield from self.ask(explain, values, cleared)
+        except (BundleError, OSError) as error:  # OSError: the errors of requests, too
+            yield cleared | {self.status: views.message(said(error), failed=True)}
+
+    def ask(self, explain: bool, values: tuple, cleared: dict) -> Iterator[dict]:
+        connection = self.served.connect()
+        call, options = self.call(connection, values)
+        explaining = self.explaining(connection, call, options) if explain else None
+        reply = call.send(connection.auth)
+        answer = reply.json()
+        changes = cleared | self.snippets(call, explaining)
+        changes |= {self.json: "" if answer is None else views.as_json(answer)}
+        if reply.status != 200:
+            yield changes | {self.status: views.message(reply.error(), failed=True)}
+            return
+        time = f"Answered in {views.milliseconds(reply.seconds)}."
+        ranked = views.bars(answer)
+        bars = gradio.update(value=ranked, visible=True) if ranked else HIDDEN
+        yield changes | {self.status: views.message(time), self.bars: bars}
+        if self.model.predict.picture:
+            drawn = call.but(options=call.options | self.model.predict.picture).send(connection.auth)
+            yield {self.picture: shown(drawn)}
+        if explaining:
+            explained = explaining.send(connection.auth)
+            failed = explained.status != 200
+            took = f"Explained in {views.milliseconds(explained.seconds)}."
+            outcome = f"Not explained: {explained.error()}" if failed else took
+            yield {
+                self.status: views.message(f"{time} {outcome}", failed),
+                self.explanation: shown(explained),
+                self.json: views.as_json(with_explanation(answer, explained)),
+            }
+
+    def snippets(self, call: Call, explaining: Call | None) -> dict:
+        """Return what is sent, as curl commands and as Python programs."""
+        curl, python = [call.curl()], [call.python()]
+        if explaining:
+            output = EXPLANATION if "format" in explaining.options else ""
+            curl.append(explaining.curl(output))
+            python.append(explaining.python(output))
+        return {self.curl: "\n\n".join(curl), self.python: "\n\n".join(python)}
+
+    def call(self, connection: Connection, values: tuple) -> tuple[Call, dict]:
+        """Return the request for an answer, and the options of its explanation."""
+        rest = iter(values)
+
+        def read(controls: list[Control]) -> dict[str, Any]:
+            found = {each.name: each.read(*(next(rest) for _ in each.components)) for each in controls}
+            return {name: value for name, value in found.items() if value is not None}
+
+        inputs, options, explained = read(self.inputs), read(self.options), read(self.explain_options)
+        files = {name: value for name, value in inputs.items() if isinstance(value, Path)}
+        texts = {name: value for name, value in inputs.items() if name not in files}
+        url, keyed = connection.url + self.model.predict.path, connection.auth is not None
+        return Call(url, options, files, texts, keyed), explained
+
+    def explaining(self, connection: Connection, call: Call, options: dict) -> Call | None:
+        """Return the request for an explanation, as a picture if it can be one; None if the model has none."""
+        operation = self.model.explain
+        if operation is None:
+            return None
+        return call.but(url=connection.url + operation.path, options=options | (operation.picture or {}))
+
+
+def shown(reply: Reply) -> Any:
+    """Return a picture of an answer for the page; hide its place if the answer is not a picture."""
+    if not reply.is_picture:
+        return HIDDEN
+    return gradio.update(value=Image.open(io.BytesIO(reply.content)), visible=True)
+
+
+def with_explanation(answer: Any, explained: Reply) -> Any:
+    """Return what the page shows as JSON: the answer, and an explanation that is not a picture."""
+    return answer if explained.is_picture else {"answer": answer, "explanation": explained.json()}
+
+
+def said(error: Exception) -> str:
+    """Return an error for the person in front of the page."""
+    if isinstance(error, requests.ConnectionError) and not isinstance(error, BundleError):
+        return "No server answers. Start it: make serve"
+    if isinstance(error, requests.Timeout):
+        return "The server did not answer in time."
+    return str(error)

@@ -1,0 +1,282 @@
+"""The page in a real browser: every model, drawing, errors, a phone, the keyboard, nothing from other hosts."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+
+from bundle.catalog import select
+from bundle.paths import ROOT
+from bundle.samples import first
+from bundle.server.ports import free_ports
+from page.offline import POLICY
+from tests.server.place import Place
+from tests.shipped import ON_REQUEST, SHIPPED
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SECONDS = 60
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
+    pytest.mark.skipif(
+        not (ROOT / ".venv-page").exists(), reason="the page's environment is missing: make .venv-page/page.done"
+    ),
+]
+# a camera and a microphone that show and play a test signal
+FAKE_DEVICES = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+
+
+@contextmanager
+def page_of(place: Place) -> Iterator[str]:
+    """Run `bundle page` for a server; yield its URL."""
+    [port] = free_ports(1)
+    command = [sys.executable, "-m", "bundle", "page", "--port", str(port), "--no-browser"]
+    process = subprocess.Popen(command, cwd=ROOT, env=place.environment, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line == f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it).\n"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(2)  # as Ctrl-C does
+        out, _ = process.communicate(timeout=SECONDS)
+    assert (process.returncode, out) == (0, "\nThe page has ended.\n")
+
+
+@pytest.fixture(scope="module")
+def url(served: Place) -> Iterator[str]:
+    with page_of(served) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *FAKE_DEVICES])
+        yield launched
+        launched.close()
+
+
+class Visitor:
+    """A person with a browser window on the page."""
+
+    def __init__(self, browser: "playwright.Browser", url: str, width: int = 1280):
+        self.asked_for: list[str] = []
+        self.problems: list[str] = []
+        self.context = browser.new_context(viewport={"width": width, "height": 900})
+        self.context.set_default_timeout(SECONDS * 1000)
+        self.context.on("request", lambda request: self.asked_for.append(request.url))
+        self.tab = self.context.new_page()
+        self.tab.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.tab.goto(url)
+        self.model = SHIPPED[0]
+
+    def choose(self, model: str) -> None:
+        self.tab.get_by_role("tab", name=model, exact=True).click()
+        self.model = model
+        self.part("ask").wait_for()
+
+    def part(self, name: str) -> "playwright.Locator":
+        """Return a part of the model's form."""
+        return self.tab.locator(f"#{self.model}-{name}")
+
+    def ask(self) -> str:
+        """Press the button; return what the page says in the end. On a busy machine, an explanation is repeated."""
+        said = ""
+        for _ in range(4):
+            self.part("ask").click()
+            said = self.said(before=said)
+            if "429" not in said:
+                break
+        return said
+
+    def said(self, before: str = "", expected: str = r"Explained in|\d\d\d( \w+)?: ") -> str:
+        finished = self.part("status").locator("p").filter(has_text=re.compile(expected))
+        finished = finished.filter(has_not_text=before) if before else finished
+        finished.wait_for()
+        return finished.text_content()
+
+    def bars(self) -> list[str]:
+        return self.part("bars").locator(".output-class, .text").all_text_contents()
+
+    def snippet(self, title: str) -> str:
+        """Return the code under a tab."""
+        self.tab.get_by_role("tab", name=title, exact=True).locator("visible=true").click()
+        self.part(title.lower()).locator(".cm-line").first.wait_for()
+        return "\n".join(self.part(title.lower()).locator(".cm-line").all_text_contents())
+
+    def shoot(self, name: str) -> None:
+        """Keep a picture of the page, if PAGE_PICTURES names a folder for them."""
+        if folder := os.environ.get("PAGE_PICTURES"):
+            self.tab.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+@pytest.fixture
+def visit(browser, url: str) -> Iterator:
+    visitors: list[Visitor] = []
+
+    def arrive(width: int = 1280, at: str = url) -> Visitor:
+        visitors.append(Visitor(browser, at, width))
+        return visitors[-1]
+
+    yield arrive
+    for visitor in visitors:
+        visitor.context.close()
+        assert visitor.problems == []
+
+
+def test_every_model_answers_its_example_and_the_snippets_answer_the_same(served: Place, visit, url: str):
+    visitor = visit()
+    for name in SHIPPED:
+        visitor.choose(name)
+        assert "Explained in" in visitor.ask()
+        visitor.shoot(name)
+        expected = select([name])[0].bundle.expect
+        assert expected in visitor.bars()[0]
+        assert visitor.part("explanation").locator("img").evaluate("image => image.naturalWidth") > 50
+        shown = json.loads(visitor.snippet("JSON"))
+        assert first(shown).label == expected
+        curl, _ = visitor.snippet("curl").split("\n\n")
+        _, python, _ = visitor.snippet("Python").split("import requests\n")  # the last one is of the explanation
+        for command in (["bash", "-c", curl], [sys.executable, "-c", f"import requests\n{python}"]):
+            ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 0, ended.stderr
+            assert f"{expected}" in ended.stdout
+    hosts = {address.split("/")[2] for address in visitor.asked_for if address.startswith(("http", "ws"))}
+    assert hosts == {url.removeprefix("http://")}
+
+
+def test_drawing_is_answered(visit):
+    visitor = visit()
+    visitor.choose("mnist")
+    visitor.tab.get_by_role("tab", name="Draw").locator("visible=true").click()
+    canvas = visitor.part("data-drawn").locator("canvas")
+    canvas.wait_for()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    visitor.tab.mouse.move(x, y - 90)
+    visitor.tab.mouse.down()
+    for step in range(-90, 91, 10):
+        visitor.tab.mouse.move(x + 2, y + step)
+    visitor.tab.mouse.up()
+    assert "Explained in" in visitor.ask()
+    visitor.shoot("drawn")
+    assert visitor.bars()[0] == "1"
+
+
+def test_camera_and_microphone_are_answered(visit):
+    visitor = visit()
+    visitor.choose("image")
+    camera = visitor.part("data")
+    camera.get_by_label("Remove Image").click()
+    camera.get_by_label("Capture from camera").click()
+    camera.get_by_text("Click to Access Webcam").click()
+    camera.locator("video").wait_for()
+    camera.get_by_label("capture photo").click()
+    camera.locator("img").wait_for()
+    assert "Explained in" in visitor.ask()
+    visitor.choose("audio")
+    microphone = visitor.part("data")
+    microphone.get_by_label("Clear").click()
+    microphone.get_by_label("Record audio").click()
+    microphone.get_by_role("button", name="Record", exact=True).click()
+    visitor.tab.wait_for_timeout(1500)
+    microphone.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    microphone.get_by_label("Play", exact=True).wait_for()
+    assert "Explained in" in visitor.ask()
+    visitor.shoot("recorded")
+
+
+def test_error_of_the_server_is_shown_with_its_text(visit, tmp_path: Path):
+    visitor = visit()
+    visitor.choose("text")
+    visitor.part("data").locator("textarea").fill("a" * 10_001)
+    assert re.match("413 TextTooLong: The text is too long; at most 10000", visitor.ask())
+    assert visitor.part("status").get_by_role("alert").is_visible()
+    visitor.shoot("error")
+    visitor.choose("mnist")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    visitor.part("data").get_by_label("Remove Image").click()
+    visitor.part("data").locator("input[type=file]").set_input_files(broken)
+    visitor.tab.wait_for_timeout(500)
+    assert visitor.ask().startswith("400 UndecodableImage: The input is not an image")
+
+
+def test_phone_shows_the_page_without_scrolling_sideways(visit):
+    visitor = visit(width=390)
+    for name in ("mnist", "text"):
+        visitor.choose(name)
+        visitor.ask()
+        visitor.shoot(f"phone-{name}")
+        assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_keyboard_alone_is_enough(visit):
+    visitor = visit()
+    keys = visitor.tab.keyboard
+
+    def tab_to(found: str) -> None:
+        """Press Tab until the element that has the focus is the one that is looked for."""
+        for _ in range(40):
+            keys.press("Tab")
+            if visitor.tab.evaluate(f"(found => {found})(document.activeElement)"):
+                return
+        raise AssertionError(f"Tab does not reach {found}")
+
+    visitor.part("ask").wait_for()
+    tab_to("found.role === 'tab' && found.textContent.trim() === 'text'")
+    keys.press("Enter")
+    visitor.model = "text"
+    visitor.part("ask").wait_for()
+    tab_to("found.closest('#text-data') && found.tagName === 'TEXTAREA'")
+    keys.press("Control+A")
+    keys.type("where is my luggage")
+    tab_to("found.id === 'text-ask'")
+    keys.press("Space")
+    visitor.said()
+    assert visitor.bars()[0] == "lost_luggage"
+
+
+def test_page_of_models_with_other_inputs_and_answers(served_on_request: Place, browser):
+    with page_of(served_on_request) as other:
+        visitor = Visitor(browser, other)
+        try:
+            for name in ON_REQUEST:
+                visitor.choose(name)
+                if name == "membrane":  # its sample is too large for the schema
+                    sample = select([name])[0].sample_file
+                    visitor.part("data").locator("input[type=file]").set_input_files(sample)
+                    visitor.tab.wait_for_timeout(500)
+                if name in ("cells", "membrane"):  # their explanations take many seconds
+                    visitor.part("explain").get_by_role("checkbox").uncheck()
+                    visitor.part("ask").click()
+                    visitor.said(expected="Answered in")
+                    visitor.part("picture").locator("img").wait_for()
+                else:
+                    assert "Explained in" in visitor.ask()
+                visitor.shoot(name)
+                assert select([name])[0].bundle.expect in visitor.bars()[0]
+            assert visitor.problems == []
+        finally:
+            visitor.context.close()
+
+
+def test_requests_of_other_sites_are_rejected(url: str):
+    assert requests.get(url, headers={"Host": "elsewhere.example"}, timeout=30).status_code == 400
+    answer = requests.get(url, headers={"Accept": "text/html"}, timeout=30)
+    assert answer.headers["Content-Security-Policy"] == POLICY
+    assert "<script" in answer.text
+
+
+def test_page_on_a_port_that_is_taken_says_so(served: Place, url: str):
+    ended = served.bundle("page", "--port", url.rpartition(":")[2])
+    assert ended.returncode == 1
+    assert "Set another port: make page PAGE_PORT=7861" in ended.stderr
