@@ -13,7 +13,7 @@ from typing import Literal, NoReturn
 from bundle.errors import BundleError
 from bundle.samples import headers
 
-CHUNK = 2**20
+CHUNK = 2**17
 STANDARD_INPUT = "-"
 JSON = {"Content-Type": "application/json"}
 Form = Literal["files", "jsonl", "lines"]
