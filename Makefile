@@ -238,7 +238,7 @@ endif
 # An environment of its own: Gradio needs other versions of the libraries that serving needs, and much that it does not
 .venv-page/page.done: requirements/page.txt .venv/serve.done
 	$(PYTHON) -m venv .venv-page || { rm -rf .venv-page; exit 1; }
-	.venv-page/bin/python -m pip --disable-pip-version-check install $(QUIET) -r requirements/page.txt
+	@$(SETUP) --into .venv-page page
 	@touch $@
 
 .venv/loadtest.done .venv/fuzz.done .venv/dev.done: .venv/%.done: requirements/%.txt .venv/serve.done
