@@ -26,7 +26,7 @@ RETRY_AFTER = {"Retry-After": {"description": "seconds to wait", "schema": {"typ
 # The types of errors by status that TorchServe (...Exception), the frontend's patches and the proxy answer, beside
 # those of the handlers.
 SERVER_ERRORS = {
-    400: ("BadRequestException", "InvalidForm", "InvalidKeyException", "BadRequest", "MissingModel"),
+    400: ("BadRequestException", "InvalidForm", "InvalidKeyException", "BadRequest"),
     404: ("ModelNotFoundException", "ModelVersionNotFoundException", "NotFound"),
     413: ("BodyTooLarge",),
     414: ("URITooLong",),

@@ -316,7 +316,7 @@ def answer_of(archive: Path, folder: ModelFolder) -> object:
     """Return the model's answer to the folder's sample, computed by the archive in this process.
 
     Raises:
-        BundleError: the folder has no sample, the handler does not load the model, or the answer is an error.
+        BundleError: the folder has no sample, the model or its handler fails, or the answer is an error.
     """
     if folder.bundle.sample is None:
         raise BundleError("The folder has no `sample`.")
@@ -327,7 +327,7 @@ def answer_of(archive: Path, folder: ModelFolder) -> object:
         with DryRun(archive, batch_size=1, settings=QUICK) as dry_run:
             [(status, body)] = dry_run.predict([row], [sent])
     except Exception as exc:  # a user's handler can raise anything
-        raise BundleError(f"The model does not load: {type(exc).__name__}: {exc}") from exc
+        raise BundleError(f"The model fails on its sample: {type(exc).__name__}: {exc}") from exc
     if status != 200:
         raise BundleError(f"The answer to {folder.bundle.sample} is {status}.")
     return body

@@ -382,7 +382,7 @@ class BatchHandler(BaseHandler):
         """Set each request's status and content type, and return the bodies."""
         bodies, statuses, rejections = [], [], []
         for index, slot in enumerate(slots):
-            error, response = slot.error, slot.sent()
+            response, error = slot.sent(self.settings.max_answer_bytes), slot.error
             self.context.set_response_content_type(index, response.content_type)
             if response.json_size is not None:
                 self.context.set_response_header(index, open_inference.JSON_SIZE, str(response.json_size))

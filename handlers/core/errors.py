@@ -24,7 +24,8 @@
     │       ├── AudioTooLong
     │       ├── TextTooLong
     │       ├── GraphTooLarge
-    │       └── TooManyInstances
+    │       ├── TooManyInstances
+    │       └── AnswerTooLarge
     ├── Overloaded              429: the request waited too long, or its batch took too long; retry
     ├── InsufficientMemory      507: this input alone is too large for the device
     ├── NonFiniteOutput         500: the model returned NaN or infinity
@@ -158,6 +159,10 @@ class GraphTooLarge(InputTooLarge):
 
 
 class TooManyInstances(InputTooLarge):
+    pass
+
+
+class AnswerTooLarge(InputTooLarge):
     pass
 
 

@@ -30,9 +30,8 @@ def requested_verb(row: Mapping, headers: Mapping) -> Verb:
     - Description: the management APIs, HTTP and gRPC, replace a client's `describe` header by `describe: True`, and
       send no input. The inference API gives every request an input named "body", unless it parses the body as a form.
       That needs a Content-Type, which a client cannot hide from the worker. A request for a description has none.
-    - Explanation: on /predictions, /explanations, /v1 and /v2, TorchServe replaces a client's `explain` header. On its
-      older routes (/invocations, /models/NAME/invoke, /NAME/predict) it does not: a client that sends exactly
-      `explain: True` there asks for an explanation, as it could on /explanations.
+    - Explanation: TorchServe replaces a client's `explain` header, except on its older route /NAME/predict: a client
+      that sends exactly `explain: True` there asks for an explanation, as it could on /explanations.
 
     gRPC passes no headers of the client. A field named "describe" or "explain" is a mapping here, not a str.
     """

@@ -7,6 +7,7 @@ The answers are tensors, too (`tensor_answers.py`).
 The frontend's agent marks these requests with a header. They run in the same batches as all others.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -39,9 +40,11 @@ from handlers.core.tensor_data import BYTES, DATATYPES, Values
 PROTOCOL = "bundle-protocol"  # the header that the frontend's agent sets
 JSON_SIZE = "Inference-Header-Content-Length"  # bytes of JSON, before the binary tensors
 MAX_DIMENSIONS = 8
+MAX_ID = 256  # characters: the answer repeats it, and one that is too long ends the worker
 # what clients send beside the options: for sequences, schedulers and codecs that are not here
 IGNORED = {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "content_type", "headers"}
 BINARY_OUTPUT = "binary_data_output"
+NO_SAMPLES = "The inputs have no elements. Send at least one sample."
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Document(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    id: str | None = None
+    id: Annotated[str, Field(max_length=MAX_ID)] | None = None
     parameters: Parameters = {}
     inputs: Annotated[list[Input], Field(min_length=1, max_length=100)]
     outputs: Annotated[list[Part], Field(max_length=100)] | None = None
@@ -105,6 +108,10 @@ class OpenInferenceReader(RequestReader):
         self.handler = handler
         self.columns = () if explains else columns(handler)
         self.tensors = {} if explains else {each.name: each for each in tensor_inputs(handler)}
+        if both := self.tensors.keys() & handler.Inputs.model_fields.keys():
+            raise TypeError(
+                f"{type(handler).__name__}: {min(both)} is the name of a field and of a tensor. Rename one."
+            )
         super().__init__(handler.Inputs, options, handler.settings.max_instances)
 
     def describe_accepted(self) -> str:
@@ -159,6 +166,8 @@ class OpenInferenceReader(RequestReader):
                 raise RepeatedField(f"The input {quote(each.name)} is sent twice.")
             if each.name not in self.kinds and each.name not in self.tensors:
                 raise UnknownField(f"Unknown input {quote(each.name)}. {self.accepted}")
+            if each.datatype == BYTES:  # before the elements are read: a body of 16 MiB can have millions
+                self.check_instances(math.prod(each.shape))
             values, used = read_values(each, binary)
             given[each.name] = Given(each, values)
             binary = binary[used:]
@@ -188,7 +197,8 @@ class OpenInferenceReader(RequestReader):
             raise UnsupportedInput(f"The input {quote(files[0])} must not be sent beside tensors. {self.accepted}")
         batches = {name: prepared(self.tensors[name], *given[name]) for name in self.tensors}
         same_count({name: len(batch) for name, batch in batches.items()})
-        rows = self.limited(list(zip(*batches.values(), strict=True)))
+        self.check_instances(max(map(len, batches.values())))  # before each row becomes a tensor of its own
+        rows = zip(*batches.values(), strict=True)
         samples = [Prepared(dict(zip(batches, row, strict=True))) for row in rows]
         for each in samples:
             self.handler.check_tensors(tuple(each.tensors.values()))
@@ -278,6 +288,8 @@ def prepared(declared: TensorInput, sent: Input, values: Values) -> Tensor:
         raise UnsupportedInput(
             f'The input "{declared.name}" must be {declared.datatype} [{shape}], not {sent.datatype} {sent.shape}.'
         )
+    if not sent.shape[0]:  # NumPy has no array of the shape [0, 2**62]
+        raise EmptyInput(NO_SAMPLES)
     return torch.from_numpy(numpy.asarray(values).reshape(sent.shape))
 
 
@@ -285,14 +297,14 @@ def same_count(counts: dict[str, int]) -> None:
     """Check that all inputs have the same number of samples.
 
     Raises:
-        UnsupportedInput: they have not.
+        UnsupportedInput: the numbers differ.
         EmptyInput: it is 0.
     """
     if len(set(counts.values())) > 1:
         listed = ", ".join(f'"{name}" has {count}' for name, count in counts.items())
         raise UnsupportedInput(f"The inputs differ in their first dimension, the number of samples: {listed}.")
     if not any(counts.values()):
-        raise EmptyInput("The inputs have no elements. Send at least one sample.")
+        raise EmptyInput(NO_SAMPLES)
 
 
 def is_open_inference(headers: Mapping) -> bool:

@@ -237,12 +237,14 @@ class RequestReader:
         return Request([self.read_instance(instance) for instance in self.limited(instances)], options, many=True)
 
     def limited(self, instances: list) -> list:
-        if len(instances) > self.max_instances:
-            raise TooManyInstances(
-                f"The request has {len(instances)} instances; at most {self.max_instances} are accepted. "
-                "Send several requests."
-            )
+        self.check_instances(len(instances))
         return instances
+
+    def check_instances(self, count: int) -> None:
+        if count > self.max_instances:
+            raise TooManyInstances(
+                f"The request has {count} instances; at most {self.max_instances} are accepted. Send several requests."
+            )
 
     def read_instance(self, instance: object) -> Inputs:
         """Read an object of the inputs' fields or, where there is only one field, its value."""

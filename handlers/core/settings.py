@@ -23,6 +23,7 @@ class Settings(BaseModel):
     precision: RequestedPrecision = "auto"  # "auto" or a list: the fastest, measured when the worker starts
     cuda_graphs: bool = False  # on a GPU, replay the module as CUDA graphs: fewer calls, more memory
     max_instances: PositiveInt = 32  # inputs in one {"instances": [...]} request
+    max_answer_bytes: PositiveInt = 16_000_000  # below `max_response_size` of the server, which ends the worker
     # s; in a full batch, a request that waited longer gets 429. None: no limit
     max_wait_seconds: PositiveFloat | None = None
     # s, after which no further input of a batch is decoded; well below responseTimeout, at which a worker is killed

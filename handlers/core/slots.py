@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import JsonValue
 from torch import Tensor
 
-from handlers.core.errors import NonFiniteOutput, ServingError, UnsupportedInput
+from handlers.core.errors import AnswerTooLarge, NonFiniteOutput, ServingError, UnsupportedInput
 from handlers.core.inputs import Options
 from handlers.core.outputs import tensors
 
@@ -119,8 +119,16 @@ class Slot:
                 raise UnsupportedInput("The input has a number that is too large for the model.") from exc
             raise NonFiniteOutput("The model's output for this input is not a finite number.") from exc
 
-    def sent(self) -> Response:
-        """Return what the client gets: the response, or the error in the form of its protocol."""
+    def sent(self, limit: int) -> Response:
+        """Return what the client gets: the response, or the error in the form of its protocol.
+
+        Args:
+            limit: the most bytes of a response. TorchServe ends a worker that sends more than it accepts.
+        """
+        if self.error is None and len(self.response.body) > limit:
+            self.error = AnswerTooLarge(
+                f"The answer has {len(self.response.body)} bytes; at most {limit} are sent. Send several requests."
+            )
         if self.error is None:
             return self.response
         return Response(encode_json({"error": str(self.error)} if self.open_inference else self.error.body()))

@@ -7,7 +7,7 @@ as four bytes.
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import numpy
 
@@ -80,7 +80,8 @@ def from_binary(name: str, datatype: str, shape: Sequence[int], content: memoryv
         UnsupportedInput: there are more or fewer bytes than the shape says, or a number is not finite.
     """
     if datatype == BYTES:
-        elements = list(split_elements(name, content))
+        # one more than the shape says is enough to reject the rest
+        elements = list(islice(split_elements(name, content), min(math.prod(shape), len(content)) + 1))
         check_count(name, shape, len(elements))
         return elements
     dtype = numpy.dtype(NUMBERS[datatype])

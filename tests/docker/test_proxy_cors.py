@@ -60,7 +60,7 @@ def test_preflight_of_an_allowed_origin_is_permitted(open_to_app, upstream, supe
         "Access-Control-Allow-Origin": APP,
         "Access-Control-Allow-Methods": allowed,
         "Access-Control-Allow-Headers": "authorization,content-type",
-        "Access-Control-Expose-Headers": "Retry-After, X-Request-Id",
+        "Access-Control-Expose-Headers": "Retry-After, X-Request-Id, Inference-Header-Content-Length",
         "Access-Control-Max-Age": "3600",
     }
     assert upstream.received == supervisor.received == []
@@ -75,7 +75,7 @@ def test_answer_to_an_allowed_origin_can_be_read(open_to_app, upstream, origin):
         assert answer.status_code == status
         assert permissions(answer) == {
             "Access-Control-Allow-Origin": origin,
-            "Access-Control-Expose-Headers": "Retry-After, X-Request-Id",
+            "Access-Control-Expose-Headers": "Retry-After, X-Request-Id, Inference-Header-Content-Length",
         }
     answer = open_to_app.post(data=bytes(2**20 + 1), headers={"Origin": origin})
     check_error(answer, 413, "BodyTooLarge")

@@ -315,11 +315,16 @@ def test_schema_is_that_of_torchserve(proxy, upstream, target):
     assert http.head(f"{proxy.url}/openapi.json", timeout=10).status_code == 200
 
 
-def test_schema_with_another_method_or_a_long_body_is_rejected(proxy, upstream):
-    refused = proxy.post("/openapi.json")
-    check_error(refused, 405, "MethodNotAllowed")
-    assert refused.headers["Allow"] == "GET, HEAD"
-    check_error(http.get(f"{proxy.url}/openapi.json", data=bytes(2000), timeout=10), 413, "BodyTooLarge")
+@pytest.mark.parametrize("path", ["/openapi.json", "/ping", "/v2", "/v2/models/mnist", "/v1/models"])
+def test_question_with_another_method_or_a_long_body_is_rejected(proxy, upstream, path: str):
+    posted = proxy.post(path)
+    long = http.get(f"{proxy.url}{path}", data=bytes(2000), timeout=10)
+    assert posted.headers["Allow"] == "GET, HEAD"
+    for answer, status, error in ((posted, 405, "MethodNotAllowed"), (long, 413, "BodyTooLarge")):
+        if path.startswith("/v2"):
+            assert (answer.status_code, answer.json().keys()) == (status, {"error"})
+        else:
+            check_error(answer, status, error)
     assert upstream.received == []
 
 

@@ -205,6 +205,12 @@ BAD: dict[str, tuple[object, int, str]] = {
     "datatype of the tensor": (numbers([1, 2, 3, 4], [1, 4], "INT64"), 400, "INT64"),
     "tensor and text": ({"inputs": body_of("1,2,3,4")["inputs"] + numbers([1.0] * 4, [1, 4])["inputs"]}, 400, '"data"'),
     "id": (body_of("1,2,3,4", id=7), 400, "id"),
+    "long id": (body_of("1,2,3,4", id="x" * 257), 400, "256"),
+    "more samples than are sent": (
+        {"inputs": [{"name": "data", "shape": [10**6], "datatype": "BYTES", "data": ["a"]}]},
+        413,
+        "at most",
+    ),
 }
 
 

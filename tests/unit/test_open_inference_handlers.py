@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from handlers.audio_mfcc import AudioMFCCHandler
-from handlers.core.declared import columns, metadata, tensor_inputs
+from handlers.core.declared import TensorInput, columns, metadata, tensor_inputs
 from handlers.core.errors import EmptyInput, InvalidBase64, UnsupportedInput
-from handlers.core.open_inference import PROTOCOL, OpenInferenceReader
-from handlers.core.slots import Picture
+from handlers.core.open_inference import PROTOCOL, Input, OpenInferenceReader, prepared
+from handlers.core.slots import Picture, Response, Slot
 from handlers.core.tensor_answers import Respond
 from handlers.detection import DetectionHandler
 from handlers.image_topk import ImageTopKHandler
@@ -101,3 +101,29 @@ def test_subclass_with_an_answer_of_its_own_inherits_no_columns():
     assert columns(Own()) == ()
     assert tensor_inputs(MNISTHandler())
     assert tensor_inputs(Own()) == ()
+
+
+def test_tensor_without_samples_and_a_dimension_of_any_size_is_empty():
+    declared = TensorInput("ids", "INT64", (-1,))
+    sent = Input(name="ids", shape=[0, 2**62], datatype="INT64", data=[])
+    with pytest.raises(EmptyInput):
+        prepared(declared, sent, [])
+
+
+def test_tensor_with_the_name_of_a_field_is_a_bug_of_the_handler():
+    class Twice(MNISTHandler):
+        def tensor_inputs(self):
+            return (TensorInput("data", "UINT8", (1,)),)
+
+    handler = Twice()
+    handler.settings = handler.Settings()
+    with pytest.raises(TypeError, match="data is the name of a field and of a tensor"):
+        OpenInferenceReader(handler, handler.Options, explains=False)
+
+
+def test_answer_that_torchserve_does_not_accept_is_an_error_of_its_request():
+    slot = Slot(response=Response(b"x" * 11))
+    assert slot.sent(limit=11).body == b"x" * 11
+    assert json.loads(slot.sent(limit=10).body)["type"] == "AnswerTooLarge"
+    assert slot.error is not None
+    assert slot.error.code == 413

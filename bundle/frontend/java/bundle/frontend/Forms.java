@@ -21,6 +21,7 @@ import java.util.Arrays;
 import java.util.List;
 import java.util.Locale;
 import org.pytorch.serve.http.BadRequestException;
+import org.pytorch.serve.util.ConfigManager;
 import org.pytorch.serve.util.NettyUtils;
 
 /**
@@ -84,8 +85,14 @@ public final class Forms implements Patch {
             return field.getByteBuf();
         }
         try {
-            String text = charset.newDecoder().decode(field.getByteBuf().nioBuffer()).toString();
-            return Unpooled.wrappedBuffer(text.getBytes(StandardCharsets.UTF_8));
+            byte[] text = charset.newDecoder()
+                    .decode(field.getByteBuf().nioBuffer())
+                    .toString()
+                    .getBytes(StandardCharsets.UTF_8);
+            if (text.length > ConfigManager.getInstance().getMaxRequestSize()) {
+                throw new BadRequestException("The field \"" + field.getName() + "\" is too long in UTF-8.");
+            }
+            return Unpooled.wrappedBuffer(text);
         } catch (CharacterCodingException error) {
             throw new BadRequestException("The field \"" + field.getName() + "\" is not in " + charset + ".");
         }

@@ -10,7 +10,7 @@ import org.pytorch.serve.http.BadRequestException;
 /**
  * The query of a prediction (`?top_k=1`) reaches the handler, as the header `bundle-query`.
  *
- * <p>TorchServe passes it on its older routes only (/invocations, /models/NAME/invoke), as parameters.
+ * <p>TorchServe ignores it there.
  */
 public final class Query implements Patch {
     private static final String HEADER = "bundle-query";

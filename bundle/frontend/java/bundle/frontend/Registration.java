@@ -101,6 +101,7 @@ public final class Registration implements Patch {
         ARCHIVE.remove();
         StatusResponse answer = ApiUtils.registerModel(request);
         ModelArchive archive = ARCHIVE.get();
+        ARCHIVE.remove();
         if (answer.getHttpResponseCode() == HttpURLConnection.HTTP_INTERNAL_ERROR) {
             answer.setE(new InternalServerException(answer.getStatus() + ". The server's log has the reason."));
         } else if (archive != null) {

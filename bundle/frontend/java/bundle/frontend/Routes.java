@@ -204,7 +204,7 @@ public final class Routes implements Patch {
                 whole.content().clear().writeBytes(theirs.toString().getBytes(StandardCharsets.UTF_8));
             }
         } catch (JsonSyntaxException error) {
-            // it is no error of TorchServe, and stays as it is
+            // it is not an error of TorchServe, and stays as it is
         }
     }
 }

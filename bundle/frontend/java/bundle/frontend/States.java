@@ -9,6 +9,7 @@ import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.HashMap;
+import java.util.HashSet;
 import java.util.Map;
 import java.util.Set;
 import java.util.TreeSet;
@@ -129,11 +130,13 @@ final class States {
      * and the others still answer. A version that gets more workers is ready meanwhile. bundle/supervisor decides alike.
      */
     static synchronized boolean isReady() {
+        Set<ModelVersionName> registered = new HashSet<>();
         boolean all = true;
         boolean degraded = false;
         for (Map.Entry<String, ModelVersionedRefs> each : ModelManager.getInstance().getAllModels()) {
             for (Map.Entry<String, Model> version : each.getValue().getAllVersions()) {
                 Model model = version.getValue();
+                registered.add(model.getModelVersionName());
                 int ready = readyWorkers(model);
                 if (ready >= model.getMinWorkers()) {
                     COMPLETE.put(model.getModelVersionName(), model.getMinWorkers());
@@ -144,6 +147,7 @@ final class States {
                 }
             }
         }
+        COMPLETE.keySet().retainAll(registered); // a version that is registered again starts anew
         started |= all;
         return started && !degraded;
     }

@@ -39,6 +39,7 @@ final class Tensors {
     // as in the handler; a few bytes of a message can become many of JSON
     private static final int MOST = 100;
     private static final int MOST_DIMENSIONS = 8;
+    private static final int MOST_TEXT = 1 << 20; // bytes; a control character becomes six of JSON
 
     private Tensors() {}
 
@@ -46,6 +47,7 @@ final class Tensors {
     static RequestInput request(ModelInferRequest sent) {
         checkCount(sent.getInputsCount(), MOST, "inputs");
         checkCount(sent.getOutputsCount(), MOST, "outputs");
+        checkText(sent);
         boolean raw = sent.getRawInputContentsCount() > 0;
         if (raw && sent.getRawInputContentsCount() != sent.getInputsCount()) {
             throw new BadRequestException("raw_input_contents must have one element for each input.");
@@ -216,6 +218,20 @@ final class Tensors {
     private static void checkCount(int count, int most, String what) {
         if (count > most) {
             throw new BadRequestException("At most " + most + " " + what + " are accepted, not " + count + ".");
+        }
+    }
+
+    /** Check the size of what becomes JSON: everything but the elements. */
+    private static void checkText(ModelInferRequest sent) {
+        long bytes = sent.getSerializedSize();
+        for (ByteString each : sent.getRawInputContentsList()) {
+            bytes -= each.size();
+        }
+        for (InferInputTensor each : sent.getInputsList()) {
+            bytes -= each.getContents().getSerializedSize();
+        }
+        if (bytes > MOST_TEXT) {
+            throw new BadRequestException("The id, names and parameters have more than " + MOST_TEXT + " bytes.");
         }
     }
 
