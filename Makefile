@@ -108,7 +108,7 @@ down:  ## stop the Docker stack; requests in flight are answered, volumes stay
 	$(STACK) --profile loadtest down --remove-orphans
 
 made:
-	@test -e .venv/serve.done || { echo "error: .venv is missing. Set it up and serve: make serve" >&2; exit 1; }
+	@test -e .venv/bin/bundle || { echo "error: .venv is missing. Set it up and serve: make serve" >&2; exit 1; }
 
 train: dev  ## train a model, and write its weights and metrics.json (MODEL=mnist ARGS="--help")
 	@test -n "$(MODEL)" || { echo "error: name the model: make train MODEL=mnist" >&2; exit 2; }
@@ -147,7 +147,7 @@ profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mni
 	@test -n "$(MODEL)" || { echo "error: name the model: make profile MODEL=mnist" >&2; exit 2; }
 	@$(BUNDLE) profile "$(MODEL)" $(call options,CONCURRENCY SECONDS)
 
-test: .venv-page/page.done  ## lint; test units and a real TorchServe (TESTS="tests/unit -k mnist")
+test:  ## lint; test units and a real TorchServe (TESTS="tests/unit -k mnist")
 ifdef TESTS
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(TESTS)
@@ -208,7 +208,7 @@ sbom: dev  ## write the bill of materials for scanners, build/sbom.json (Cyclone
 	@$(BUNDLE) sbom
 
 clean:  ## stop the server; remove the archives and products of builds (not .venv, not data/, no other archives)
-	@test ! -e .venv/dev.done -a ! -e .venv/serve.done || $(BUNDLE) stop
+	@test ! -e .venv/bin/bundle || $(BUNDLE) stop
 	rm -rf build logs lightning_logs hs_err_pid*.log
 	for record in model_store/*.fingerprint; do rm -f "$$record" "$${record%.fingerprint}.mar"; done
 	rm -f model_store/rollout-*.mar model_store/.*.mar-????????
@@ -237,7 +237,7 @@ endif
 
 # An environment of its own: Gradio needs other versions of the libraries that serving needs, and much that it does not
 .venv-page/page.done: requirements/page.txt .venv/serve.done
-	$(PYTHON) -m venv .venv-page || { rm -rf .venv-page; exit 1; }
+	$(BIN)/python -m venv --without-pip .venv-page || { rm -rf .venv-page; exit 1; }
 	@$(SETUP) --into .venv-page page
 	@touch $@
 

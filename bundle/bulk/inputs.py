@@ -120,16 +120,18 @@ def lines(place: str) -> Iterator[tuple[int, bytes]]:
     Raises:
         BundleError: the file cannot be opened.
     """
-    number, rest = 0, b""
+    number, parts = 0, list[bytes]()  # of the line that is being read: one can be longer than many chunks
     with opened(place) as stream:
         while chunk := stream.read(CHUNK):
-            *whole, rest = (rest + chunk).split(b"\n")
-            for line in whole:
+            part, *more = chunk.split(b"\n")
+            parts.append(part)
+            for part in more:
                 number += 1
-                if line.strip():
+                if (line := b"".join(parts)).strip():
                     yield number, line.removesuffix(b"\r")
-    if rest.strip():
-        yield number + 1, rest.removesuffix(b"\r")
+                parts = [part]
+    if (line := b"".join(parts)).strip():
+        yield number + 1, line.removesuffix(b"\r")
 
 
 def opened(place: str) -> io.FileIO:

@@ -80,6 +80,7 @@ class Record:
             while line:
                 line = line[self.stream.write(line) or 0 :]
         except OSError as exc:
+            self.stream.close()  # no line may follow one that is not complete
             raise BundleError(f"Cannot write {self.place}: {exc.strerror or exc}.") from exc
         self.failed += failed
         self.answered += not failed
@@ -133,8 +134,9 @@ def recording(output: Path | None, resume: bool = False) -> Iterator[Record]:
             raise UsageError(f"{place} is not a regular file, so that it cannot be continued.")
         record = Record(stream, place)
         record.load(file)
-    with appending(file) as record.stream:  # the file that `load` has put in the place of the other
-        yield record
+        # the file that `load` has put in the place of the other, which stays locked for those who have it open
+        with appending(file) as record.stream:
+            yield record
 
 
 @contextmanager
@@ -155,6 +157,8 @@ def appending(file: Path) -> Iterator[io.FileIO]:
             raise BundleError(
                 f"Another command writes {relative(file)}. Wait until it has ended, or name another file."
             ) from exc
+        except OSError:  # a file system without locks
+            pass
         yield stream
 
 

@@ -209,6 +209,7 @@ def reference(
     """
     from bundle import catalog
     from bundle.build import reference as recorder
+    from bundle.files import write_atomically
     from bundle.paths import relative
     from bundle.server.process import Server
     from handlers.core.predictions import REFERENCE_NAME
@@ -221,7 +222,7 @@ def reference(
         examples = [recorder.from_file(file) for file in files]
         recorded = recorder.record(server.archive(folders[0]), examples, "inputs of `bundle reference`")
     target = folders[0].path / REFERENCE_NAME
-    target.write_text(recorder.text(recorded))
+    write_atomically(target, recorder.text(recorded).encode())
     classes = len(recorded.classes)
     console.print(f"{relative(target)}: {recorded.examples} inputs, {classes} classes", markup=False, soft_wrap=True)
 

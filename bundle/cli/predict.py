@@ -114,7 +114,8 @@ def source(places: list[str], jsonl: bool, lines: bool, output: Path | None) -> 
     if not places:
         raise UsageError("Name the inputs: files, folders, or - for standard input.")
     if (jsonl or lines) and (len(places) > 1 or Path(places[0]).is_dir()):
-        raise UsageError("--jsonl and --lines read one file. For several: cat FILE ... | bundle predict MODEL -")
+        form = "--jsonl" if jsonl else "--lines"
+        raise UsageError(f"{form} reads one file. For several: cat FILE ... | bundle predict MODEL - {form}")
     return Source(places, "jsonl" if jsonl else "lines" if lines else "files", output)
 
 

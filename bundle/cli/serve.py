@@ -205,12 +205,14 @@ def page(
     server = Server()
     if server.running() is None:
         raise NotRunning(NOT_RUNNING)
-    python = ROOT / ".venv-page" / "bin" / "python"
-    if not python.is_file():
+    environment = ROOT / ".venv-page"
+    if not (environment / "page.done").is_file():  # missing, or its installation did not end
         raise BundleError("The page's environment .venv-page is missing. Make it: make page")
     if browser is None:
         browser = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
-    command = [str(python), "-m", "page", "--host", host, "--port", str(port)]
+    python = environment / "bin" / "python"
+    # -P: a file page.py in the current folder is not the page
+    command = [str(python), "-P", "-m", "page", "--host", host, "--port", str(port)]
     command += ["--record", str(server.record), "--store", str(server.store), "--files", str(server.run_dir / "page")]
     command += ["--browser"] if browser else []
     os.execve(python, command, {**os.environ, "PYTHONPATH": str(ROOT)})

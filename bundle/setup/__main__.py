@@ -7,6 +7,7 @@ The variable TORCH_INDEX_URL names the package index of torch, or is "pypi".
 """
 
 import argparse
+import fcntl
 import os
 import signal
 import sys
@@ -81,12 +82,17 @@ class Setup:
         Raises:
             InstallError: it failed. The next run continues.
         """
+        with (self.into / "setup.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # `make --jobs`, or another terminal, may install into it, too
+            self.run_alone(parts)
+
+    def run_alone(self, parts: list[str]) -> None:
         left = self.unfinished.read_text() if self.unfinished.exists() else None
         if left is not None and (damaged := packages.forget_damaged(self.site)):
             report(f"The last installation did not end. Installing again: {', '.join(damaged)}")
         self.unfinished.write_text(left or "")
         if "torch" in parts:
-            self.install_with_torch(parts, switching=left == SWITCHING)
+            self.install_with_torch(parts, interrupted=left == SWITCHING)
         elif parts == ["command"]:
             self.installer.prepare()
             self.installer.install(options=["--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
@@ -99,22 +105,22 @@ class Setup:
     def files(self, parts: list[str]) -> list[Path]:
         return [REQUIREMENTS / f"{part}.txt" for part in parts]
 
-    def install_with_torch(self, parts: list[str], switching: bool) -> None:
+    def install_with_torch(self, parts: list[str], interrupted: bool) -> None:
         """Install parts with torch, torchvision and torchaudio of one index.
 
         Args:
-            switching: the last run ended while it replaced those of another index.
+            interrupted: the last run ended while it replaced those of another index.
 
         Raises:
             InstallError: it failed, or the three are builds of different kinds.
         """
-        asked, recorded = os.environ.get("TORCH_INDEX_URL", "").strip(), self.recorded()
+        asked, recorded = os.environ.get("TORCH_INDEX_URL", "").strip(), self.recorded(interrupted)
         is_open = not (asked or recorded or torch_source.has_driver() or self.settings.replaces_pypi)
         probe = Probe(CPU_INDEX, pins(REQUIREMENTS / "torch.txt")) if is_open else None
         self.installer.prepare()
         source = torch_source.choose(asked, recorded, self.settings.replaces_pypi, probe)
         report(source.line)
-        switching = bool(recorded) and (switching or source.index != recorded)
+        switching = bool(recorded) and (interrupted or source.index != recorded)
         again = PACKAGES if switching else ()
         if switching:
             self.unfinished.write_text(SWITCHING)
@@ -127,7 +133,7 @@ class Setup:
         except InstallError:
             if switching and self.builds() == before:  # nothing is replaced before everything is downloaded
                 self.write_record(recorded)
-                self.unfinished.write_text("")
+                self.unfinished.write_text(SWITCHING if interrupted else "")
             raise
         # builds for accelerators need more packages of their index
         extra = "" if source.index == PYPI or self.builds()["torch"].endswith("+cpu") else source.index
@@ -141,11 +147,13 @@ class Setup:
         """Return the versions of those of torch, torchvision and torchaudio that are installed."""
         return packages.versions(self.site, PACKAGES)
 
-    def recorded(self) -> str:
-        """Return the index of the torch that is installed; "" without a torch."""
+    def recorded(self, interrupted: bool) -> str:
+        """Return the index of the torch that is installed, or of the one that an interrupted run would; "" without."""
         builds = self.builds()
-        if not builds or self.record.exists():
-            return self.record.read_text() if builds else ""
+        if not builds and not interrupted:
+            return ""
+        if self.record.exists():
+            return self.record.read_text()
         # earlier bundles left no record
         return CPU_INDEX if "+cpu" in "".join(builds.values()) else PYPI
 

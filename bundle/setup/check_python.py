@@ -14,7 +14,7 @@ def check(version):
         name = ".".join(map(str, version[:2]))
         sys.exit(
             "error: This is Python " + name + ", and the bundle is tested with Python 3.11 to 3.13. "
-            "Name one of these: make serve PYTHON=python3.12"
+            "Remove .venv, if it was made with this one, and name another: make serve PYTHON=python3.12"
         )
 
 

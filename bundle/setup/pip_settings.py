@@ -42,7 +42,9 @@ class PipSettings:
     @classmethod
     def read(cls) -> "PipSettings":
         """Ask this Python's pip; without a pip, nothing is set."""
-        asked = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "config", "list"]
+        loud = {**os.environ, "PIP_QUIET": "0"}  # with the setting `quiet`, pip would list nothing
+        asked = subprocess.run(command, capture_output=True, text=True, env=loud)
         return cls(parse(asked.stdout if asked.returncode == 0 else ""))
 
     @property

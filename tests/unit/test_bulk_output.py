@@ -227,8 +227,8 @@ def test_error_lines_name_the_reason_of_the_last_try(echo: Echo, abc: Path, outp
     ("arguments", "message"),
     [
         (["--jsonl"], "Name the inputs: files, folders, or - for standard input."),
-        (["a", "b", "--lines"], "--jsonl and --lines read one file. For several: cat FILE ..."),
-        ([".", "--lines"], "--jsonl and --lines read one file."),
+        (["a", "b", "--lines"], "--lines reads one file. For several: cat FILE ... | bundle predict MODEL - --lines"),
+        ([".", "--jsonl"], "--jsonl reads one file."),
         (["a", "--lines", "--jsonl"], "A line is either a JSON request (--jsonl) or a text (--lines): choose one."),
         (["a", "b", "--grpc"], "--grpc sends one file: leave it out."),
         (["a", "--grpc", "--explain"], "--grpc sends no options and asks for no explanations: leave it out."),

@@ -47,6 +47,12 @@ def test_environment_and_install_section_come_before_pips_global_settings():
     assert parse("\n".join(listed)) == {"timeout": "3", "find-links": "\n/a\n/b", "cert": "/c"}
 
 
+def test_quiet_pip_lists_its_settings_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIP_QUIET", "1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert PipSettings.read().no_index
+
+
 def test_uv_gets_pips_settings_and_its_own_come_first():
     settings = PipSettings({"index-url": "https://a/", "find-links": "/a /b", "cert": "/c", "proxy": "http://p"})
     told = settings.for_uv({"UV_INDEX_URL": "https://own/", "https_proxy": "http://own"})

@@ -234,6 +234,30 @@ def test_interrupted_switch_is_continued(place: Place):
     assert place.versions() == CPU | {"server": "1.0", "base": "1.0"}
 
 
+def test_interrupted_switch_that_then_fails_is_still_continued(place: Place):
+    place.set_up(TORCH_INDEX_URL="pypi")
+    (place.environment / "torch-index").write_text(place.cpu.url)
+    (place.environment / "setup-unfinished").write_text("switching")
+    wheels, place.cpu.wheels = place.cpu.wheels, {}
+    assert place.run().returncode == 1
+    place.cpu.wheels = wheels
+    place.set_up()
+    assert place.builds() == CPU
+
+
+def test_two_runs_at_once_both_succeed(place: Place):
+    """`make --jobs` starts one for each set of packages."""
+    place.set_up()
+    (place.folder / "requirements" / "loadtest.txt").write_text("base==1.0\n")
+    runs = [
+        subprocess.Popen(place.command(part), cwd=place.folder, env=place.variables_with({}), stderr=subprocess.PIPE)
+        for part in ("dev", "loadtest")
+    ]
+    said = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert not (place.environment / "setup-unfinished").exists()
+
+
 def test_pip_installs_everything_if_uv_cannot_be_installed(place: Place):
     (place.folder / "requirements" / "uv.txt").write_text("uv==0.0.0.dev0\n")
     assert "pip installs the packages, because uv cannot be installed." in place.set_up()
