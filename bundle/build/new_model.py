@@ -115,7 +115,7 @@ def check_name(name: str, models_dir: Path) -> None:
             f"Invalid model name {name!r}. Use letters, digits, '_', '-' and '.', starting with a letter or a digit."
         )
     if (models_dir / name).exists():
-        raise BundleError(f"{relative(models_dir / name)} exists already. Choose another NAME.")
+        raise BundleError(f"{relative(models_dir / name)} exists already. Remove it, or choose another NAME.")
 
 
 def check_handler(handler: str) -> None:

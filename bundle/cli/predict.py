@@ -237,8 +237,11 @@ def predict_all(
     client = server().client()
     check_certificate(client.inference)
     if client.describe(model) is None:
-        there = ", ".join(client.models()) or "none"
-        raise NotRunning(f"{model} is not served; there are: {there}. Serve it: make serve MODELS={model}")
+        there = client.models()
+        raise NotRunning(
+            f"{model} is not served; there are: {', '.join(there) or 'none'}. If it has a folder in models/, serve it, "
+            f'too: make serve MODELS="{" ".join([*there, model])}"'
+        )
     sender = Sender(client, path(model, explain=explain), options, concurrency, patience)
     with recording(output, resume) as record:
         began = time.monotonic()
@@ -327,7 +330,5 @@ def summary(record: "Record", began: float) -> str:
     seconds = time.monotonic() - began
     sent = record.answered + record.failed - record.earlier
     before = f", {record.earlier:,} of them before" if record.earlier else ""
-    return (
-        f"{record.answered:,} answered, {record.failed:,} failed{before}; "
-        f"{sent:,} in {seconds:.1f} s, {sent / max(seconds, 0.001):.0f}/s"
-    )
+    speed = f"{sent:,} in {seconds:.1f} s, {sent / max(seconds, 0.001):.0f}/s" if sent else "nothing was left to send"
+    return f"{record.answered:,} answered, {record.failed:,} failed{before}; {speed}"

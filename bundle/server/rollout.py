@@ -36,7 +36,8 @@ def roll_out(
     check(archive, key_of("TRUSTED_KEY"))
     old = client.describe(name)
     if old is None:
-        raise BundleError(f"{name} is not served here. Serve it: make serve")
+        served_then = " ".join([*client.models(), name])
+        raise BundleError(f'{name} is not served here. Serve it, too: make serve MODELS="{served_then}"')
     if any(served["modelVersion"] == version for served in client.versions(name)):
         raise BundleError(
             f"Version {version} of {name} is served already. Give the new one another version: "

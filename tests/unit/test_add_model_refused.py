@@ -22,7 +22,7 @@ def test_add_model_invalid_name_is_rejected(workbench, name):
 def test_add_model_existing_name_is_rejected(workbench):
     (workbench.models / "theirs").mkdir()
     (workbench.models / "theirs" / "model-config.yaml").write_text("mine")
-    workbench.rejects(SmallNet(3, 32), "theirs exists already. Choose another NAME")
+    workbench.rejects(SmallNet(3, 32), "theirs exists already. Remove it, or choose another NAME")
     assert (workbench.models / "theirs" / "model-config.yaml").read_text() == "mine"
 
 

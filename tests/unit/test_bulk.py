@@ -294,7 +294,10 @@ def test_model_that_is_removed_ends_the_run(echo: Echo, abc: Path):
 def test_unknown_model_is_one_message_and_writes_nothing(echo: Echo, abc: Path):
     output = abc.parent / "out.jsonl"
     ended = programs.run(app, "predict", "nonesuch", str(abc), "--output", str(output))
-    message = "error: nonesuch is not served; there are: echo. Serve it: make serve MODELS=nonesuch\n"
+    message = (
+        "error: nonesuch is not served; there are: echo. If it has a folder in models/, serve it, too: "
+        'make serve MODELS="echo nonesuch"\n'
+    )
     assert ended == programs.Ended(3, "", message)
     assert not output.exists()
 
