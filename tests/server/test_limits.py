@@ -122,7 +122,7 @@ def test_input_at_the_limit_is_served_and_past_it_is_rejected(served, limit: str
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_body_at_the_limit_is_served_and_past_it_is_rejected(served, chunked: bool):
-    """The body is an image with padding. Past the limit, TorchServe's frontend answers, with an empty body."""
+    """The body is an image with padding. Past the limit, TorchServe's frontend answers."""
     content = picture(64, 64, "JPEG" if chunked else "PNG").ljust(BODY, b"\0")
 
     def post(body: bytes) -> requests.Response:
@@ -131,4 +131,4 @@ def test_body_at_the_limit_is_served_and_past_it_is_rejected(served, chunked: bo
 
     assert post(content).status_code == 200
     rejected = post(content + b"\0")
-    assert (rejected.status_code, rejected.content) == (413, b"")
+    assert (rejected.status_code, rejected.json()["type"]) == (413, "BodyTooLarge")

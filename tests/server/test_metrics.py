@@ -16,11 +16,12 @@ FOLDERS = select(list(SHIPPED))
 
 
 def exposed(place: Place, metric: str) -> dict[tuple[str, str], float]:
-    """Return the samples of a metric, by model and last dimension."""
+    """Return the samples of a metric, by model and last dimension. Other tests register further models."""
     text = requests.get(f"{place.url('metrics_address')}/metrics", timeout=30).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     dimension = "Class" if "predictions" in metric else "Confidence"
-    return {(s.labels["ModelName"], s.labels[dimension]): s.value for s in samples if s.name == metric}
+    named = [s for s in samples if s.name == metric and s.labels["ModelName"] in SHIPPED]
+    return {(s.labels["ModelName"], s.labels[dimension]): s.value for s in named}
 
 
 def by_model(samples: dict[tuple[str, str], float]) -> Counter[str]:

@@ -231,7 +231,7 @@ def test_keyboard_alone_is_enough(visit):
                 return
         raise AssertionError(f"Tab does not reach {found}")
 
-    visitor.part("ask").wait_for()
+    visitor.tab.locator("[id$='-ask']:visible").first.wait_for()
     tab_to("found.role === 'tab' && found.textContent.trim() === 'text'")
     keys.press("Enter")
     visitor.model = "text"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import psutil
 import pytest
 import requests
 import tritonclient.http as triton
@@ -24,10 +23,9 @@ from bundle.paths import ROOT
 from bundle.samples import first
 from handlers.mnist import MNISTHandler
 from loadtest.bench.systems.environment import Environment
-from tests.server.bare import PLAIN, Bare, archive
 from tests.server.place import Place
 from tests.shipped import SHIPPED
-from tests.support import batches, wait_for
+from tests.support import batches
 
 SAMPLES = {model.name: model.sample_file.read_bytes() for model in select(SHIPPED)}
 EXPECTED = {model.name: model.bundle.expect for model in select(SHIPPED)}
@@ -330,53 +328,6 @@ def test_server_and_its_models_are_ready(served: Place, client: triton.Inference
     assert get(served, "v1/models").json()["models"] == sorted(SHIPPED)
     assert get(served, "v1/models/mnist").json() == {"name": "mnist", "ready": True}
     assert get(served, "ping").json() == {"status": "Healthy"}
-
-
-def is_ready(server: Bare, what: str = "health") -> bool:
-    answer = requests.get(f"{server.inference}/v2/{what}/ready", timeout=20)
-    assert answer.json()["ready"] == (answer.status_code == 200)
-    return answer.json()["ready"]
-
-
-def test_model_without_workers_is_not_ready(patched: Bare):
-    patched.scale("one", 0)
-    try:
-        assert not is_ready(patched, "models/one")
-        answer = requests.get(f"{patched.inference}/v1/models/one", timeout=20)
-        assert (answer.status_code, answer.json()) == (503, {"name": "one", "ready": False})
-        with connect(patched.inference) as client:
-            assert not client.is_model_ready("one")
-            assert client.is_server_ready()
-            with pytest.raises(InferenceServerException, match="no workers") as raised:
-                client.infer("one", [files(b"x")])
-        assert raised.value.status() == "503"
-    finally:
-        patched.restore("one")
-
-
-def test_model_that_is_loading_is_not_ready_and_its_server_stays_ready(patched: Bare):
-    wait_for(partial(is_ready, patched), 30)
-    archive(patched.folder / "store", "slow", **PLAIN)
-    registration = {"url": "slow.mar", "initial_workers": "1", "synchronous": "false"}
-    assert requests.post(f"{patched.management}/models", params=registration, timeout=60).ok
-    try:
-        assert not is_ready(patched, "models/slow")
-        assert is_ready(patched)
-        wait_for(partial(is_ready, patched, "models/slow"), 30)
-    finally:
-        requests.delete(f"{patched.management}/models/slow", timeout=60)
-
-
-def test_server_is_not_ready_until_a_lost_worker_is_replaced(patched: Bare):
-    wait_for(partial(is_ready, patched), 30)
-    patched.break_workers("two")
-    psutil.Process(patched.workers("two")[0]).kill()
-    wait_for(lambda: not is_ready(patched), 20)
-    assert not is_ready(patched, "models/two")
-    assert is_ready(patched, "models/one")
-    (patched.folder / "break-two").unlink()
-    wait_for(partial(is_ready, patched), 30)
-    assert is_ready(patched, "models/two")
 
 
 # --- other routes -------------------------------------------------------------------------------------------------

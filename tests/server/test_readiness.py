@@ -1,0 +1,69 @@
+"""Readiness in the protocols of KServe and Triton, on a server of its own: others have models that are broken."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy
+import psutil
+import pytest
+import requests
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from tests.server.bare import MODELS, ONE_THREAD, PLAIN, Bare, archive, bare
+from tests.support import wait_for
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    models = {name: MODELS[name] for name in ("one", "two")}
+    with bare(tmp_path_factory.mktemp("readiness"), models, **ONE_THREAD) as started:
+        yield started
+
+
+def is_ready(server: Bare, what: str = "health") -> bool:
+    answer = requests.get(f"{server.inference}/v2/{what}/ready", timeout=20)
+    assert answer.json()["ready"] == (answer.status_code == 200)
+    return answer.json()["ready"]
+
+
+def test_model_without_workers_is_not_ready(server: Bare):
+    server.scale("one", 0)
+    try:
+        assert not is_ready(server, "models/one")
+        answer = requests.get(f"{server.inference}/v1/models/one", timeout=20)
+        assert (answer.status_code, answer.json()) == (503, {"name": "one", "ready": False})
+        with triton.InferenceServerClient(server.inference.removeprefix("http://")) as client:
+            assert not client.is_model_ready("one")
+            assert client.is_server_ready()
+            content = triton.InferInput("data", [1], "BYTES").set_data_from_numpy(numpy.array([b"x"], numpy.object_))
+            with pytest.raises(InferenceServerException, match="no workers") as raised:
+                client.infer("one", [content])
+        assert raised.value.status() == "503"
+    finally:
+        server.restore("one")
+
+
+def test_model_that_is_loading_is_not_ready_and_its_server_stays_ready(server: Bare):
+    wait_for(partial(is_ready, server), 30)
+    archive(server.folder / "store", "slow", **PLAIN)
+    registration = {"url": "slow.mar", "initial_workers": "1", "synchronous": "false"}
+    assert requests.post(f"{server.management}/models", params=registration, timeout=60).ok
+    try:
+        assert not is_ready(server, "models/slow")
+        assert is_ready(server)
+        wait_for(partial(is_ready, server, "models/slow"), 30)
+    finally:
+        requests.delete(f"{server.management}/models/slow", timeout=60)
+
+
+def test_server_is_not_ready_until_a_lost_worker_is_replaced(server: Bare):
+    wait_for(partial(is_ready, server), 30)
+    server.break_workers("two")
+    psutil.Process(server.workers("two")[0]).kill()
+    wait_for(lambda: not is_ready(server), 20)
+    assert not is_ready(server, "models/two")
+    assert is_ready(server, "models/one")
+    (server.folder / "break-two").unlink()
+    wait_for(partial(is_ready, server), 30)
+    assert is_ready(server, "models/two")
