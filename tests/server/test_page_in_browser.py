@@ -179,6 +179,8 @@ def test_camera_and_microphone_are_answered(visit):
     camera.get_by_label("Capture from camera").click()
     camera.get_by_text("Click to Access Webcam").click()
     camera.locator("video").wait_for()
+    # without a picture of the camera, a click has no effect
+    visitor.tab.wait_for_function("document.querySelector('#image-data video').videoWidth > 0")
     camera.get_by_label("capture photo").click()
     camera.locator("img").wait_for()
     assert "Explained in" in visitor.ask()
