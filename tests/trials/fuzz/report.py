@@ -17,7 +17,8 @@ from tests.trials.fuzz.serving import Run, Snapshot
 from tests.trials.fuzz.verdict import FAULTS, Tally
 from tests.trials.reliability import about
 
-GROWTH = 0.05  # limit: growth of resident memory over the second half of a run
+# limit: growth of resident memory over the second half of a run; after 300 requests, a worker's memory still settles
+GROWTH = 0.1
 
 
 def faults(run: Run) -> list[str]:
