@@ -37,9 +37,7 @@ class Server(uvicorn.Server):
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="page", description=__doc__)
-    parser.add_argument("--url", default="", help="of the server; by default, the one in --record")
     parser.add_argument("--record", type=Path, default=Path("build/run/server.json"), help="of the server")
-    parser.add_argument("--store", type=Path, default=Path("model_store"), help="the folder of its archives")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
     parser.add_argument("--files", type=Path, default=Path("build/page"), help="folder for the files that are sent")
@@ -68,7 +66,7 @@ def main() -> None:
     given = arguments()
     files = given.files.absolute()
     os.environ["GRADIO_TEMP_DIR"] = str(files)
-    served = Served(given.url, given.record, given.store)
+    served = Served(given.record)
     try:
         served.models()
         check_port(given.host, given.port)

@@ -113,25 +113,19 @@ class Form:
                 self.json = gradio.Code(
                     language="json", label="Answer", interactive=False, max_lines=40, elem_id=self.id("json")
                 )
-            with gradio.Tab("curl"):
-                self.curl = gradio.Code(
-                    language="shell",
-                    label="The same request",
-                    interactive=False,
-                    wrap_lines=True,
-                    elem_id=self.id("curl"),
-                )
-            with gradio.Tab("Python"):
-                self.python = gradio.Code(
-                    language="python",
-                    label="The same request",
-                    interactive=False,
-                    wrap_lines=True,
-                    elem_id=self.id("python"),
-                )
+            self.curl = self.program("curl", "shell")
+            self.python = self.program("Python", "python")
         self.outputs = [
             self.status, self.bars, self.picture, self.explanation, self.json, self.curl, self.python
         ]  # fmt: skip
+
+    def program(self, title: str, language: str) -> gradio.Code:
+        """Add a tab with the request as a program."""
+        with gradio.Tab(title):
+            name = self.id(title.lower())
+            return gradio.Code(
+                language=language, label="The same request", interactive=False, wrap_lines=True, elem_id=name
+            )
 
     # --- asking ----------------------------------------------------------------------------------------------------
 

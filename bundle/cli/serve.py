@@ -213,7 +213,7 @@ def page(
     python = environment / "bin" / "python"
     # -P: a file page.py in the current folder is not the page
     command = [str(python), "-P", "-m", "page", "--host", host, "--port", str(port)]
-    command += ["--record", str(server.record), "--store", str(server.store), "--files", str(server.run_dir / "page")]
+    command += ["--record", str(server.record), "--files", str(server.run_dir / "page")]
     command += ["--browser"] if browser else []
     os.execve(python, command, {**os.environ, "PYTHONPATH": str(ROOT)})
 

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -241,19 +240,14 @@ def test_json_with_long_strings_is_shortened():
 
 @pytest.fixture
 def recorded(httpserver: HTTPServer, tmp_path: Path) -> Served:
-    """A server of `price`, whose archive has its document."""
-    archive = tmp_path / "store" / "price.mar"
-    archive.parent.mkdir()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr(openapi.NAME, json.dumps(document_of("price")))
+    """A server, and the record of it."""
     record = {
         "inference": httpserver.url_for("").rstrip("/"),
         "management": "",
         "key_file": "",
-        "served": {"price": ""},
     }
     (tmp_path / "server.json").write_text(json.dumps(record))
-    return Served("", tmp_path / "server.json", archive.parent)
+    return Served(tmp_path / "server.json")
 
 
 def test_models_are_those_of_the_servers_document(recorded: Served, httpserver: HTTPServer):
@@ -261,15 +255,10 @@ def test_models_are_those_of_the_servers_document(recorded: Served, httpserver: 
     assert list(recorded.models()) == ["text"]
 
 
-def test_models_of_a_server_without_the_route_are_those_of_its_archives(recorded: Served, httpserver: HTTPServer):
+def test_server_that_does_not_describe_its_models_is_an_error(recorded: Served, httpserver: HTTPServer):
     httpserver.expect_request("/openapi.json").respond_with_data("", status=404)
-    assert list(recorded.models()) == ["price"]
-
-
-def test_server_by_url_that_describes_nothing_is_an_error(httpserver: HTTPServer, tmp_path: Path):
-    httpserver.expect_request("/openapi.json").respond_with_data("", status=404)
-    with pytest.raises(BundleError, match=re.escape("/openapi.json answers 404: nothing describes its models.")):
-        Served(httpserver.url_for("/"), tmp_path / "none", tmp_path).models()
+    with pytest.raises(BundleError, match=re.escape("/openapi.json answers 404: nothing describes the models.")):
+        recorded.models()
 
 
 def test_server_that_does_not_run_is_an_error_that_says_what_to_do(recorded: Served):
