@@ -1,7 +1,9 @@
 """Read pip's settings, and hand them over to uv, which reads neither pip's files nor its variables."""
 
 import ast
+import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -29,7 +31,6 @@ NEUTRAL = {
     "no-input", "no-python-version-warning", "no-warn-conflicts", "no-warn-script-location", "progress-bar", "proxy",
     "quiet", "require-virtualenv", "root-user-action", "use-feature", "verbose",
 }  # fmt: skip
-PYPI_URL = "https://pypi.org/simple"
 FALSE = {"", "0", "false", "no", "off"}
 
 
@@ -55,7 +56,7 @@ class PipSettings:
     def replaces_pypi(self) -> bool:
         """Whether packages come from elsewhere: another index, or folders of wheels."""
         named = [self.values.get("index-url"), *map(os.environ.get, ("UV_DEFAULT_INDEX", "UV_INDEX_URL"))]
-        return self.no_index or any(index and index.rstrip("/") != PYPI_URL for index in named)
+        return self.no_index or any(index and index.rstrip("/") != pypi() for index in named)
 
     @property
     def not_known_to_uv(self) -> list[str]:
@@ -78,7 +79,7 @@ class PipSettings:
         if extra := told.get("UV_INDEX"):
             # of equal versions, uv takes that of the first index, even if its wheel suits the system less
             own = environment.get("UV_DEFAULT_INDEX") or environment.get("UV_INDEX_URL")
-            told["UV_INDEX"] = f"{own or self.values.get('index-url', PYPI_URL)} {extra}"
+            told["UV_INDEX"] = f"{own or self.values.get('index-url') or pypi()} {extra}".strip()
         # pip trusts the system's certificates, too
         told["UV_SYSTEM_CERTS"] = "1"
         return {
@@ -91,6 +92,17 @@ class PipSettings:
         """Return variables for a pip that reads no files: all settings, except where packages come from."""
         kept = {option: value for option, value in self.values.items() if option not in (*SOURCES, "config-file")}
         return {f"PIP_{option.upper().replace('-', '_')}": value for option, value in kept.items()}
+
+
+@functools.cache
+def pypi() -> str:
+    """Return the URL of the index that pip uses without settings, which its help shows; "" without a pip."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    plain |= {"PIP_CONFIG_FILE": os.devnull, "COLUMNS": "1000"}  # in one line
+    command = [sys.executable, "-m", "pip", "--isolated", "install", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=plain)
+    found = re.search(r"--index-url .+\(default (\S+)\)", shown.stdout)
+    return found[1] if found else ""
 
 
 def parse(listed: str) -> dict[str, str]:

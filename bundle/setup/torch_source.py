@@ -47,7 +47,7 @@ class Probe(threading.Thread):
         self.found = all(has_cpu_build(self.index, name, self.pins[name]) for name in PACKAGES)
 
     def answer(self) -> bool:
-        """Return the result; False if there is none in time."""
+        """Return the result. Return False if the index does not answer within ANSWER_SECONDS."""
         self.join(ANSWER_SECONDS)
         return self.found
 

@@ -10,7 +10,7 @@ from bundle.paths import ROOT
 from bundle.setup import torch_source
 from bundle.setup.check_python import check
 from bundle.setup.packages import is_damaged, site_packages
-from bundle.setup.pip_settings import PipSettings, parse
+from bundle.setup.pip_settings import PipSettings, parse, pypi
 from bundle.setup.torch_source import DRIVER
 
 
@@ -62,10 +62,19 @@ def test_uv_gets_pips_settings_and_its_own_come_first():
     assert not told.keys() & {"UV_DEFAULT_INDEX", "HTTPS_PROXY"}
 
 
+def test_index_of_a_pip_without_settings_is_not_that_of_its_settings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "https://own/simple")
+    pypi.cache_clear()
+    assert re.fullmatch(r"https://\S+/simple", pypi())
+    assert pypi() != "https://own/simple"
+    assert PipSettings({"index-url": "https://own/simple"}).replaces_pypi
+    assert not PipSettings({"index-url": f"{pypi()}/"}).replaces_pypi
+
+
 def test_further_indexes_of_pip_come_after_its_first_one():
     """Of equal versions, uv takes that of the first index, even if its wheel suits the system less."""
     settings = PipSettings({"extra-index-url": "https://more/"})
-    assert settings.for_uv({})["UV_INDEX"] == "https://pypi.org/simple https://more/"
+    assert settings.for_uv({})["UV_INDEX"] == f"{pypi()} https://more/"
     assert settings.for_uv({"UV_DEFAULT_INDEX": "https://own/"})["UV_INDEX"] == "https://own/ https://more/"
 
 

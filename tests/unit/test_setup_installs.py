@@ -100,7 +100,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
         place = Place(tmp_path, cpu, pypi, tmp_path / "driver")
         for name, constants in {
             "torch_source.py": {repr(CPU_INDEX)[1:-1]: cpu.url, DRIVER[0]: str(place.driver), DRIVER[1]: "/none"},
-            "pip_settings.py": {"https://pypi.org/simple": pypi.url},
+            "pip_settings.py": {'found[1] if found else ""': repr(pypi.url)},
         }.items():
             file = tmp_path / "bundle" / "setup" / name
             text = file.read_text()
