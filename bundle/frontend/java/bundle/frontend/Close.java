@@ -22,12 +22,12 @@ public final class Close implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of("org/pytorch/serve/ServerInitializer");
+        return List.of(Code.INITIALIZER);
     }
 
     @Override
     public void change(ClassNode code) throws Refusal {
-        MethodNode pipeline = Code.method(code, "initChannel", "(Lio/netty/channel/Channel;)V");
+        MethodNode pipeline = Code.pipeline(code);
         Code.redirect(pipeline, Code.addedHandler(pipeline, "http"), Close.class, "addLast", false);
     }
 

@@ -32,6 +32,9 @@ final class Code {
     static final String HTTP_HANDLER = "org/pytorch/serve/http/HttpRequestHandler";
     static final String REST_JOB = "org/pytorch/serve/job/RestJob";
     static final String GRPC_JOB = "org/pytorch/serve/job/GRPCJob";
+    static final String INITIALIZER = "org/pytorch/serve/ServerInitializer"; // of a connection
+    static final String MODEL_MANAGER = "org/pytorch/serve/wlm/ModelManager";
+    static final String NETTY = "org/pytorch/serve/util/NettyUtils";
     static final String REQUEST_PARSER = "org/pytorch/serve/http/api/rest/InferenceRequestHandler";
     static final String PARSE_REQUEST =
             "(Lio/netty/channel/ChannelHandlerContext;Lio/netty/handler/codec/http/FullHttpRequest;"
@@ -63,6 +66,11 @@ final class Code {
             }
         }
         throw new Refusal("method " + name + descriptor + " is missing");
+    }
+
+    /** Return the method of INITIALIZER that adds the handlers of a new connection. */
+    static MethodNode pipeline(ClassNode initializer) throws Refusal {
+        return method(initializer, "initChannel", "(Lio/netty/channel/Channel;)V");
     }
 
     /** Check that a class has a field that the patch reads later, by reflection. */

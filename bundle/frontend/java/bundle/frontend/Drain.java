@@ -47,7 +47,7 @@ public final class Drain implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(SERVER, "org/pytorch/serve/util/NettyUtils");
+        return List.of(SERVER, Code.NETTY);
     }
 
     @Override

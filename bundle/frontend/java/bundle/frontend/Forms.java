@@ -33,7 +33,6 @@ import org.pytorch.serve.util.NettyUtils;
  * `curl -F "data=@text.txt;type=text/plain;charset=iso-8859-1"`, does not reach the handler, which expects UTF-8.
  */
 public final class Forms implements Patch {
-    private static final String NETTY = "org/pytorch/serve/util/NettyUtils";
     private static final String PARTS = "io/netty/handler/codec/http/multipart/";
 
     @Override
@@ -43,7 +42,7 @@ public final class Forms implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(Code.REQUEST_PARSER, Code.HTTP_HANDLER, NETTY);
+        return List.of(Code.REQUEST_PARSER, Code.HTTP_HANDLER, Code.NETTY);
     }
 
     @Override
@@ -51,7 +50,7 @@ public final class Forms implements Patch {
         if (code.name.equals(Code.REQUEST_PARSER)) {
             MethodNode parse = Code.method(code, "parseRequest", Code.PARSE_REQUEST);
             Code.begin(parse, Forms.class, "check", 1); // a static method's second parameter: the request
-        } else if (code.name.equals(NETTY)) {
+        } else if (code.name.equals(Code.NETTY)) {
             String field = "(L" + PARTS + "InterfaceHttpData;)Lorg/pytorch/serve/util/messages/InputParameter;";
             MethodNode read = Code.method(code, "getFormData", field);
             for (String kind : List.of("Attribute", "FileUpload")) {

@@ -70,8 +70,7 @@ public final class Lost implements Patch {
 
     @Override
     public List<String> classes() {
-        String manager = "org/pytorch/serve/wlm/ModelManager";
-        return List.of(WORKER, manager, MODEL, Code.REST_JOB, AGGREGATOR, Code.REQUEST_PARSER);
+        return List.of(WORKER, Code.MODEL_MANAGER, MODEL, Code.REST_JOB, AGGREGATOR, Code.REQUEST_PARSER);
     }
 
     @Override
@@ -88,7 +87,7 @@ public final class Lost implements Patch {
         if (code.name.equals(Code.REQUEST_PARSER)) {
             MethodNode parse = Code.method(code, "parseRequest", Code.PARSE_REQUEST);
             String id = "(Lio/netty/channel/Channel;)Ljava/lang/String;";
-            Code.redirectAll(parse, "org/pytorch/serve/util/NettyUtils", "getRequestId", id, Lost.class, "id", false);
+            Code.redirectAll(parse, Code.NETTY, "getRequestId", id, Lost.class, "id", false);
             return;
         }
         if (code.name.equals(AGGREGATOR)) {

@@ -22,7 +22,6 @@ import org.pytorch.serve.util.ConnectorType;
  * With this patch, calls on the management port run in threads of their own.
  */
 public final class Management implements Patch {
-    private static final String INITIALIZER = "org/pytorch/serve/ServerInitializer";
     private static final String TYPE = "Lorg/pytorch/serve/util/ConnectorType;";
     private static final int THREADS = 8; // management calls at the same time; further ones wait
 
@@ -33,17 +32,17 @@ public final class Management implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(INITIALIZER);
+        return List.of(Code.INITIALIZER);
     }
 
     @Override
     public void change(ClassNode code) throws Refusal {
-        MethodNode pipeline = Code.method(code, "initChannel", "(Lio/netty/channel/Channel;)V");
+        MethodNode pipeline = Code.pipeline(code);
         MethodInsnNode added = Code.addedHandler(pipeline, "handler");
         MethodInsnNode ours = Code.redirect(pipeline, added, Management.class, "addLast", true);
         // not the object itself, but its field
         pipeline.instructions.insertBefore(
-                ours, new FieldInsnNode(Opcodes.GETFIELD, INITIALIZER, "connectorType", TYPE));
+                ours, new FieldInsnNode(Opcodes.GETFIELD, Code.INITIALIZER, "connectorType", TYPE));
     }
 
     /** Add the handler of requests to a connection. */

@@ -69,8 +69,7 @@ public final class Overload implements Patch {
     }
 
     private static void redirectAdd(MethodNode in, String ours) throws Refusal {
-        String manager = "org/pytorch/serve/wlm/ModelManager";
-        MethodInsnNode add = Code.calls(in, manager, "addJob", "(Lorg/pytorch/serve/job/Job;)Z", 1).get(0);
+        MethodInsnNode add = Code.calls(in, Code.MODEL_MANAGER, "addJob", "(Lorg/pytorch/serve/job/Job;)Z", 1).get(0);
         Code.redirect(in, add, Overload.class, ours, false);
     }
 

@@ -1,7 +1,6 @@
 package bundle.frontend;
 
 import groovyjarjarasm.asm.tree.ClassNode;
-import groovyjarjarasm.asm.tree.MethodNode;
 import io.netty.channel.ChannelFutureListener;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelPipeline;
@@ -25,13 +24,12 @@ public final class Oversized implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of("org/pytorch/serve/ServerInitializer");
+        return List.of(Code.INITIALIZER);
     }
 
     @Override
     public void change(ClassNode code) throws Refusal {
-        MethodNode pipeline = Code.method(code, "initChannel", "(Lio/netty/channel/Channel;)V");
-        Code.replaceNew(Code.calls(pipeline, AGGREGATOR, "<init>", "(I)V", 1).get(0), Aggregator.class);
+        Code.replaceNew(Code.calls(Code.pipeline(code), AGGREGATOR, "<init>", "(I)V", 1).get(0), Aggregator.class);
     }
 
     /** Netty's collector of a request's parts, which also checks its size. */

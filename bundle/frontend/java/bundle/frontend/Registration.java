@@ -34,7 +34,6 @@ public final class Registration implements Patch {
     private static final String LOAD =
             NAMED + "IIIILjava/lang/String;ZZZ)Lorg/pytorch/serve/archive/model/ModelArchive;";
     private static final String UTILITIES = "org/pytorch/serve/util/ApiUtils";
-    private static final String MANAGER = "org/pytorch/serve/wlm/ModelManager";
     private static final ThreadLocal<ModelArchive> ARCHIVE = new ThreadLocal<>(); // of the call of a thread
 
     @Override
@@ -51,7 +50,7 @@ public final class Registration implements Patch {
     public void change(ClassNode code) throws Refusal {
         if (code.name.equals(UTILITIES)) {
             MethodNode handle = Code.method(code, "handleRegister", NAMED + "IIIIIZZZ)" + ANSWER);
-            Code.redirectAll(handle, MANAGER, "registerModel", LOAD, Registration.class, "load", false);
+            Code.redirectAll(handle, Code.MODEL_MANAGER, "registerModel", LOAD, Registration.class, "load", false);
             return;
         }
         String handler = "(Lio/netty/channel/ChannelHandlerContext;"

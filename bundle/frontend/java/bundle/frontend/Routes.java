@@ -34,7 +34,6 @@ import org.pytorch.serve.wlm.WorkerInitializationException;
  * tensors, and with a readiness that is always true.
  */
 public final class Routes implements Patch {
-    private static final String NETTY = "org/pytorch/serve/util/NettyUtils";
     static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
     private static final String JSON_SIZE = "inference-header-content-length";
     private static final AttributeKey<Boolean> OPEN_INFERENCE = AttributeKey.valueOf("bundle.open_inference");
@@ -46,7 +45,7 @@ public final class Routes implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(Code.HTTP_HANDLER, Code.REQUEST_PARSER, NETTY);
+        return List.of(Code.HTTP_HANDLER, Code.REQUEST_PARSER, Code.NETTY);
     }
 
     @Override

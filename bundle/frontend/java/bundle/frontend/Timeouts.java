@@ -25,7 +25,6 @@ import org.pytorch.serve.util.messages.WorkerCommands;
  * becomes free also computes the first request of its batch if that has timed out in the queue; here it does not.
  */
 public final class Timeouts implements Patch {
-    private static final String MANAGER = "org/pytorch/serve/wlm/ModelManager";
     private static final String MODEL = "org/pytorch/serve/wlm/Model";
     private static volatile Thread clockThread;
     private static final ScheduledExecutorService CLOCK = Executors.newSingleThreadScheduledExecutor(run -> {
@@ -46,7 +45,7 @@ public final class Timeouts implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(Code.REST_JOB, Code.GRPC_JOB, MANAGER, MODEL);
+        return List.of(Code.REST_JOB, Code.GRPC_JOB, Code.MODEL_MANAGER, MODEL);
     }
 
     @Override
