@@ -17,8 +17,7 @@ from tests.trials.fuzz.serving import Run, Snapshot
 from tests.trials.fuzz.verdict import FAULTS, Tally
 from tests.trials.reliability import about
 
-# limit: growth of resident memory over the second half of a run; after 300 requests, a worker's memory still settles
-GROWTH = 0.1
+GROWTH = 0.05  # limit: growth of resident memory over the second half of a run
 
 
 def faults(run: Run) -> list[str]:

@@ -22,6 +22,7 @@ from tests.trials.fuzz.verdict import Answer, Tally, agree, scores
 
 ROUNDS = 20  # parts of the run; after each, the server gets no requests and its memory is read
 BURST, GOOD = 12, 4  # mutated and valid requests that one model gets at the same time
+BUSY = 0.2  # seconds, in which no worker ends its first explanation
 SETTLE = 1.0  # s without requests before memory is read
 PRIMING, AT_ONCE = 64, 8  # bodies of the largest size before the first case, because the heap grows to its usual size
 DEFAULT_DEADLINE = 30.0  # s, if a model's config has no responseTimeout
@@ -105,6 +106,7 @@ class Fuzzer:
             for model in self.models:
                 self.neighbours[model] = await self.ask_alone(model)
             await self.fill_heap()
+            await asyncio.gather(*map(self.explain_once, self.models))
             edges = [cases * turn // ROUNDS for turn in range(ROUNDS + 1)]
             self.take_snapshot(0)
             for first, end in zip(edges, edges[1:], strict=False):
@@ -144,9 +146,18 @@ class Fuzzer:
         for _ in range(PRIMING // AT_ONCE):
             await asyncio.gather(*(self.ask(large.model, large) for _ in range(AT_ONCE)))
 
-    def good_case(self, model: str, content: bytes) -> Case:
+    async def explain_once(self, model: str) -> None:
+        """Have each worker explain an answer: what the first explanation imports is not a leak."""
+        explanation = self.good_case(model, good(model)["sample"], "explanations")
+        asked = []
+        for _ in self.client.describe(model)["workers"]:
+            asked.append(asyncio.create_task(self.ask(model, explanation)))
+            await asyncio.sleep(BUSY)  # the worker that has taken it does not take the next one
+        await asyncio.gather(*asked)
+
+    def good_case(self, model: str, content: bytes, verb: str = "predictions") -> Case:
         own = tuple(headers(model).items())
-        return Case(self.seed, -1, model, "POST", f"/predictions/{model}", own, content, False, "good")
+        return Case(self.seed, -1, model, "POST", f"/{verb}/{model}", own, content, False, "good")
 
     async def send_all(self, model: str, numbers: range) -> None:
         """Send those of these cases that are the model's."""
