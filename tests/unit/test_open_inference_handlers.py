@@ -95,7 +95,7 @@ def test_subclass_with_an_answer_of_its_own_inherits_no_columns():
             return {"digit": 1}
 
         def decode(self, inputs):
-            raise NotImplementedError
+            return super().decode(inputs)
 
     assert columns(MNISTHandler())
     assert columns(Own()) == ()
