@@ -153,7 +153,7 @@ ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-z
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 restarted-servers other-servers
+	@$(MAKE) --no-print-directory --keep-going --jobs 3 servers-a-f servers-g-o servers-p-z
 endif
 
 fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
@@ -177,7 +177,7 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units slow-units-a-d slow-units-e-z restarted-servers other-servers
+.PHONY: check fast-units slow-units-a-d slow-units-e-z servers-a-f servers-g-o servers-p-z
 check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
@@ -188,14 +188,9 @@ fast-units: dev .venv/loadtest.done
 slow-units-a-d slow-units-e-z: slow-units-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
 
-# their tests mostly wait for servers to start and to end, so they run beside the others
-RESTARTED = $(addprefix tests/server/test_,operation.py supervised.py tokens.py)
-
-restarted-servers: dev
-	$(BIN)/python -m pytest $(RESTARTED)
-
-other-servers: dev .venv/loadtest.done
-	$(BIN)/python -m pytest tests/server $(addprefix --ignore ,$(RESTARTED))
+# in three parts: they often wait for servers to start and to end
+servers-a-f servers-g-o servers-p-z: servers-%: dev .venv/loadtest.done
+	$(BIN)/python -m pytest tests/server/test_[$*]*.py
 
 lock: dev  ## update requirements/*.txt to the newest versions
 	cd requirements && set -e && for set in serve dev loadtest kserve page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
