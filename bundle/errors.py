@@ -2,7 +2,7 @@
 
 BundleError (1)          the command failed
 ├── UsageError (2)       an argument is invalid
-└── NotRunning (3)       the server that the command needs is not running
+└── NotRunning (3)       the server that the command needs is not running, or does not serve the model
 """
 
 
@@ -31,6 +31,6 @@ class UsageError(BundleError):
 
 
 class NotRunning(BundleError):
-    """The server that the command needs is not running."""
+    """The server that the command needs is not running, or does not serve the model."""
 
     status = 3

@@ -26,10 +26,12 @@ class Failure:
     Attributes:
         status: of HTTP; None if no server was asked, or none answered.
         message: the server's, or the reason why the input was not sent or not answered.
+        type: the server's name of the error, by which programs tell errors apart; None if it has none.
     """
 
     status: int | None
     message: str
+    type: str | None = None
 
     @property
     def retriable(self) -> bool:

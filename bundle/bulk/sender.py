@@ -20,8 +20,8 @@ from yarl import URL
 
 from bundle.bulk.inputs import Input
 from bundle.bulk.record import Failure
-from bundle.errors import BundleError, NotRunning
-from bundle.server.client import Client
+from bundle.errors import NotRunning
+from bundle.server.client import UNKNOWN_MODEL, Client
 from bundle.server.http import ca_file
 
 ANSWER_SECONDS = 300  # timeout of one request: TorchServe itself answers earlier, after a model's `responseTimeout`
@@ -29,7 +29,6 @@ CONNECT_SECONDS = 10
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15  # seconds between the tries of an input; each pause is twice as long as the last
 JITTER = 1.25  # inputs that were rejected together are not sent again together
 KEY_SECONDS = 1  # a key is read again after this time
-UNKNOWN_MODEL = ("ModelNotFoundException", "ModelVersionNotFoundException")
 INVALID_KEY = "InvalidKeyException"
 # the server guesses nothing from these, and an answer need not be decompressed
 AUTOMATIC = ("Content-Type", "User-Agent", "Accept", "Accept-Encoding")
@@ -146,8 +145,7 @@ class Sender:
             finish: takes an input's name, and its answer or Failure.
 
         Raises:
-            NotRunning: no server has accepted a request for `patience` seconds.
-            BundleError: the model is not served any more.
+            NotRunning: no server has accepted a request for `patience` seconds, or the model is not served any more.
         """
         feed = Feed(inputs, 2 * self.concurrency)
         connector = aiohttp.TCPConnector(limit=self.concurrency, ssl=trusted(self.client.inference))
@@ -198,7 +196,7 @@ class Sender:
 
         Raises:
             Rejected: there is no answer.
-            BundleError: the model is not served any more.
+            NotRunning: the model is not served any more.
         """
         try:
             headers = item.headers | await self._authorization()
@@ -215,9 +213,9 @@ class Sender:
             self._key_read = float("-inf")
             raise Rejected(Failure(None, f"The server rejects the key: {message}"), away=True)
         if kind in UNKNOWN_MODEL:
-            raise BundleError(f"{self.url} does not exist any more: {message}")
+            raise NotRunning(f"{self.url} does not exist any more: {message}")
         self._heard = time.monotonic()
-        failure = Failure(response.status, message or response.reason or "")
+        failure = Failure(response.status, message or response.reason or "", kind or None)
         raise Rejected(failure, seconds_to_wait(response.headers.get("Retry-After", "")))
 
     async def _authorization(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ Results go to standard output, so that they can be piped. Everything else goes t
 errors.
 
 Exit status: 0 for success; 1 for a failure, a bug's traceback included; 2 for an invalid argument; 3 where no server
-runs; 130 after Ctrl-C, 143 after SIGTERM.
+runs, or none that serves the model; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import logging

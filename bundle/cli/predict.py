@@ -17,10 +17,12 @@ from bundle.errors import BundleError, NotRunning, UsageError
 if TYPE_CHECKING:
     from bundle.bulk.inputs import Source
     from bundle.bulk.record import Record
+    from bundle.server.client import Client
     from bundle.server.process import Running
 
 app = typer.Typer()
 REFRESH_SECONDS = 0.2  # of the progress bar
+PREDICTIONS = 64  # requests at the same time
 
 
 @app.command(
@@ -57,8 +59,15 @@ def predict(
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Ask for explanations instead of predictions.")] = False,
     concurrency: Annotated[
-        int, typer.Option("--concurrency", "-c", min=1, max=1024, help="Requests at the same time, for many inputs.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--concurrency",
+            "-c",
+            min=1,
+            max=1024,
+            help="Requests at the same time, for many inputs. By default, 64; for explanations, one for each worker.",
+        ),
+    ] = None,
     patience: Annotated[
         float,
         typer.Option(
@@ -75,7 +84,8 @@ def predict(
     run: it writes one JSON line for each input, as soon as it is answered or has failed. Progress goes to standard
     error.
 
-    Exit with 0 if all inputs are answered, with 1 if one has failed, with 3 if no server is running.
+    Exit with 0 if all inputs are answered, with 1 if one has failed, with 3 if no server is running or it does not
+    serve the model.
     """
     options = dict(pair(text) for text in option or [])
     places = inputs or []
@@ -159,21 +169,23 @@ def ask(model: str, file: Path, options: dict[str, str], explain: bool) -> objec
     """Return the answer to a file over HTTP.
 
     Raises:
-        BundleError: it is an error, or not JSON.
+        NotRunning: no server runs, or it does not serve the model.
+        BundleError: the answer is an error, or not JSON.
     """
     from bundle.samples import headers
 
     with opening(file):
         content = file.read_bytes()
     client = server().client()
-    return checked(model, client.predict(model, content, None, headers(file), options, explain).content)
+    return checked(client, model, client.predict(model, content, None, headers(file), options, explain).content)
 
 
 def ask_grpc(model: str, file: Path, *_: object) -> object:
     """Return the answer to a file over gRPC.
 
     Raises:
-        BundleError: it is an error, or not JSON; or the file is not the JSON that its name promises.
+        NotRunning: no server runs, or it does not serve the model.
+        BundleError: the answer is an error, or not JSON; or the file is not the JSON that its name promises.
     """
     from bundle.samples import grpc_fields
 
@@ -184,26 +196,35 @@ def ask_grpc(model: str, file: Path, *_: object) -> object:
         raise UsageError(f"{file} is not valid JSON: {exc}") from exc
     running = server()
     from bundle.server import grpc_client  # imports grpcio, which HTTP need not wait for
+    from bundle.server.client import UNKNOWN_MODEL
 
+    client = running.client()
     try:
         authorization = keys.header("inference") if (keys := running.keys()) else None
-        return checked(model, grpc_client.predict(running.grpc, model, fields, authorization=authorization))
+        return checked(client, model, grpc_client.predict(running.grpc, model, fields, authorization=authorization))
     except grpc_client.GrpcError as exc:
+        if any(kind in exc.details for kind in UNKNOWN_MODEL):
+            raise client.not_served(model) from exc
         raise BundleError(str(exc)) from exc
 
 
-def checked(model: str, body: bytes) -> object:
+def checked(client: "Client", model: str, body: bytes) -> object:
     """Return an answer.
 
     Raises:
-        BundleError: it is an error, or not JSON.
+        NotRunning: the model is not served.
+        BundleError: the answer is an error, or not JSON.
     """
+    from bundle.server.client import UNKNOWN_MODEL
+
     try:
         answer = json.loads(body)
     except ValueError as exc:
         raise BundleError(f"{model} answered {len(body)} bytes that are not JSON.") from exc
     # over gRPC, TorchServe keeps the body of an error and drops its status
     if isinstance(answer, dict) and answer.keys() >= {"code", "type", "message"}:
+        if answer["type"] in UNKNOWN_MODEL:
+            raise client.not_served(model)
         raise BundleError(f"{model} answered {answer['code']} {answer['type']}: {answer['message']}")
     return answer
 
@@ -217,10 +238,13 @@ def predict_all(
     resume: bool,
     options: dict[str, str],
     explain: bool,
-    concurrency: int,
+    concurrency: int | None,
     patience: float,
 ) -> None:
     """Send all inputs of a source, and write their lines.
+
+    Args:
+        concurrency: by default, `PREDICTIONS`, or as many explanations as the model has workers.
 
     Raises:
         NotRunning: the server does not run, or does not serve the model; or it has not answered for too long.
@@ -236,12 +260,13 @@ def predict_all(
         raise UsageError("--resume continues a file: name it with --output.")
     client = server().client()
     check_certificate(client.inference)
-    if client.describe(model) is None:
-        there = client.models()
-        raise NotRunning(
-            f"{model} is not served; there are: {', '.join(there) or 'none'}. If it has a folder in models/, serve it, "
-            f'too: make serve MODELS="{" ".join([*there, model])}"'
-        )
+    described = client.describe(model)
+    if described is None:
+        raise client.not_served(model)
+    if concurrency is None:
+        # a worker explains one input after the other, and all of its batch within max_explain_seconds: those that come
+        # with others are not faster, and are rejected when the others have taken the time
+        concurrency = max(1, len(described["workers"])) if explain else PREDICTIONS
     sender = Sender(client, path(model, explain=explain), options, concurrency, patience)
     with recording(output, resume) as record:
         began = time.monotonic()

@@ -66,7 +66,8 @@ def profile(running: Running, settings: Settings, folder: ModelFolder, concurren
     Half of the time is for the measurements and half for the graph, because sampling slows the worker down.
 
     Raises:
-        BundleError: the model is not served, py-spy or wrk is missing, py-spy has no permission to read a worker's
+        NotRunning: the model is not served.
+        BundleError: it has no workers, py-spy or wrk is missing, py-spy has no permission to read a worker's
             memory, or the server requires tokens.
     """
     if running.keys():  # wrk takes headers as arguments, which every user of the machine can read
@@ -113,12 +114,15 @@ def worker_pids(client: Client, folder: ModelFolder) -> list[int]:
     """Return the process ids of the model's workers.
 
     Raises:
-        BundleError: the model is not served, or has no workers.
+        NotRunning: the model is not served.
+        BundleError: it has no workers.
     """
     described = client.describe(folder.name)
-    pids = [worker["pid"] for worker in (described or {}).get("workers", []) if worker["pid"] > 0]
+    if described is None:
+        raise client.not_served(folder.name)
+    pids = [worker["pid"] for worker in described["workers"] if worker["pid"] > 0]
     if not pids:
-        raise BundleError(f"{folder.name} is not served, or has no workers. Start it: make serve MODELS={folder.name}")
+        raise BundleError(f"{folder.name} has no workers. Start them, or see why they do not start: make serve")
     return pids
 
 

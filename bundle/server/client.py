@@ -9,7 +9,7 @@ from functools import partial
 import requests
 
 from bundle.catalog import ModelFolder
-from bundle.errors import BundleError
+from bundle.errors import BundleError, NotRunning
 from bundle.paths import relative
 from bundle.samples import first, headers
 from bundle.server.http import SECONDS, Session, ca_file, session
@@ -17,6 +17,7 @@ from bundle.server.keys import Api, Keys
 
 DESCRIPTION_SECONDS = 10  # a healthy server describes its models faster
 MANAGEMENT_SECONDS = 150  # more than unregister_model_timeout, which is 120
+UNKNOWN_MODEL = ("ModelNotFoundException", "ModelVersionNotFoundException")  # types of errors
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class Client:
         listed = session.get(f"{self.management}/models", params=params, auth=auth, timeout=SECONDS)
         listed.raise_for_status()
         return [model["modelName"] for model in listed.json()["models"]]
+
+    def not_served(self, model: str) -> NotRunning:
+        """Return the error of a command whose model is not registered."""
+        there = self.models()
+        return NotRunning(
+            f"{model} is not served; there are: {', '.join(there) or 'none'}. If it has a folder in models/, serve it, "
+            f'too: make serve MODELS="{" ".join([*there, model])}"'
+        )
 
     def versions(self, model: str) -> list[dict]:
         """Return the management API's description of every version; an empty list if `model` is not registered."""

@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 from bundle.paths import MODELS
 from tests.server.place import Place
@@ -50,6 +52,11 @@ def test_folder_is_answered_beside_its_bad_files_and_not_sent_again(served: Plac
         "empty.jpg": 400,
         "large.jpg": 413,
     }
+    assert {name: error["type"] for name, error in errors.items()} == {
+        "notes.txt": "UndecodableImage",
+        "empty.jpg": "EmptyInput",
+        "large.jpg": "BodyTooLarge",
+    }
     assert errors["notes.txt"]["message"].startswith("The input is not an image in a supported format")
     ranked = [line["answer"]["top_k"] for line in found.values() if "answer" in line]
     assert Counter((len(classes), classes[0]["label"]) for classes in ranked) == {(1, "airplane"): COPIES}
@@ -75,3 +82,22 @@ def test_texts_and_json_requests_are_answered_line_by_line(served: Place, tmp_pa
     assert found[2]["error"]["status"] == 400
     [answer] = found[3]["answer"]["predictions"]
     assert [each["label"] for each in answer["top_k"]] == ["tell_joke"]
+
+
+def rejections(place: Place) -> float:
+    """Return how many requests the handlers have answered with 429."""
+    exposed = requests.get(f"{place.url('metrics_address')}/metrics", timeout=30).text
+    samples = [sample for family in text_string_to_metric_families(exposed) for sample in family.samples]
+    return sum(
+        each.value for each in samples if each.name == "bundle_requests_total" and each.labels["Status"] == "429"
+    )
+
+
+def test_explanations_of_many_inputs_are_not_rejected(served: Place, tmp_path: Path):
+    for number in range(64):  # in two batches at the same time, they would take longer than max_explain_seconds
+        shutil.copy(MODELS / "audio" / "sample.wav", tmp_path / f"{number}.wav")
+    before, output = rejections(served), tmp_path / "answers.jsonl"
+    ended = served.bundle("predict", "audio", str(tmp_path), "--output", str(output), "--explain")
+    assert ended.returncode == 0, ended.stderr
+    assert {line["answer"]["target"]["label"] for line in by_name(output).values()} == {"yes"}
+    assert rejections(served) == before

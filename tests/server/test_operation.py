@@ -110,6 +110,13 @@ def test_predict_prints_the_answer_or_the_reason_of_a_rejection(served):
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
+@pytest.mark.parametrize("options", [[], ["--grpc"], ["--explain"], ["--output", "nothing.jsonl"]])
+def test_predict_of_a_model_that_is_not_served_exits_3(served, options: list[str]):
+    rejected = served.bundle("predict", "nonesuch", "README.md", *options)
+    assert (rejected.returncode, rejected.stdout) == (3, "")
+    assert rejected.stderr.startswith("error: nonesuch is not served; there are: audio, image, mnist, text.")
+
+
     [
         (["status"], "mnist"),
         (["predict", "mnist"], '"top_3_classes":[3'),

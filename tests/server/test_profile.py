@@ -34,10 +34,10 @@ def test_profile_sends_a_json_sample_as_json(place: Place):
     assert re.search(r"\b0 failed", profiled.stdout), profiled.stdout
 
 
-def test_profile_of_a_model_that_is_not_served_exits_1(served: Place):
+def test_profile_of_a_model_that_is_not_served_exits_3(served: Place):
     profiled = served.bundle("profile", "imagenet")
-    assert profiled.returncode == 1
-    assert "not served" in profiled.stderr
+    assert profiled.returncode == 3
+    assert "imagenet is not served; there are: audio, image, mnist, text." in profiled.stderr
 
 
 def test_profile_without_permission_for_py_spy_fails_before_the_load(monkeypatch: pytest.MonkeyPatch):

@@ -23,6 +23,7 @@ from bundle.server.process import Running
 from tests import programs
 
 MODEL = "/predictions/echo"
+WORKERS = 3
 
 
 def rejected(status: int, message: str = "no", kind: str = "Rejected", **headers: str) -> Response:
@@ -53,8 +54,11 @@ class Echo:
 
     def __post_init__(self) -> None:
         self.gate.set()
-        self.server.expect_request("/models/echo").respond_with_json([{"modelName": "echo", "workers": []}])
+        workers = [{"id": str(9000 + number), "status": "READY"} for number in range(WORKERS)]
+        self.server.expect_request("/models/echo").respond_with_json([{"modelName": "echo", "workers": workers}])
         self.server.expect_request("/models/nonesuch").respond_with_json({}, status=404)
+        unknown = rejected(404, "Model not found: nonesuch", "ModelNotFoundException")
+        self.server.expect_request("/predictions/nonesuch").respond_with_response(unknown)
         self.server.expect_request("/models").respond_with_json({"models": [{"modelName": "echo", "modelUrl": "e"}]})
         for path in (MODEL, "/explanations/echo"):
             self.server.expect_request(path, method="POST").respond_with_handler(self.respond)
@@ -71,7 +75,7 @@ class Echo:
 
     def record(self, inference: str, key_file: str = "") -> None:
         """Write the record of a running server, with this process as its process."""
-        running = Running(os.getpid(), start_mark(os.getpid()), "", {}, "", inference, self.url, "", key_file)
+        running = Running(os.getpid(), start_mark(os.getpid()), "", {}, {}, inference, self.url, "", key_file)
         self.run_dir.mkdir(exist_ok=True)
         (self.run_dir / "server.json").write_text(json.dumps(asdict(running)))
 

@@ -20,7 +20,7 @@ from bundle.cli.app import app
 from tests import programs
 from tests.certificates import Authority
 from tests.support import wait_for
-from tests.unit.answering import Echo, Serve, answers, lines, rejected
+from tests.unit.answering import WORKERS, Echo, Serve, answers, lines, rejected
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def test_names_are_read_from_standard_input_and_bad_files_are_errors(echo: Echo,
     found = {Path(line["file"]).name: line for line in map(json.loads, out.splitlines())}
     assert found["a"]["answer"] == {"you": "a"}
     assert found["c"]["answer"] == {"you": "c"}
-    missing = {"status": None, "message": "The file cannot be read: No such file or directory."}
+    missing = {"status": None, "message": "The file cannot be read: No such file or directory.", "type": None}
     assert found["gone"]["error"] == found["link"]["error"] == missing
 
 
@@ -140,6 +140,22 @@ def test_options_and_explanations_are_in_the_url(echo: Echo, abc: Path):
     assert (echo.query, echo.server.log[-1][0].path) == ("top_k=1", "/explanations/echo")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "at_once"), [(["--explain"], WORKERS), (["--explain", "--concurrency", 5], 5), ([], 8)]
+)
+def test_explanations_are_asked_for_one_per_worker(echo: Echo, tmp_path: Path, arguments: list, at_once: int):
+    echo.gate.clear()
+    texts, output = tmp_path / "texts.txt", tmp_path / "out.jsonl"
+    texts.write_text("".join(f"text {number}\n" for number in range(8)))
+    with echo.start(texts, "--lines", "--output", output, *arguments) as run:
+        wait_for(lambda: len(echo.times) >= at_once)
+        time.sleep(0.5)
+        assert len(echo.times) == at_once
+        echo.gate.set()
+        assert run.wait(30) == 0
+    assert len(lines(output)) == 8
+
+
 # --- answers --------------------------------------------------------------------------------------------------------
 
 
@@ -166,15 +182,23 @@ def test_answer_of_any_kind_is_one_line(echo: Echo, abc: Path, response: Respons
 
 @pytest.mark.parametrize("status", [400, 404, 413, 415, 500, 507])
 def test_final_error_is_not_repeated(echo: Echo, abc: Path, status: int):
-    echo.errors["b"] = [rejected(status, "the reason")]
+    echo.errors["b"] = [rejected(status, "the reason", "TheType")]
     output = abc.parent / "out.jsonl"
     assert echo.predict(abc, "--output", output).status == 1
     assert {line["file"]: line.get("error") for line in lines(output)} == {
         str(abc / "a"): None,
-        str(abc / "b"): {"status": status, "message": "the reason"},
+        str(abc / "b"): {"status": status, "message": "the reason", "type": "TheType"},
         str(abc / "c"): None,
     }
     assert echo.asked["b"] == 1
+
+
+def test_error_that_is_not_torchserves_has_no_type(echo: Echo, abc: Path):
+    echo.errors["a"] = [Response("<h1>Too large</h1>", 413, content_type="text/html")]
+    output = abc.parent / "out.jsonl"
+    assert echo.predict(abc / "a", "--output", output).status == 1
+    [line] = lines(output)
+    assert line["error"] == {"status": 413, "message": "<h1>Too large</h1>", "type": None}
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
@@ -286,14 +310,16 @@ def test_model_that_is_removed_ends_the_run(echo: Echo, abc: Path):
     echo.errors["b"] = [rejected(404, "Model not found: echo", "ModelNotFoundException")]
     output = abc.parent / "out.jsonl"
     ended = echo.predict(abc, "--output", output, "--concurrency", 1)
-    assert ended.status == 1
+    assert ended.status == 3
     assert "does not exist any more: Model not found: echo" in ended.stderr
     assert answers(output) == {"a": "a"}
 
 
-def test_unknown_model_is_one_message_and_writes_nothing(echo: Echo, abc: Path):
+@pytest.mark.parametrize("many", [True, False])
+def test_unknown_model_is_one_message_and_writes_nothing(echo: Echo, abc: Path, many: bool):
     output = abc.parent / "out.jsonl"
-    ended = programs.run(app, "predict", "nonesuch", str(abc), "--output", str(output))
+    arguments = [str(abc), "--output", str(output)] if many else [str(abc / "a")]
+    ended = programs.run(app, "predict", "nonesuch", *arguments)
     message = (
         "error: nonesuch is not served; there are: echo. If it has a folder in models/, serve it, too: "
         'make serve MODELS="echo nonesuch"\n'
