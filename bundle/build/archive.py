@@ -1,6 +1,6 @@
 """Build a model folder's archive, NAME.mar, if it is missing or out of date."""
 
-import hashlib
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bundle.catalog import ModelFolder
+from bundle.digests import changed, digest
 from bundle.files import replacing
 from bundle.paths import HANDLER_REQUIREMENTS, HANDLERS, MODEL_STORE, MODELS, ROOT
 from bundle.signing import key_id, key_of, seal
@@ -22,7 +23,7 @@ class Archive:
 
     Attributes:
         rebuilt: whether it was out of date or missing.
-        notes: what the build found out, a line each.
+        notes: what has changed since the build before, and what the build found out, a line each.
     """
 
     path: Path
@@ -43,8 +44,9 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
     target = store / f"{folder.name}.mar"
     record = target.with_suffix(".fingerprint")
     key = key_of("SIGNING_KEY")
-    content, signer = fingerprint(folder), key_id(key)
-    if not force and target.is_file() and is_current(record, content, signer):
+    inputs, signer = fingerprint(folder), key_id(key)
+    recorded = read_record(record)
+    if not force and target.is_file() and is_current(recorded, inputs, signer):
         return Archive(target, rebuilt=False)
     from bundle.build import contents  # imports torch, which takes seconds
 
@@ -54,36 +56,49 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
         seal(built, key)
         with replacing(target) as partial:
             shutil.move(built, partial)
-    record.write_text(f"{content} {signer}".rstrip())
+    record.write_text(json.dumps({"inputs": inputs, "signer": signer}, indent=1))
+    if recorded and (names := changed(recorded["inputs"], inputs)):
+        notes = [f"changed since its last build: {names}", *notes]
     return Archive(target, True, notes)
 
 
-def is_current(record: Path, content: str, signer: str) -> bool:
-    """Return whether an archive was built of this content and signed with this key.
+def read_record(file: Path) -> dict:
+    """Return what the file beside an archive says of its build; {} if there is none, or one of an earlier bundle."""
+    try:
+        recorded = json.loads(file.read_text())
+        return recorded if isinstance(recorded, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def is_current(recorded: dict, inputs: dict[str, str], signer: str) -> bool:
+    """Return whether an archive was built of these inputs and signed with this key.
 
     Args:
-        record: the file beside the archive that says so.
-        content: of `fingerprint`.
+        recorded: of `read_record`.
+        inputs: of `fingerprint`.
         signer: of `key_id`. Without a key (""), a signed archive is current, too: building it again would lose the
             signature.
     """
-    recorded = record.read_text().split(" ") if record.is_file() else []
-    return recorded[:1] == [content] and (not signer or recorded[1:] == [signer])
+    return recorded.get("inputs") == inputs and (not signer or recorded["signer"] == signer)
 
 
-def fingerprint(folder: ModelFolder) -> str:
-    """Return a digest of everything that decides the archive's content: the folder, the handlers, the build's code."""
+def fingerprint(folder: ModelFolder) -> dict[str, str]:
+    """Return a digest of each part that decides the archive's content: the folder, the handlers, the build's code.
+
+    Returns:
+        by file, in the folder as NAME/FILE wherever it lies; and the versions of the packages, by package.
+    """
     ours = [HANDLER_REQUIREMENTS, HANDLERS / "__init__.py", *(HANDLERS / "core").glob("*.py"), MODELS / "weights.py"]
     ours += [file for builder in BUILDERS for file in builder.glob("*.py")]
     own = [file for file in folder.path.rglob("*") if file.is_file() and file.name not in NOT_ARCHIVED]
-    inputs = [(str(file.relative_to(ROOT)), file) for file in ours]
-    # relative to the folder, because the digest must be the same wherever the folder lies
-    inputs += [(str(file.relative_to(folder.path)), file) for file in own if "__pycache__" not in file.parts]
+    own = [file for file in own if "__pycache__" not in file.parts]
+    handler, inside = folder.handler_file, folder.path
+    (own if handler.is_relative_to(inside) else ours).append(handler)
+    files = {str(file.relative_to(ROOT)): file for file in ours}
+    files |= {f"{folder.name}/{file.relative_to(inside)}": file for file in own}
     # listed files may lie outside of the folder, and have one of the names that are not archived otherwise
-    inputs += [(folder.bundle.handler, folder.handler_file), *zip(folder.bundle.files, folder.extra_files, strict=True)]
-    digest = hashlib.sha256()
-    for name, file in sorted(inputs):
-        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    for package in ("torch", "torchvision", "torchaudio", "torch-model-archiver"):
-        digest.update(f"{package} {version(package)}\n".encode())
-    return digest.hexdigest()
+    listed = zip(folder.bundle.files, folder.extra_files, strict=True)
+    files |= {f"{folder.name}/{name}": file for name, file in listed}
+    packages = {name: version(name) for name in ("torch", "torchvision", "torchaudio", "torch-model-archiver")}
+    return {name: digest(file.read_bytes()) for name, file in files.items()} | packages

@@ -30,12 +30,17 @@ def serve(models: Models = None, timeout: Annotated[float, Timeout] = 300) -> No
 
     Only archives that are out of date are built. A model works when its workers are READY and it has answered its own
     sample correctly. The server stays in the background: `bundle stop` ends it.
+
+    A server that runs gets models that are new. It is restarted if anything else has changed: a setting, an archive, or
+    which of its models to serve.
     """
     from bundle import catalog
     from bundle.paths import relative
     from bundle.server.bring_back import bring_back
     from bundle.server.client import curl_lines
     from bundle.server.process import Server
+    from bundle.server.restart import restart_reason
+    from bundle.server.rollout import add
 
     folders = catalog.select(models or [])
     server = Server()
@@ -44,25 +49,33 @@ def serve(models: Models = None, timeout: Annotated[float, Timeout] = 300) -> No
     with server.lock():
         build(folders, server.store)
         running = server.running()
-        if running and not server.is_current(running, folders):
+        if running and (reason := restart_reason(server, running, folders)):
             server.check(folders)  # before the running server is stopped
             try_samples(server, running, folders)
-            note(f"{server.restart_reason(running, folders)} It is restarted.")
+            note(f"{reason} It is restarted.")
             server.stop()
             running = None
         if running is None:
             running = start(server, folders, timeout)
             console.print(f"TorchServe is up: PID {running.pid}, logs in {relative(server.logs)}.")
         else:
-            client = running.client()
-            missing = [folder.name for folder in folders if bring_back(server, client, folder, timeout, note)]
+            client, new = running.client(), [folder for folder in folders if folder.name not in running.served]
+            for folder in new:
+                add(server, client, folder, timeout, note)
+                running = server.adopt(running, folder)
+            missing = [folder for folder in folders if bring_back(server, client, folder, timeout, note)]
             wait_until_serving(server, running, folders, timeout)
-            changed = f"served again: {', '.join(missing)}" if missing else "nothing has changed"
-            console.print(f"Already served by PID {running.pid}; {changed}.")
+            changes = [f"added: {names(new)}"] if new else []
+            changes += [f"served again: {names(missing)}"] if missing else []
+            console.print(f"Already served by PID {running.pid}; {'; '.join(changes) or 'nothing has changed'}.")
     console.print("\nTry:")
     for line in curl_lines(running.client(), folders):
         console.print(f"  {line}", soft_wrap=True, markup=False)
     console.print("or in a browser: make page")
+
+
+def names(folders: list["ModelFolder"]) -> str:
+    return ", ".join(folder.name for folder in folders)
 
 
 def make_run_folder(server: "Server") -> None:
@@ -242,11 +255,13 @@ def rollout(
     """Replace the version of a model that is served, without a failed request.
 
     If anything fails, the old version keeps serving.
+
+    Exit with 3 if no server is running or it does not serve the model.
     """
     from bundle import catalog
     from bundle.server import docker_stack as stack
     from bundle.server.process import Server
-    from bundle.server.rollout import copy, roll_out
+    from bundle.server.rollout import copy, replaced, roll_out
 
     [folder] = catalog.select([model])
     server = Server()
@@ -257,6 +272,8 @@ def rollout(
     make_run_folder(server)
     with server.lock(), tempfile.TemporaryDirectory(prefix="rollout-") as temporary:
         if archive is None:
+            if running is not None:
+                replaced(running.client(), folder, folder.bundle.version)  # before a build, which may take minutes
             build([folder], Path(temporary))
             archive = Path(temporary) / f"{model}.mar"
         elif str(archive) == "-":

@@ -3,13 +3,14 @@
 bundle/frontend/README.md describes the patches.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from bundle.digests import digest
 from bundle.errors import BundleError
 from bundle.paths import FRONTEND_JAR as JAR
+from bundle.paths import relative
 from bundle.server.java import has_module
 
 OFF = "BUNDLE_FRONTEND_OFF"  # names of patches to leave out, or `all`; the agent itself reads it
@@ -68,7 +69,7 @@ def states(console: Path) -> dict[str, str]:
         return {}
 
 
-def fingerprint(environment: Mapping[str, str]) -> str:
-    """Return a digest of the agent and of the patches that are left out."""
-    jar = hashlib.sha256(JAR.read_bytes()).hexdigest() if JAR.is_file() else "missing"
-    return f"{OFF}={environment.get(OFF, '')} {jar}"
+def fingerprint(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return a digest of the agent, and one of the patches that are left out, by name."""
+    jar = digest(JAR.read_bytes()) if JAR.is_file() else "missing"
+    return {OFF: digest(environment.get(OFF, "")), relative(JAR): jar}

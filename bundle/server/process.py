@@ -1,7 +1,6 @@
 """Start, find and stop one TorchServe on this machine."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from ts.model_server import TS_NAMESPACE
 
 from bundle import signing
 from bundle.catalog import ModelFolder
+from bundle.digests import digest
 from bundle.errors import BundleError
 from bundle.files import write_atomically
 from bundle.paths import ROOT
@@ -48,7 +48,7 @@ class Running:
             launched, 0 and "".
         temporary: the folder of its sockets, unpacked archives and pid file.
         served: digest of each served archive, by model.
-        settings: `Settings.fingerprint` at its start.
+        settings: `Settings.fingerprint` at its start; {} if an earlier bundle started it.
         inference, management: base URLs.
         grpc: host:port of gRPC inference.
         key_file: file with its keys; "" if it does not require tokens.
@@ -58,7 +58,7 @@ class Running:
     started: str
     temporary: str
     served: dict[str, str]
-    settings: str
+    settings: dict[str, str]
     inference: str
     management: str
     grpc: str
@@ -73,6 +73,8 @@ class Running:
                 # Earlier bundles recorded a start time of the wall clock, which the clock's changes made wrong.
                 # TorchServe has the name of its temporary folder, which is unique, on its command line.
                 values["started"] = start_mark_of_command(values["pid"], values["temporary"])
+            if isinstance(values["settings"], str):  # earlier bundles recorded one digest of all settings
+                values["settings"] = {}
             recorded = cls(**values)
             return recorded.launched() if recorded.pid == 0 else recorded
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -149,36 +151,13 @@ class Server:
 
     def archive_digests(self, folders: list[ModelFolder]) -> dict[str, str]:
         """Return the SHA-256 digest of each model's archive, as in `Running.served`."""
-        archives = {folder.name: self.archive(folder) for folder in folders}
-        return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in archives.items()}
+        return {folder.name: digest(self.archive(folder).read_bytes()) for folder in folders}
 
-    def is_current(self, running: Running, folders: list[ModelFolder]) -> bool:
-        return running.served == self.archive_digests(folders) and running.settings == self.settings.fingerprint()
-
-    def restart_reason(self, running: Running, folders: list[ModelFolder]) -> str:
-        """Explain in a sentence why the running server must be restarted to serve these models as they are now."""
-        digests = self.archive_digests(folders)
-        if running.key_file and not self.settings.asks_for_keys:
-            return (
-                "The running server requires tokens; this restart turns them OFF. "
-                "To keep them, set TS_DISABLE_TOKEN_AUTHORIZATION=false."
-            )
-        if running.served.keys() != digests.keys():
-            reason = f"The running server has the models {', '.join(running.served)} instead of {', '.join(digests)}."
-            if dropped := [name for name in running.served if name not in digests]:
-                names = " ".join([*digests, *dropped])
-                reason += f' To keep {", ".join(dropped)}: make serve MODELS="{names}".'
-            return reason
-        if changed := [name for name, digest in digests.items() if running.served[name] != digest]:
-            return f"The running server has other archives of {', '.join(changed)}."
-        return (
-            "The running server has other settings (config.properties, bundle/config, TS_*, BUNDLE_BEHIND_PROXY, "
-            "TRUSTED_KEY or the frontend's patches)."
-        )
-
-    def adopt(self, running: Running, folder: ModelFolder) -> None:
-        """Record that the running server serves the archive that is now in the store."""
-        self.write_record(replace(running, served=running.served | self.archive_digests([folder])))
+    def adopt(self, running: Running, folder: ModelFolder) -> Running:
+        """Record that the running server serves the archive that is now in the store, and return the new record."""
+        adopted = replace(running, served=running.served | self.archive_digests([folder]))
+        self.write_record(adopted)
+        return adopted
 
     def write_record(self, running: Running) -> None:
         write_atomically(self.record, json.dumps(asdict(running), indent=2))

@@ -1,7 +1,8 @@
-"""Replace the served version of a model by a new one without a failed request."""
+"""Change what a running server serves without a failed request: replace the version of a model, add a model."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bundle import mar
@@ -9,6 +10,7 @@ from bundle.catalog import CONFIG_NAME, ModelFolder
 from bundle.errors import BundleError
 from bundle.files import replacing
 from bundle.paths import relative
+from bundle.server.bring_back import workers_of
 from bundle.server.client import Client, check_sample
 from bundle.server.drain import wait_until_idle
 from bundle.server.process import Server
@@ -29,33 +31,25 @@ def roll_out(
         seconds: to wait at most until the new version is READY, and until the old one is idle.
 
     Raises:
+        NotRunning: the model is not served.
         BundleError: the new version failed, and the old one keeps serving; or, as the message says, the old one could
             not be removed.
     """
     name, version = folder.name, mar.version(archive)
     check(archive, key_of("TRUSTED_KEY"))
-    old = client.describe(name)
-    if old is None:
-        served_then = " ".join([*client.models(), name])
-        raise BundleError(f'{name} is not served here. Serve it, too: make serve MODELS="{served_then}"')
-    if any(served["modelVersion"] == version for served in client.versions(name)):
-        raise BundleError(
-            f"Version {version} of {name} is served already. Give the new one another version: "
-            f"`version` in {relative(folder.path / CONFIG_NAME)}."
-        )
+    old = replaced(client, folder, version)
     incoming = server.store / f"rollout-{name}-{version}.mar"
     copy(archive, incoming)
     try:
-        report(f"{name} {version}: starting beside {old['modelVersion']}")
-        workers = old["minWorkers"], old["maxWorkers"]
-        start_version(client, server.logs, incoming.name, name, version, workers, seconds)
-        first = check_sample(client, folder, version)
-        report(f"{name} {version}: READY" + (f", {folder.bundle.sample} is {first!r}" if first else ""))
-        client.set_default(name, version)
+        with withdrawn_if_it_fails(client, name, version):
+            report(f"{name} {version}: starting beside {old['modelVersion']}")
+            workers = old["minWorkers"], old["maxWorkers"]
+            start_version(client, server.logs, incoming.name, name, version, workers, seconds)
+            first = check_sample(client, folder, version)
+            report(f"{name} {version}: READY" + (f", {folder.bundle.sample} is {first!r}" if first else ""))
+            client.set_default(name, version)
     except BaseException:
-        # Ctrl-C included: the old version is still the default, and stays
         incoming.unlink(missing_ok=True)
-        withdraw(client, name, version)
         raise
     incoming.replace(server.store / f"{name}.mar")  # what a restart serves
     report(f"{name} {version}: is the default; {old['modelVersion']} finishes its requests")
@@ -69,6 +63,56 @@ def roll_out(
             exc.details,
         ) from exc
     report(f"{name} {old['modelVersion']}: removed")
+
+
+def replaced(client: Client, folder: ModelFolder, version: str) -> dict:
+    """Return the description of the version that a new one is to replace.
+
+    Args:
+        version: the new one.
+
+    Raises:
+        NotRunning: the model is not served.
+        BundleError: the new version is served already.
+    """
+    old = client.describe(folder.name)
+    if old is None:
+        raise client.not_served(folder.name)
+    if any(served["modelVersion"] == version for served in client.versions(folder.name)):
+        raise BundleError(
+            f"Version {version} of {folder.name} is served already. Give the new one another version: "
+            f"`version` in {relative(folder.path / CONFIG_NAME)}."
+        )
+    return old
+
+
+def add(server: Server, client: Client, folder: ModelFolder, seconds: float, report: Callable[[str], object]) -> None:
+    """Register a model that the server does not have, from its archive in the store, and have it answer its sample.
+
+    Args:
+        seconds: to wait at most until its workers are READY.
+
+    Raises:
+        BundleError: it failed, and the server has what it had before.
+    """
+    archive, name = server.archive(folder), folder.name
+    version = mar.version(archive)
+    check(archive, key_of("TRUSTED_KEY"))
+    report(f"{name} is new. It is registered beside the other models.")
+    workers = workers_of(mar.config(archive), int(server.settings["default_workers_per_model"]))
+    with withdrawn_if_it_fails(client, name, version):
+        start_version(client, server.logs, archive.name, name, version, workers, seconds)
+        check_sample(client, folder, version)
+
+
+@contextmanager
+def withdrawn_if_it_fails(client: Client, name: str, version: str) -> Iterator[None]:
+    """Unregister a version after any failure of the block, Ctrl-C included: what was served before stays."""
+    try:
+        yield
+    except BaseException:
+        withdraw(client, name, version)
+        raise
 
 
 def copy(archive: Path, target: Path) -> None:

@@ -1,6 +1,5 @@
 """The frontend's settings: config.properties, overridden by the environment."""
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -9,8 +8,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from ts.model_server import load_properties
 
+from bundle.digests import digest
 from bundle.errors import BundleError
-from bundle.paths import ROOT
+from bundle.paths import ROOT, relative
 from bundle.server import frontend
 from bundle.server.ports import free_ports
 from bundle.signing import key_of
@@ -165,15 +165,18 @@ class Settings:
                 "otherwise, who may predict may manage, too, and predictions wait for management calls."
             )
 
-    def fingerprint(self) -> str:
-        """Return a digest of everything that requires a restart when it changes."""
-        environment = self.environment()
-        overrides = sorted(f"{key}={value}" for key, value in environment.items() if key.startswith("TS_"))
-        overrides += [f"{BEHIND_PROXY}={environment.get(BEHIND_PROXY, 'false').lower()}"]
-        overrides += [frontend.fingerprint(environment)]
-        trusted = [key] if (key := key_of("TRUSTED_KEY")) else []
-        texts = [file.read_text() for file in (self.file, *SIDE_FILES, *trusted)]
-        return hashlib.sha256("\n".join([*texts, *overrides]).encode()).hexdigest()
+    def fingerprint(self) -> dict[str, str]:
+        """Return a digest of each setting and file that requires a restart when it changes, by its name.
+
+        A variable TS_<KEY> has the name of the key. Of values there are only digests, because some are secret.
+        """
+        environment, trusted = self.environment(), key_of("TRUSTED_KEY")
+        values = dict(self.values)
+        values |= {name[3:].lower(): value for name, value in environment.items() if name.startswith("TS_")}
+        values[BEHIND_PROXY] = environment.get(BEHIND_PROXY, "false").lower()
+        values["TRUSTED_KEY"] = trusted.read_text() if trusted else ""
+        values |= {relative(file): file.read_text() for file in (self.file, *SIDE_FILES)}
+        return {name: digest(value) for name, value in values.items()} | frontend.fingerprint(environment)
 
 
 def in_bytes(size: str) -> str:

@@ -61,6 +61,17 @@ def test_make_rollout_builds_the_folder_and_the_next_serve_changes_nothing(place
     assert "nothing has changed" in place.bundle("serve", "mnist").stdout
 
 
+def test_rollout_that_cannot_succeed_ends_before_the_build(rolling: Place):
+    for model, status, message in (
+        ("text", 3, "text is not served; there are: mnist."),
+        ("mnist", 1, "Version 1.0 of"),
+    ):
+        refused = rolling.bundle("rollout", model)
+        assert refused.returncode == status
+        assert message in refused.stderr
+        assert "archive" not in refused.stderr
+
+
 def test_rollout_of_the_served_version_is_refused(rolling: Place):
     refused = rolling.bundle("rollout", "mnist", "--archive", str(rolling.store / "mnist.mar"))
     assert refused.returncode == 1

@@ -70,7 +70,8 @@ def test_archive_is_rebuilt_only_if_an_input_changed(folder, tmp_path):
     (folder.path / "metrics.json").write_text("{}")
     (folder.path / "train.py").touch()
     assert not archive(folder, store=store).rebuilt, "an archive does not depend on the training"
-    assert archive(folder, store=store, force=True).rebuilt
+    forced = archive(folder, store=store, force=True)
+    assert (forced.rebuilt, forced.notes) == (True, [])
     config = folder.path / "model-config.yaml"
     config.write_text(re.sub(r"maxBatchDelay: \d+", "maxBatchDelay: 77", config.read_text()))
     assert archive(ModelFolder(folder.path), store=store).rebuilt

@@ -44,7 +44,7 @@ def step_clock(proc: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
 
 
 def recorded(process: subprocess.Popen) -> Running:
-    return Running(process.pid, start_mark(process.pid), "", {}, "", "http://a", "http://b", "c")
+    return Running(process.pid, start_mark(process.pid), "", {}, {}, "http://a", "http://b", "c")
 
 
 def test_process_after_clock_step_is_found(child: subprocess.Popen, step_clock: Callable[[], None]):
@@ -111,9 +111,9 @@ def test_process_without_proc_is_found_by_its_start_time(child: subprocess.Popen
 
 
 def old_record(file: Path, pid: int, temporary: str) -> Path:
-    values = asdict(Running(pid, "", temporary, {}, "", "http://a", "http://b", "c"))
+    values = asdict(Running(pid, "", temporary, {}, {}, "http://a", "http://b", "c"))
     del values["started"]
-    file.write_text(json.dumps({**values, "created": 1.5}))
+    file.write_text(json.dumps({**values, "created": 1.5, "settings": "0123abcd"}))
     return file
 
 
@@ -122,6 +122,7 @@ def test_old_record_of_a_live_server_is_read(tmp_path: Path):
     with child_process(sys.executable, "-c", program, "-Djava.io.tmpdir=/tmp/torchserve-x1") as server:
         running = Running.read(old_record(tmp_path / "server.json", server.pid, "/tmp/torchserve-x1"))
         assert running.process().pid == server.pid
+        assert running.settings == {}
 
 
 def test_old_record_of_another_process_is_not_running(child: subprocess.Popen, tmp_path: Path):

@@ -19,6 +19,7 @@ from bundle.cli import serve
 from bundle.errors import BundleError
 from bundle.server import frontend, process
 from bundle.server.process import Running, Server, end
+from bundle.server.restart import restart_reason
 from bundle.server.settings import Settings
 from bundle.server.sockets import LONGEST, SOCKET
 from tests.unit.processes import RUNS, child, isolated, java_is
@@ -337,41 +338,13 @@ def test_run_folder_that_is_relative_is_that_of_the_current_folder(tmp_path: Pat
 # --- restarts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def running(server: Server) -> Running:
-    served, settings = server.archive_digests(FOLDERS), server.settings.fingerprint()
-    return Running(1, "", "", served, settings, "http://a", "http://b", "c")
-
-
-def test_unchanged_server_is_current(server: Server, running: Running):
-    assert server.is_current(running, FOLDERS)
-
-
-def test_restart_reason_names_what_changed(server: Server, running: Running):
-    reason = server.restart_reason(running, FOLDERS[:1])
-    assert "has the models mnist, text instead of mnist." in reason
-    assert 'To keep text: make serve MODELS="mnist text".' in reason
-    assert "To keep" not in server.restart_reason(replace(running, served={}), FOLDERS)
-    assert not server.is_current(running, FOLDERS[:1])
-    assert "other settings" in server.restart_reason(replace(running, settings="others"), FOLDERS)
-    assert not server.is_current(replace(running, settings="others"), FOLDERS)
-    server.archive(FOLDERS[1]).write_bytes(b"built again")
-    assert "other archives of text." in server.restart_reason(running, FOLDERS)
-    assert not server.is_current(running, FOLDERS)
-
-
-def test_restart_that_turns_tokens_off_says_so(server: Server, running: Running):
-    guarded = replace(running, key_file="/run/key_file.json", settings="others")
-    assert "requires tokens; this restart turns them OFF" in server.restart_reason(guarded, FOLDERS)
-
-
 @pytest.mark.slow
 def test_adopted_archive_is_current(server: Server):
     started = replace(server.start([]), served=server.archive_digests(FOLDERS))
     server.archive(FOLDERS[1]).write_bytes(b"rolled out")
-    assert not server.is_current(started, FOLDERS)
-    server.adopt(started, FOLDERS[1])
-    assert server.is_current(server.running(), FOLDERS)
+    assert restart_reason(server, started, FOLDERS)
+    assert server.adopt(started, FOLDERS[1]) == server.running()
+    assert not restart_reason(server, server.running(), FOLDERS)
 
 
 @pytest.mark.slow
