@@ -18,6 +18,7 @@ from bundle.versions import VERSION
 
 CONFIG_NAME = "model-config.yaml"
 LABELS_NAME = "index_to_name.json"
+WEIGHTS_NAME = "weights.safetensors"
 ALL = "all"  # instead of names: every model folder
 OWN_SECTIONS = ("handler", "bundle")
 TORCHSERVE_KEYS = (  # that TorchServe's ModelConfig reads; it ignores others silently
@@ -175,6 +176,13 @@ class ModelFolder:
     @property
     def sample_file(self) -> Path | None:
         return self.path / self.bundle.sample if self.bundle.sample else None
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file with the weights, which may be missing; None for a model of torchvision, which is downloaded."""
+        if self.bundle.torchvision:
+            return None
+        return self.path / (self.bundle.serialized.file if self.bundle.serialized else WEIGHTS_NAME)
 
     @property
     def extra_files(self) -> list[Path]:

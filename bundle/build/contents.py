@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -35,11 +35,13 @@ class Stage:
         module: the TorchScript file.
         config: the model-config.yaml.
         extra: the folder of everything else, as a worker will see it.
+        notes: what was found out about them, a line each.
     """
 
     module: Path
     config: Path
     extra: Path
+    notes: list[str] = field(default_factory=list)
 
 
 def build(folder: ModelFolder, temporary: Path) -> tuple[Path, list[str]]:
@@ -50,13 +52,13 @@ def build(folder: ModelFolder, temporary: Path) -> tuple[Path, list[str]]:
     """
     handler = load_handler(folder)
     stage = gather(folder, handler, temporary / "stage")
-    notes = []
+    notes = [*stage.notes]
     if folder.bundle.examples:
         in_float32 = replace(stage, config=temporary / CONFIG_NAME)
         shutil.copy(stage.config, in_float32.config)
         set_precision(in_float32.config, "float32")
         plain = pack(folder, in_float32, temporary)
-        notes = drop_inaccurate_precisions(folder, plain, stage.module, stage.extra, stage.config)
+        notes += drop_inaccurate_precisions(folder, plain, stage.module, stage.extra, stage.config)
         notes += record_reference(folder, plain, stage.extra)
     packed = pack(folder, stage, temporary)
     if isinstance(handler, BatchHandler):
@@ -119,7 +121,7 @@ def gather(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> St
         (stage.extra / LABELS_NAME).write_text(json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False))
         recorded = folder.path / REFERENCE_NAME
         if recorded.is_file() and isinstance(handler, LabelledHandler):
-            reference.check(recorded, handler, names)
+            stage.notes.extend(reference.outdated(folder, reference.check(recorded, handler, names)))
             shutil.copy(recorded, stage.extra)
     return stage
 

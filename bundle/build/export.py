@@ -22,7 +22,7 @@ from bundle.build.grad_cam import add_activations, check_activations, check_imag
 from bundle.build.handler import labels
 from bundle.build.imports import import_file, imports_from
 from bundle.build.user_modules import adapt, argument_names, count_arguments
-from bundle.catalog import CONFIG_NAME, ModelFolder
+from bundle.catalog import CONFIG_NAME, WEIGHTS_NAME, ModelFolder
 from bundle.errors import BundleError
 from bundle.paths import MODELS, relative
 from handlers.core.batch import BatchHandler
@@ -154,7 +154,7 @@ def load(folder: ModelFolder, handler: BaseHandler | None) -> tuple[nn.Module, l
             return with_batches(adapt(module, source.handler), lambda size: example_batch(folder, handler, size))
         mean, std = source.serialized.mean, source.serialized.std
     else:
-        weights = folder.path / "weights.safetensors"
+        weights = folder.path / WEIGHTS_NAME
         if not weights.is_file() and (folder.path / "train.py").is_file():
             how = f"make train MODEL={folder.name}" if folder.path.parent == MODELS else "its train.py writes them"
             raise BundleError(f"There is no {relative(weights)}. Train the model first: {how}")

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from bundle import samples
 from bundle.build.dryrun import DryRun
 from bundle.build.model_api import QUICK
+from bundle.catalog import ModelFolder
+from bundle.digests import digest
 from bundle.errors import BundleError
 from bundle.paths import relative
 from handlers.core.labelled import LabelledHandler
@@ -40,13 +42,20 @@ def from_file(file: Path) -> Example:
         raise BundleError(f"{relative(file)} is not valid JSON: {exc}") from exc
 
 
-def record(archive: Path, examples: Sequence[Example], source: str) -> Reference:
+def weights(folder: ModelFolder) -> str | None:
+    """Return the digest of the folder's weights, as in `Reference.weights`; None if the folder has no such file."""
+    file = folder.weights_file
+    return digest(file.read_bytes()) if file and file.is_file() else None
+
+
+def record(archive: Path, examples: Sequence[Example], source: str, weights: str | None = None) -> Reference:
     """Record what an archive's model predicts, in float32.
 
     Args:
         archive: a .mar file.
         examples: typical requests, with one input each.
         source: what they are, for the people who read the file.
+        weights: their digest.
 
     Raises:
         BundleError: the handler counts no predictions, an example is rejected, or there are too few.
@@ -73,15 +82,15 @@ def record(archive: Path, examples: Sequence[Example], source: str) -> Reference
                     )
                 outcome, confidence = handler.first(body)
                 firsts.append((outcomes[outcome], confidence))
-    return summary(firsts, source)
+    return summary(firsts, source, weights)
 
 
-def summary(firsts: Sequence[tuple[str, float | None]], source: str) -> Reference:
+def summary(firsts: Sequence[tuple[str, float | None]], source: str, weights: str | None) -> Reference:
     """Summarise the first outcome of each example, and its confidence."""
     confidences = [INTERVALS[interval(confidence)] for _, confidence in firsts if confidence is not None]
     classes = shares(label for label, _ in firsts)
     confidence = dict(sorted(shares(confidences).items()))
-    return Reference(source=source, examples=len(firsts), classes=classes, confidence=confidence)
+    return Reference(source=source, examples=len(firsts), weights=weights, classes=classes, confidence=confidence)
 
 
 def shares(values: Iterable[str]) -> dict[str, float]:
@@ -93,11 +102,21 @@ def shares(values: Iterable[str]) -> dict[str, float]:
 
 def text(reference: Reference) -> str:
     """Return the content of a reference.json."""
-    return json.dumps(reference.model_dump(), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(reference.model_dump(exclude_none=True), indent=1, ensure_ascii=False) + "\n"
 
 
-def check(file: Path, handler: LabelledHandler, labels: list[str]) -> None:
-    """Check the reference.json of a model folder.
+def outdated(folder: ModelFolder, reference: Reference) -> list[str]:
+    """Return a note if a folder's reference is of other weights than the folder has."""
+    if reference.weights in (None, weights(folder)):
+        return []
+    return [
+        "its reference.json was recorded with other weights, so that the metrics of drift compare with another model. "
+        "Record it again: models/README.md, References"
+    ]
+
+
+def check(file: Path, handler: LabelledHandler, labels: list[str]) -> Reference:
+    """Check the reference.json of a model folder, and return its content.
 
     Args:
         file: to check.
@@ -116,3 +135,4 @@ def check(file: Path, handler: LabelledHandler, labels: list[str]) -> None:
         raise BundleError(
             f"{relative(file)} has the class {unknown[0]!r}, which is not a label. Record it again: bundle reference."
         )
+    return reference

@@ -214,14 +214,15 @@ def reference(
     from bundle.server.process import Server
     from handlers.core.predictions import REFERENCE_NAME
 
-    server, folders = Server(), catalog.select([model])
-    build(folders, server.store)
+    server, [folder] = Server(), catalog.select([model])
+    build([folder], server.store)
     files = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     files = [file for file in files if file.is_file() and not file.name.startswith(".")]
     with errors.status(f"sending {len(files)} inputs to {model}"):
         examples = [recorder.from_file(file) for file in files]
-        recorded = recorder.record(server.archive(folders[0]), examples, "inputs of `bundle reference`")
-    target = folders[0].path / REFERENCE_NAME
+        weights = recorder.weights(folder)
+        recorded = recorder.record(server.archive(folder), examples, "inputs of `bundle reference`", weights)
+    target = folder.path / REFERENCE_NAME
     write_atomically(target, recorder.text(recorded).encode())
     classes = len(recorded.classes)
     console.print(f"{relative(target)}: {recorded.examples} inputs, {classes} classes", markup=False, soft_wrap=True)

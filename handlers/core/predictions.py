@@ -35,6 +35,7 @@ class Reference(BaseModel):
     Attributes:
         source: what the inputs are.
         examples: their number.
+        weights: SHA-256 digest (hex) of the file with the model's weights; None if it is not known.
         classes: the share of the examples in which each outcome comes first, by label; 0 for those that are missing.
         confidence: the share of each interval, by its name in `INTERVALS`, likewise.
     """
@@ -43,6 +44,7 @@ class Reference(BaseModel):
 
     source: str
     examples: int
+    weights: str | None = None
     classes: dict[str, float]
     confidence: dict[str, float]
 

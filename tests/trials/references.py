@@ -30,7 +30,7 @@ def main(
         examples = [reference.Example(f"input {index}", row, {}) for index, row in enumerate(rows)]
         with tempfile.TemporaryDirectory() as store:
             built = archive(folder, store=Path(store)).path
-            recorded = reference.record(built, examples, "a random part of the test split")
+            recorded = reference.record(built, examples, "a random part of the test split", reference.weights(folder))
         (folder.path / REFERENCE_NAME).write_text(reference.text(recorded))
         console.print(f"{folder.name}: {recorded.examples} inputs, {len(recorded.classes)} classes")
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bundle import mar
 from bundle.build.archive import archive
@@ -74,9 +75,25 @@ def test_archive_is_rebuilt_only_if_an_input_changed(folder, tmp_path):
     assert (forced.rebuilt, forced.notes) == (True, [])
     config = folder.path / "model-config.yaml"
     config.write_text(re.sub(r"maxBatchDelay: \d+", "maxBatchDelay: 77", config.read_text()))
-    assert archive(ModelFolder(folder.path), store=store).rebuilt
+    built = archive(ModelFolder(folder.path), store=store)
+    assert (built.rebuilt, built.notes) == (True, ["changed since its last build: mnist/model-config.yaml"])
     (store / "mnist.mar").unlink()
     assert archive(ModelFolder(folder.path), store=store).rebuilt
+    (store / "mnist.fingerprint").write_text("0123abcd")  # of an earlier bundle
+    built = archive(ModelFolder(folder.path), store=store)
+    assert (built.rebuilt, built.notes) == (True, [])
+
+
+@pytest.mark.slow
+def test_archive_with_the_reference_of_other_weights_has_a_note(folder, tmp_path):
+    """As after a training."""
+    assert archive(folder, store=tmp_path).notes == []
+    weights = load_file(folder.weights_file)
+    first = next(iter(weights))
+    save_file(weights | {first: weights[first] * 1.01}, folder.weights_file)
+    changed, outdated = archive(folder, store=tmp_path).notes
+    assert changed == "changed since its last build: mnist/weights.safetensors"
+    assert outdated.startswith("its reference.json was recorded with other weights, ")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The metrics of predictions, and the reference with which they are compared."""
 
+import hashlib
 import json
 import logging
 import re
@@ -275,7 +276,9 @@ def test_shipped_references_have_enough_examples_and_whole_shares():
             assert not file.exists()
             continue
         recorded = Reference.model_validate_json(file.read_bytes())
-        labels = ModelFolder(file.parent).labels()
+        folder = ModelFolder(file.parent)
+        labels = folder.labels()
+        assert recorded.weights == reference.weights(folder), f"{model} has been trained since"
         assert recorded.examples >= 10 * min(len(labels), 32), model
         assert sum(recorded.classes.values()) == pytest.approx(1, abs=1e-4), model
         assert sum(recorded.confidence.values()) == pytest.approx(1, abs=1e-4), model
@@ -297,6 +300,7 @@ def test_command_records_the_reference_of_a_folder_of_inputs(tmp_path: Path, mon
     assert "100 inputs, 1 classes" in ended.stdout
     recorded = Reference.model_validate_json((folder / "reference.json").read_bytes())
     assert (recorded.classes, recorded.confidence) == ({"3": 1.0}, {"1.0": 1.0})
+    assert recorded.weights == hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
     (inputs / "0.png").write_bytes(b"no picture")
     ended = programs.run(app, "reference", "mnist", str(inputs))
     assert ended.status == 1
