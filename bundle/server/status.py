@@ -1,7 +1,10 @@
 """What a running server serves, for people and for programs."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+import psutil
 from rich.table import Table
 
 from bundle.errors import NotRunning
@@ -51,13 +54,15 @@ class Status:
     Attributes:
         pid: of the Java process.
         child_processes: workers and their helpers.
-        memory_bytes: resident, of all these processes.
+        memory_bytes: of all these processes.
+        memory_kind: how it was measured: "PSS" or "RSS", see `memory`.
         patches: the state of each patch of the frontend: "in", "off", or "refused: " and the reason.
     """
 
     pid: int
     child_processes: int
     memory_bytes: int
+    memory_kind: str
     models: list[ModelStatus]
     patches: dict[str, str]
 
@@ -82,7 +87,8 @@ class Status:
 
     def process(self) -> str:
         """Return a line about the processes."""
-        return f"PID {self.pid}, {self.child_processes} child processes, {self.memory_bytes / 2**30:.1f} GiB resident"
+        used = f"{self.memory_bytes / 2**30:.1f} GiB of memory ({self.memory_kind})"
+        return f"PID {self.pid}, {self.child_processes} child processes, {used}"
 
     def frontend(self) -> str:
         """Return a line about the frontend's patches."""
@@ -106,8 +112,28 @@ def status_of(running: Running, patches: dict[str, str]) -> Status:
     if process is None:
         raise NotRunning("TorchServe has ended. See the log: make logs")
     family = [process, *process.children(recursive=True)]
-    memory = sum(member.memory_info().rss for member in family)
-    return Status(running.pid, len(family) - 1, memory, models, patches)
+    return Status(running.pid, len(family) - 1, *memory(family), models, patches)
+
+
+def memory(processes: list[psutil.Process]) -> tuple[int, str]:
+    """Return the memory that processes take together, in bytes, and how it was measured.
+
+    "PSS" (proportional set size): a page that several of them share, such as those of torch's libraries, counts once.
+    "RSS" (resident set size): it counts in each, so that the sum is too large. This is what is left where the system
+    does not show PSS, as of another user's processes.
+    """
+
+    def total(read: Callable[[psutil.Process], int]) -> int:
+        found = 0
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                found += read(process)
+        return found
+
+    try:
+        return total(lambda process: process.memory_full_info().pss), "PSS"
+    except (psutil.AccessDenied, AttributeError):  # a kernel without /proc/PID/smaps
+        return total(lambda process: process.memory_info().rss), "RSS"
 
 
 def model_status(name: str, described: dict) -> ModelStatus:

@@ -36,6 +36,7 @@ def test_serve_again_changes_nothing(served):
 def test_status_shows_version_and_workers_of_every_model(served):
     shown = served.bundle("status")
     assert "patches of the frontend: gather" in shown.stdout
+    assert "GiB of memory (PSS)" in shown.stdout
     assert shown.returncode == 0, shown.stdout + shown.stderr
     for name in SHIPPED:
         model = served.client.describe(name)
@@ -83,6 +84,7 @@ def test_status_as_json_agrees_with_the_management_api(served):
     status = json.loads(shown.stdout)
     assert (status["running"], status["healthy"], status["pid"]) == (True, True, served.record()["pid"])
     assert 2**28 < status["memory_bytes"] < 2**36
+    assert status["memory_kind"] == "PSS"
     assert status["child_processes"] >= len(SHIPPED)
     assert [model["name"] for model in status["models"]] == sorted(SHIPPED)
     for model in status["models"]:
@@ -108,8 +110,6 @@ def test_predict_prints_the_answer_or_the_reason_of_a_rejection(served):
     assert "not an image" in rejected.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
 @pytest.mark.parametrize("options", [[], ["--grpc"], ["--explain"], ["--output", "nothing.jsonl"]])
 def test_predict_of_a_model_that_is_not_served_exits_3(served, options: list[str]):
     rejected = served.bundle("predict", "nonesuch", "README.md", *options)
@@ -117,6 +117,8 @@ def test_predict_of_a_model_that_is_not_served_exits_3(served, options: list[str
     assert rejected.stderr.startswith("error: nonesuch is not served; there are: audio, image, mnist, text.")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
     [
         (["status"], "mnist"),
         (["predict", "mnist"], '"top_3_classes":[3'),
