@@ -302,9 +302,9 @@ class BatchHandler(BaseHandler):
         deadline.check()
         request = self.read(row, headers)
         slot.options, slot.many, slot.respond = request.options, request.many, request.respond
-        slot.key = self.cache.key(request.inputs, request.options, request.many, request.respond, verb)
+        slot.key = self.cache.key(request.inputs, request.options, verb)
         if cached := self.cache.get(slot.key):
-            slot.response = cached
+            slot.finish(cached)
             return
         samples = []  # the slot's only if all are decoded: part of an answer must be neither computed nor cached
         for each in request.inputs:
@@ -368,7 +368,7 @@ class BatchHandler(BaseHandler):
         answers = [self.encode(row, s.info, slot.options) for row, s in zip(rows, slot.samples, strict=True)]
         slot.finish(answers)
         self.metrics.count_predictions(answers)
-        self.cache.put(slot.key, slot.response)
+        self.cache.put(slot.key, answers)
 
     def explain_slot(self, slot: Slot) -> None:
         explanations = []
@@ -376,7 +376,7 @@ class BatchHandler(BaseHandler):
             self.explain_deadline.check()
             explanations.append(self.explain(sample, slot.options))
         slot.finish(explanations)
-        self.cache.put(slot.key, slot.response)
+        self.cache.put(slot.key, explanations)
 
     def postprocess(self, slots: list[Slot]) -> list[str | bytes]:
         """Set each request's status and content type, and return the bodies."""

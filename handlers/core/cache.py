@@ -1,4 +1,8 @@
-"""A bounded cache of responses to repeated inputs. It is inside a worker, and off unless the settings give a size."""
+"""A bounded cache of answers to repeated inputs. It is inside a worker, and off unless the settings give a size.
+
+It keeps what `encode` and `explain` return, not the responses. So clients of all protocols share an entry, and each
+gets the answers in its own form, with its own id.
+"""
 
 import hashlib
 from collections import OrderedDict
@@ -6,30 +10,30 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel
 
-from handlers.core.slots import Response
+from handlers.core.slots import Answer
 
 
 class AnswerCache:
-    """Keep the most recently used answers.
+    """Keep the answers to the most recently used requests.
 
     A worker serves one version of one model, so a new version starts with an empty cache.
 
     Args:
-        entries: the number of answers; 0 turns the cache off.
+        entries: the number of requests; 0 turns the cache off.
     """
 
     def __init__(self, entries: int):
         self.entries = entries
-        self.answers: OrderedDict[bytes, Response] = OrderedDict()
+        self.answers: OrderedDict[bytes, list[Answer]] = OrderedDict()
 
     def key(self, inputs: Iterable[BaseModel], *options: object) -> bytes | None:
-        """Return a digest of everything that determines the answer to a request; None if the cache is off.
+        """Return a digest of everything that determines the answers to a request; None if the cache is off.
 
         It is a digest, so that the size of an entry does not depend on the input.
 
         Args:
             inputs: the inputs of the request.
-            options: everything else that determines the answer.
+            options: everything else that determines the answers.
         """
         if not self.entries:
             return None
@@ -40,16 +44,16 @@ class AnswerCache:
             digest.update(b".")
         return digest.digest()
 
-    def get(self, key: bytes | None) -> Response | None:
+    def get(self, key: bytes | None) -> list[Answer] | None:
         if key is None or key not in self.answers:
             return None
         self.answers.move_to_end(key)
         return self.answers[key]
 
-    def put(self, key: bytes | None, answer: Response) -> None:
+    def put(self, key: bytes | None, answers: list[Answer]) -> None:
         if key is None:
             return
-        self.answers[key] = answer
+        self.answers[key] = answers
         self.answers.move_to_end(key)
         if len(self.answers) > self.entries:
             self.answers.popitem(last=False)

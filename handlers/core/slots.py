@@ -81,7 +81,7 @@ class Slot:
         respond: makes the response of the answers instead, in the form of another protocol.
         samples: the decoded inputs.
         explained: whether the request asks for an explanation instead of a prediction.
-        key: the key of the response in the cache; None if the cache is off.
+        key: the key of the answers in the cache; None if the cache is off.
         response: empty until the request is answered.
         error: the error to respond with instead.
     """

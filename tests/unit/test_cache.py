@@ -1,12 +1,17 @@
-"""The cache of answers: it keeps the latest, and different requests never share an entry."""
+"""The cache of answers: it keeps the latest, and only requests with the same answers share an entry."""
 
+import json
+import logging
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from bundle.build.dryrun import DryRun
 from handlers.core.cache import AnswerCache
+from tests.unit.test_open_inference import TEXTS, body_of, numbers, outputs_of, send
 
 
 class One(BaseModel):
@@ -61,3 +66,52 @@ def test_cache_without_entries_keeps_nothing():
     cache.put(key, "answer")
     assert cache.get(key) is None
     assert not cache.answers
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (body_of(TEXTS[0]), body_of(TEXTS[1])),
+        (numbers([1.0, 2.0, 3.0, 4.0], [1, 4]), numbers([1.0, 2.0, 3.0, 5.0], [1, 4])),
+    ],
+    ids=["text", "tensor"],
+)
+def test_repeated_input_is_answered_in_the_form_that_each_client_asks_for(
+    worker: DryRun,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    one: dict,
+    other: dict,
+):
+    def sent(document: dict, **more: object) -> tuple[Any, bool]:
+        """Return the answer to a request with the id "1", unless `more` has another, and whether it was computed."""
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            status, answer = send(worker, document | {"id": "1"} | more)
+        assert status == 200
+        return answer, "bundle_inference_seconds" in caplog.text
+
+    monkeypatch.setattr(worker.handler, "cache", AnswerCache(4))
+    first, computed = sent(one)
+    assert (first["id"], computed) == ("1", True)
+    assert sent(one) == (first, False)
+    assert sent(one, id="2") == (first | {"id": "2"}, False)
+    assert sent(one, id=None) == ({name: first[name] for name in first if name != "id"}, False)
+    asked, computed = sent(one, outputs=[{"name": "class"}])
+    assert (asked["outputs"], computed) == ([outputs_of(first)["class"]], False)
+    for different, more in ((other, {}), (one, {"parameters": {"top_k": 1}})):
+        answer, computed = sent(different, **more)
+        assert (answer != first, computed) == (True, True)
+
+
+def test_clients_of_all_protocols_share_the_cache(
+    worker: DryRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(worker.handler, "cache", AnswerCache(1))
+    _, answer = send(worker, body_of(TEXTS[0]))
+    expected = json.loads(outputs_of(answer)["json"]["data"][0])
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert worker.predict([{"body": TEXTS[0].encode()}]) == [(200, expected)]
+        assert worker.predict([{"instances": [TEXTS[0]]}]) == [(200, {"predictions": [expected]})]
+    assert "bundle_inference_seconds" not in caplog.text

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bundle.build.dryrun import DryRun
-from handlers.core.cache import AnswerCache
 from handlers.core.classifier import ClassifierHandler
 from handlers.core.errors import UndecodableInput
 from handlers.core.headers import Verb
@@ -368,27 +367,6 @@ def test_requests_of_all_protocols_share_batches_and_affect_no_other(worker: Dry
         else:
             assert answer == expected
             assert ("error" in answer) == kind.startswith("v2")  # type: ignore[operator]
-
-
-def test_cache_tells_tensors_and_forms_of_answers_apart(worker: DryRun):
-    cache = AnswerCache(1)
-    reader = worker.handler.readers[Verb.PREDICT, True]
-
-    def key(document: dict) -> bytes | None:
-        request = reader.read({"body": json.dumps(document).encode()}, V2)
-        return cache.key(request.inputs, request.options, request.many, request.respond)
-
-    one = numbers([1.0, 2.0, 3.0, 4.0], [1, 4])
-    assert key(one) == key(numbers([[1, 2, 3, 4]], [1, 4]))
-    others = [
-        numbers([1.0, 2.0, 3.0, 5.0], [1, 4]),
-        numbers([1.0, 2.0, 3.0, 4.0] * 2, [2, 4]),
-        one | {"id": "2"},
-        one | {"outputs": [{"name": "class"}]},
-        one | {"parameters": {"binary_data_output": True}},
-        one | {"parameters": {"top_k": 1}},
-    ]
-    assert len({key(each) for each in [one, *others]}) == 1 + len(others)
 
 
 def test_explanations_take_no_tensors_and_have_no_columns(worker: DryRun):
