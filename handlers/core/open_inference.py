@@ -235,7 +235,7 @@ class OpenInferenceReader(RequestReader):
     def parse_json(self, text: bytes | bytearray | str) -> object:
         try:
             return parse_json(text)
-        except (UnicodeError, RecursionError) as exc:
+        except RecursionError as exc:
             raise InvalidJSON("The request contains invalid JSON.") from exc
         except ValueError as exc:
             raise InvalidJSON(f"The request contains invalid JSON: {exc}.") from exc

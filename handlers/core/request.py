@@ -58,6 +58,10 @@ class Repeated(list):
         return before
 
 
+class UnparsedJSON(bytearray):
+    """The content of a part of a form that its Content-Type calls JSON, although it is not."""
+
+
 @dataclass(slots=True)  # not frozen: that doubles the time that making one takes
 class Request:
     """The content of one request.
@@ -177,9 +181,9 @@ class RequestReader:
         return body if BASE64_DATA_URL.match(body) or is_base64(body) else b""
 
     def field_in_charset(self, name: str, value: object, charset: str) -> object:
-        """Decode a field of a form, if it is a text."""
+        """Decode a field of a form, unless it is a file."""
         kind = self.kinds.get(name)
-        if kind is None or kind.name != "text":
+        if kind is not None and kind.name != "text":
             return value
         if isinstance(value, Repeated):
             return Repeated(in_charset(each, charset) for each in value)
@@ -270,6 +274,9 @@ class RequestReader:
             raise UnsupportedInput(describe_invalid(exc, "inputs")) from exc
 
     def read_value(self, name: str, value: object, form: bool) -> object:
+        if isinstance(value, UnparsedJSON):
+            with self.naming(name):
+                value = self.parse_json(value)  # which says what is wrong with it
         if isinstance(value, (bytearray, memoryview)):
             value = bytes(value)
         kind = self.kinds[name]
@@ -318,7 +325,7 @@ class RequestReader:
     def parse_json(self, text: bytes | bytearray | str) -> object:
         try:
             return parse_json(text)
-        except (UnicodeError, RecursionError) as exc:
+        except RecursionError as exc:
             raise InvalidJSON(f"The request contains invalid JSON. {self.accepted}") from exc
         except ValueError as exc:
             raise InvalidJSON(f"The request contains invalid JSON: {exc}. {self.accepted}") from exc

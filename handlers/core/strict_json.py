@@ -11,12 +11,15 @@ def parse_json(text: bytes | bytearray | str) -> object:
     """Parse a JSON document, in UTF-8, UTF-16 or UTF-32 if it is bytes.
 
     Raises:
-        ValueError: it is not JSON, a number is not finite as a float (NaN, Infinity, 1e999), or an object has a name
-            twice. The message quotes no value.
+        ValueError: it is not JSON or not in one of these encodings, a number is not finite as a float (NaN, Infinity,
+            1e999), or an object has a name twice. The message quotes no value.
         RecursionError: it is nested too deeply.
     """
     if not isinstance(text, str):
-        text = text.decode(json.detect_encoding(text))
+        try:
+            text = text.decode(json.detect_encoding(text))
+        except UnicodeDecodeError as exc:
+            raise ValueError("it is not valid UTF-8") from exc
     return decoder.decode(text.removeprefix("\ufeff"))
 
 

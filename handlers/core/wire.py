@@ -20,7 +20,7 @@ from ts import service
 from ts.context import RequestProcessor
 from ts.protocol import otf_message_handler
 
-from handlers.core.request import Repeated
+from handlers.core.request import Repeated, UnparsedJSON
 from handlers.core.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
@@ -179,6 +179,8 @@ def parsed(value: bytearray, content_type: str) -> object:
     except Exception as exc:  # as in TorchServe; JSON that is nested too deeply raises RecursionError
         # without a traceback, so that a client with invalid bodies does not fill the logs
         logger.warning("An input of type %s cannot be decoded, and is passed on as bytes: %s", content_type, exc)
+        if content_type == "application/json":
+            return UnparsedJSON(value)
     return value
 
 

@@ -24,7 +24,7 @@ from handlers.core.errors import (
     UnsupportedInput,
 )
 from handlers.core.inputs import Image, Text
-from handlers.core.request import Repeated, Request, RequestReader
+from handlers.core.request import Repeated, Request, RequestReader, UnparsedJSON
 from tests.unit.readers import (
     BASE64,
     JSON,
@@ -168,6 +168,21 @@ def test_invalid_json_is_rejected(text: bytes):
 def test_json_that_python_accepts_beyond_the_standard_is_rejected(text: str, reason: str, encoding: str):
     with pytest.raises(InvalidJSON, match=reason):
         houses.read({"body": bytearray(text.encode(encoding))}, JSON)
+
+
+TWICE = UnparsedJSON(b'{"b64": "aGVsbG8=", "b64": "aGVsbG8="}')
+
+
+@pytest.mark.parametrize("field", [TWICE, Repeated([b"hello", TWICE])], ids=["once", "several times"])
+@pytest.mark.parametrize("reader", [texts, images], ids=["text", "image"])
+def test_part_of_a_form_that_is_called_json_and_is_not_is_no_text_and_no_file(reader: RequestReader, field: object):
+    with pytest.raises(InvalidJSON, match="invalid JSON: an object has a name twice"):
+        reader.read({"data": field}, {})
+
+
+def test_invalid_json_in_a_part_of_a_form_names_its_field():
+    with pytest.raises(InvalidJSON, match='^In the field "caption": .* a name twice'):
+        several.read({"image": b"hello", "caption": TWICE}, {})
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-Infinity"])

@@ -7,8 +7,15 @@ import re
 import pytest
 
 from handlers.core import inputs
-from handlers.core.errors import InvalidOption, RepeatedField, UndecodableText, UnknownField, UnsupportedEncoding
-from handlers.core.request import Repeated, RequestReader
+from handlers.core.errors import (
+    InvalidJSON,
+    InvalidOption,
+    RepeatedField,
+    UndecodableText,
+    UnknownField,
+    UnsupportedEncoding,
+)
+from handlers.core.request import Repeated, Request, RequestReader
 from tests.unit.readers import (
     JSON,
     MAX_INSTANCES,
@@ -153,6 +160,24 @@ def test_form_is_decoded_in_the_charset_of_its_content_type():
     assert texts.read({"data": Repeated([field, field])}, headers) == request_for(GREETING, GREETING, many=True)
     with pytest.raises(UndecodableText):
         texts.read({"data": field}, {"content-type": URLENCODED})
+
+
+def test_json_in_a_form_is_decoded_in_the_charset_of_its_content_type():
+    class Named(inputs.Inputs):
+        data: dict[str, str]
+
+    class Greeting(inputs.Options):
+        word: str = ""
+
+    reader = RequestReader(Named, Greeting, MAX_INSTANCES)
+    name, word = f'{{"name": "{GREETING}"}}'.encode("latin-1"), GREETING.encode("latin-1")
+    form = {"data": bytearray(name), "word": bytearray(word)}
+    expected = Request([Named(data={"name": GREETING})], Greeting(word=GREETING))
+    assert reader.read(form, declared("ISO-8859-1", URLENCODED)) == expected
+    instances = {"instances": bytearray(b"[" + name + b"]")}
+    assert reader.read(instances, declared("ISO-8859-1", URLENCODED)).inputs == expected.inputs
+    with pytest.raises(InvalidJSON, match="invalid JSON: it is not valid UTF-8"):
+        reader.read(form, {"content-type": URLENCODED})
 
 
 @pytest.mark.parametrize("before", ["", "data:image/png;base64,"])

@@ -17,7 +17,7 @@ from ts.async_service import AsyncService
 from ts.protocol import otf_message_handler
 
 from handlers.core import wire
-from handlers.core.request import Repeated
+from handlers.core.request import Repeated, UnparsedJSON
 
 TORCHSERVES = {
     module: {name: vars(module)[name] for name in names}
@@ -119,7 +119,8 @@ def read(content: bytes, piece: int, count: int = 1) -> list[tuple]:
 
 
 def kinds(rows: list[dict]) -> list[dict]:
-    return [{name: type(value) for name, value in row.items()} for row in rows]
+    """Return the types of the values; what is called JSON, and is not, is a bytearray for TorchServe."""
+    return [{name: bytearray if type(v) is UnparsedJSON else type(v) for name, v in row.items()} for row in rows]
 
 
 @settings(max_examples=60, deadline=None)
@@ -194,6 +195,16 @@ def test_json_beyond_the_standard_is_passed_on_as_bytes(text: bytes):
     wire.read_in_one_pass()
     [(_, rows, _)] = read(message([(b"1", [], [(b"body", b"application/json", text)])]), 100)
     assert rows == [{"body": bytearray(text)}]
+
+
+@pytest.mark.parametrize(
+    ("content_type", "text", "kind"),
+    [(b"application/json", b'{"a": 1, "a": 2}', UnparsedJSON), (b"text/plain", b"\xff", bytearray)],
+)
+def test_part_that_is_called_json_and_is_not_says_so_to_the_handler(content_type: bytes, text: bytes, kind: type):
+    wire.read_in_one_pass()
+    [(_, [row], _)] = read(message([(b"1", [], [(b"data", content_type, text)])]), 100)
+    assert (row, type(row["data"])) == ({"data": bytearray(text)}, kind)
 
 
 def test_negative_length_of_a_value_is_an_empty_value():
