@@ -134,6 +134,7 @@ def server_paths() -> dict[str, dict]:
         "/ping": question("ping", summary, ping),
         "/openapi.json": question("schema", "This document: the models that are registered now.", itself),
         "/invocations": {"post": invocation},
+        "/": question("serverAlive", "Whether the server answers.", {"200": described("It does.", health)}),
         "/v1/models": question("models", "The names of all models.", {"200": described("Their names.", models)}),
         "/v2": question("serverMetadata", "What the server is.", {"200": described("Its name.", about)}),
         "/v2/health/live": question("serverLive", "Whether the server answers.", live),

@@ -229,7 +229,8 @@ def answers(proxy: Proxy) -> bool:
     running = docker("inspect", "--format", "{{.State.Running}}", proxy.container).stdout.strip()
     assert running == "true", proxy.logs()
     try:
-        http.head(proxy.url, timeout=1, allow_redirects=False)  # a connection is not enough: nginx -t listens, too
+        # a connection is not enough, because nginx -t listens, too; the path is one that is not passed on
+        http.head(f"{proxy.url}/error", timeout=1, allow_redirects=False)
     except requests.RequestException:
         return False
     return True

@@ -49,6 +49,7 @@ def test_no_origin_is_allowed_by_default(proxy, upstream):
         ("/explanations/mnist/1.0", "PUT", "POST, PUT"),
         ("/v2/models/mnist/infer", "POST", "POST, PUT"),
         ("/v2/models/mnist", "GET", "GET, HEAD"),
+        ("/", "GET", "GET, HEAD"),
         ("/ping", "GET", "GET, HEAD"),
         ("/openapi.json", "GET", "GET, HEAD"),
     ],

@@ -54,7 +54,6 @@ def test_query_is_passed_on_as_it_was_sent(proxy, upstream, path, query):
 
 
 TRICKS = [
-    "/",
     "/models",
     "//models",
     "/models/mnist",
@@ -231,7 +230,7 @@ def test_inference_of_kserve_and_sagemaker_is_passed_on(proxy, upstream, target,
 @pytest.mark.parametrize(
     "path",
     [
-        *("/v1/models", "/v1/models/mnist", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/mnist"),
+        *("/", "/v1/models", "/v1/models/mnist", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/mnist"),
         *("/v2/models/mnist/ready", "/v2/models/mnist/versions/1.0", "/v2/models/mnist/versions/1.0/ready"),
     ],
 )
@@ -315,7 +314,7 @@ def test_schema_is_that_of_torchserve(proxy, upstream, target):
     assert http.head(f"{proxy.url}/openapi.json", timeout=10).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/openapi.json", "/ping", "/v2", "/v2/models/mnist", "/v1/models"])
+@pytest.mark.parametrize("path", ["/", "/openapi.json", "/ping", "/v2", "/v2/models/mnist", "/v1/models"])
 def test_question_with_another_method_or_a_long_body_is_rejected(proxy, upstream, path: str):
     posted = proxy.post(path)
     long = http.get(f"{proxy.url}{path}", data=bytes(2000), timeout=10)

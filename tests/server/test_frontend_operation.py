@@ -147,6 +147,16 @@ def test_client_that_asks_before_it_sends_too_much_gets_413(patched: Bare):
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize("kind", ["files", "data"], ids=["multipart", "urlencoded"])
+def test_form_may_have_a_thousand_fields(patched: Bare, kind: str):
+    fields = {str(index): "x" for index in range(1001)}
+    rejected = requests.post(f"{patched.inference}/predictions/one", **{kind: fields}, timeout=20)
+    assert (rejected.status_code, "more than 1,000 fields" in rejected.json()["message"]) == (400, True)
+    del fields["0"]
+    answer = requests.post(f"{patched.inference}/predictions/one", **{kind: fields}, timeout=20)
+    assert answer.json()["fields"].keys() == fields.keys()
+
+
 def test_registration_names_the_parameters_that_the_archive_overrides(patched: Bare):
     archive(patched.folder / "store", "more", batchSize=4)
     query = {"url": "more.mar", "initial_workers": 2, "response_timeout": 5, "batch_size": 8}

@@ -84,6 +84,8 @@ def test_body_that_curl_calls_a_form_arrives_whole(patched: Bare):
     [
         (b"a=1&b=x%20y", {"a": str(b"1"), "b": str(b"x y")}),
         (b"text=100 Euro", {"text": str(b"100 Euro")}),
+        (b"text=100 \x80&b=%80", {"text": str(b"100 \x80"), "b": str(b"\x80")}),
+        (b"100 \x80=x", {"body": str(b"100 \x80=x")}),
         (b'{"text": "a=b"}', {"body": "{'text': 'a=b'}"}),
         (b"[1, 2]", {"body": "[1, 2]"}),
         (b"plain words", {"body": str(b"plain words")}),

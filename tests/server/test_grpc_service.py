@@ -79,7 +79,6 @@ def test_model_that_loses_its_workers_is_not_ready(patched: Bare, client: triton
 def test_request_inside_a_killed_worker_is_answered_by_the_next(
     patched: Bare, client: triton.InferenceServerClient, pool
 ):
-    client.is_server_ready()  # only a server that was ready stops being so
     inside = pool.submit(infer, patched, "one", b"sleep 2")
     time.sleep(1)
     [killed] = patched.workers("one")

@@ -38,6 +38,23 @@ def test_option_sent_twice_in_a_form_is_rejected(served):
     assert (answer.status_code, answer.json()["type"]) == (400, "RepeatedField")
 
 
+@pytest.mark.parametrize("model", ["mnist", "text"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(f'{{"b64": "{BASE64}", "b64": "{BASE64}"}}', "an object has a name twice"), ('{"b64":', "Expecting value")],
+    ids=["a-name-twice", "cut"],
+)
+def test_part_of_a_form_that_is_called_json_and_is_not_is_rejected(served, model: str, content: str, reason: str):
+    answer = post(served, f"predictions/{model}", files={"data": ("data.json", content, "application/json")})
+    assert (answer.status_code, answer.json()["type"]) == (400, "InvalidJSON"), answer.text
+    assert reason in answer.json()["message"]
+
+
+def test_part_of_a_form_may_be_json(served):
+    part = ("data.json", json.dumps({"b64": BASE64}), "application/json")
+    assert post(served, "predictions/mnist", files={"data": part}).json()["top_3_classes"][0] == 3
+
+
 @pytest.mark.parametrize(
     "request_",
     [
@@ -84,6 +101,17 @@ def test_text_is_read_in_its_charset_or_the_charset_is_named(served, charset):
         assert (answer.status_code, '"cp037"' in answer.json()["message"]) == (415, True)
     else:
         assert answer.json() == post(served, "predictions/text", data=text.encode()).json()
+
+
+@pytest.mark.parametrize("form", [b"data=caf\xe9+weather", b"data=caf%E9+weather"], ids=["raw", "percent-encoded"])
+def test_urlencoded_form_is_read_in_its_charset_or_says_what_to_do(served, form: bytes):
+    declared = {"Content-Type": f"{URLENCODED['Content-Type']}; charset=iso-8859-1"}
+    answer = post(served, "predictions/text", data=form, headers=declared)
+    assert answer.json() == post(served, "predictions/text", data="café weather".encode()).json()
+    rejected = post(served, "predictions/text", data=form, headers=URLENCODED)
+    assert (rejected.status_code, rejected.json()["type"]) == (400, "UndecodableText")
+    assert "not valid UTF-8" in rejected.json()["message"]
+    assert "charset=iso-8859-1" in rejected.json()["message"]
 
 
 @pytest.mark.parametrize("name", ["text.txt", None], ids=["file", "field"])

@@ -63,6 +63,15 @@ def test_request_without_inputs_is_rejected(place: Place):
     assert (answer.status_code, "image, text and audio" in answer.json()["message"]) == (400, True)
 
 
+def test_urlencoded_form_that_is_not_utf8_is_rejected_by_its_field_and_read_with_its_charset(place: Place):
+    form = "application/x-www-form-urlencoded"
+    rejected = post(place, data=b"text=caf\xe9+seven", headers={"Content-Type": form})
+    assert (rejected.status_code, rejected.json()["type"]) == (400, "UndecodableText")
+    assert rejected.json()["message"].startswith('In the field "text": The text is not valid UTF-8.')
+    declared = {"Content-Type": f"{form}; charset=iso-8859-1"}
+    assert first(post(place, data=b"text=caf\xe9+seven", headers=declared).json()).label == "7"
+
+
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_grpc_prediction_of_a_subset_gives_the_expected_answer(place: Place, subset: tuple[str, ...]):
     address = f"127.0.0.1:{place.ports['grpc_inference_port']}"

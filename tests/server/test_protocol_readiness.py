@@ -57,6 +57,36 @@ def test_model_that_is_loading_is_not_ready_and_its_server_stays_ready(server: B
         requests.delete(f"{server.management}/models/slow", timeout=60)
 
 
+def test_model_that_failed_before_anybody_asked_is_missed(server: Bare):
+    wait_for(partial(is_ready, server), 30)
+    archive(server.folder / "store", "later", **PLAIN)
+    registration = {"url": "later.mar", "initial_workers": "1", "synchronous": "true"}
+    assert requests.post(f"{server.management}/models", params=registration, timeout=60).ok
+    try:
+        [ready] = server.workers("later")
+        server.break_workers("later")
+        psutil.Process(ready).kill()
+        wait_for(partial(server.has_workers, "later", 0), 30)
+        assert not is_ready(server)
+    finally:
+        requests.delete(f"{server.management}/models/later", timeout=60)
+    assert is_ready(server)
+
+
+def test_model_whose_workers_were_stopped_on_purpose_is_not_missed_while_it_starts_again(server: Bare):
+    wait_for(partial(is_ready, server), 30)
+    server.break_workers("one")
+    server.scale("one", 0)
+    query = {"min_worker": 1, "max_worker": 1}
+    try:
+        assert requests.put(f"{server.management}/models/one", params=query, timeout=60).status_code == 202
+        assert is_ready(server)
+        assert not is_ready(server, "models/one")
+    finally:
+        (server.folder / "break-one").unlink()
+        server.restore("one")
+
+
 def test_server_is_not_ready_until_a_lost_worker_is_replaced(server: Bare):
     wait_for(partial(is_ready, server), 30)
     server.break_workers("two")

@@ -185,6 +185,7 @@ def kserve(served: Place, kserve_python: Path) -> dict[str, Any]:
     bad = base64.b64encode(NO_IMAGE).decode()
     calls = {
         "live": {"protocol": "v2", "method": "is_server_live"},
+        "live in v1": {"protocol": "v1", "method": "is_server_live"},
         "ready": {"protocol": "v2", "method": "is_server_ready"},
         "unknown model is ready": {"protocol": "v2", "method": "is_model_ready", "model": "nothing"},
         "options": infer("image", data(ENCODED["image"]), parameters={"top_k": 2}),
@@ -225,7 +226,7 @@ def test_kserves_client_gets_the_answers_of_a_batch(kserve: dict[str, Any], name
 
 
 def test_kserves_client_gets_readiness_options_and_errors(kserve: dict[str, Any]):
-    assert kserve["live"] is kserve["ready"] is True
+    assert kserve["live"] is kserve["live in v1"] is kserve["ready"] is True
     assert kserve["unknown model is ready"] is False
     assert numpy.shape(kserve["options"]["label"]) == (1, 2)
     errors = {
@@ -328,6 +329,14 @@ def test_server_and_its_models_are_ready(served: Place, client: triton.Inference
     assert get(served, "v1/models").json()["models"] == sorted(SHIPPED)
     assert get(served, "v1/models/mnist").json() == {"name": "mnist", "ready": True}
     assert get(served, "ping").json() == {"status": "Healthy"}
+
+
+def test_root_is_alive_on_the_port_of_predictions_only(served: Place):
+    assert get(served, "").json() == {"status": "alive"}
+    assert "openapi" in requests.options(f"{served.client.inference}/", timeout=30).json()
+    assert post(served, "").status_code == 405
+    for address in (served.client.management, served.url("metrics_address")):
+        assert requests.get(f"{address}/", timeout=30).status_code == 405
 
 
 # --- other routes -------------------------------------------------------------------------------------------------

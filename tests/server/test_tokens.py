@@ -148,12 +148,13 @@ def test_renewal_requires_the_api_key_and_the_old_key_is_refused(guarded: Place,
     assert guarded.client.predict("mnist", DIGIT).status_code == 200
 
 
-def test_metrics_and_api_descriptions_are_open_without_a_key(guarded: Place):
+def test_metrics_api_descriptions_and_root_are_open_without_a_key(guarded: Place):
     """SECURITY.md says so."""
     assert "ts_inference_requests_total" in requests.get(guarded.url("metrics_address") + "/metrics", timeout=30).text
     for address in (guarded.client.inference, guarded.client.management):
         assert "openapi" in requests.get(f"{address}/api-description", timeout=30).json()
         assert "openapi" in requests.options(f"{address}/", timeout=30).json()
+    assert requests.get(f"{guarded.client.inference}/", timeout=30).json() == {"status": "alive"}
 
 
 def test_commands_use_the_keys_and_never_show_them(guarded: Place, tmp_path: Path):

@@ -11,6 +11,7 @@ from bundle import mar, openapi
 from bundle.build.handler import load_handler
 from bundle.build.model_api import ModelAPI
 from bundle.catalog import ModelFolder, select
+from handlers.core.declared import METADATA_NAME
 
 TOYS = Path(__file__).parents[1] / "models"
 JSON, MULTIPART, URLENCODED = "application/json", "multipart/form-data", "application/x-www-form-urlencoded"
@@ -58,11 +59,12 @@ def copied(model: str, target: Path, **changes: str) -> ModelFolder:
     return ModelFolder(target / model)
 
 
-def write_archive(store: Path, name: str, document: object, version: str = "1.0") -> str:
+def write_archive(store: Path, name: str, document: object, version: str = "1.0", metadata: str = "") -> str:
     """Write an archive that can be registered, and return its name.
 
     Args:
         document: its openapi.json: JSON, bytes as they are, or None without one.
+        metadata: its open_inference.json, if it has one.
     """
     described = {"modelName": name, "modelVersion": version, "handler": "handler.py"}
     archive = store / f"{name}-{version}.mar"
@@ -71,4 +73,6 @@ def write_archive(store: Path, name: str, document: object, version: str = "1.0"
         file.writestr("handler.py", "")
         if document is not None:
             file.writestr(openapi.NAME, document if isinstance(document, bytes) else json.dumps(document))
+        if metadata:
+            file.writestr(METADATA_NAME, metadata)
     return archive.name

@@ -16,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 from bundle.build import frontend as building
 from bundle.paths import ROOT
 from bundle.server.frontend import JAR, OFF
+from bundle.server.grpc_client import GrpcError, predict
 from bundle.server.java import java_home
 from bundle.server.ports import free_ports
 from tests.unit.test_frontend import NO_COMPILER, compile_java
@@ -101,10 +102,10 @@ def numbers(count: int = 1) -> triton.InferInput:
     return triton.InferInput("data", [count], "FP32").set_data_from_numpy(numpy.ones(count, numpy.float32))
 
 
-def probe(address: str, service: str = "") -> bytes:
+def probe(address: str, service: str = "", call: str = "Check") -> bytes:
     """Ask the standard service for probes, in the bytes of its messages."""
     with grpc.insecure_channel(address) as channel:
-        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        check = channel.unary_unary(f"/grpc.health.v1.Health/{call}")
         return check(bytes([1 << 3 | 2, len(service)]) + service.encode() if service else b"", timeout=20)
 
 
@@ -159,6 +160,19 @@ def test_probe_of_an_unknown_service_is_not_found(address: str):
     with pytest.raises(grpc.RpcError) as raised:
         probe(address, "x")
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_watch_of_probes_is_unimplemented(address: str):
+    with pytest.raises(grpc.RpcError) as raised:
+        probe(address, call="Watch")
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(("fields", "words"), [(1000, "Model not found"), (1001, "more than 1,000 fields")])
+def test_call_of_torchserves_service_may_have_a_thousand_fields(address: str, fields: int, words: str):
+    with pytest.raises(GrpcError, match=words) as raised:
+        predict(address, "x", {str(index): b"" for index in range(fields)})
+    assert (raised.value.code is grpc.StatusCode.INVALID_ARGUMENT) == (fields > 1000)
 
 
 def test_call_without_a_key_is_denied(tmp_path: Path):

@@ -7,6 +7,7 @@ import pytest
 
 from bundle.build import frontend as building
 from bundle.paths import ROOT
+from tests.unit.schemas import write_archive
 from tests.unit.test_frontend import JAR, NO_COMPILER, compile_java, run_java
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="no JDK")]
@@ -66,6 +67,10 @@ public class Routes {
 """
 PREDICTION, EXPLANATION = "[False]", "[False, True]"  # the headers `explain`, of which the last one counts
 ASKED = [
+    ("GET /", 200, '{ "status": "alive" }'),
+    ("GET /?a=b", 200, '{ "status": "alive" }'),
+    ("POST /", 405, '"MethodNotAllowedException"'),
+    ("OPTIONS /", 200, '"openapi"'),
     ("GET /v2", 200, '"binary_tensor_data"'),
     ("GET /v2/health/live", 200, '"live": true'),
     ("GET /v2/health/ready", 200, '"ready": true'),
@@ -105,6 +110,10 @@ INFERRED = [  # request, URI with the query that the handler gets, protocol, con
 ]
 
 
+# metadata that are nested so deeply that Java's stack overflows
+DEEP = '{"platform": "", "inputs": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
 def ask(folder: Path, *asked: str) -> list[list[str]]:
     """Return what Java printed about each request: the request, the status, the body, ...
 
@@ -127,8 +136,10 @@ def ask(folder: Path, *asked: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Return what Java printed about each request."""
-    found = ask(tmp_path_factory.mktemp("routes"), *(each[0] for each in [*ASKED, *INFERRED]))
-    return {request: rest for request, *rest in found}
+    folder = tmp_path_factory.mktemp("routes")
+    registered = f"register {write_archive(folder, 'deep', None, metadata=DEEP)} deep"
+    asked = [each[0] for each in [*ASKED, *INFERRED]]
+    return {request: rest for request, *rest in ask(folder, *asked, registered, "GET /v2/models/deep")}
 
 
 @pytest.mark.parametrize(("request_", "status", "words"), ASKED)
@@ -136,6 +147,11 @@ def test_question_is_answered_in_the_form_of_its_protocol(answers, request_: str
     code, body, *_ = answers[request_]
     assert (int(code), words in body) == (status, True), body
     assert list(json.loads(body)) == ["error"] or '"error"' not in words
+
+
+def test_exception_of_torchserve_is_an_error_of_the_protocol_without_its_text(answers):
+    code, body, *_ = answers["GET /v2/models/deep"]
+    assert (code, json.loads(body)) == ("500", {"error": "The server failed on this request. Its log has the reason."})
 
 
 @pytest.mark.parametrize(("request_", "uri", "protocol", "content_type", "kind"), INFERRED)

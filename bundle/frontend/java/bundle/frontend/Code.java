@@ -35,12 +35,16 @@ final class Code {
     static final String INITIALIZER = "org/pytorch/serve/ServerInitializer"; // of a connection
     static final String MODEL_MANAGER = "org/pytorch/serve/wlm/ModelManager";
     static final String NETTY = "org/pytorch/serve/util/NettyUtils";
+    static final String WORKER = "org/pytorch/serve/wlm/WorkerThread";
+    static final String GRPC_INFERENCE = "org/pytorch/serve/grpcimpl/InferenceImpl";
+    static final String PREDICTION = "(Lorg/pytorch/serve/grpc/inference/PredictionsRequest;"
+            + "Lio/grpc/stub/StreamObserver;Lorg/pytorch/serve/util/messages/WorkerCommands;)V";
     static final String REQUEST_PARSER = "org/pytorch/serve/http/api/rest/InferenceRequestHandler";
     static final String PARSE_REQUEST =
             "(Lio/netty/channel/ChannelHandlerContext;Lio/netty/handler/codec/http/FullHttpRequest;"
                     + "Lio/netty/handler/codec/http/QueryStringDecoder;)"
                     + "Lorg/pytorch/serve/util/messages/RequestInput;";
-    private static final String SEND_ERROR =
+    static final String SEND_ERROR =
             "(Lio/netty/channel/ChannelHandlerContext;Lio/netty/handler/codec/http/HttpResponseStatus;"
                     + "Ljava/lang/Throwable;)V";
 
@@ -73,7 +77,12 @@ final class Code {
         return method(initializer, "initChannel", "(Lio/netty/channel/Channel;)V");
     }
 
-    /** Check that a class has a field that the patch reads later, by reflection. */
+    /** Return the method of WORKER that changes the state of a worker. */
+    static MethodNode setState(ClassNode worker) throws Refusal {
+        return method(worker, "setState", "(Lorg/pytorch/serve/wlm/WorkerState;I)V");
+    }
+
+    /** Check that a class has a field that the patch reads later. */
     static void requireField(ClassNode code, String name) throws Refusal {
         if (code.fields.stream().noneMatch(field -> field.name.equals(name))) {
             throw new Refusal("field " + name + " is missing");

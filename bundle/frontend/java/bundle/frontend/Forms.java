@@ -108,17 +108,22 @@ public final class Forms implements Patch {
         if (!body.isReadable()) {
             return false; // a form without fields
         }
-        boolean fields = body.indexOf(body.readerIndex(), body.writerIndex(), (byte) '=') >= 0;
+        int name = body.bytesBefore((byte) '='); // its length; -1 without the sign
         boolean controls = body.forEachByte(value -> value < 0 || value >= ' ' || Character.isWhitespace(value)) >= 0;
-        if (!fields || controls) {
+        if (name < 0 || controls) {
             return true;
         }
         try {
             StandardCharsets.UTF_8.newDecoder().decode(body.nioBuffer());
             return false;
         } catch (CharacterCodingException error) {
-            return true;
+            // after a name, it is a field in another charset: the handler knows which, or says that it is missing
+            return name == 0 || body.forEachByte(body.readerIndex(), name, Forms::isOfName) >= 0;
         }
+    }
+
+    private static boolean isOfName(byte value) {
+        return value == '_' || value == '-' || value == '.' || Character.isLetterOrDigit(value);
     }
 
     /** Send the answer to a request that failed with 500. */

@@ -32,7 +32,7 @@ public final class Grpc implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(SERVER, CALLS, REQUEST, RESPONSE);
+        return List.of(SERVER, CALLS, REQUEST, RESPONSE, Code.WORKER);
     }
 
     @Override
@@ -46,6 +46,8 @@ public final class Grpc implements Patch {
             Code.redirect(start, add, Grpc.class, "addService", false);
         } else if (code.name.equals(CALLS)) {
             Code.method(code, "bindService", "()Lio/grpc/ServerServiceDefinition;");
+        } else if (code.name.equals(Code.WORKER)) {
+            Code.begin(Code.setState(code), States.class, "note", 0, 1);
         } else {
             Code.requireField(code, code.name.equals(REQUEST) ? "rawInputContents_" : "rawOutputContents_");
         }

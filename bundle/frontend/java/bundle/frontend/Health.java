@@ -19,7 +19,8 @@ import org.pytorch.serve.grpc.inference.InferenceAPIsServiceGrpc;
 /**
  * gRPC's standard service for probes: SERVING when all models have their workers READY.
  *
- * <p>TorchServe has no classes of its messages. They have one field each: the name of a service, and a number.
+ * <p>TorchServe has no classes of its messages. They have one field each: the name of a service, and a number. `Watch`
+ * stays UNIMPLEMENTED, which its specification allows.
  */
 final class Health {
     private static final String NAME = "grpc.health.v1.Health";

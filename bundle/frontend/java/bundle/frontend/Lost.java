@@ -51,7 +51,6 @@ import org.slf4j.LoggerFactory;
  * The other answers have Retry-After.
  */
 public final class Lost implements Patch {
-    private static final String WORKER = "org/pytorch/serve/wlm/WorkerThread";
     private static final String MODEL = "org/pytorch/serve/wlm/Model";
     private static final String AGGREGATOR = "org/pytorch/serve/wlm/BatchAggregator";
     private static final String REQUEST = "Lorg/pytorch/serve/util/messages/BaseModelRequest;";
@@ -70,12 +69,12 @@ public final class Lost implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(WORKER, Code.MODEL_MANAGER, MODEL, Code.REST_JOB, AGGREGATOR, Code.REQUEST_PARSER);
+        return List.of(Code.WORKER, Code.MODEL_MANAGER, MODEL, Code.REST_JOB, AGGREGATOR, Code.REQUEST_PARSER);
     }
 
     @Override
     public void change(ClassNode code) throws Refusal {
-        if (code.name.equals(WORKER)) {
+        if (code.name.equals(Code.WORKER)) {
             changeWorker(Code.method(code, "run", "()V"), Code.method(code, "shutdown", "()V"));
             return;
         }
@@ -127,7 +126,7 @@ public final class Lost implements Patch {
         Code.redirectAll(run, queue, "poll", poll, Lost.class, "reply", true);
         Code.redirectAll(run, AGGREGATOR, "sendError", error, Lost.class, "fail", true);
         Code.redirectAll(run, AGGREGATOR, "cleanJobs", "()V", Lost.class, "clean", true);
-        Code.redirectAll(run, WORKER, "isHealthy", "()Z", Lost.class, "isHealthy", false);
+        Code.redirectAll(run, Code.WORKER, "isHealthy", "()Z", Lost.class, "isHealthy", false);
         // the worker's own thread does this, too; both at once raise ConcurrentModificationException
         Code.redirectAll(shutdown, AGGREGATOR, "sendError", error, Lost.class, "leave", false);
     }

@@ -24,7 +24,6 @@ import org.pytorch.serve.wlm.ModelManager;
  */
 public final class Overload implements Patch {
     private static final String API = "org/pytorch/serve/util/ApiUtils";
-    private static final String GRPC = "org/pytorch/serve/grpcimpl/InferenceImpl";
     private static final String AGGREGATOR = "org/pytorch/serve/wlm/BatchAggregator";
     // what TorchServe's Python worker says about a handler that raised, or returned something invalid
     private static final Set<String> FAILURES = Set.of(
@@ -42,7 +41,7 @@ public final class Overload implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(API, GRPC, AGGREGATOR, Code.HTTP_HANDLER);
+        return List.of(API, Code.GRPC_INFERENCE, AGGREGATOR, Code.HTTP_HANDLER);
     }
 
     @Override
@@ -53,11 +52,8 @@ public final class Overload implements Patch {
             String texts = "Ljava/lang/String;Ljava/lang/String;";
             String parameters = "(Lio/netty/channel/ChannelHandlerContext;" + texts + input + ")";
             redirectAdd(Code.method(code, "addRESTInferenceJob", parameters + result), "add");
-        } else if (code.name.equals(GRPC)) {
-            String request = "Lorg/pytorch/serve/grpc/inference/PredictionsRequest;";
-            String command = "Lorg/pytorch/serve/util/messages/WorkerCommands;";
-            String parameters = "(" + request + "Lio/grpc/stub/StreamObserver;" + command + ")";
-            redirectAdd(Code.method(code, "prediction", parameters + "V"), "addGrpc");
+        } else if (code.name.equals(Code.GRPC_INFERENCE)) {
+            redirectAdd(Code.method(code, "prediction", Code.PREDICTION), "addGrpc");
         } else if (code.name.equals(AGGREGATOR)) {
             String answer = "(Lorg/pytorch/serve/util/messages/ModelWorkerResponse;)Z";
             MethodNode send = Code.method(code, "sendResponse", answer);

@@ -2,7 +2,10 @@ package bundle.frontend;
 
 import com.google.gson.JsonObject;
 import com.google.gson.JsonSyntaxException;
+import groovyjarjarasm.asm.Opcodes;
 import groovyjarjarasm.asm.tree.ClassNode;
+import groovyjarjarasm.asm.tree.FieldInsnNode;
+import groovyjarjarasm.asm.tree.MethodNode;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.FullHttpResponse;
@@ -10,6 +13,7 @@ import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpMethod;
 import io.netty.handler.codec.http.HttpResponse;
+import io.netty.handler.codec.http.HttpResponseStatus;
 import io.netty.handler.codec.http.QueryStringDecoder;
 import io.netty.util.AttributeKey;
 import java.nio.charset.StandardCharsets;
@@ -20,9 +24,11 @@ import org.pytorch.serve.archive.DownloadArchiveException;
 import org.pytorch.serve.archive.model.ModelException;
 import org.pytorch.serve.archive.workflow.WorkflowException;
 import org.pytorch.serve.http.BadRequestException;
+import org.pytorch.serve.http.InternalServerException;
 import org.pytorch.serve.http.MethodNotAllowedException;
 import org.pytorch.serve.http.ResourceNotFoundException;
 import org.pytorch.serve.http.api.rest.InferenceRequestHandler;
+import org.pytorch.serve.util.ConnectorType;
 import org.pytorch.serve.util.JsonUtils;
 import org.pytorch.serve.wlm.WorkerInitializationException;
 
@@ -31,11 +37,15 @@ import org.pytorch.serve.wlm.WorkerInitializationException;
  * /openapi.json describes the models.
  *
  * <p>TorchServe has some of them, in a form that their clients do not understand: without versions, metadata and binary
- * tensors, and with a readiness that is always true.
+ * tensors, and with a readiness that is always true. `GET /`, with which clients of v1 ask whether the server is alive,
+ * is 405.
  */
 public final class Routes implements Patch {
     static final String PROTOCOL = "bundle-protocol"; // tells the handler how to read and answer
     private static final String JSON_SIZE = "inference-header-content-length";
+    private static final String DESCRIPTION = "org/pytorch/serve/http/api/rest/ApiDescriptionRequestHandler";
+    private static final String PORT = "connectorType"; // its field
+    private static final String PORT_TYPE = "Lorg/pytorch/serve/util/ConnectorType;";
     private static final AttributeKey<Boolean> OPEN_INFERENCE = AttributeKey.valueOf("bundle.open_inference");
 
     @Override
@@ -45,23 +55,34 @@ public final class Routes implements Patch {
 
     @Override
     public List<String> classes() {
-        return List.of(Code.HTTP_HANDLER, Code.REQUEST_PARSER, Code.NETTY);
+        return List.of(Code.HTTP_HANDLER, DESCRIPTION, Code.REQUEST_PARSER, Code.NETTY, Code.WORKER);
     }
 
     @Override
     public void change(ClassNode code) throws Refusal {
         String client = "Lio/netty/channel/ChannelHandlerContext;";
         String request = "Lio/netty/handler/codec/http/FullHttpRequest;";
+        String rest = "Lio/netty/handler/codec/http/QueryStringDecoder;[Ljava/lang/String;";
+        String handle = "(" + client + request + rest + ")V";
         if (code.name.equals(Code.HTTP_HANDLER)) {
             String parameters = "(" + client + request + ")V";
             Code.begin(Code.method(code, "channelRead0", parameters), Routes.class, "receive", 1, 2);
+        } else if (code.name.equals(DESCRIPTION)) {
+            Code.requireField(code, PORT);
+            MethodNode describe = Code.method(code, "handleRequest", handle);
+            Code.guard(describe, Routes.class, "live", 0, 1, 2, 3);
+            // not the object itself, but its field
+            describe.instructions.insert(
+                    describe.instructions.getFirst(),
+                    new FieldInsnNode(Opcodes.GETFIELD, DESCRIPTION, PORT, PORT_TYPE));
         } else if (code.name.equals(Code.REQUEST_PARSER)) {
-            String rest = "Lio/netty/handler/codec/http/QueryStringDecoder;[Ljava/lang/String;";
-            String parameters = "(" + client + request + rest + ")V";
-            Code.guard(Code.method(code, "handleRequest", parameters), Routes.class, "pass", 0, 1, 2, 3, 4);
+            Code.guard(Code.method(code, "handleRequest", handle), Routes.class, "pass", 0, 1, 2, 3, 4);
+        } else if (code.name.equals(Code.WORKER)) {
+            Code.begin(Code.setState(code), States.class, "note", 0, 1);
         } else {
             String parameters = "(" + client + "Lio/netty/handler/codec/http/HttpResponse;Z)V";
             Code.begin(Code.method(code, "sendHttpResponse", parameters), Routes.class, "answer", 0, 1);
+            Code.guard(Code.method(code, "sendError", Code.SEND_ERROR), Routes.class, "fail", 0, 1, 2);
         }
     }
 
@@ -71,6 +92,22 @@ public final class Routes implements Patch {
         String uri = request.uri();
         boolean open = uri.equals("/v2") || uri.startsWith("/v2/") || uri.startsWith("/v2?");
         client.channel().attr(OPEN_INFERENCE).set(open);
+    }
+
+    /**
+     * Answer `GET /` on the port of predictions. Called before TorchServe looks for `OPTIONS /` and at the token.
+     *
+     * @param port what the port is for
+     * @return whether TorchServe handles the request
+     */
+    public static boolean live(
+            ConnectorType port, ChannelHandlerContext client, FullHttpRequest request, QueryStringDecoder query) {
+        boolean predicts = port == ConnectorType.INFERENCE_CONNECTOR || port == ConnectorType.ALL;
+        if (!predicts || !HttpMethod.GET.equals(request.method()) || !query.path().equals("/")) {
+            return true;
+        }
+        States.alive(client);
+        return false;
     }
 
     /**
@@ -186,10 +223,29 @@ public final class Routes implements Patch {
         }
     }
 
+    /**
+     * Answer a request of v2 on which TorchServe itself failed. Called before TorchServe answers with the text of the
+     * exception, which names Java classes. It has logged the exception.
+     *
+     * @return whether TorchServe answers
+     */
+    public static boolean fail(ChannelHandlerContext client, HttpResponseStatus status, Throwable error) {
+        boolean failed = status.equals(HttpResponseStatus.INTERNAL_SERVER_ERROR);
+        if (!failed || error instanceof InternalServerException || !isOpenInference(client)) {
+            return true;
+        }
+        String message = "The server failed on this request. Its log has the reason.";
+        Answers.error(client, 500, "InternalServerException", message, 0);
+        return false;
+    }
+
+    private static boolean isOpenInference(ChannelHandlerContext client) {
+        return Boolean.TRUE.equals(client.channel().attr(OPEN_INFERENCE).get());
+    }
+
     /** Give an error of TorchServe the form of the client's protocol. Called before it is sent. */
     public static void answer(ChannelHandlerContext client, HttpResponse response) {
-        boolean open = Boolean.TRUE.equals(client.channel().attr(OPEN_INFERENCE).get());
-        if (!open || response.status().code() < 400 || !(response instanceof FullHttpResponse)) {
+        if (!isOpenInference(client) || response.status().code() < 400 || !(response instanceof FullHttpResponse)) {
             return;
         }
         FullHttpResponse whole = (FullHttpResponse) response;

@@ -8,35 +8,40 @@ import io.netty.handler.codec.http.HttpResponseStatus;
 import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
-import java.util.HashMap;
-import java.util.HashSet;
 import java.util.Map;
 import java.util.Set;
 import java.util.TreeSet;
+import java.util.WeakHashMap;
 import org.pytorch.serve.archive.model.ModelNotFoundException;
 import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
 import org.pytorch.serve.http.ResourceNotFoundException;
 import org.pytorch.serve.util.ConfigManager;
 import org.pytorch.serve.util.JsonUtils;
 import org.pytorch.serve.util.NettyUtils;
+import org.pytorch.serve.wlm.Batch;
 import org.pytorch.serve.wlm.Model;
 import org.pytorch.serve.wlm.ModelManager;
-import org.pytorch.serve.wlm.ModelVersionName;
 import org.pytorch.serve.wlm.ModelVersionedRefs;
 import org.pytorch.serve.wlm.WorkerState;
 import org.pytorch.serve.wlm.WorkerThread;
 
 /** Answers about the server and its models, for the clients of KServe's protocols. */
-final class States {
+public final class States {
     static final String NAME = "torchserve";
     static final String EXTENSION = "binary_tensor_data";
     private static final String METADATA = "open_inference.json"; // bundle/build writes it into the archive
 
-    // for each version that had all its workers once: their number at that time
-    private static final Map<ModelVersionName, Integer> COMPLETE = new HashMap<>();
-    private static boolean started;
+    // for each version that had all its workers once: their number at the last time that it had them
+    private static final Map<Model, Integer> COMPLETE = new WeakHashMap<>();
 
     private States() {}
+
+    /** Answer `GET /`. */
+    static void alive(ChannelHandlerContext client) {
+        JsonObject answer = new JsonObject();
+        answer.addProperty("status", "alive");
+        NettyUtils.sendJsonResponse(client, answer);
+    }
 
     /** Answer v2 (""), v2/health/live or v2/health/ready. */
     static void server(ChannelHandlerContext client, String asked) {
@@ -126,30 +131,43 @@ final class States {
     /**
      * Return whether every version has its minimum of READY workers.
      *
-     * <p>After all of them had once, a version that never had does not count: whoever registers it sees that it fails,
-     * and the others still answer. A version that gets more workers is ready meanwhile. bundle/supervisor decides alike.
+     * <p>A version that never had does not count, unless the server was started with its model: whoever registers it
+     * sees that it fails, and the others still answer. A version that gets more workers is ready meanwhile.
+     * bundle/supervisor decides alike.
      */
     static synchronized boolean isReady() {
-        Set<ModelVersionName> registered = new HashSet<>();
-        boolean all = true;
-        boolean degraded = false;
-        for (Map.Entry<String, ModelVersionedRefs> each : ModelManager.getInstance().getAllModels()) {
+        ModelManager manager = ModelManager.getInstance();
+        for (Map.Entry<String, ModelVersionedRefs> each : manager.getAllModels()) {
+            boolean started = !manager.getStartupModels().contains(each.getKey());
             for (Map.Entry<String, Model> version : each.getValue().getAllVersions()) {
                 Model model = version.getValue();
-                registered.add(model.getModelVersionName());
-                int ready = readyWorkers(model);
-                if (ready >= model.getMinWorkers()) {
-                    COMPLETE.put(model.getModelVersionName(), model.getMinWorkers());
-                } else {
-                    all = false;
-                    int expected = COMPLETE.getOrDefault(model.getModelVersionName(), 0);
-                    degraded |= ready < Math.min(expected, model.getMinWorkers());
+                noteIfComplete(model, readyWorkers(model));
+                Integer expected = COMPLETE.get(model);
+                if (expected != null && readyWorkers(model) < Math.min(expected, model.getMinWorkers())) {
+                    return false;
                 }
+                started |= expected != null;
+            }
+            if (!started) {
+                return false;
             }
         }
-        COMPLETE.keySet().retainAll(registered); // a version that is registered again starts anew
-        started |= all;
-        return started && !degraded;
+        return true;
+    }
+
+    /**
+     * Note whether a version has all its workers. Called before the state of one of them changes, so that the answer
+     * does not depend on who asked when. (Two patches answer readiness, so it is called twice.)
+     */
+    public static synchronized void note(WorkerThread worker, WorkerState next) {
+        boolean joins = next == WorkerState.WORKER_MODEL_LOADED && worker.isRunning() && !isReady(worker);
+        noteIfComplete(Batch.model(worker), readyWorkers(Batch.model(worker)) + (joins ? 1 : 0));
+    }
+
+    private static void noteIfComplete(Model model, int ready) {
+        if (ready >= model.getMinWorkers()) {
+            COMPLETE.put(model, model.getMinWorkers());
+        }
     }
 
     /** Return whether a model has its minimum of READY workers, and at least one. */
@@ -160,12 +178,15 @@ final class States {
     private static int readyWorkers(Model model) {
         int ready = 0;
         for (WorkerThread worker : ModelManager.getInstance().getWorkers(model.getModelVersionName())) {
-            // null: the list was copied while it became shorter
-            if (worker != null && worker.isRunning() && worker.getState() == WorkerState.WORKER_MODEL_LOADED) {
+            if (worker != null && isReady(worker)) { // null: the list was copied while it became shorter
                 ready++;
             }
         }
         return ready;
+    }
+
+    private static boolean isReady(WorkerThread worker) {
+        return worker.isRunning() && worker.getState() == WorkerState.WORKER_MODEL_LOADED;
     }
 
     /** Return what the archive says about its inputs and outputs; nothing if the bundle did not build it. */
