@@ -14,7 +14,7 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": 
 import uvicorn
 
 from bundle.errors import BundleError
-from page.served import Served
+from page.served import Proxied, Recorded, Served
 
 ENDING_SECONDS = 1  # for open connections of browsers
 
@@ -38,6 +38,8 @@ class Server(uvicorn.Server):
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="page", description=__doc__)
     parser.add_argument("--record", type=Path, default=Path("build/run/server.json"), help="of the server")
+    parser.add_argument("--proxy", metavar="URL", help="the Docker stack's proxy; the page is behind it, at /page/")
+    parser.add_argument("--names", type=str.split, default=[], help="names of the proxy that browsers use without TLS")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
     parser.add_argument("--files", type=Path, default=Path("build/page"), help="folder for the files that are sent")
@@ -66,23 +68,28 @@ def main() -> None:
     given = arguments()
     files = given.files.absolute()
     os.environ["GRADIO_TEMP_DIR"] = str(files)
-    served = Served(given.record)
+    served: Served = Proxied(given.proxy) if given.proxy else Recorded(given.record)
     try:
-        served.models()
+        if not given.proxy:  # the stack starts its services in any order
+            served.models()
         check_port(given.host, given.port)
     except (BundleError, OSError) as error:
         sys.exit(f"error: {error}")
     from page.site import site  # imports gradio, which takes seconds
 
+    loopback = given.host in ("127.0.0.1", "localhost")
     config = uvicorn.Config(
-        site(served, files, given.host),
+        site(served, files, ["localhost", *given.names] if given.proxy or loopback else None),
         host=given.host,
         port=given.port,
         log_level="warning",
+        proxy_headers=bool(given.proxy),
+        forwarded_allow_ips="*",  # with a proxy, only it reaches this server
         timeout_graceful_shutdown=ENDING_SECONDS,
     )
+    url = f"http://{given.host}:{given.port}{served.path.rstrip('/')}"
     with contextlib.suppress(KeyboardInterrupt):
-        Server(config, f"http://{given.host}:{given.port}", given.browser).run()
+        Server(config, url, given.browser).run()
     print("\nThe page has ended.")
 
 

@@ -14,10 +14,10 @@ from page import views
 from page.call import Call, Reply
 from page.controls import Control, for_field, for_option
 from page.schema import Model
-from page.served import Connection, Served
+from page.served import Connection, KeyRequired, Served
 
 EXPLANATION = "explanation.png"
-CACHE = (60 * 60, 24 * 60 * 60)  # s: how often files that people sent are looked through, and their longest age
+CLEANING = 10 * 60  # s between two searches for files that are too old
 HIDDEN = gradio.update(value=None, visible=False)
 CSS = """
 .failed {color: var(--error-text-color); font-weight: 600}
@@ -32,32 +32,46 @@ def page(served: Served, examples: Path) -> gradio.Blocks:
     Args:
         examples: the folder for example files.
     """
-    with gradio.Blocks(title="Models", analytics_enabled=False, delete_cache=CACHE) as blocks:
+    with gradio.Blocks(title="Models", analytics_enabled=False, delete_cache=(CLEANING, served.kept)) as blocks:
         gradio.Markdown("# Try the models")
+        key = gradio.State("")  # that the person has typed in
 
-        @gradio.render()
-        def show() -> None:
+        @gradio.render(inputs=key)
+        def show(typed: str) -> None:
             try:
-                models = served.models()
+                models = served.models(typed)
                 problem = "" if models else "The server has no models that describe themselves."
             except (BundleError, OSError) as error:
-                models, problem = {}, said(error)
+                models, problem = {}, said(error, served)
+                if isinstance(error, KeyRequired):
+                    ask_for_key(key)
             if problem:
                 gradio.HTML(views.message(problem, failed=True), elem_id="problem")
                 return
             with gradio.Tabs(elem_id="models"):
                 for name, model in models.items():
                     with gradio.Tab(name):
-                        Form(served, model, examples / name).show()
+                        Form(served, model, examples / name, key).show()
 
     return blocks
 
 
-class Form:
-    """The form of one model, and its answer."""
+def ask_for_key(key: gradio.State) -> None:
+    """Add a field for the server's inference key to the page that is being made."""
+    field = gradio.Textbox(label="Key", info="Enter sends it.", type="password", elem_id="key")
+    field.submit(lambda typed: typed.strip(), field, key)
 
-    def __init__(self, served: Served, model: Model, examples: Path):
-        self.served, self.model, self.examples = served, model, examples
+
+class Form:
+    """The form of one model, and its answer.
+
+    Args:
+        examples: the folder for example files.
+        key: that the person has typed in.
+    """
+
+    def __init__(self, served: Served, model: Model, examples: Path, key: gradio.State):
+        self.served, self.model, self.examples, self.key = served, model, examples, key
 
     def id(self, part: str) -> str:
         """Return the id of a part in the page, which has the forms of all models."""
@@ -81,7 +95,7 @@ class Form:
             with gradio.Column(min_width=320):
                 self.add_outputs()
         controls = [*self.inputs, *self.options, *self.explain_options]
-        components = [self.explain, *(part for control in controls for part in control.components)]
+        components = [self.key, self.explain, *(part for control in controls for part in control.components)]
         asked = [ask.click]
         asked += [part.submit for control in self.inputs for part in control.components if hasattr(part, "submit")]
         gradio.on(asked, self.answer, components, self.outputs, concurrency_limit=None, show_progress="minimal")
@@ -129,22 +143,22 @@ class Form:
 
     # --- asking ----------------------------------------------------------------------------------------------------
 
-    def answer(self, explain: bool, *values: Any) -> Iterator[dict]:
+    def answer(self, request: gradio.Request, key: str, explain: bool, *values: Any) -> Iterator[dict]:
         """Ask the model; yield what changes on the page: first the answer, then the pictures."""
         cleared = {self.bars: HIDDEN, self.picture: HIDDEN, self.explanation: HIDDEN, self.json: ""}
         yield cleared | {self.status: views.message("Asking ...")}
         try:
-            yield from self.ask(explain, values, cleared)
+            yield from self.ask(request, key, explain, values, cleared)
         except (BundleError, OSError) as error:  # OSError: the errors of requests, too
-            yield cleared | {self.status: views.message(said(error), failed=True)}
+            yield cleared | {self.status: views.message(said(error, self.served), failed=True)}
 
-    def ask(self, explain: bool, values: tuple, cleared: dict) -> Iterator[dict]:
-        connection = self.served.connect()
+    def ask(self, request: gradio.Request, key: str, explain: bool, values: tuple, cleared: dict) -> Iterator[dict]:
+        connection = self.served.connect(key)
         call, options = self.call(connection, values)
         explaining = self.explaining(connection, call, options) if explain else None
         reply = call.send(connection.auth)
         answer = reply.json()
-        changes = cleared | self.snippets(call, explaining)
+        changes = cleared | self.snippets(call, explaining, f"{request.url.scheme}://{request.url.netloc}")
         changes |= {self.json: "" if answer is None else views.as_json(answer)}
         if reply.status != 200:
             yield changes | {self.status: views.message(reply.error(), failed=True)}
@@ -167,10 +181,16 @@ class Form:
                 self.json: views.as_json(with_explanation(answer, explained)),
             }
 
-    def snippets(self, call: Call, explaining: Call | None) -> dict:
-        """Return what is sent, as curl commands and as Python programs."""
+    def snippets(self, call: Call, explaining: Call | None, origin: str) -> dict:
+        """Return what is sent, as curl commands and as Python programs.
+
+        Args:
+            origin: of the page in the person's browser.
+        """
+        call = self.served.repeatable(call, origin)
         curl, python = [call.curl()], [call.python()]
         if explaining:
+            explaining = self.served.repeatable(explaining, origin)
             output = EXPLANATION if "format" in explaining.options else ""
             curl.append(explaining.curl(output))
             python.append(explaining.python(output))
@@ -210,10 +230,10 @@ def with_explanation(answer: Any, explained: Reply) -> Any:
     return answer if explained.is_picture else {"answer": answer, "explanation": explained.json()}
 
 
-def said(error: Exception) -> str:
+def said(error: Exception, served: Served) -> str:
     """Return an error for the person in front of the page."""
     if isinstance(error, requests.ConnectionError) and not isinstance(error, BundleError):
-        return "No server answers. Start it: make serve"
+        return f"No server answers. Start it: {served.start}"
     if isinstance(error, requests.Timeout):
         return "The server did not answer in time."
     return str(error)

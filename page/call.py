@@ -36,6 +36,12 @@ class Reply:
     def is_picture(self) -> bool:
         return self.content.startswith(b"\x89PNG")
 
+    @property
+    def refuses_key(self) -> bool:
+        """Whether TorchServe requires a key, and the request had none or a wrong one."""
+        body = self.json()
+        return self.status == 400 and isinstance(body, dict) and body.get("type") == "InvalidKeyException"
+
     def json(self) -> Any:
         """Return the body's JSON; None if it is not JSON."""
         try:

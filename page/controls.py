@@ -102,7 +102,10 @@ def for_image(field: Field, name: str, example: str | None, examples: Path) -> C
     def read(file: str | None, url: str, is_drawn: bool) -> Path | None:
         if not is_drawn:
             return as_path(file)
-        return as_path(views.written_file(url, examples, f"drawn-{field.name}-{zlib.crc32(url.encode()):08x}"))
+        drawing_file = views.written_file(url, examples, f"drawn-{field.name}-{zlib.crc32(url.encode()):08x}")
+        if drawing_file:
+            picture.temp_files.add(drawing_file)  # Gradio removes it with the files that people send
+        return as_path(drawing_file)
 
     return Control(field.name, (picture, drawing, drawn), read)
 

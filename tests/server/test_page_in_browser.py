@@ -1,9 +1,7 @@
 """The page in a real browser: every model, drawing, errors, a phone, the keyboard, nothing from other hosts."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,18 +18,14 @@ from bundle.server.ports import free_ports
 from page.offline import POLICY
 from tests.server.place import Place
 from tests.shipped import ON_REQUEST, SHIPPED
+from tests.visitor import CHROMIUM, SECONDS, Visitor, launched, playwright
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-SECONDS = 60
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
     pytest.mark.skipif(
         not (ROOT / ".venv-page").exists(), reason="the page's environment is missing: make .venv-page/page.done"
     ),
 ]
-# a camera and a microphone that show and play a test signal
-FAKE_DEVICES = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 @contextmanager
@@ -58,64 +52,8 @@ def url(served: Place) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["playwright.Browser"]:
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *FAKE_DEVICES])
-        yield launched
-        launched.close()
-
-
-class Visitor:
-    """A person with a browser window on the page."""
-
-    def __init__(self, browser: "playwright.Browser", url: str, width: int = 1280):
-        self.asked_for: list[str] = []
-        self.problems: list[str] = []
-        self.context = browser.new_context(viewport={"width": width, "height": 900})
-        self.context.set_default_timeout(SECONDS * 1000)
-        self.context.on("request", lambda request: self.asked_for.append(request.url))
-        self.tab = self.context.new_page()
-        self.tab.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.tab.goto(url)
-        self.model = SHIPPED[0]
-
-    def choose(self, model: str) -> None:
-        self.tab.get_by_role("tab", name=model, exact=True).click()
-        self.model = model
-        self.part("ask").wait_for()
-
-    def part(self, name: str) -> "playwright.Locator":
-        """Return a part of the model's form."""
-        return self.tab.locator(f"#{self.model}-{name}")
-
-    def ask(self) -> str:
-        """Press the button; return what the page says in the end. On a busy machine, an explanation is repeated."""
-        said = ""
-        for _ in range(4):
-            self.part("ask").click()
-            said = self.said(before=said)
-            if "429" not in said:
-                break
-        return said
-
-    def said(self, before: str = "", expected: str = r"Explained in|\d\d\d( \w+)?: ") -> str:
-        finished = self.part("status").locator("p").filter(has_text=re.compile(expected))
-        finished = finished.filter(has_not_text=before) if before else finished
-        finished.wait_for()
-        return finished.text_content()
-
-    def bars(self) -> list[str]:
-        return self.part("bars").locator(".output-class, .text").all_text_contents()
-
-    def snippet(self, title: str) -> str:
-        """Return the code under a tab."""
-        self.tab.get_by_role("tab", name=title, exact=True).locator("visible=true").click()
-        self.part(title.lower()).locator(".cm-line").first.wait_for()
-        return "\n".join(self.part(title.lower()).locator(".cm-line").all_text_contents())
-
-    def shoot(self, name: str) -> None:
-        """Keep a picture of the page, if PAGE_PICTURES names a folder for them."""
-        if folder := os.environ.get("PAGE_PICTURES"):
-            self.tab.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+    with launched() as found:
+        yield found
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The page's parts that need no browser: forms from schemas, requests, snippets, what is shown of answers."""
 
+import ast
+import asyncio
 import base64
 import json
 import re
@@ -17,11 +19,13 @@ from bundle.build.model_api import ModelAPI
 from bundle.catalog import ModelFolder, select
 from bundle.cli.app import app
 from bundle.errors import BundleError, NotRunning
+from bundle.paths import ROOT
 from bundle.server.ports import free_ports
 from page import views
 from page.call import KEY, Call, Reply
+from page.names import KnownNames
 from page.schema import Field, Model, models
-from page.served import Served
+from page.served import KeyRequired, Proxied, Recorded, Served
 from tests import programs
 
 TOYS = Path(__file__).parents[1] / "models"
@@ -239,7 +243,7 @@ def test_json_with_long_strings_is_shortened():
 
 
 @pytest.fixture
-def recorded(httpserver: HTTPServer, tmp_path: Path) -> Served:
+def recorded(httpserver: HTTPServer, tmp_path: Path) -> Recorded:
     """A server, and the record of it."""
     record = {
         "inference": httpserver.url_for("").rstrip("/"),
@@ -247,21 +251,39 @@ def recorded(httpserver: HTTPServer, tmp_path: Path) -> Served:
         "key_file": "",
     }
     (tmp_path / "server.json").write_text(json.dumps(record))
-    return Served(tmp_path / "server.json")
+    return Recorded(tmp_path / "server.json")
 
 
-def test_models_are_those_of_the_servers_document(recorded: Served, httpserver: HTTPServer):
+@pytest.fixture
+def proxied(httpserver: HTTPServer) -> Proxied:
+    """A server behind the proxy of the Docker stack."""
+    return Proxied(httpserver.url_for("").rstrip("/"))
+
+
+@pytest.fixture(params=["recorded", "proxied"])
+def served(request: pytest.FixtureRequest) -> Served:
+    return request.getfixturevalue(request.param)
+
+
+def test_models_are_those_of_the_servers_document(served: Served, httpserver: HTTPServer):
     httpserver.expect_request("/openapi.json").respond_with_json(document_of("text"))
-    assert list(recorded.models()) == ["text"]
+    assert list(served.models()) == ["text"]
 
 
-def test_server_that_does_not_describe_its_models_is_an_error(recorded: Served, httpserver: HTTPServer):
-    httpserver.expect_request("/openapi.json").respond_with_data("", status=404)
-    with pytest.raises(BundleError, match=re.escape("/openapi.json answers 404: nothing describes the models.")):
-        recorded.models()
+def test_server_that_does_not_describe_its_models_is_an_error(served: Served, httpserver: HTTPServer):
+    said = {"code": 503, "type": "ServerUnavailable", "message": "The server is starting."}
+    httpserver.expect_request("/openapi.json").respond_with_json(said, status=503)
+    expected = "Nothing describes the models: /openapi.json answers 503 ServerUnavailable: The server is starting."
+    with pytest.raises(BundleError, match=re.escape(expected)):
+        served.models()
 
 
-def test_server_that_does_not_run_is_an_error_that_says_what_to_do(recorded: Served):
+def test_stack_that_does_not_run_is_an_error_that_says_what_to_do():
+    with pytest.raises(NotRunning, match=r"No server answers at http://.*\. Start it: make up"):
+        Proxied(f"http://127.0.0.1:{free_ports(1)[0]}").models()
+
+
+def test_server_that_does_not_run_is_an_error_that_says_what_to_do(recorded: Recorded):
     record = json.loads(recorded.record.read_text())
     recorded.record.write_text(json.dumps(record | {"inference": f"http://127.0.0.1:{free_ports(1)[0]}"}))
     with pytest.raises(NotRunning, match=r"No server answers at http://.*\. Start it: make serve"):
@@ -271,7 +293,7 @@ def test_server_that_does_not_run_is_an_error_that_says_what_to_do(recorded: Ser
         recorded.models()
 
 
-def test_key_of_a_server_that_requires_one_is_sent(recorded: Served, httpserver: HTTPServer, tmp_path: Path):
+def test_key_of_a_server_that_requires_one_is_sent(recorded: Recorded, httpserver: HTTPServer, tmp_path: Path):
     keys = {"inference": {"key": "abc", "expiration time": "2999-01-01T00:00:00Z"}}
     (tmp_path / "key_file.json").write_text(json.dumps(keys))
     record = json.loads(recorded.record.read_text()) | {"key_file": str(tmp_path / "key_file.json")}
@@ -280,6 +302,91 @@ def test_key_of_a_server_that_requires_one_is_sent(recorded: Served, httpserver:
         document_of("text")
     )
     assert list(recorded.models()) == ["text"]
+
+
+REFUSED = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
+
+
+def test_key_that_a_person_has_typed_in_is_sent(served: Served, httpserver: HTTPServer):
+    headers = {"Authorization": "Bearer typed"}
+    httpserver.expect_request("/openapi.json", headers=headers).respond_with_json(document_of("text"))
+    httpserver.expect_request("/openapi.json").respond_with_json(REFUSED, status=400)
+    assert list(served.models("typed")) == ["text"]
+    with pytest.raises(KeyRequired, match=re.escape("The server requires a key.")):
+        served.models()
+    for wrong in ("wrong", "schlüssel", "two\nlines"):
+        with pytest.raises(KeyRequired, match=re.escape("The server does not accept this key.")):
+            served.models(wrong)
+
+
+def test_call_behind_the_proxy_is_repeated_at_the_address_of_the_browser_with_a_persons_own_file(proxied: Proxied):
+    call = Call(f"{proxied.url}/predictions/x", {"top_k": "1"}, {"data": Path("/tmp/page/0a1b/digit.png")}, {}, True)
+    repeated = proxied.repeatable(call, "https://models.example:8443")
+    expected = "-F data=@digit.png 'https://models.example:8443/predictions/x?top_k=1'"
+    assert repeated.curl() == f'curl -H "Authorization: Bearer ${KEY}" {expected}'
+    assert (repeated.options, repeated.keyed) == (call.options, True)
+
+
+def test_call_to_a_recorded_server_is_repeated_as_it_was_sent(recorded: Recorded):
+    call = Call("http://127.0.0.1:8080/predictions/x", {}, {"data": Path("/tmp/digit.png")}, {})
+    assert recorded.repeatable(call, "http://127.0.0.1:7860") == call
+
+
+# --- names and the image -------------------------------------------------------------------------------------------
+
+
+def status_under(host: str | None, scheme: str = "http") -> int:
+    """Return the status of an application that knows two names, asked under one of them or another one."""
+    sent = []
+
+    async def page(scope: dict, receive: object, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    headers = [] if host is None else [(b"host", host.encode())]
+    scope = {"type": "http", "scheme": scheme, "headers": headers}
+    asyncio.run(KnownNames(page, ["localhost", "Models.example"])(scope, None, send))
+    return sent[0]["status"]
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "localhost:8080", "LOCALHOST", "models.example:80", "127.0.0.1", "10.0.0.5:8080", "[::1]:8080"],
+)
+def test_addresses_and_known_names_are_answered(host: str):
+    assert status_under(host) == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("elsewhere.example", "localhost.elsewhere.example", "127.0.0.1.elsewhere.example:8080", "[::1", "::1"),
+        *("127.0.0.1@elsewhere.example", "", None),
+    ],
+)
+def test_name_that_another_site_may_own_is_rejected_unless_a_certificate_proves_it(host: str | None):
+    assert status_under(host) == 400
+    assert status_under(host, "https") == 200
+
+
+def imported_modules(file: Path) -> set[Path]:
+    """Return the files of the bundle that a module imports, with those that they import, and their packages."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bundle"):
+            module = ROOT / f"{node.module.replace('.', '/')}.py"
+            packages = {folder / "__init__.py" for folder in module.parents if (folder / "__init__.py").exists()}
+            found |= {module, *packages} | imported_modules(module)
+    return found
+
+
+def test_image_has_the_modules_of_the_bundle_that_the_page_imports_and_no_others():
+    stage = (ROOT / "docker" / "Dockerfile").read_text().partition(" AS page\n")[2]
+    copied = {name for name in re.findall(r"/sources/(\S+)", stage) if name.startswith("bundle/")}
+    imported = set().union(*map(imported_modules, (ROOT / "page").glob("*.py")))
+    assert copied == {str(file.relative_to(ROOT)) for file in imported}
 
 
 def test_command_without_a_server_says_how_to_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

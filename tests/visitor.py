@@ -1,0 +1,89 @@
+"""A person with a browser on the page, for the tests of several folders."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.shipped import SHIPPED
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SECONDS = 60
+# a camera and a microphone that show and play a test signal
+FAKE_DEVICES = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+
+
+@contextmanager
+def launched() -> Iterator["playwright.Browser"]:
+    """Run a browser while the block runs."""
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *FAKE_DEVICES])
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """A person with a browser window on the page.
+
+    Args:
+        options: of the browser's context.
+
+    Attributes:
+        asked_for: the URLs that the browser has requested.
+        problems: errors of the page's scripts.
+    """
+
+    def __init__(self, browser: "playwright.Browser", url: str, width: int = 1280, **options):
+        self.asked_for: list[str] = []
+        self.problems: list[str] = []
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        self.context.set_default_timeout(SECONDS * 1000)
+        self.context.on("request", lambda request: self.asked_for.append(request.url))
+        self.tab = self.context.new_page()
+        self.tab.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.tab.goto(url)
+        self.model = SHIPPED[0]
+
+    def choose(self, model: str) -> None:
+        self.tab.get_by_role("tab", name=model, exact=True).click()
+        self.model = model
+        self.part("ask").wait_for()
+
+    def part(self, name: str) -> "playwright.Locator":
+        """Return a part of the model's form."""
+        return self.tab.locator(f"#{self.model}-{name}")
+
+    def ask(self) -> str:
+        """Press the button; return what the page says in the end. On a busy machine, an explanation is repeated."""
+        said = ""
+        for _ in range(4):
+            self.part("ask").click()
+            said = self.said(before=said)
+            if "429" not in said:
+                break
+        return said
+
+    def said(self, before: str = "", expected: str = r"Explained in|\d\d\d( \w+)?: ") -> str:
+        finished = self.part("status").locator("p").filter(has_text=re.compile(expected))
+        finished = finished.filter(has_not_text=before) if before else finished
+        finished.wait_for()
+        return finished.text_content()
+
+    def bars(self) -> list[str]:
+        return self.part("bars").locator(".output-class, .text").all_text_contents()
+
+    def snippet(self, title: str) -> str:
+        """Return the code under a tab."""
+        self.tab.get_by_role("tab", name=title, exact=True).locator("visible=true").click()
+        self.part(title.lower()).locator(".cm-line").first.wait_for()
+        return "\n".join(self.part(title.lower()).locator(".cm-line").all_text_contents())
+
+    def shoot(self, name: str) -> None:
+        """Keep a picture of the page, if PAGE_PICTURES names a folder for them."""
+        if folder := os.environ.get("PAGE_PICTURES"):
+            self.tab.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
