@@ -19,6 +19,9 @@
 #   LISTEN_TLS        8443        the same for TLS, which is on if a certificate and its key are mounted
 #   TLS_PORT          8443        the TLS port that clients use; plain HTTP is redirected to it
 #   ALLOW_PLAIN       false       true: serve plain HTTP as well, instead of redirecting it
+#   PAGE_HOST                     host name or IPv4 address of the page; without it, no page is published
+#   PAGE_PORT         7860        port of the page
+#   LISTEN_INSIDE     8079        port, or address:port, where the page asks the models: without TLS, inside the stack
 set -eu
 
 crt=/etc/bundle/tls/tls.crt
@@ -58,6 +61,9 @@ setting LISTEN "${LISTEN:-8080}" "([0-9.]+:)?$port" "a port, or address:port"
 setting LISTEN_TLS "${LISTEN_TLS:-8443}" "([0-9.]+:)?$port" "a port, or address:port"
 setting TLS_PORT "${TLS_PORT:-8443}" "$port" "a port"
 setting ALLOW_PLAIN "${ALLOW_PLAIN:=false}" 'true|false' "true or false"
+setting PAGE_HOST "${PAGE_HOST:=}" '[A-Za-z0-9_.-]*' "a host name or an IPv4 address"
+setting PAGE_PORT "${PAGE_PORT:=7860}" "$port" "a port"
+setting LISTEN_INSIDE "${LISTEN_INSIDE:-8079}" "([0-9.]+:)?$port" "a port, or address:port"
 trusted=
 for proxy in ${TRUSTED_PROXIES:-}; do
   setting TRUSTED_PROXIES "$proxy" "$network" "a list of networks like 10.0.0.0/8, separated by spaces"
@@ -88,53 +94,57 @@ elif [ -e "$crt" ] || [ -e "$key" ]; then
 else
   drop='tls|redirect'
 fi
+if [ -z "$PAGE_HOST" ]; then drop="$drop|page"; fi
 
 mkdir -p "$run"
 rm -f "$run/small.sock" # nginx leaves it behind when it is killed
 sed -E -e "s|@TRUSTED_PROXIES@|$trusted|" -e "$replacements" -e "/# if ($drop)\$/,/# end\$/d" \
   /etc/bundle/nginx.conf >"$run/nginx.conf"
 
-# The server's addresses, one per line: none while it is down, several when it is scaled
+# addresses HOST: the addresses of a server, one per line: none while it is down, several when it is scaled
 addresses() {
-  case $TORCHSERVE_HOST in
-    *[!0-9.]*) getent hosts "$TORCHSERVE_HOST" | sed -e 's/[[:space:]].*//' -e '/:/s/.*/[&]/' | sort -u ;;
-    *) echo "$TORCHSERVE_HOST" ;;
+  case $1 in
+    *[!0-9.]*) getent hosts "$1" | sed -e 's/[[:space:]].*//' -e '/:/s/.*/[&]/' | sort -u ;;
+    *) echo "$1" ;;
   esac
 }
 
-# upstream FILE PORT: writes the upstream's servers. max_fails=0, because one slow model must not take a server out of
-# rotation.
+# upstream FILE PORT ADDRESSES: writes the upstream's servers. max_fails=0, because one slow model must not take a server
+# out of rotation.
 upstream() {
-  if [ -n "$known" ]; then
-    echo "$known" | sed "s|.*|server &:$2 max_fails=0;|" >"$run/$1.servers"
+  if [ -n "$3" ]; then
+    echo "$3" | sed "s|.*|server &:$2 max_fails=0;|" >"$run/$1.servers"
   else
     echo "server 127.0.0.1:$2 down;" >"$run/$1.servers"
   fi
 }
 
 upstreams() {
-  upstream inference "$TORCHSERVE_PORT"
-  upstream supervisor "$SUPERVISOR_PORT"
+  upstream inference "$TORCHSERVE_PORT" "$known"
+  upstream supervisor "$SUPERVISOR_PORT" "$known"
+  upstream page "$PAGE_PORT" "$known_page"
 }
 
 certificate() {
   cat "$crt" "$key" 2>/dev/null | cksum
 }
 
-# Reload nginx when the server's address changes (a new container) or the certificate is renewed. A reload finishes
-# requests in flight and closes idle connections. While the name does not resolve, the last addresses are kept.
+# Reload nginx when the address of a server changes (a new container) or the certificate is renewed. A reload finishes
+# requests in flight and closes idle connections. While a name does not resolve, its last addresses are kept.
 follow() {
   while sleep 2 && kill -0 "$$" 2>/dev/null; do
-    found=$(addresses)
+    found=$(addresses "$TORCHSERVE_HOST")
+    found_page=$(addresses "$PAGE_HOST")
     renewed=$(certificate)
-    if [ "${found:-$known}" = "$known" ] && [ "$renewed" = "$current" ]; then continue; fi
-    known=${found:-$known} current=$renewed
+    if [ "${found:-$known} ${found_page:-$known_page} $renewed" = "$known $known_page $current" ]; then continue; fi
+    known=${found:-$known} known_page=${found_page:-$known_page} current=$renewed
     upstreams
     if [ -s "$run/nginx.pid" ]; then kill -HUP "$$"; fi
   done
 }
 
-known=$(addresses)
+known=$(addresses "$TORCHSERVE_HOST")
+known_page=$(addresses "$PAGE_HOST")
 current=$(certificate)
 upstreams
 nginx -t -q -e /dev/stderr -c "$run/nginx.conf"

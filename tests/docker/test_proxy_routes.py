@@ -125,6 +125,8 @@ TRICKS = [
     "/metrics",
     "/ready",
     "/ping/",
+    "/page",
+    "/page/",
     "/error",
     "/dropped",
     "/nginx_status",

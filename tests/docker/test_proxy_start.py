@@ -41,6 +41,9 @@ def refused_start(tmp_path: Path, mounts: dict[Path, str] | None = None, **setti
         ("CORS_ORIGINS", "https://app.example.com/"),
         ("CORS_ORIGINS", "https://*.example.com"),
         ("CORS_ORIGINS", 'https://a"'),
+        ("PAGE_HOST", "http://page"),
+        ("PAGE_PORT", "http"),
+        ("LISTEN_INSIDE", "8079 ssl"),
     ],
 )
 def test_invalid_setting_is_named(tmp_path, name, value):
