@@ -17,8 +17,8 @@
 #   CA_FILE          the certificates (PEM) of the authorities that are trusted, for a server with TLS (public ones)
 #   TRUSTED_KEY      the public key with which served archives must be signed
 #   COMPOSE          the command of Docker Compose (docker compose, or docker-compose)
-#   PROJECT, SERVICES, GPU=1, ADMIN=1
-#                    of the Docker stack: its name, a part of it, GPUs, a Grafana administrator
+#   PROJECT, SERVICES, GPU=1, ADMIN=1, PAGE=1
+#                    of the Docker stack: its name, a part of it, GPUs, a Grafana administrator, the page
 # The other variables of a command are in its line of `make help`, and for load tests and the benchmark in
 # loadtest/README.md and loadtest/bench/README.md.
 
@@ -29,6 +29,7 @@ DATA_DIR ?= data
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 GPU ?=
 ADMIN ?=
+PAGE ?=
 PROJECT ?= torchserve-bundle
 SERVICES ?=
 # USERS=64 -> --users "64", for each of these variables that is set
@@ -41,6 +42,9 @@ endif
 ifneq ($(TS_MODEL_STORE),)
 override export TS_MODEL_STORE := $(call absolute,$(TS_MODEL_STORE))
 endif
+ifneq ($(PAGE),)
+export PAGE_HOST := page
+endif
 
 BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
@@ -49,7 +53,8 @@ SETUP := $(BIN)/python -m bundle.setup $(if $(CI),--quiet) $(if $(filter pip,$(I
 # where NVIDIA's driver shows itself, as in bundle/setup/torch_source.py
 DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /usr/lib/wsl/lib/libcuda.so.1)
 STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml) \
-  $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml)
+  $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml) \
+  $(if $(PAGE),--profile page)
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve page stop status logs predict archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
@@ -96,16 +101,16 @@ rollout: setup  ## replace the version of a model that is served, without a fail
 
 # a build does not see the host's driver
 image: export TORCH_INDEX_URL := $(or $(TORCH_INDEX_URL),$(if $(GPU)$(DRIVER),pypi))
-image:  ## build the Docker images (GPU=1 or TORCH_INDEX_URL=pypi for CUDA)
-	$(STACK) build $(or $(SERVICES),torchserve)
+image:  ## build the Docker images (GPU=1 or TORCH_INDEX_URL=pypi for CUDA, PAGE=1)
+	$(STACK) build $(or $(SERVICES),torchserve $(if $(PAGE),page))
 
-up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1)
+up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1, PAGE=1 for a page on which to try the models)
 	@sh docker/readable.sh $(if $(TRUSTED_KEY),"$(TRUSTED_KEY)" "$(or $(TS_MODEL_STORE),model_store)")
 	$(STACK) up --detach $(SERVICES)
 	@sh docker/wait.sh $(STACK)
 
 down:  ## stop the Docker stack; requests in flight are answered, volumes stay
-	$(STACK) --profile loadtest down --remove-orphans
+	$(STACK) --profile loadtest --profile page down --remove-orphans
 
 made:
 	@test -e .venv/bin/bundle || { echo "error: .venv is missing. Set it up and serve: make serve" >&2; exit 1; }

@@ -75,7 +75,9 @@ class Visitor:
         return finished.text_content()
 
     def bars(self) -> list[str]:
-        return self.part("bars").locator(".output-class, .text").all_text_contents()
+        bars = self.part("bars").locator(".output-class, .text")
+        bars.first.wait_for()  # the browser loads what draws them when there is an answer
+        return bars.all_text_contents()
 
     def snippet(self, title: str) -> str:
         """Return the code under a tab."""

@@ -151,4 +151,4 @@ def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
         yield stack
         stack.make("down")
     finally:
-        stack.compose("--profile", "loadtest", "down", "--volumes", check=False)
+        stack.compose("--profile", "loadtest", "--profile", "page", "down", "--volumes", check=False)

@@ -124,7 +124,7 @@ def test_up_again_changes_nothing(stack: Stack):
 
 
 def test_published_ports_are_inference_and_loopback_only(stack: Stack):
-    for path in ("/models", "/models/mnist", "/metrics", "/api-description", "/workflows"):
+    for path in ("/models", "/models/mnist", "/metrics", "/api-description", "/workflows", "/page/"):
         assert requests.get(stack.url("PORT") + path, timeout=30).status_code == 404, path
     assert stack.client.models() == sorted(SHIPPED)
     published = {

@@ -1,14 +1,16 @@
 """docker/compose.yaml confines the containers as SECURITY.md says."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-COMPOSE = ROOT / "docker" / "compose.yaml"
-SERVICES = yaml.safe_load(COMPOSE.read_text())["services"]
+COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+STAGES = (ROOT / "docker" / "Dockerfile").read_text().split("\nFROM ")
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -44,6 +46,30 @@ def test_proxy_and_torchserve_have_the_same_limit_of_a_body():
         SERVICES["torchserve"]["environment"]["TS_MAX_REQUEST_SIZE"],
     ]
     assert limits == ["${MAX_BODY:-16m}"] * 2
+
+
+def test_page_has_a_profile_of_its_own_and_reaches_only_the_proxy():
+    page = SERVICES["page"]
+    assert (page["profiles"], page["networks"], page.get("ports")) == (["page"], ["page"], None)
+    assert COMPOSE["networks"]["page"] == {"internal": True}
+    assert {name for name, service in SERVICES.items() if "page" in service["networks"]} == {"page", "proxy"}
+    assert SERVICES["proxy"]["environment"]["PAGE_HOST"] == "${PAGE_HOST:-}"  # without it, nothing is published
+
+
+@pytest.mark.parametrize("target", [service["build"]["target"] for service in SERVICES.values() if "build" in service])
+def test_image_runs_as_a_user_of_its_own(target: str):
+    [stage] = [stage for stage in STAGES if stage.partition("\n")[0].endswith(f" AS {target}")]
+    [user] = re.findall(r"^USER (\d+)", stage, re.MULTILINE)
+    assert user == "10001"
+
+
+@pytest.mark.parametrize(("switch", "profile"), [([], ""), (["PAGE=1"], " --profile page")])
+def test_make_starts_the_page_if_it_is_asked_to(switch: list[str], profile: str):
+    shown = subprocess.run(
+        ["make", "--dry-run", "up", "COMPOSE=compose", *switch], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    started = [" ".join(line.split()) for line in shown.stdout.splitlines() if " up --detach" in line]
+    assert started == [f"compose -p torchserve-bundle -f docker/compose.yaml{profile} up --detach"]
 
 
 # variables that Make's commands and the stack read, with the same meaning

@@ -59,6 +59,6 @@ def test_archives_that_the_container_cannot_read_are_named(docker: Path, tmp_pat
 def test_images_take_files_of_the_checkout_only_from_the_stage_that_makes_them_readable():
     stages = (ROOT / "docker" / "Dockerfile").read_text().split("\nFROM ")
     for stage in stages:
-        if stage.partition("\n")[0].endswith((" AS server", " AS locust")):
+        if stage.partition("\n")[0].endswith((" AS server", " AS locust", " AS page")):
             copies = [line for line in stage.splitlines() if line.startswith("COPY ")]
             assert [line for line in copies if "--from=" not in line and " requirements/" not in line] == []
