@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 import soundfile
+from PIL import Image, ImageDraw
 
 from bundle.catalog import select
 from tests.server.place import Place
@@ -25,11 +26,19 @@ def post(served: Place, path: str, **arguments: object) -> requests.Response:
     return requests.post(f"{served.client.inference}/{path}", timeout=60, **arguments)
 
 
-def test_form_with_two_files_is_answered_as_two_predictions(served):
-    answer = post(served, "predictions/mnist", files=[("data", DIGIT), ("data", DIGIT)])
-    one = post(served, "predictions/mnist", files={"data": DIGIT})
-    close = {name: pytest.approx(values, abs=1e-3) for name, values in one.json().items()}  # the last digits differ
-    assert answer.json() == {"predictions": [close, close]}
+def drawn_one() -> bytes:
+    """Draw the digit 1, as a PNG file."""
+    picture, file = Image.new("L", (28, 28)), io.BytesIO()
+    ImageDraw.Draw(picture).line((14, 4, 14, 23), fill=255, width=3)
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_form_with_two_files_is_answered_as_two_predictions_in_their_order(served):
+    files = [("data", DIGIT), ("data", drawn_one())]
+    for sent, digits in ((files, [3, 1]), (files[::-1], [1, 3])):
+        answer = post(served, "predictions/mnist", files=sent)
+        assert [each["top_3_classes"][0] for each in answer.json()["predictions"]] == digits
 
 
 def test_option_sent_twice_in_a_form_is_rejected(served):
