@@ -23,11 +23,12 @@ from handlers.core import inputs
 from handlers.core.batch import BatchHandler
 from handlers.core.inputs import Kind, PictureOptions, kind_of
 from handlers.core.labelled import LabelledHandler
-from handlers.core.request import INSTANCES, URLENCODED
+from handlers.core.request import B64, INSTANCES, URLENCODED
 
 RAW = {"image": ("image/*", OCTETS), "sound": ("audio/*", OCTETS), "text": ("text/plain",)}  # Content-Types by kind
 TEXT = {"type": "string", "minLength": 1}
 BASE64 = TEXT | {"contentEncoding": "base64", "description": "The file in base64. A data: URL, too."}
+BYTES = {B64: TEXT | {"contentEncoding": "base64", "description": "As TensorFlow Serving and KServe v1 write bytes."}}
 LONGEST_EXAMPLE = 100_000  # characters of JSON
 QUICK = {"precision": "float32"}  # settings of a handler that starts without comparing precisions
 
@@ -62,6 +63,8 @@ class ModelAPI:
         self.schemas: dict[str, dict] = {}
         self.examples: dict[str, dict] = {}
         self.declared = self.declared_schemas()
+        if any(self.kinds.values()):
+            self.schemas[self.key("Bytes")] = closed({"required": [B64]}, BYTES)
 
     def document(self, answer: object = None) -> dict:
         """Return the document.
@@ -140,10 +143,17 @@ class ModelAPI:
         self.schemas |= {self.key(name): each for name, each in definitions.items() if name not in inlined}
         return schemas
 
-    def json_fields(self) -> dict[str, dict]:
-        """Return the schema of each input in JSON."""
+    def form_fields(self) -> dict[str, dict]:
+        """Return the schema of each input in a URL-encoded form, where files and texts are strings."""
         declared = self.declared["Inputs"]["properties"]
         return {name: value_schema(kind, declared[name]) for name, kind in self.kinds.items()}
+
+    def json_fields(self) -> dict[str, dict]:
+        """Return the schema of each input in JSON, where a file or a text may also be {"b64": "..."}."""
+        return {
+            name: {"anyOf": [schema, self.reference("Bytes")]} if self.kinds[name] else schema
+            for name, schema in self.form_fields().items()
+        }
 
     def option_fields(self, verb: str) -> dict[str, dict]:
         """Return the schema of each option. One with limits is a component, because labels may be thousands."""
@@ -163,7 +173,7 @@ class ModelAPI:
     def file_field(self, name: str) -> dict:
         """Return the schema of an input in a multipart form. The only input may be sent several times."""
         kind = self.kinds[name]
-        one = FILE if kind and kind.name != "text" else self.json_fields()[name]
+        one = FILE if kind and kind.name != "text" else self.form_fields()[name]
         if name != self.only_input:
             return one
         return {"anyOf": [one, {"type": "array", "items": one, "maxItems": self.handler.settings.max_instances}]}
@@ -214,7 +224,7 @@ class ModelAPI:
         bodies: dict[str, dict] = {
             JSON: {"schema": either} | example,
             MULTIPART: {"schema": closed(declared, parts | options), "encoding": files | encoding},
-            URLENCODED: {"schema": self.reference(f"{verb}Request"), "encoding": encoding} | example,
+            URLENCODED: {"schema": closed(declared, self.form_fields() | options), "encoding": encoding} | example,
         }
         kind = self.kinds[self.only_input] if self.only_input else None
         for media_type in RAW.get(kind.name, (OCTETS,)) if kind else ():
@@ -297,7 +307,7 @@ def without_title(schema: dict) -> dict:
 
 
 def value_schema(kind: Kind | None, declared: dict) -> dict:
-    """Return the schema of an input in JSON: that of its kind, or as declared."""
+    """Return the schema of an input: a string for its kind, or as declared."""
     if kind is None:
         return without_null(declared)
     return TEXT if kind.name == "text" else BASE64

@@ -143,13 +143,20 @@ HOUSE = {"rooms": 3, "area": 70.5}
         ("boxes", {"data": ""}),
         ("boxes", {"data": 3}),
         ("boxes", {"instances": ["iVBORw0KGgo=", {"data": "iVBORw0KGgo="}]}),
+        ("boxes", {"data": {"b64": "iVBORw0KGgo="}}),
+        ("boxes", {"data": {"b64": ""}}),
+        ("boxes", {"data": {"b64": 3}}),
+        ("boxes", {"data": {"b64": "iVBORw0KGgo=", "name": "a.png"}}),
+        ("boxes", {"instances": [{"b64": "iVBORw0KGgo="}, {"data": {"b64": "iVBORw0KGgo="}}]}),
         ("text", {"data": "hello", "top_k": 2}),
         ("text", {"data": "hello", "top_k": 0}),
         ("text", {"data": "hello", "top_k": None}),
         ("text", {"data": "hello", "top_k": 1.5}),
         ("text", {"instances": ["hello", {"text": "hello"}]}),
+        ("text", {"instances": ["hello", {"b64": "aGVsbG8="}]}),
         ("membrane", {"data": "iVBORw0KGgo=", "format": "png", "overlay": True}),
         ("membrane", {"data": "iVBORw0KGgo=", "format": "jpg"}),
+        ("molecule", {"data": {"b64": "aGVsbG8="}}),
         ("molecule", {"data": {"nodes": [1, 2], "edges": [[0, 1]]}}),
         ("molecule", {"data": {"nodes": [1, 2], "edges": [[0, 1, 1]]}}),
         ("molecule", {"data": {"nodes": [1.5]}}),
@@ -157,6 +164,8 @@ HOUSE = {"rooms": 3, "area": 70.5}
         ("avdigits", {"text": "seven", "top_k": 3}),
         ("avdigits", {"top_k": 3}),
         ("avdigits", {"instances": [{"text": "seven"}, {"image": "iVBORw0KGgo=", "text": "7"}]}),
+        ("avdigits", {"instances": [{"image": {"b64": "iVBORw0KGgo="}, "text": "7"}]}),
+        ("avdigits", {"instances": [{"b64": "iVBORw0KGgo="}]}),
         ("avdigits", {"instances": [{"sound": "seven"}]}),
         ("avdigits", {"instances": ["seven"]}),
     ],
@@ -168,6 +177,16 @@ def test_schema_accepts_what_the_handler_reads_and_nothing_else(model: str, body
     allowed = document["paths"][f"/predictions/{model}"]["post"]["requestBody"]["content"][JSON]["schema"]
     fits = jsonschema.Draft202012Validator({**allowed, "components": document["components"]}).is_valid(body)
     assert fits == reads(reader, body)
+
+
+@pytest.mark.parametrize("model", ["mnist", "text", "avdigits", "price"])
+def test_form_has_no_objects_of_base64(model: str):
+    """A form field with the JSON {"b64": "..."} would be read as the file or the text itself."""
+    document = document_of(model)
+    bodies = document["paths"][f"/predictions/{model}"]["post"]["requestBody"]["content"]
+    assert ("Bytes" in json.dumps(bodies[JSON]) + json.dumps(document["components"])) == (model != "price")
+    for form in (MULTIPART, URLENCODED):
+        assert "Bytes" not in json.dumps(bodies[form])
 
 
 def reads(reader: RequestReader, body: dict) -> bool:
