@@ -25,6 +25,7 @@ SIGNATURES = [
         ("an icon (ICO)", rb"\0\0[\x01\x02]\0[^\0]"),
         ("an icon (ICNS)", rb"icns"),
         ("a DDS texture", rb"DDS "),
+        ("a BLP texture", rb"BLP[12]"),
         ("an OpenEXR image", rb"\x76\x2f\x31\x01"),
         ("a Radiance HDR image", rb"#\?RADIANCE"),
         ("a QOI image", rb"qoif"),

@@ -51,6 +51,10 @@ UNREADABLE = {
     "a PDF document": [b"%PDF-1.7\n"],
     "a JPEG XL image": [b"\xff\x0a\xfa", b"\0\0\0\x0cJXL \r\n\x87\n"],
     "an icon (ICO)": [encode_image(PICTURE, "ICO")],
+    "a BLP texture": [
+        encode_image(PICTURE.convert("P"), "BLP"),
+        encode_image(PICTURE.convert("P"), "BLP", blp_version="BLP1"),
+    ],
     "an M4A sound (AAC in MP4)": [box("M4A ")],
     "a 3GP recording": [box("3gp5")],
     "a QuickTime film": [box("qt  ")],
