@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy
 import pytest
 import requests
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
 
 from bundle.server.grpc_client import GrpcError, predict
 from tests.server.bare import Bare
 from tests.support import wait_for
 
 PHOTO = bytes(range(256)) * 64
+TENSOR = {"name": "data", "datatype": "BYTES", "shape": [1], "data": ["x"]}
 FORM = "application/x-www-form-urlencoded"
 
 
@@ -39,6 +43,16 @@ def test_request_beyond_the_queue_is_429_with_retry_after(patched: Bare):
         answer = patched.post("one")
         with pytest.raises(GrpcError, match='RESOURCE_EXHAUSTED: The queue of model "one" is full'):
             predict(patched.grpc, "one", b"x")
+        open_inference = requests.post(
+            f"{patched.inference}/v2/models/one/infer", json={"inputs": [TENSOR]}, timeout=60
+        )
+        with triton.InferenceServerClient(patched.inference.removeprefix("http://")) as client:
+            tensor = triton.InferInput("data", [1], "BYTES").set_data_from_numpy(numpy.array([b"x"], numpy.object_))
+            with pytest.raises(InferenceServerException, match='The queue of model "one" is full') as raised:
+                client.infer("one", [tensor])
+    assert raised.value.status() == "429"
+    assert (open_inference.status_code, open_inference.headers["Retry-After"]) == (429, "1")
+    assert open_inference.json() == {"error": answer.json()["message"]}
     assert error(answer) == (429, "QueueFull", "1")
     assert answer.json()["message"] == 'The queue of model "one" is full: 2 requests wait. Retry later.'
 
