@@ -25,7 +25,8 @@ def try_out(mar: Path, content: bytes, report: Report) -> str | None:
         BundleError: the handler does not load the model, or the status is not 200.
     """
     try:
-        with DryRun(mar) as dry_run:
+        # the inspection has run a batch, and has reported if the model takes none: the handler would log that again
+        with DryRun(mar, batch_size=1) as dry_run:
             [(status, body)] = dry_run.predict([{"body": content}])
     except Exception as exc:  # the user's model and files can raise anything
         raise BundleError(f"The handler cannot load the model: {type(exc).__name__}.", str(exc)) from exc

@@ -20,9 +20,12 @@ def traced(model: nn.Module) -> torch.jit.ScriptModule:
     return torch.jit.trace(model.eval(), torch.rand(1, 3, 32, 32))
 
 
-def test_add_model_network_traced_for_one_input_is_made_and_says_what_it_costs(workbench: Workbench):
+def test_add_model_network_traced_for_one_input_is_made_and_says_once_what_it_costs(
+    workbench: Workbench, caplog: pytest.LogCaptureFixture
+):
     workbench.add(traced(OneAtATime(3, 32)))
     assert "takes one input, and no batch" in workbench.report()
+    assert "no batch" not in caplog.text, "the worker's warning has the same content"
     assert "one after the other" in workbench.report()
     assert "view(x.size(0), -1)" in workbench.report()
 
