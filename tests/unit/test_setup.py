@@ -1,6 +1,8 @@
 """The parts of `python -m bundle.setup` that install nothing."""
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +22,32 @@ def test_python_outside_of_the_tested_range_is_rejected_in_one_line(version: tup
         check(version)
     assert str(ended.value).startswith(f"error: This is Python {version[0]}.{version[1]},")
     assert "\n" not in str(ended.value)
+
+
+OLD_PYTHON = f"""#!{sys.executable}
+import os, runpy, sys
+
+if sys.argv[1].startswith("-"):
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+sys.version_info = (3, 10, 13)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_make_serve_rejects_a_python_before_it_makes_an_environment(tmp_path: Path):
+    """In a copy without `bundle.setup`, so that nothing could be installed."""
+    for name in ("Makefile", "pyproject.toml", "requirements", "bundle/setup/check_python.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    python = tmp_path / "python3.10"
+    python.write_text(OLD_PYTHON)
+    python.chmod(0o755)
+    command = ["make", "serve", f"PYTHON={python}"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.stderr.startswith("error: This is Python 3.10,"), ended.stdout + ended.stderr
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("minor", [11, 12, 13])
