@@ -3,8 +3,10 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy
 import pytest
 import requests
+import tritonclient.http as triton
 from PIL import Image
 
 from bundle.paths import MODELS
@@ -49,6 +51,20 @@ def test_images_of_many_sizes_beside_poisoned_neighbours_get_their_own_boxes(cel
         assert (poisoned.status_code, poisoned.json()["type"]) == (400, "UndecodableImage")
         [box] = white_cells(answer.json())
         assert box == pytest.approx([side * width / 640 for side in WHITE_CELL], abs=20 * width / 640)
+
+
+def test_boxes_are_a_tensor_for_tritons_client(served_on_request: Place, cells):
+    content = SAMPLE.read_bytes()
+    expected = requests.post(cells, data=content, timeout=60).json()["detections"]
+    given = triton.InferInput("data", [1], "BYTES").set_data_from_numpy(numpy.array([content], numpy.object_))
+    asked = [triton.InferRequestedOutput(name) for name in ("label", "score", "box")]
+    with triton.InferenceServerClient(served_on_request.client.inference.removeprefix("http://")) as client:
+        result = client.infer("cells", [given], outputs=asked)
+    boxes = result.as_numpy("box")
+    assert (boxes.dtype, boxes.shape) == (numpy.float32, (1, len(expected), 4))
+    assert boxes[0] == pytest.approx(numpy.array([each["box"] for each in expected]), abs=1)
+    assert [label.decode() for label in result.as_numpy("label")[0]] == [each["label"] for each in expected]
+    assert result.as_numpy("score")[0] == pytest.approx([each["score"] for each in expected], abs=0.02)
 
 
 def test_picture_is_a_png_of_the_same_size(cells):

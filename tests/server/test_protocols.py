@@ -34,6 +34,7 @@ TENSORS = {"mnist": "pixels", "image": "pixels", "audio": "waveform", "text": "i
 QUICK = dict.fromkeys(SHIPPED, "saliency") | {"text": "feature_ablation"}  # methods of explanations
 DTYPES = {"UINT8": numpy.uint8, "INT64": numpy.int64, "FP32": numpy.float32}
 NO_IMAGE = b"no image"
+MNIST = SAMPLES["mnist"]
 
 
 def connect(url: str) -> triton.InferenceServerClient:
@@ -66,6 +67,13 @@ def files(*contents: bytes) -> triton.InferInput:
 def tensor(name: str, datatype: str, shape: list[int]) -> triton.InferInput:
     ones = numpy.ones(shape, DTYPES[datatype])
     return triton.InferInput(name, shape, datatype).set_data_from_numpy(ones)
+
+
+def prepared(digit: bytes) -> numpy.ndarray:
+    """Return the tensor that MNIST's handler makes of a file: uint8 [1, 1, 28, 28]."""
+    handler = MNISTHandler()
+    handler.settings = handler.Settings()
+    return handler.decode(handler.Inputs(data=digit)).tensors.numpy()[None]
 
 
 def labels(texts: Any) -> list[str]:
@@ -104,12 +112,10 @@ def test_metadata_describe_what_the_model_takes_and_returns(client: triton.Infer
 
 
 def test_pixels_that_the_client_prepared_get_the_answer_of_the_file(client: triton.InferenceServerClient):
-    handler = MNISTHandler()
-    handler.settings = handler.Settings()
-    pixels = handler.decode(handler.Inputs(data=SAMPLES["mnist"])).tensors.numpy()[None]
+    pixels = prepared(MNIST)
     given = triton.InferInput("pixels", list(pixels.shape), "UINT8").set_data_from_numpy(pixels)
     result = client.infer("mnist", [given])
-    expected = client.infer("mnist", [files(SAMPLES["mnist"])])
+    expected = client.infer("mnist", [files(MNIST)])
     assert result.as_numpy("top_3_classes").tolist() == expected.as_numpy("top_3_classes").tolist()
     assert result.as_numpy("top_3_probabilities") == pytest.approx(expected.as_numpy("top_3_probabilities"), abs=0.02)
 
@@ -126,7 +132,6 @@ def test_compressed_binary_tensors_are_read(client: triton.InferenceServerClient
     assert labels(result.as_numpy("json")) == [EXPECTED["text"]]
 
 
-MNIST = SAMPLES["mnist"]
 MISTAKES: list[tuple[str, str, triton.InferInput, dict, str]] = [
     ("404", "nothing", files(MNIST), {}, "nothing"),
     ("404", "mnist", files(MNIST), {"model_version": "9.9"}, "9.9"),
@@ -189,6 +194,7 @@ def kserve(served: Place, kserve_python: Path) -> dict[str, Any]:
         "ready": {"protocol": "v2", "method": "is_server_ready"},
         "unknown model is ready": {"protocol": "v2", "method": "is_model_ready", "model": "nothing"},
         "options": infer("image", data(ENCODED["image"]), parameters={"top_k": 2}),
+        "pixels": infer("mnist", {"name": "pixels", "datatype": "UINT8", "data": prepared(MNIST).tolist()}),
         "no such model": infer("nothing", data(bad)),
         "no image": infer("mnist", data(bad)),
         "datatype": infer("mnist", {"name": "pixels", "datatype": "FP32", "data": [[[[0.5]]]]}),
@@ -229,6 +235,7 @@ def test_kserves_client_gets_readiness_options_and_errors(kserve: dict[str, Any]
     assert kserve["live"] is kserve["live in v1"] is kserve["ready"] is True
     assert kserve["unknown model is ready"] is False
     assert numpy.shape(kserve["options"]["label"]) == (1, 2)
+    assert labels(kserve["pixels"]["json"]) == [EXPECTED["mnist"]]
     errors = {
         "no such model": (404, "Model not found: nothing"),
         "no such model in v1": (404, "Model not found: nothing"),
@@ -253,6 +260,7 @@ def test_kserves_grpc_client_gets_the_answers_of_a_batch(kserve: dict[str, Any],
 def test_kserves_grpc_client_gets_readiness_options_and_errors(kserve: dict[str, Any]):
     assert kserve["live over grpc"] is kserve["ready over grpc"] is True
     assert numpy.shape(kserve["options over grpc"]["label"]) == (1, 2)
+    assert labels(kserve["pixels over grpc"]["json"]) == [EXPECTED["mnist"]]
     errors = {
         "unknown model is ready": ("NOT_FOUND", "Model not found: nothing"),
         "no such model": ("NOT_FOUND", "Model not found: nothing"),
