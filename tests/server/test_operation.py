@@ -28,6 +28,7 @@ def test_serve_again_changes_nothing(served):
     again = served.bundle("serve", *SHIPPED)
     assert again.returncode == 0, again.stderr
     assert "nothing has changed" in again.stdout
+    assert again.stdout.endswith("or in a browser: make page\n")
     assert "built" not in again.stderr
     assert served.record() == record
     assert psutil.Process(record["pid"]).is_running()
