@@ -58,6 +58,14 @@ def address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def worker_count(text: str) -> tuple[str, int]:
+    """Parse `mnist=2`."""
+    model, _, count = text.partition("=")
+    if not model or not count.isdecimal() or int(count) == 0:
+        raise typer.BadParameter(f"{text!r} is not a model and its number of workers, such as mnist=2.")
+    return model, int(count)
+
+
 def file_or_dash(text: str) -> Path:
     """Parse the path of an existing file, or `-` for standard input.
 

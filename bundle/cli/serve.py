@@ -9,8 +9,8 @@ import typer
 
 from bundle.cli.build import build
 from bundle.cli.console import console, note, opening, progress
-from bundle.cli.parameters import Model, Models, Timeout, address, file_or_dash
-from bundle.errors import BundleError, NotRunning
+from bundle.cli.parameters import Model, Models, Timeout, address, file_or_dash, worker_count
+from bundle.errors import BundleError, NotRunning, UsageError
 
 if TYPE_CHECKING:
     from bundle.catalog import ModelFolder
@@ -288,7 +288,10 @@ def rollout(
             server.adopt(running, folder)
 
 
-@app.command(epilog="Examples: `bundle run` · `bundle run mnist --state state.json --address 0.0.0.0:8083`")
+@app.command(
+    epilog="Examples: `bundle run` · `bundle run mnist --workers mnist=4 --address 0.0.0.0:8083`"
+    " · `bundle run mnist --state state.json`"
+)
 def run(
     models: Models = None,
     address: Annotated[
@@ -297,7 +300,7 @@ def run(
             envvar="BUNDLE_ADDRESS",
             parser=address,
             metavar="HOST:PORT",
-            help="Address of the supervisor's /metrics and /ready.",
+            help="Address of the supervisor's /metrics, /ready and /live.",
         ),
     ] = "127.0.0.1:8083",  # type: ignore[assignment]  # Typer parses the default, too
     state: Annotated[
@@ -325,6 +328,15 @@ def run(
             envvar="BUNDLE_DRAIN_SECONDS", min=0, help="Seconds to wait for requests in flight before the end."
         ),
     ] = 90,
+    workers: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="BUNDLE_WORKERS",
+            metavar="MODEL=N",
+            help="Number of a model's workers instead of that in its archive. May be repeated; in the variable, with "
+            "spaces between.",
+        ),
+    ] = None,
 ) -> None:
     """Run TorchServe in the foreground, as a container's first process.
 
@@ -343,11 +355,15 @@ def run(
         raise BundleError(f"There is no archive of {', '.join(missing)} in {server.store}. Build it: make archive")
     if not folders:
         raise BundleError(f"There are no archives in {server.store}. Build them: make archive")
+    counts = dict(map(worker_count, workers or []))
+    if unserved := counts.keys() - {folder.name for folder in folders}:
+        raise UsageError(f"--workers names {min(unserved)}, which is not served here.")
     make_run_folder(server)
     with server.lock():
         server.stop()  # what a killed predecessor may have left
     host, port = address
-    Supervisor(server, Options(host, port, state, gate, timeout, patience, drain), say).run(folders, start)
+    options = Options(host, port, state, gate, timeout, patience, drain, counts)
+    Supervisor(server, options, say).run(folders, start)
 
 
 def say(line: str) -> None:

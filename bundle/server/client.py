@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from bundle.server.keys import Api, Keys
 DESCRIPTION_SECONDS = 10  # a healthy server describes its models faster
 MANAGEMENT_SECONDS = 150  # more than unregister_model_timeout, which is 120
 UNKNOWN_MODEL = ("ModelNotFoundException", "ModelVersionNotFoundException")  # types of errors
+PASSING = (429, 502, 503, 504)  # of a server that is overloaded, starts or ends
+PAUSE_SECONDS = 1  # before a request is repeated
 
 
 @dataclass(frozen=True)
@@ -190,24 +193,49 @@ def sign(keys: Keys, api: Api, request: requests.PreparedRequest) -> requests.Pr
     return request
 
 
-def check_sample(client: Client, folder: ModelFolder, version: str | None = None) -> str | None:
+def check_sample(client: Client, folder: ModelFolder, version: str | None = None, patience: float = 0) -> str | None:
     """Send a folder's sample to a version, by default to the default one.
+
+    Args:
+        patience: for how many seconds the request is repeated while the server is overloaded or does not answer.
 
     Returns:
         the label that ranks first; None if the answer is not a ranking, or the folder has no sample.
 
     Raises:
         BundleError: the answer is an error, or not what the folder expects.
+        requests.RequestException: the server does not answer.
     """
     if folder.bundle.sample is None:
         return None
     sample = folder.existing(folder.bundle.sample)
-    answer = client.predict(folder.name, sample.read_bytes(), version, headers(sample))
+    content = sample.read_bytes()
+    answer = repeated(lambda: client.predict(folder.name, content, version, headers(sample)), patience)
     try:
         body = answer.json()
     except requests.JSONDecodeError:  # as a handler without the template may answer
         body = answer.text
     return judge(folder, answer.status_code, body)
+
+
+def repeated(send: Callable[[], requests.Response], seconds: float) -> requests.Response:
+    """Send a request until its answer is final or the time is over, and return the last answer.
+
+    Raises:
+        requests.RequestException: there was no answer in this time.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        is_last = time.monotonic() >= deadline
+        try:
+            answer = send()
+        except (requests.ConnectionError, requests.Timeout):
+            if is_last:
+                raise
+        else:
+            if is_last or answer.status_code not in PASSING:
+                return answer
+        time.sleep(PAUSE_SECONDS)
 
 
 def judge(folder: ModelFolder, status: int, body: object) -> str | None:

@@ -1,4 +1,4 @@
-"""Serve the supervisor's `/metrics` and `/ready`: metrics that TorchServe lacks, and reliable readiness."""
+"""Serve the supervisor's `/metrics`, `/ready` and `/live`: metrics that TorchServe lacks, and reliable readiness."""
 
 import json
 import threading
@@ -32,7 +32,7 @@ METRICS = (
 
 
 class Exporter:
-    """WSGI application of `/metrics` and `/ready`.
+    """WSGI application of `/metrics`, `/ready` and `/live`.
 
     Args:
         failures: number of inference requests answered 5xx, by model, version and status.
@@ -104,8 +104,11 @@ class Exporter:
             start_response("503 Service Unavailable" if why else "200 OK", [("Content-Type", "application/json")])
             not_restored = [" ".join(key) for key in self.history.not_restored]
             return [json.dumps({"status": why or "ready", "not_restored": not_restored}).encode()]
+        if path == "/live":  # also while the server starts or drains: what must be replaced ends by itself
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [b'{"status": "live"}']
         start_response("404 Not Found", [("Content-Type", "text/plain")])
-        return [b"Not found. This server has /metrics and /ready.\n"]
+        return [b"Not found. This server has /metrics, /ready and /live.\n"]
 
     def serve(self, host: str, port: int) -> WSGIServer:
         """Serve in a background thread.

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,10 @@ import requests
 from bundle import mar
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
+from bundle.server.client import Client
 from bundle.server.drain import wait_until_idle
 from bundle.server.process import Running, Server
-from bundle.server.readiness import last_words
+from bundle.server.readiness import last_words, scale_version
 from bundle.server.rollout import copy
 from bundle.supervisor.exporter import Exporter
 from bundle.supervisor.health import History, observe
@@ -35,13 +36,15 @@ class Options:
     """How a server is supervised.
 
     Attributes:
-        host, port: address of /metrics and /ready.
+        host, port: address of /metrics, /ready and /live.
         state: the file that keeps what the management API changed; None to keep nothing.
         gate: a folder in which the file `closed` tells a proxy that the server takes no requests.
         start_seconds: to wait at most until every model is READY.
         patience_seconds: how long workers may be missing, or the management API unavailable. TorchServe itself gives up
             on a worker after 300 s.
         drain_seconds: to wait at most for requests in flight before the end.
+        workers: number of workers of each model that does not get those of its archive. What the management API has
+            changed since is restored after them.
     """
 
     host: str
@@ -51,6 +54,7 @@ class Options:
     start_seconds: float
     patience_seconds: float
     drain_seconds: float
+    workers: Mapping[str, int]
 
 
 class Supervisor:
@@ -91,6 +95,7 @@ class Supervisor:
             running = start(self.server, folders, self.options.start_seconds)
             try:
                 self.archive_versions = archive_versions(self.server.store, folders)
+                self.set_workers(running.client())
                 restore(self.server, running.client(), self.saved, self.options.start_seconds, self.report)
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, self.ask_to_stop)
@@ -103,6 +108,17 @@ class Supervisor:
             self.ended.set()
             relay.join()
             endpoint.shutdown()
+
+    def set_workers(self, client: Client) -> None:
+        """Give models the numbers of workers that the options have, and wait until they are READY.
+
+        Raises:
+            BundleError: they do not become READY.
+        """
+        for name, count in self.options.workers.items():
+            self.report(f"workers of {name}: {count}")
+            version, seconds = self.archive_versions[name], self.options.start_seconds
+            scale_version(client, self.server.logs, name, version, (count, count), seconds)
 
     def ask_to_stop(self, *_: object) -> None:
         self.stopping = True  # a plain flag, because a signal may interrupt code that holds an Event's lock

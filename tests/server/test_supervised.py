@@ -95,6 +95,21 @@ def test_managed_state_survives_a_restart(supervised: Supervised, store: Path):
     assert [v["modelVersion"] for v in client.versions("mnist")] == ["1.5"]
 
 
+def test_number_of_workers_of_the_command_replaces_that_of_the_archive(supervised: Supervised):
+    """What the management API has changed since has precedence."""
+    supervised.start("--workers", f"mnist={WORKERS + 1}")
+    client = supervised.place.client
+    described = client.describe("mnist")
+    assert (described["minWorkers"], described["maxWorkers"]) == (WORKERS + 1, WORKERS + 1)
+    assert client.workers("mnist").ready == WORKERS + 1  # the server was not ready before
+    client.scale("mnist", "1.0", 1, 1)
+    wait_for(lambda: '"minimum": 1' in supervised.state.read_text(), 20)
+    assert supervised.end() == 0
+    supervised.start("--workers", f"mnist={WORKERS + 1}")
+    assert client.describe("mnist")["minWorkers"] == 1
+    assert supervised.end() == 0
+
+
 def test_version_without_an_archive_is_reported_and_forgotten(supervised: Supervised, store: Path):
     supervised.start()
     reversioned(store / "mnist.mar", "1.5", store / "gone.mar")

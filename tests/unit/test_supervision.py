@@ -323,3 +323,19 @@ def test_versions_that_are_not_restored_are_exported_and_leave_the_server_ready(
     assert ready.json() == {"status": "ready", "not_restored": ["mnist 2.0"]}
     assert 'bundle_not_restored{model_name="mnist",model_version="1.0"} 0.0' in metrics.text
     assert 'bundle_not_restored{model_name="mnist",model_version="2.0"} 1.0' in metrics.text
+
+
+@pytest.mark.parametrize(
+    ("unready", "ready"), [("", 200), ("starting", 503), ("draining", 503), ("mnist 1.0 lacks workers", 503)]
+)
+def test_server_that_is_not_ready_is_live(unready: str, ready: int):
+    """Otherwise, Kubernetes would end a server that starts or drains."""
+    exporter = Exporter(History(), Counter(), lambda: unready, lambda: unready == "draining")
+    server = exporter.serve("127.0.0.1", 0)
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        answers = {path: requests.get(f"{url}/{path}", timeout=5).status_code for path in ("ready", "live", "other")}
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert answers == {"ready": ready, "live": 200, "other": 404}
