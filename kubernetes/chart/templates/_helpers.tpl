@@ -1,0 +1,194 @@
+{{/*
+The tracks of all groups, as a JSON list: {name, group, track, weight, values}. `values` are the values of `defaults`,
+with those of the group, and for a canary with its own.
+*/}}
+{{- define "bundle.tracks" -}}
+{{- $tracks := list -}}
+{{- range $group, $own := .Values.groups -}}
+  {{- $values := mergeOverwrite (deepCopy $.Values.defaults) (deepCopy $own) -}}
+  {{- $image := $.Values.image -}}
+  {{- range list $.Values.defaults.image $own.image -}}
+    {{- $image = include "bundle.changed" (dict "image" $image "changes" .) | fromJson -}}
+  {{- end -}}
+  {{- $canary := $values.canary -}}
+  {{- $values = set (omit $values "canary") "image" $image -}}
+  {{- $name := printf "%s-%s" $.Release.Name $group -}}
+  {{- $weight := 100 -}}
+  {{- if $canary -}}
+    {{- $weight = sub 100 (int $canary.weight) -}}
+  {{- end -}}
+  {{- $tracks = append $tracks (dict "name" $name "group" $group "track" "stable" "weight" $weight "values" $values) -}}
+  {{- if $canary -}}
+    {{- $changed := mergeOverwrite (deepCopy $values) (deepCopy (omit $canary "weight" "image")) -}}
+    {{- $_ := set $changed "image" (include "bundle.changed" (dict "image" $image "changes" $canary.image) | fromJson) -}}
+    {{- $_ := set $changed "autoscaling" (dict "enabled" false) -}}
+    {{- $track := dict "name" (print $name "-canary") "group" $group "track" "canary" "weight" (int $canary.weight) -}}
+    {{- $tracks = append $tracks (set $track "values" $changed) -}}
+  {{- end -}}
+{{- end -}}
+{{- toJson $tracks -}}
+{{- end -}}
+
+{{/* An image with changes, as JSON. A changed tag replaces a digest. */}}
+{{- define "bundle.changed" -}}
+{{- $changes := deepCopy (.changes | default dict) -}}
+{{- if and $changes.tag (not $changes.digest) -}}
+  {{- $_ := set $changes "digest" "" -}}
+{{- end -}}
+{{- toJson (mergeOverwrite (deepCopy .image) $changes) -}}
+{{- end -}}
+
+{{/* The labels by which a track's pods are selected. */}}
+{{- define "bundle.selector" -}}
+app.kubernetes.io/name: torchserve-bundle
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+bundle/group: {{ .track.group }}
+bundle/track: {{ .track.track }}
+{{- end -}}
+
+{{/* The labels of an object: those of a track, if there is one. */}}
+{{- define "bundle.labels" -}}
+{{- if .track -}}
+{{ include "bundle.selector" . }}
+{{- else -}}
+app.kubernetes.io/name: torchserve-bundle
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+{{- end }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{/* An image's name: {repository, tag, digest}, and the tag where it has none. */}}
+{{- define "bundle.image" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
+{{ .image.repository }}:{{ .image.tag | default .tag }}
+{{- end -}}
+{{- end -}}
+
+{{/* The security context of every container, except for its user. */}}
+{{- define "bundle.confined" -}}
+readOnlyRootFilesystem: true
+allowPrivilegeEscalation: false
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/* "true" if archives must be signed. */}}
+{{- define "bundle.trusted" -}}
+{{- if or .Values.trustedKey.pem .Values.trustedKey.secret -}}true{{- end -}}
+{{- end -}}
+
+{{/* The models of a track whose number of workers is set: mnist=2 text=1. */}}
+{{- define "bundle.workers" -}}
+{{- $counts := list -}}
+{{- range $model, $set := .models -}}
+  {{- if $set.workers -}}
+    {{- $counts = append $counts (printf "%s=%d" $model (int $set.workers)) -}}
+  {{- end -}}
+{{- end -}}
+{{- join " " $counts -}}
+{{- end -}}
+
+{{/*
+The paths of a group, as a JSON list of {type, path}. With one group, these are all paths.
+*/}}
+{{- define "bundle.paths" -}}
+{{- $paths := list -}}
+{{- if eq (len .root.Values.groups) 1 -}}
+  {{- $paths = append $paths (dict "type" "Prefix" "path" "/") -}}
+{{- else -}}
+  {{- range $model := keys .track.values.models | sortAlpha -}}
+    {{- range list "/predictions/" "/explanations/" "/v2/models/" -}}
+      {{- $paths = append $paths (dict "type" "Prefix" "path" (print . $model)) -}}
+    {{- end -}}
+    {{- range list "" ":predict" ":explain" -}}
+      {{- $paths = append $paths (dict "type" "Exact" "path" (print "/v1/models/" $model .)) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- toJson $paths -}}
+{{- end -}}
+
+{{/* What the schema cannot say. */}}
+{{- define "bundle.validate" -}}
+{{- if not .Values.groups -}}
+  {{- fail "groups: name at least one group of models" -}}
+{{- end -}}
+{{- $groups := dict -}}
+{{- $own := list
+  "TS_INFERENCE_ADDRESS" "TS_MANAGEMENT_ADDRESS" "TS_METRICS_ADDRESS" "TS_GRPC_INFERENCE_ADDRESS"
+  "TS_MAX_REQUEST_SIZE" "TS_MODEL_STORE" "TS_LOAD_MODELS"
+  "BUNDLE_ADDRESS" "BUNDLE_ARCHIVES" "BUNDLE_BEHIND_PROXY" "BUNDLE_DRAIN_SECONDS" "BUNDLE_GATE" "BUNDLE_MODELS"
+  "BUNDLE_PATIENCE_SECONDS" "BUNDLE_START_SECONDS" "BUNDLE_STATE" "BUNDLE_WORKERS"
+  "NVIDIA_VISIBLE_DEVICES" "TRUSTED_KEY"
+-}}
+{{- range include "bundle.tracks" . | fromJsonArray -}}
+  {{- $track := . -}}
+  {{- if gt (len .name) 52 -}}
+    {{- fail (printf "groups.%s: the name %s is longer than 52 characters: shorten the release's or the group's name" .group .name) -}}
+  {{- end -}}
+  {{- if not .values.models -}}
+    {{- fail (printf "groups.%s.models: name at least one model" .group) -}}
+  {{- end -}}
+  {{- range $model, $set := .values.models -}}
+    {{- if and (eq $.Values.archives.source "url") (not (and $set.sha256 (or $set.url $.Values.archives.downloader.image))) -}}
+      {{- fail (printf "groups.%s.models.%s: archives.source=url needs its url and sha256" $track.group $model) -}}
+    {{- end -}}
+    {{- if and $set.url $.Values.archives.downloader.image -}}
+      {{- fail (printf "groups.%s.models.%s: archives.downloader gets it, so it needs no url" $track.group $model) -}}
+    {{- end -}}
+    {{- if and (ne $.Values.archives.source "url") (or $set.url $set.sha256) -}}
+      {{- fail (printf "groups.%s.models.%s: url and sha256 need archives.source=url" $track.group $model) -}}
+    {{- end -}}
+    {{- if and (eq $track.track "stable") (hasKey $groups $model) (or $.Values.ingress.enabled $.Values.gateway.enabled) -}}
+      {{- fail (printf "groups: %s is in %s and in %s, and a route leads to one of them" $model (get $groups $model) $track.group) -}}
+    {{- end -}}
+    {{- if eq $track.track "stable" -}}
+      {{- $_ := set $groups $model $track.group -}}
+    {{- end -}}
+  {{- end -}}
+  {{- range $key, $_ := .values.settings -}}
+    {{- if has (printf "TS_%s" (upper $key)) $own -}}
+      {{- fail (printf "groups.%s.settings.%s: the chart sets it" $track.group $key) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- if hasKey .values.settings "disable_token_authorization" -}}
+    {{- fail (printf "groups.%s.settings.disable_token_authorization: TorchServe makes keys of its own in each pod, so clients of a Service cannot have one: check tokens in the ingress or the gateway" .group) -}}
+  {{- end -}}
+  {{- range $name, $_ := .values.env -}}
+    {{- if or (has $name $own) (hasKey $track.values.settings (trimPrefix "TS_" $name | lower)) -}}
+      {{- fail (printf "groups.%s.env.%s: the chart sets it" $track.group $name) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- $scaling := .values.autoscaling -}}
+  {{- if $scaling.enabled -}}
+    {{- if gt (int $scaling.min) (int $scaling.max) -}}
+      {{- fail (printf "groups.%s.autoscaling: min is %d, and max is %d" .group (int $scaling.min) (int $scaling.max)) -}}
+    {{- end -}}
+    {{- if and (eq (int $scaling.min) 0) (or (ne $scaling.by "queue") (not $scaling.activation)) -}}
+      {{- fail (printf "groups.%s.autoscaling: min=0 needs by=queue, and activation: while no pod runs, only something in front of the pods can count requests" .group) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if and .Values.gateway.enabled (not .Values.gateway.parents) -}}
+  {{- fail "gateway.parents: name the Gateway to which the route belongs" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A runbook of the alerts, with the commands of a cluster instead of those of the Docker stack. */}}
+{{- define "bundle.runbook" -}}
+{{- $pods := printf "-l app.kubernetes.io/instance=%s" .root.Release.Name -}}
+{{- $kubectl := printf "kubectl -n %s" .root.Release.Namespace -}}
+{{- $logs := printf "%s logs %s -c torchserve" $kubectl $pods -}}
+{{- $stack := "docker compose -p torchserve-bundle" -}}
+{{- .text
+  | replace (print $stack " ps torchserve") (print $kubectl " get pods " $pods)
+  | replace (print $stack " logs --tail 100 torchserve") (print $logs " --tail=100 --previous")
+  | replace (print $stack " logs torchserve") (print $logs " --tail=-1")
+  | replace (print $stack " restart torchserve") (print $kubectl " rollout restart deployment " $pods)
+  | replace "`make up` starts it" "Kubernetes starts it again"
+  | replace "`curl -X PUT 'http://127.0.0.1:8081/models/{{ $labels.model_name }}?min_worker=2&max_worker=2'`" "`workers` of the model in the chart's values"
+-}}
+{{- end -}}

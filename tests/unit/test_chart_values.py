@@ -1,0 +1,298 @@
+"""The chart's values: wrong ones are refused with the reason, and right ones are what the image's programs read."""
+
+import json
+import re
+
+import pytest
+import typer
+import yaml
+
+from bundle.catalog import select
+from bundle.cli.app import app
+from bundle.cli.parameters import worker_count
+from bundle.paths import ROOT
+from bundle.server.fetch import Wanted
+from bundle.server.settings import Settings
+from tests.helm import (
+    CHART,
+    DIGEST,
+    MATRIX,
+    PEM,
+    containers,
+    environment,
+    helm,
+    needs_helm,
+    of_kind,
+    pods,
+    render,
+)
+from tests.queries import metric_names
+
+pytestmark = needs_helm
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+COMMANDS = typer.main.get_command(app).commands
+ALWAYS = [folder.name for folder in select([])]
+
+
+def only(values: str, name: str = "bundle-main") -> dict[str, dict]:
+    """Return the containers of a Deployment."""
+    return containers(dict(pods(render(values)))[name])
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ("replica: 2", "additional properties 'replica' not allowed"),
+        ("groups: {main: {replicas: two}}", "at '/groups/main/replicas': got string, want integer"),
+        ("groups: {main: {models: {mnist: {workers: 0}}}}", "at '/groups/main/models/mnist/workers': minimum"),
+        ("groups: {main: {models: {../x: {}}}}", "invalid propertyName '../x'"),
+        ("groups: {main: {canary: {image: {tag: next}}}}", "properties 'weight' required, if 'image' exists"),
+        ("groups: {main: {canary: {weight: 101}}}", "at '/groups/main/canary/weight': maximum"),
+        ("groups: {a-canary: {models: {mnist: {}}}}", "invalid propertyName 'a-canary'"),
+        ("groups: {main: null}", "groups: name at least one group of models"),
+        ("groups: {main: {resources: {limit: {cpu: 1}}}}", "additional properties 'limit' not allowed"),
+        ("groups: {main: {resources: {limits: {memory: 4GB}}}}", "'4GB' does not match pattern"),
+        ("defaults: {resources: {limits: null}}", "at '/defaults/resources': missing property 'limits'"),
+        ("defaults: {resources: {limits: {memory: null}}}", "missing property 'memory'"),
+        ("image: {digest: latest}", "at '/image/digest': 'latest' does not match pattern"),
+        ("proxy: {rate: fast}", "at '/proxy/rate': 'fast' does not match pattern"),
+        ("proxy: {maxBody: 16MiB}", "at '/proxy/maxBody': '16MiB' does not match pattern"),
+        ("archives: {source: s3}", "at '/archives/source': value must be one of 'image', 'claim', 'url'"),
+        ("archives: {source: claim}", "at '/archives/claim': minLength"),
+        ("archives: {claim: archives}", "at '/archives/claim': maxLength"),
+        ("archives: {source: url}", "groups.main.models.audio: archives.source=url needs its url and sha256"),
+        (
+            f"groups: {{main: {{models: {{mnist: {{url: 'https://a/b', sha256: {DIGEST}}}}}}}}}",
+            "groups.main.models.mnist: url and sha256 need archives.source=url",
+        ),
+        ("groups: {main: {models: {mnist: {url: 's3://bucket/mnist.mar'}}}}", "does not match pattern '^https?://"),
+        (
+            "archives: {source: url, downloader: {image: amazon/aws-cli}}",
+            "groups.main.models.audio: archives.source=url needs its url and sha256",
+        ),
+        (
+            f"groups: {{main: null, a: {{models: {{mnist: {{url: 'https://a/b', sha256: {DIGEST}}}}}}}}}\n"
+            "archives: {source: url, downloader: {image: amazon/aws-cli}}",
+            "groups.a.models.mnist: archives.downloader gets it, so it needs no url",
+        ),
+        ("trustedKey: {pem: ssh-ed25519 AAAA}", "at '/trustedKey/pem': 'ssh-ed25519 AAAA' does not match pattern"),
+        (f"trustedKey: {{pem: {json.dumps(PEM)}, secret: key}}", "at '/trustedKey/secret': maxLength"),
+        (
+            "groups: {main: {autoscaling: {enabled: true, min: 0}}}",
+            "groups.main.autoscaling: min=0 needs by=queue, and activation",
+        ),
+        (
+            "groups: {main: {autoscaling: {enabled: true, by: queue, min: 0}}}",
+            "groups.main.autoscaling: min=0 needs by=queue, and activation",
+        ),
+        ("groups: {main: {autoscaling: {enabled: true, min: 9}}}", "groups.main.autoscaling: min is 9, and max is 4"),
+        (
+            "groups: {other: {models: {mnist: {}}}}\ningress: {enabled: true}",
+            "groups: mnist is in main and in other, and a route leads to one of them",
+        ),
+        ("gateway: {enabled: true}", "gateway.parents: name the Gateway"),
+        (
+            "defaults: {settings: {inference_address: 'http://0.0.0.0:8080'}}",
+            "groups.main.settings.inference_address: the chart sets it",
+        ),
+        (
+            "defaults: {settings: {disable_token_authorization: false}}",
+            "TorchServe makes keys of its own in each pod",
+        ),
+        ("defaults: {env: {BUNDLE_GATE: /tmp}}", "groups.main.env.BUNDLE_GATE: the chart sets it"),
+        (
+            "defaults: {settings: {job_queue_size: 9}, env: {TS_JOB_QUEUE_SIZE: 8}}",
+            "groups.main.env.TS_JOB_QUEUE_SIZE: the chart sets it",
+        ),
+        (f"groups: {{{'g' * 50}: {{models: {{mnist: {{}}}}}}}}", "is longer than 52 characters"),
+    ],
+)
+def test_wrong_value_is_refused_with_the_reason(values: str, reason: str):
+    refused = helm("template", "bundle", str(CHART), values=values)
+    assert refused.returncode == 1
+    assert reason in refused.stderr
+    assert refused.stdout == ""
+
+
+def resolved(schema: dict) -> dict:
+    """Return a schema with what it refers to."""
+    if "$ref" not in schema:
+        return schema
+    target = SCHEMA
+    for step in schema["$ref"].removeprefix("#/").split("/"):
+        target = target[step]
+    return {**resolved(target), **schema}
+
+
+def compare(values: dict, schema: dict) -> None:
+    assert values.keys() == schema["properties"].keys() - {"global"}
+    assert schema["additionalProperties"] is False
+    for name, value in values.items():
+        inside = resolved(schema["properties"][name])
+        if value and "properties" in inside:
+            compare(value, inside)
+
+
+def test_schema_has_every_value_and_no_other():
+    compare(VALUES, SCHEMA)
+    group = SCHEMA["properties"]["groups"]["additionalProperties"]
+    assert group["properties"].keys() == {"models", *VALUES["defaults"]}
+
+
+def test_default_group_has_the_models_that_are_always_served():
+    assert only("")["torchserve"]["args"] == ["run", *sorted(ALWAYS)]
+
+
+# --- what the image's programs read ----------------------------------------------------------------------------------
+
+
+def test_variables_of_the_server_are_read_by_it():
+    known = {parameter.envvar for parameter in COMMANDS["run"].params} | {
+        f"TS_{key.upper()}" for key in Settings().values
+    }
+    known |= {"BUNDLE_BEHIND_PROXY", "BUNDLE_MODELS", "TRUSTED_KEY", "NVIDIA_VISIBLE_DEVICES", "NETRC"}
+    for values in MATRIX.values():
+        for _, pod in pods(render(values)):
+            for name in ("torchserve", "fetch", "samples"):
+                assert environment(containers(pod).get(name, {})).keys() - {"BUNDLE_FRONTEND_OFF"} <= known
+
+
+def test_variables_of_the_proxy_are_read_by_it():
+    script = (ROOT / "docker" / "nginx" / "start.sh").read_text()
+    documented = set(re.findall(r"^#   ([A-Z_]+) ", script, re.MULTILINE))
+    assert environment(only("")["proxy"]).keys() <= documented
+
+
+def test_proxy_and_server_have_the_limits_of_the_stack():
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    defaults = {
+        name: value.removeprefix(f"${{{name}:-").removesuffix("}")
+        for name, value in compose["proxy"]["environment"].items()
+        if value.startswith(f"${{{name}:-")
+    }
+    found = only("")
+    given = environment(found["proxy"])
+    assert {name: given[name] for name in given.keys() & defaults.keys()} == {
+        name: defaults[name] for name in given.keys() & defaults.keys()
+    }
+    assert given.keys() & defaults.keys() >= {"MAX_BODY", "PROXY_RATE", "BURST", "UPSTREAM_TIMEOUT"}
+    assert environment(found["torchserve"])["TS_MAX_REQUEST_SIZE"] == given["MAX_BODY"]
+    assert given["TORCHSERVE_PORT"] == environment(found["torchserve"])["TS_INFERENCE_ADDRESS"].rpartition(":")[2]
+
+
+def test_commands_of_the_image_accept_the_arguments():
+    """`run` and `check` get models, and `fetch` what it parses."""
+    used = set()
+    for values in MATRIX.values():
+        for _, pod in pods(render(values)):
+            for name in containers(pod).keys() & {"torchserve", "fetch", "samples"}:
+                command, *arguments = containers(pod)[name]["args"]
+                used.add(command)
+                parsed = COMMANDS[command].make_context(command, list(arguments)).params
+                if command == "fetch":
+                    assert [Wanted.parse(text).model for text in parsed["archives"]] == ["mnist"]
+                else:
+                    assert [folder.name for folder in select(parsed["models"])] == list(parsed["models"])
+    assert used == {"run", "check", "fetch"}
+
+
+def test_numbers_of_workers_are_those_of_the_track():
+    found = {name: containers(pod) for name, pod in pods(render(MATRIX["two groups, canary, routes"]))}
+    counts = {
+        name: environment(inside["torchserve"]).get("BUNDLE_WORKERS")
+        for name, inside in found.items()
+        if "proxy" in inside
+    }
+    assert counts == {"bundle-vision": "mnist=1", "bundle-vision-canary": "mnist=3", "bundle-words": None}
+    assert worker_count(counts["bundle-vision-canary"]) == ("mnist", 3)
+
+
+def test_image_of_a_track():
+    assert only("")["torchserve"]["image"] == "torchserve-bundle:0.2.0"
+    assert only("image: {repository: registry/x, tag: a}")["torchserve"]["image"] == "registry/x:a"
+    digest = f"sha256:{DIGEST}"
+    assert only(f"image: {{digest: '{digest}'}}")["torchserve"]["image"] == f"torchserve-bundle@{digest}"
+    # a tag of the canary replaces a digest that it would inherit
+    canary = f"image: {{digest: '{digest}'}}\ngroups: {{main: {{canary: {{weight: 5, image: {{tag: next}}}}}}}}"
+    assert only(canary)["torchserve"]["image"] == f"torchserve-bundle@{digest}"
+    assert only(canary, "bundle-main-canary")["torchserve"]["image"] == "torchserve-bundle:next"
+    assert only(canary, "bundle-main-canary-test")["samples"]["image"] == "torchserve-bundle:next"
+
+
+def test_version_is_that_of_the_project():
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+
+
+def test_gpu_is_requested_or_hidden():
+    """NVIDIA's runtime gives a container without the request all GPUs, if the image's variable says `all`."""
+    gpu = only(MATRIX["gpu"])["torchserve"]
+    assert gpu["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment(gpu)
+    without = only("")["torchserve"]
+    assert not [name for name in without["resources"]["limits"] if "gpu" in name]
+    assert environment(without)["NVIDIA_VISIBLE_DEVICES"] == "void"
+
+
+# --- routes and scaling ----------------------------------------------------------------------------------------------
+
+
+def test_route_leads_each_model_to_its_group_with_the_weights_of_its_tracks():
+    leads = {}
+    for route in of_kind(render(MATRIX["two groups, canary, routes"]), "HTTPRoute").values():
+        for rule in route["spec"]["rules"]:
+            weights = {backend["name"]: backend["weight"] for backend in rule["backendRefs"]}
+            leads |= {(match["path"]["type"], match["path"]["value"]): weights for match in rule["matches"]}
+    vision = {"bundle-vision": 90, "bundle-vision-canary": 10}
+    assert leads[("PathPrefix", "/predictions/mnist")] == leads[("Exact", "/v1/models/image:predict")] == vision
+    assert leads[("PathPrefix", "/v2/models/text")] == {"bundle-words": 100}
+    assert len(leads) == 3 * 6
+
+
+def test_one_group_gets_all_paths():
+    [route] = of_kind(render(MATRIX["one group, canary, routes"]), "HTTPRoute").values()
+    [rule] = route["spec"]["rules"]
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/"}}]
+    assert {backend["name"]: backend["weight"] for backend in rule["backendRefs"]} == {
+        "bundle-main": 100,
+        "bundle-main-canary": 0,
+    }
+
+
+def test_ingress_of_the_canary_has_its_weight_and_the_same_paths():
+    ingresses = of_kind(render(MATRIX["two groups, canary, routes"]), "Ingress")
+    prefix = "nginx.ingress.kubernetes.io/"
+    canary, stable = ingresses["bundle-vision-canary"], ingresses["bundle-vision"]
+    assert canary["metadata"]["annotations"][f"{prefix}canary-weight"] == "10"
+    assert f"{prefix}canary" not in stable["metadata"]["annotations"]
+    paths = [[path["path"] for path in found["spec"]["rules"][0]["http"]["paths"]] for found in (canary, stable)]
+    assert paths[0] == paths[1]
+    assert len(paths[0]) == 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [("autoscaling by cpu", "HorizontalPodAutoscaler"), ("autoscaling by queue", "ScaledObject")]
+)
+def test_scaled_deployment_has_no_number_of_its_own(values: str, kind: str):
+    """Otherwise, each upgrade would set it back."""
+    objects = render(MATRIX[values])
+    assert of_kind(objects, kind).keys() == {"bundle-main"}
+    assert "replicas" not in of_kind(objects, "Deployment")["bundle-main"]["spec"]
+
+
+def test_queries_of_the_scaler_name_metrics_that_exist_and_the_pods_of_the_track():
+    [scaled] = of_kind(render(MATRIX["scale to zero"]), "ScaledObject").values()
+    queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
+    assert [metric_names(query) for query in queries] == [
+        {"bundle_queue_seconds_bucket"},
+        {"bundle_queue_pending"},
+        {"requests"},
+    ]
+    assert scaled["spec"]["minReplicaCount"] == 0
+    for query in queries[:2]:
+        selected = re.search(r'namespace="(\w+)",pod=~"([^"]+)"', query)
+        assert selected[1] == "models"
+        assert re.fullmatch(selected[2], "bundle-main-7d4b9c8f5d-x2x4z")
+        assert not re.fullmatch(selected[2], "bundle-main-canary-7d4b9c8f5d-x2x4z")
