@@ -129,6 +129,24 @@ def compose_command() -> list[str]:
     return ["docker", "compose"] if plugin.returncode == 0 else ["docker-compose"]
 
 
+def build_image() -> str:
+    """Build the server's image as `make image` does, and return its name.
+
+    Raises:
+        BundleError: no Docker engine answers.
+    """
+    check_engine()
+    Stack([*compose_command(), "-p", "torchserve-test-image", "-f", "docker/compose.yaml"], dict(os.environ)).make(
+        "image"
+    )
+    return os.environ.get("SERVER_IMAGE", "torchserve-bundle:latest")
+
+
+def check_engine() -> None:
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+        raise BundleError("No Docker engine answers. `docker info` shows the reason.")
+
+
 @contextmanager
 def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
     """Build and start the stack, yield it when it is healthy, and remove it with its volumes.
@@ -139,8 +157,7 @@ def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
     Raises:
         BundleError: no Docker engine answers.
     """
-    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
-        raise BundleError("No Docker engine answers. `docker info` shows the reason.")
+    check_engine()
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     project = f"torchserve-test-{os.getpid()}-{ports['PORT']}"
     environment = {**os.environ, **ports, **settings}
