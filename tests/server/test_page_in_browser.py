@@ -20,6 +20,7 @@ from tests.server.place import Place
 from tests.shipped import ON_REQUEST, SHIPPED
 from tests.visitor import CHROMIUM, SECONDS, Visitor, launched, playwright
 
+PHONE = 390  # pixels
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
     pytest.mark.skipif(
@@ -151,12 +152,12 @@ def test_error_of_the_server_is_shown_with_its_text(visit, tmp_path: Path):
 
 
 def test_phone_shows_the_page_without_scrolling_sideways(visit):
-    visitor = visit(width=390)
+    visitor = visit(width=PHONE)
     for name in ("mnist", "text"):
         visitor.choose(name)
         visitor.ask()
         visitor.shoot(f"phone-{name}")
-        assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= 390
+        assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= PHONE
 
 
 def test_keyboard_alone_is_enough(visit):
@@ -204,9 +205,33 @@ def test_page_of_models_with_other_inputs_and_answers(served_on_request: Place, 
                     assert "Explained in" in visitor.ask()
                 visitor.shoot(name)
                 assert select([name])[0].bundle.expect in visitor.bars()[0]
+                visitor.tab.set_viewport_size({"width": PHONE, "height": 900})
+                visitor.tab.wait_for_function(f"document.documentElement.scrollWidth <= {PHONE}")
+                visitor.shoot(f"phone-{name}")
+                visitor.tab.set_viewport_size({"width": 1280, "height": 900})
             assert visitor.problems == []
         finally:
             visitor.context.close()
+
+
+def test_model_that_is_registered_later_is_there_after_a_reload(served: Place, visit):
+    visitor = visit()
+    visitor.choose("mnist")
+    tab = visitor.tab.get_by_role("tab", name="digits", exact=True)
+    assert tab.count() == 0
+    models = f"{served.client.management}/models"
+    sent = {"url": "mnist.mar", "model_name": "digits", "synchronous": "true"}
+    try:
+        assert requests.post(models, params=sent, timeout=120).status_code == 200
+        visitor.tab.reload()
+        visitor.choose("digits")
+        assert "Explained in" in visitor.ask()
+        assert visitor.bars()[0] == "3"
+    finally:
+        requests.delete(f"{models}/digits", timeout=60)
+    visitor.tab.reload()
+    visitor.choose("mnist")
+    assert tab.count() == 0
 
 
 def test_requests_of_other_sites_are_rejected(url: str):
