@@ -25,6 +25,9 @@ class Deadline:
     def after(cls, seconds: float, work: str) -> "Deadline":
         return cls(time.monotonic() + seconds, work)
 
+    def later(self, seconds: float) -> "Deadline":
+        return Deadline(self.at + seconds, self.work)
+
     def check(self) -> None:
         """Raise Overloaded once the deadline has passed."""
         if time.monotonic() > self.at:

@@ -7,7 +7,9 @@ never explains pays nothing.
 
 import abc
 import functools
+import importlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -210,6 +212,10 @@ class ExplainedHandler(LabelledHandler):
         raise InvalidOption(f"target must be a class index from 0 to {len(self.labels) - 1}, or a label of the model.")
 
     def explain(self, sample: Sample, options: ExplanationOptions) -> JsonValue | Picture:
+        started = time.monotonic()
+        # with Captum, at a worker's first explanation: on a busy machine, this alone can take `max_explain_seconds`
+        importlib.import_module("handlers.core.attribution")
+        self.explain_deadline = self.explain_deadline.later(time.monotonic() - started)
         explainable = self.explainable(sample)
         found = self.attribute(explainable, options, self.explain_deadline)
         if not math.isfinite(found.score):
@@ -256,7 +262,7 @@ class ExplainedHandler(LabelledHandler):
         method = options.method or methods[0]
         if method not in methods:
             raise InvalidOption(f"method must be one of {', '.join(methods)}.")
-        from handlers.core import attribution  # imports Captum, which takes a second
+        from handlers.core import attribution
 
         parts, blank, groups = (
             tuple(each.to(self.device) for each in tensors)

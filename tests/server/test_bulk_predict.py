@@ -93,12 +93,11 @@ def rejections(place: Place) -> float:
     )
 
 
-def test_explanations_of_many_inputs_are_asked_for_as_they_are_computed(served: Place, tmp_path: Path):
+def test_explanations_of_many_inputs_are_not_rejected(served: Place, tmp_path: Path):
     for number in range(64):  # in two batches at the same time, they would take longer than max_explain_seconds
         shutil.copy(MODELS / "audio" / "sample.wav", tmp_path / f"{number}.wav")
     before, output = rejections(served), tmp_path / "answers.jsonl"
     ended = served.bundle("predict", "audio", str(tmp_path), "--output", str(output), "--explain")
     assert ended.returncode == 0, ended.stderr
     assert {line["answer"]["target"]["label"] for line in by_name(output).values()} == {"yes"}
-    # at most a worker's first one, which loads Captum: that takes seconds on a busy machine
-    assert rejections(served) - before <= len(served.client.describe("audio")["workers"])
+    assert rejections(served) == before

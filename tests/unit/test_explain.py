@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,6 +303,29 @@ def test_image_of_any_shape_can_be_drawn(worker: DryRun, folder: ModelFolder, si
     assert status == 200, body
     with Image.open(io.BytesIO(body)) as image:
         assert max(image.size) < 900
+
+
+@pytest.mark.slow
+def test_time_of_an_explanation_begins_after_the_import_of_its_methods(
+    worker: DryRun, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+):
+    if folder.name != "mnist":
+        pytest.skip("the same for each model")
+
+    class Slow:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "handlers.core.attribution":
+                time.sleep(3)
+
+    monkeypatch.delitem(sys.modules, "handlers.core.attribution")
+    monkeypatch.setattr(sys, "meta_path", [Slow, *sys.meta_path])
+    hurried = worker.handler.settings.model_copy(update={"max_explain_seconds": 2.0})
+    monkeypatch.setattr(worker.handler, "settings", hurried)
+    started = time.monotonic()
+    [(status, body)] = worker.predict([{"data": sample(folder)}], [EXPLAIN])
+    assert status == 200, body
+    assert time.monotonic() - started > 3
 
 
 @pytest.mark.slow
