@@ -157,7 +157,7 @@ ifdef TESTS
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(TESTS)
 else
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-z
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-o slow-units-p-z
 	@$(MAKE) --no-print-directory --keep-going --jobs 3 servers-a-f servers-g-o servers-p-z
 endif
 
@@ -182,15 +182,15 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units slow-units-a-d slow-units-e-z servers-a-f servers-g-o servers-p-z
+.PHONY: check fast-units slow-units-a-d slow-units-e-o slow-units-p-z servers-a-f servers-g-o servers-p-z
 check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
 fast-units: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
 
-# in two parts, for two cores; with pytest-xdist instead, a worker died, and the run did not end
-slow-units-a-d slow-units-e-z: slow-units-%: dev .venv/loadtest.done
+# in parts, for two cores; with pytest-xdist instead, a worker died, and the run did not end
+slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
 
 # in three parts: they often wait for servers to start and to end
