@@ -243,4 +243,4 @@ def test_states_without_a_console_are_empty(tmp_path: Path):
     ids=str,
 )
 def test_status_shows_each_patch(patches: dict[str, str], line: str):
-    assert Status(1, 2, 3, [], patches).frontend() == line
+    assert Status(1, 2, 3, "PSS", [], patches).frontend() == line
