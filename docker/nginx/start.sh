@@ -49,7 +49,7 @@ origin_pattern='https?://([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?'
 setting TORCHSERVE_HOST "${TORCHSERVE_HOST:=torchserve}" '[A-Za-z0-9_.-]+' "a host name or an IPv4 address"
 setting TORCHSERVE_PORT "${TORCHSERVE_PORT:=8080}" "$port" "a port"
 setting SUPERVISOR_PORT "${SUPERVISOR_PORT:=8083}" "$port" "a port"
-setting UPSTREAM_TIMEOUT "${UPSTREAM_TIMEOUT:-25}" "$number" "a whole number of seconds"
+setting UPSTREAM_TIMEOUT "${UPSTREAM_TIMEOUT:=25}" "$number" "a whole number of seconds"
 setting MAX_BODY "${MAX_BODY:-16m}" "${number}[kKmM]?" "a size like 16m, greater than 0"
 setting PROXY_RATE "${PROXY_RATE:-200r/s}" "${number}r/[sm]" "a rate like 200r/s or 30r/m"
 setting BURST "${BURST:-400}" "$number" "a whole number greater than 0"
@@ -64,6 +64,7 @@ setting ALLOW_PLAIN "${ALLOW_PLAIN:=false}" 'true|false' "true or false"
 setting PAGE_HOST "${PAGE_HOST:=}" '[A-Za-z0-9_.-]*' "a host name or an IPv4 address"
 setting PAGE_PORT "${PAGE_PORT:=7860}" "$port" "a port"
 setting LISTEN_INSIDE "${LISTEN_INSIDE:-8079}" "([0-9.]+:)?$port" "a port, or address:port"
+replacements="${replacements}s|@SHUTDOWN_TIMEOUT@|$((UPSTREAM_TIMEOUT + 10))|;"
 trusted=
 for proxy in ${TRUSTED_PROXIES:-}; do
   setting TRUSTED_PROXIES "$proxy" "$network" "a list of networks like 10.0.0.0/8, separated by spaces"

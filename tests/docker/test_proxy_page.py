@@ -2,12 +2,14 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from bundle.server.ports import free_ports
-from tests.docker.proxy import PREDICT, Proxy, Upstream, check_error, eventually, http, make_certificate
+from tests.docker.proxy import PREDICT, Proxy, Upstream, check_error, docker, eventually, http, make_certificate
 
 pytestmark = pytest.mark.usefixtures("fresh", "fresh_page")
 
@@ -107,10 +109,13 @@ def test_sizes_of_bodies_are_limited_as_for_predictions(paged, page):
     assert len(page.received) == 1
 
 
-def test_events_arrive_when_they_are_sent(start):
+@contextmanager
+def open_page(start, **settings: str) -> Iterator[Proxy]:
+    """A proxy through which a browser has received an event, in an answer that does not end."""
     event = b"data: 1\n\n"
     with socket.create_server(("127.0.0.1", 0)) as server:
-        proxy = start(PAGE_HOST="127.0.0.1", PAGE_PORT=str(server.getsockname()[1]), LISTEN_INSIDE=free_address())
+        address = {"PAGE_HOST": "127.0.0.1", "PAGE_PORT": str(server.getsockname()[1])}
+        proxy = start(**address, **settings, LISTEN_INSIDE=free_address())
         with socket.create_connection(("127.0.0.1", proxy.port), 10) as browser:
             browser.sendall(b"GET /page/gradio_api/queue/data HTTP/1.1\r\nHost: x\r\n\r\n")
             server.settimeout(10)
@@ -119,10 +124,24 @@ def test_events_arrive_when_they_are_sent(start):
                 connection.recv(4096)
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + event)
                 received = b""
-                while event not in received:  # although the answer has not ended
+                while event not in received:
                     more = browser.recv(4096)
                     assert more, received
                     received += more
+                yield proxy
+
+
+def test_events_arrive_when_they_are_sent(start):
+    with open_page(start):
+        pass
+
+
+def test_open_page_does_not_hold_up_the_end_of_the_proxy(start):
+    with open_page(start, UPSTREAM_TIMEOUT="1") as proxy:
+        began = time.monotonic()
+        docker("kill", "--signal=QUIT", proxy.container)
+        assert docker("wait", proxy.container, seconds=60).stdout.strip() == "0"
+        assert 10 < time.monotonic() - began < 30  # UPSTREAM_TIMEOUT + 10 s, and the engine's own time
 
 
 def test_page_that_is_down_is_503(start):
