@@ -80,6 +80,7 @@ def test_other_method_is_405(paged, page, method):
     answer = http.request(method, f"{paged.url}/page/", timeout=10)
     check_error(answer, 405, "MethodNotAllowed")
     assert answer.headers["Allow"] == "GET, HEAD, POST"
+    assert answer.json()["message"].endswith(": GET, HEAD, POST.")
     assert page.received == []
 
 

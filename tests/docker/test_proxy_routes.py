@@ -1,6 +1,7 @@
 """Requests that the proxy passes on, requests that it rejects, and /ping."""
 
 import json
+import re
 
 import pytest
 import requests
@@ -150,6 +151,15 @@ def test_other_path_is_rejected_and_not_passed_on(proxy, upstream, supervisor, m
     assert upstream.received == supervisor.received == []
 
 
+def test_paths_that_the_error_names_are_passed_on(proxy):
+    message = http.get(f"{proxy.url}/elsewhere", timeout=10).json()["message"]
+    named = re.findall(r"(?<= )/\S*(?=,)", message)
+    assert {PREDICT.replace("mnist", "NAME"), "/", "/v2", "/openapi.json"} < set(named)
+    for path in named:
+        url = proxy.url + path.replace("NAME", "mnist").replace("VERSION", "1.0")
+        assert {http.request(method, url, timeout=10).status_code for method in ("GET", "POST")} == {200, 405}, path
+
+
 @pytest.mark.parametrize(
     "request_",
     [
@@ -256,7 +266,7 @@ def test_limits_of_predictions_hold_for_the_routes_of_others(proxy, upstream):
 
 
 def test_errors_of_the_proxy_have_the_form_of_the_open_inference_protocol(proxy, upstream):
-    check_open_inference_error(http.get(f"{proxy.url}/v2/models/mnist/infer", timeout=10), 405, "POST")
+    check_open_inference_error(http.get(f"{proxy.url}/v2/models/mnist/infer", timeout=10), 405, ": POST, PUT.")
     check_open_inference_error(http.get(f"{proxy.url}/v2/repository/index?a=b", timeout=10), 404, "Valid paths")
     upstream.status = 500
     check_open_inference_error(proxy.post("/v2/models/mnist/infer"), 500, "in the log of the worker")
