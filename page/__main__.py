@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="page", description=__doc__)
     parser.add_argument("--record", type=Path, default=Path("build/run/server.json"), help="of the server")
     parser.add_argument("--proxy", metavar="URL", help="the Docker stack's proxy; the page is behind it, at /page/")
-    parser.add_argument("--names", type=str.split, default=[], help="names of the proxy that browsers use without TLS")
+    parser.add_argument("--names", type=str.split, default=[], help="of the proxy; without any, all over TLS")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
     parser.add_argument("--files", type=Path, default=Path("build/page"), help="folder for the files that are sent")
@@ -79,7 +79,7 @@ def main() -> None:
 
     loopback = given.host in ("127.0.0.1", "localhost")
     config = uvicorn.Config(
-        site(served, files, ["localhost", *given.names] if given.proxy or loopback else None),
+        site(served, files, given.names if given.proxy or loopback else None),
         host=given.host,
         port=given.port,
         log_level="warning",

@@ -1,4 +1,4 @@
-"""Answer only under names that no other site can own: browsers take all pages of one name for pages of one site."""
+"""Reject requests whose Host another site could own (DNS rebinding)."""
 
 import ipaddress
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -11,27 +11,33 @@ UNKNOWN = "The page does not answer under this name, which could be that of anot
 class KnownNames:
     """An ASGI application that rejects the requests to another one that come under unknown names.
 
-    A site can have its own name resolve to the address of this page (DNS rebinding). A browser then lets the site read
-    whatever the page answers under that name. No site can do this with an address, nor with a name over TLS, because it
-    has no certificate for this server.
+    A site can have its own name resolve to the address of this page. A browser then lets the site read whatever the
+    page answers under that name. No site can do this with an address, nor with a name over TLS, because it has no
+    certificate for this server. But only a header says that TLS was used, so it does not count where names are given.
 
     Args:
-        names: that are known.
+        names: that are known, besides localhost. Without any, all names are known over TLS.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], names: Iterable[str]):
-        self.app, self.names = app, frozenset(name.lower() for name in names)
+    def __init__(self, app: Callable[..., Awaitable[None]], names: Iterable[str] = ()):
+        given = frozenset(name.lower() for name in names)
+        self.app, self.names, self.trusts_tls = app, given | {"localhost"}, not given
 
     async def __call__(
         self, scope: dict, receive: Callable, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]
     ) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or scope["scheme"] == "https" or self.knows(dict(scope["headers"]).get(b"host")):
+        if scope["type"] != "http" or self.accepts(scope):
             await self.app(scope, receive, send)
             return
         headers = [(b"content-type", b"text/plain; charset=utf-8")]
         await send({"type": "http.response.start", "status": 400, "headers": headers})
         await send({"type": "http.response.body", "body": UNKNOWN.encode()})
+
+    def accepts(self, scope: dict) -> bool:
+        """Return whether a request came under a name that no other site can own."""
+        proven = self.trusts_tls and scope["scheme"] == "https"
+        return proven or self.knows(dict(scope["headers"]).get(b"host"))
 
     def knows(self, host: bytes | None) -> bool:
         """Return whether a Host header has a known name, or an address."""

@@ -17,7 +17,8 @@ def site(served: Served, files: Path, names: Iterable[str] | None) -> Offline:
 
     Args:
         files: the folder for example files.
-        names: under which it answers, besides its addresses and TLS; None for all names.
+        names: under which it answers, besides localhost and its addresses; without any, under all names over TLS, too.
+            None for all names.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -79,9 +79,10 @@ def root_of(url: str, host: str, **headers: str) -> str | None:
     return answer.json()["root"] if answer.ok else None
 
 
-def test_page_answers_under_addresses_known_names_and_tls(url: str):
+def test_page_answers_under_addresses_and_known_names(url: str):
     for host in ("localhost:8080", "10.0.0.5:8080", "models.example", "other.example:8080"):
         assert root_of(url, host) == f"http://{host}/page"
     assert root_of(url, "elsewhere.example") is None
     by_tls = {"X-Forwarded-Proto": "https"}
-    assert root_of(url, "elsewhere.example:8443", **by_tls) == "https://elsewhere.example:8443/page"
+    assert root_of(url, "models.example:8443", **by_tls) == "https://models.example:8443/page"
+    assert root_of(url, "elsewhere.example:8443", **by_tls) is None
