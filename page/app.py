@@ -157,6 +157,8 @@ class Form:
         call, options = self.call(connection, values)
         explaining = self.explaining(connection, call, options) if explain else None
         reply = call.send(connection.auth)
+        if reply.refuses_key:  # it has expired since the page was opened
+            raise KeyRequired("The server requires a new key. Reload the page, and type it in.")
         answer = reply.json()
         changes = cleared | self.snippets(call, explaining, f"{request.url.scheme}://{request.url.netloc}")
         changes |= {self.json: "" if answer is None else views.as_json(answer)}

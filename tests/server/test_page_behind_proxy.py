@@ -1,6 +1,8 @@
 """The page as the Docker stack runs it, behind a proxy: its path, the names that it knows, and people's own keys."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -69,8 +71,18 @@ def test_person_types_in_the_key_that_the_server_requires(guarded: Place, url: s
         assert key not in visitor.tab.content()
         another = Visitor(browser, url)  # the key is that of one visit
         another.tab.locator("#problem").get_by_text("The server requires a key.").wait_for()
+        renew(guarded)
+        visitor.part("ask").click()
+        visitor.said(expected=re.escape("The server requires a new key. Reload the page, and type it in."))
         assert visitor.problems == another.problems == []
         assert [address for address in visitor.asked_for if not address.startswith((url, "data:", "blob:"))] == []
+
+
+def renew(guarded: Place) -> None:
+    """Make the inference key of a server invalid, as it is after its time."""
+    headers = {"Authorization": f"Bearer {json.loads(guarded.keys.read_text())['API']['key']}"}
+    answer = requests.get(f"{guarded.client.management}/token", {"type": "inference"}, headers=headers, timeout=30)
+    assert answer.ok, answer.text
 
 
 def root_of(url: str, host: str, **headers: str) -> str | None:
