@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bundle.catalog import select as select_folders
 from bundle.server.client import Client, check_sample
@@ -22,7 +23,7 @@ from tests.docker.pod import Pod, address_of, running
 from tests.docker.pod import http as session
 from tests.docker.proxy import IMAGE as NGINX
 from tests.docker.stack import build_archive, build_image, docker
-from tests.helm import needs_helm, render
+from tests.helm import CHART, needs_helm, render
 from tests.support import wait_for
 
 pytestmark = needs_helm
@@ -49,7 +50,8 @@ def image(engine: None) -> str:
 
 def images(image: str) -> dict[str, str]:
     """Return the local images by the chart's names."""
-    return {"torchserve-bundle:0.2.0": image, "nginx:1.28-alpine": NGINX}
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    return {f"torchserve-bundle:{chart['appVersion']}": image, "nginx:1.28-alpine": NGINX}
 
 
 def start(image: str, folder: Path, values: str = VALUES) -> AbstractContextManager[Pod]:
@@ -74,7 +76,9 @@ class Clients:
     connection tracking lets them.
 
     Attributes:
-        counts: answers by status; "lost" is a request that was sent and not answered.
+        counts: answers by status; "lost" is a request that was sent and not answered. "closed" is one on a connection
+            that had been used before, and that was closed before the first byte of the answer: a server may close an
+            idle connection while a request is on its way, so HTTP clients send such a request again.
     """
 
     def __init__(self, address: str, keep_alive: int = 3, others: int = 3):
@@ -87,18 +91,21 @@ class Clients:
     def run(self, kept: bool) -> None:
         connection: http.client.HTTPConnection | None = None
         while True:
-            if connection is None or connection.sock is None or is_closed(connection.sock):
+            reused = connection is not None and connection.sock is not None and not is_closed(connection.sock)
+            if not reused:
                 if self.removed.is_set():
                     return
                 connection = http.client.HTTPConnection(self.address, 8080, timeout=60)
+            answer = None
             try:
                 connection.request("POST", PREDICT, DIGIT, {} if kept else {"Connection": "close"})
                 answer = connection.getresponse()
                 body = answer.read()
                 right = answer.status != 200 or json.loads(body)["top_3_classes"][0] == 3
                 self.counts[answer.status if right else "wrong answer"] += 1
-            except (OSError, http.client.HTTPException):
-                self.counts["lost"] += 1
+            except (OSError, http.client.HTTPException) as error:
+                closed = reused and answer is None and isinstance(error, (ConnectionResetError, BrokenPipeError))
+                self.counts["closed" if closed else "lost"] += 1
                 connection.close()
             time.sleep(0.01)
 
@@ -295,7 +302,8 @@ def test_end_of_the_pod_loses_no_request(fetched: Pod):
     clients.join()
     upload.join(60)
     print(f"end of the pod: {dict(clients.counts)}, {seconds:.1f} s")
-    assert set(clients.counts) == {200}
+    assert set(clients.counts) - {"closed"} == {200}
+    assert clients.counts["closed"] <= 3  # once for each client that keeps its connection
     assert upload.status == 200
     server, proxy = fetched.containers["torchserve"], fetched.containers["proxy"]
     assert (proxy.state()["ExitCode"], server.state()["ExitCode"]) == (0, 0)

@@ -22,11 +22,13 @@ PROFILE = ("--profile", "page")
 def paged(stack: Stack) -> Iterator[Stack]:
     """The stack with its page, which it has only in this module."""
     stack.make("image", "PAGE=1", "SERVICES=page")
-    said = stack.make("up", "PAGE=1", f"SERVICES={' '.join(SERVICES)} page")
-    assert f"The page is at {stack.url('PORT')}/page/" in said
-    yield Stack([*stack.command, *PROFILE], {**stack.environment, "PAGE_HOST": "page"})
-    stack.compose(*PROFILE, "rm", "--stop", "--force", "page")
-    stack.make("up", f"SERVICES={' '.join(SERVICES)}")
+    try:
+        said = stack.make("up", "PAGE=1", f"SERVICES={' '.join(SERVICES)} page")
+        assert f"The page is at {stack.url('PORT')}/page/" in said
+        yield Stack([*stack.command, *PROFILE], {**stack.environment, "PAGE_HOST": "page"})
+    finally:
+        stack.compose(*PROFILE, "rm", "--stop", "--force", "page")
+        stack.make("up", f"SERVICES={' '.join(SERVICES)}")
 
 
 @pytest.fixture
@@ -38,18 +40,20 @@ def secured(paged: Stack, tmp_path: Path) -> Iterator[str]:
     with_tls = tmp_path / "tls.yaml"
     with_tls.write_text(f"services:\n  proxy:\n    volumes: ['{certificate}:/etc/bundle/tls:ro']\n")
     changed = Stack([*paged.command, "-f", str(with_tls)], paged.environment)
-    changed.compose("up", "--detach", "--no-deps", "proxy")  # with two files, Compose 1.29 takes all for changed
     url = f"https://127.0.0.1:{paged.environment['TLS_PORT']}"
-    wait_for(lambda: opens(f"{url}/page/", certificate / "tls.crt"))
-    yield url
-    paged.compose("up", "--detach", "--no-deps", "proxy")
-    wait_for(lambda: opens(f"{paged.url('PORT')}/page/"))
+    try:
+        changed.compose("up", "--detach", "--no-deps", "proxy")  # with two files, Compose 1.29 takes all for changed
+        wait_for(lambda: opens(f"{url}/page/", certificate / "tls.crt"))
+        yield url
+    finally:
+        paged.compose("up", "--detach", "--no-deps", "proxy")
+        wait_for(lambda: opens(f"{paged.url('PORT')}/page/"))
 
 
 def opens(url: str, authority: Path | None = None) -> bool:
     try:
         return requests.get(url, verify=str(authority) if authority else True, timeout=10).ok
-    except requests.ConnectionError:
+    except requests.RequestException:  # a timeout, too
         return False
 
 
