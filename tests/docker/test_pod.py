@@ -172,8 +172,11 @@ def test_pod_exposes_inference_and_metrics_only(pod: Pod):
     assert open_ports == [8080, 8082, 8083]
     for path in ("/models", "/metrics", "/api-description"):
         assert session.get(url(pod) + path, timeout=30).status_code == 404
-    assert "bundle_workers_ready" in session.get(f"http://{pod.address}:8083/metrics", timeout=30).text
-    assert "bundle_request_seconds_bucket" in metrics_after_a_request(pod)  # the queue's time, by which KEDA scales
+    # KEDA scales by the time in the queue, and by the number of waiting requests
+    assert "bundle_queue_seconds_bucket{" in metrics_after_a_request(pod)
+    supervisor = session.get(f"http://{pod.address}:8083/metrics", timeout=30).text
+    assert "bundle_workers_ready" in supervisor
+    assert 'bundle_queue_pending{model_name="mnist"' in supervisor
 
 
 def metrics_after_a_request(pod: Pod) -> str:
@@ -241,6 +244,7 @@ groups:
 archives: {{source: url}}
 trustedKey: {{pem: {json.dumps(self.key)}}}
 lifecycle: {{preStopSeconds: 4}}
+proxy: {{rate: 10000r/s, burst: 10000}}
 """
 
 
