@@ -57,6 +57,22 @@ pullSecrets: [registry]
 networkPolicy: {enabled: false}
 service: {type: LoadBalancer, port: 8080, annotations: {a: b}}
 """,
+    "names and numbers that YAML could read as something else": """
+groups:
+  main: null
+  "on":
+    models: {mnist: {}}
+    settings: {max_response_size: 33554432}
+    env: {"NO": 1000000}
+    serviceAccountName: "123"
+    priorityClassName: "1"
+    canary: {weight: 5}
+pullSecrets: ["123"]
+proxy: {burst: 1000000}
+archives: {source: claim, claim: "0"}
+trustedKey: {secret: "2024"}
+ingress: {enabled: true, className: "nginx", tlsSecret: "1"}
+""",
     "autoscaling by cpu": "groups: {main: {autoscaling: {enabled: true}}}",
     "autoscaling by queue": "groups: {main: {autoscaling: {enabled: true, by: queue}}}",
     "scale to zero": """
@@ -87,7 +103,7 @@ archives:
 """,
     "monitoring": """
 monitoring: {podMonitor: true, rules: true, dashboard: true, labels: {release: prometheus}}
-configProperties: "vmargs=-Xmx4g\\n"
+configProperties: "enable_envvars_config=true\\nvmargs=-Xmx4g\\n"
 proxy: {corsOrigins: ["https://app.example.com"], trustedProxies: [10.0.0.0/8]}
 """,
 }

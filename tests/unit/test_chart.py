@@ -87,6 +87,15 @@ def test_invalid_object_is_found(kind: str, path: tuple, value: object):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["on", "null"])
+def test_objects_are_valid_for_a_release_whose_name_yaml_reads_as_something_else(name: str):
+    done = helm("template", name, str(CHART), values=MATRIX["monitoring"])
+    assert done.returncode == 0, done.stderr
+    for found in filter(None, yaml.safe_load_all(done.stdout)):
+        check(found)
+
+
+@pytest.mark.slow
 def test_chart_passes_lint_with_each_of_the_values():
     for values in MATRIX.values():
         linted = helm("lint", "--strict", str(CHART), values=values)
@@ -185,7 +194,7 @@ def test_mounts_have_volumes_and_volumes_have_mounts(objects: tuple[dict, ...]):
 
 
 def test_every_named_object_of_the_release_exists(objects: tuple[dict, ...]):
-    theirs = {"signing-key", "passwords"}
+    theirs = {"signing-key", "passwords", "2024"}
     made = {kind: of_kind(objects, kind).keys() for kind in ("ConfigMap", "Secret", "Service", "Deployment")}
     for _, pod in pods(objects):
         for volume in pod["spec"]["volumes"]:
@@ -220,10 +229,16 @@ def test_grace_period_is_as_long_as_every_step_of_the_end_may_take(objects: tupl
             found = containers(pod)
             sleep, seconds = found["proxy"]["lifecycle"]["preStop"]["exec"]["command"]
             assert sleep == "sleep"
-            answering = int(environment(found["proxy"])["UPSTREAM_TIMEOUT"])
+            answering = int(environment(found["proxy"])["UPSTREAM_TIMEOUT"]) + 10  # nginx's worker_shutdown_timeout
             draining = int(environment(found["torchserve"])["BUNDLE_DRAIN_SECONDS"])
             steps = int(seconds) + answering + draining + TERMINATE_SECONDS + KILL_SECONDS
             assert steps < pod["spec"]["terminationGracePeriodSeconds"] <= steps + 15
+
+
+def test_tests_run_on_the_nodes_of_their_track():
+    found = dict(pods(render(MATRIX["gpu"])))
+    for name in ("nodeSelector", "tolerations"):
+        assert found["bundle-main-test"]["spec"][name] == found["bundle-main"]["spec"][name]
 
 
 def test_torchserve_starts_before_the_proxy_and_ends_after_it(objects: tuple[dict, ...]):
@@ -332,6 +347,7 @@ def test_runtime_is_confined_and_its_containers_are_valid():
         m["mountPath"] for m in chart["volumeMounts"]
     }
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
+    assert int(environment(container)["BUNDLE_DRAIN_SECONDS"]) < 30  # Kubernetes' default of the grace period
 
 
 def test_services_of_kserve_have_the_names_of_models():

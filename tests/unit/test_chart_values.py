@@ -18,6 +18,7 @@ from tests.helm import (
     DIGEST,
     MATRIX,
     PEM,
+    RELEASE,
     containers,
     environment,
     helm,
@@ -38,6 +39,10 @@ ALWAYS = [folder.name for folder in select([])]
 def only(values: str, name: str = "bundle-main") -> dict[str, dict]:
     """Return the containers of a Deployment."""
     return containers(dict(pods(render(values)))[name])
+
+
+def many_models(number: int) -> str:
+    return ", ".join(f"m{i}: {{}}" for i in range(number))
 
 
 @pytest.mark.parametrize(
@@ -98,14 +103,32 @@ def only(values: str, name: str = "bundle-main") -> dict[str, dict]:
         ),
         (
             "defaults: {settings: {disable_token_authorization: false}}",
-            "TorchServe makes keys of its own in each pod",
+            "groups.main: disable_token_authorization cannot be set: TorchServe makes keys of its own in each pod",
+        ),
+        (
+            "defaults: {env: {TS_DISABLE_TOKEN_AUTHORIZATION: false}}",
+            "groups.main: disable_token_authorization cannot be set: TorchServe makes keys of its own in each pod",
+        ),
+        (
+            "defaults: {env: {TS_GRPC_MANAGEMENT_ADDRESS: 0.0.0.0}}",
+            "groups.main.env.TS_GRPC_MANAGEMENT_ADDRESS: the chart sets it",
+        ),
+        ("configProperties: job_queue_size=9", "configProperties: without the line enable_envvars_config=true"),
+        (
+            "groups: {main: {canary: {weight: 5}}}\ningress: {enabled: true, className: traefik}",
+            "groups.main.canary: the controllers of Ingresses other than ingress-nginx ignore its weight",
+        ),
+        (
+            f"groups: {{main: null, a: {{models: {{{many_models(22)}}}}}, b: {{models: {{x: {{}}}}}}}}\n"
+            "gateway: {enabled: true, parents: [{name: public}]}",
+            "groups.a.models: an HTTPRoute has no more than 128 paths",
         ),
         ("defaults: {env: {BUNDLE_GATE: /tmp}}", "groups.main.env.BUNDLE_GATE: the chart sets it"),
         (
             "defaults: {settings: {job_queue_size: 9}, env: {TS_JOB_QUEUE_SIZE: 8}}",
             "groups.main.env.TS_JOB_QUEUE_SIZE: the chart sets it",
         ),
-        (f"groups: {{{'g' * 50}: {{models: {{mnist: {{}}}}}}}}", "is longer than 52 characters"),
+        (f"groups: {{{'g' * 40}: {{models: {{mnist: {{}}}}}}}}", "is longer than 46 characters"),
     ],
 )
 def test_wrong_value_is_refused_with_the_reason(values: str, reason: str):
@@ -113,6 +136,30 @@ def test_wrong_value_is_refused_with_the_reason(values: str, reason: str):
     assert refused.returncode == 1
     assert reason in refused.stderr
     assert refused.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["my.app", "2024"])
+def test_release_whose_services_would_have_invalid_names_is_refused(name: str):
+    refused = helm("template", name, str(CHART))
+    assert refused.returncode == 1
+    assert f"release {name}: names of Services begin with it" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "is_warned"),
+    [
+        ("", False),
+        ("service: {type: LoadBalancer}", True),
+        ("ingress: {enabled: true}", True),
+        ("gateway: {enabled: true, parents: [{name: public}]}", True),
+        ("service: {type: NodePort}\nnetworkPolicy: {enabled: false}", False),
+        ("ingress: {enabled: true}\nnetworkPolicy: {clients: [{namespaceSelector: {}}]}", False),
+    ],
+)
+def test_notes_warn_if_requests_from_outside_would_time_out(values: str, is_warned: bool):
+    done = helm("install", RELEASE, str(CHART), "--dry-run=client", values=values)
+    assert done.returncode == 0, done.stderr
+    assert ("WARNING: networkPolicy.clients is empty" in done.stdout) is is_warned
 
 
 def resolved(schema: dict) -> dict:
@@ -155,7 +202,13 @@ def test_variables_of_the_server_are_read_by_it():
     for values in MATRIX.values():
         for _, pod in pods(render(values)):
             for name in ("torchserve", "fetch", "samples"):
-                assert environment(containers(pod).get(name, {})).keys() - {"BUNDLE_FRONTEND_OFF"} <= known
+                assert environment(containers(pod).get(name, {})).keys() - {"BUNDLE_FRONTEND_OFF", "NO"} <= known
+
+
+def test_large_integers_are_written_in_full():
+    found = only(MATRIX["names and numbers that YAML could read as something else"], "bundle-on")
+    given = environment(found["torchserve"]) | environment(found["proxy"])
+    assert (given["TS_MAX_RESPONSE_SIZE"], given["NO"], given["BURST"]) == ("33554432", "1000000", "1000000")
 
 
 def test_variables_of_the_proxy_are_read_by_it():
@@ -251,6 +304,15 @@ def test_route_leads_each_model_to_its_group_with_the_weights_of_its_tracks():
     assert len(leads) == 3 * 6
 
 
+def test_route_has_room_for_as_many_models_as_are_accepted():
+    """The Gateway API allows 16 rules, and 128 paths in all of them."""
+    gateway = "gateway: {enabled: true, parents: [{name: public}]}"
+    values = f"groups: {{main: null, a: {{models: {{{many_models(21)}}}}}, b: {{models: {{x: {{}}}}}}}}\n{gateway}"
+    rules = of_kind(render(values), "HTTPRoute")["bundle-a"]["spec"]["rules"]
+    assert len(rules) == 16
+    assert sum(len(rule["matches"]) for rule in rules) == 21 * 6
+
+
 def test_one_group_gets_all_paths():
     [route] = of_kind(render(MATRIX["one group, canary, routes"]), "HTTPRoute").values()
     [rule] = route["spec"]["rules"]
@@ -270,6 +332,16 @@ def test_ingress_of_the_canary_has_its_weight_and_the_same_paths():
     paths = [[path["path"] for path in found["spec"]["rules"][0]["http"]["paths"]] for found in (canary, stable)]
     assert paths[0] == paths[1]
     assert len(paths[0]) == 2 * 6
+
+
+@pytest.mark.parametrize("values", [name for name in MATRIX if "ingress:" in MATRIX[name]])
+def test_paths_have_only_characters_that_ingress_nginx_allows_for_their_type(values: str):
+    """Its option strict-validate-path-type, which is on by default."""
+    kinds = {}
+    for found in of_kind(render(MATRIX[values]), "Ingress").values():
+        kinds |= {path["path"]: path["pathType"] for path in found["spec"]["rules"][0]["http"]["paths"]}
+    for path, kind in kinds.items():
+        assert (kind == "ImplementationSpecific") == (re.fullmatch("/[A-Za-z0-9/_-]*", path) is None), path
 
 
 @pytest.mark.parametrize(
@@ -296,3 +368,12 @@ def test_queries_of_the_scaler_name_metrics_that_exist_and_the_pods_of_the_track
         assert selected[1] == "models"
         assert re.fullmatch(selected[2], "bundle-main-7d4b9c8f5d-x2x4z")
         assert not re.fullmatch(selected[2], "bundle-main-canary-7d4b9c8f5d-x2x4z")
+
+
+def test_query_of_the_scaler_selects_the_pods_of_the_longest_name():
+    """Kubernetes cuts a pod's name, without its five random characters, to 58."""
+    group = "g" * 39
+    values = f"groups: {{main: null, {group}: {{models: {{mnist: {{}}}}, autoscaling: {{enabled: true, by: queue}}}}}}"
+    [(name, scaled)] = of_kind(render(values), "ScaledObject").items()
+    selected = re.search('pod=~"([^"]+)"', scaled["spec"]["triggers"][0]["metadata"]["query"])[1]
+    assert re.fullmatch(selected, f"{name}-7d4b9c8f5d-"[:58] + "x2x4z")

@@ -41,8 +41,8 @@ with those of the group, and for a canary with its own.
 {{/* The labels by which a track's pods are selected. */}}
 {{- define "bundle.selector" -}}
 app.kubernetes.io/name: torchserve-bundle
-app.kubernetes.io/instance: {{ .root.Release.Name }}
-bundle/group: {{ .track.group }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
+bundle/group: {{ .track.group | quote }}
 bundle/track: {{ .track.track }}
 {{- end -}}
 
@@ -52,7 +52,7 @@ bundle/track: {{ .track.track }}
 {{ include "bundle.selector" . }}
 {{- else -}}
 app.kubernetes.io/name: torchserve-bundle
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- end }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
@@ -66,6 +66,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- else -}}
 {{ .image.repository }}:{{ .image.tag | default .tag }}
 {{- end -}}
+{{- end -}}
+
+{{/* A value as text. Helm reads an integer as a floating-point number, and would write 33554432 as 3.3554432e+07. */}}
+{{- define "bundle.text" -}}
+{{- if kindIs "float64" . }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
 {{- end -}}
 
 {{/* The security context of every container, except for its user. */}}
@@ -113,12 +118,16 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
 
 {{/* What the schema cannot say. */}}
 {{- define "bundle.validate" -}}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" .Release.Name) -}}
+  {{- fail (printf "release %s: names of Services begin with it, so it must begin with a letter, and contain only small letters, digits and -" .Release.Name) -}}
+{{- end -}}
 {{- if not .Values.groups -}}
   {{- fail "groups: name at least one group of models" -}}
 {{- end -}}
 {{- $groups := dict -}}
 {{- $own := list
-  "TS_INFERENCE_ADDRESS" "TS_MANAGEMENT_ADDRESS" "TS_METRICS_ADDRESS" "TS_GRPC_INFERENCE_ADDRESS"
+  "TS_INFERENCE_ADDRESS" "TS_MANAGEMENT_ADDRESS" "TS_METRICS_ADDRESS"
+  "TS_GRPC_INFERENCE_ADDRESS" "TS_GRPC_MANAGEMENT_ADDRESS"
   "TS_MAX_REQUEST_SIZE" "TS_MODEL_STORE" "TS_LOAD_MODELS"
   "BUNDLE_ADDRESS" "BUNDLE_ARCHIVES" "BUNDLE_BEHIND_PROXY" "BUNDLE_DRAIN_SECONDS" "BUNDLE_GATE" "BUNDLE_MODELS"
   "BUNDLE_PATIENCE_SECONDS" "BUNDLE_START_SECONDS" "BUNDLE_STATE" "BUNDLE_WORKERS"
@@ -126,8 +135,10 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
 -}}
 {{- range include "bundle.tracks" . | fromJsonArray -}}
   {{- $track := . -}}
-  {{- if gt (len .name) 52 -}}
-    {{- fail (printf "groups.%s: the name %s is longer than 52 characters: shorten the release's or the group's name" .group .name) -}}
+  {{- /* Kubernetes appends up to 17 characters to a pod's name, and cuts what is longer than 63: the queries of KEDA
+         would not match it */ -}}
+  {{- if gt (len .name) 46 -}}
+    {{- fail (printf "groups.%s: the name %s is longer than 46 characters: shorten the release's or the group's name" .group .name) -}}
   {{- end -}}
   {{- if not .values.models -}}
     {{- fail (printf "groups.%s.models: name at least one model" .group) -}}
@@ -154,13 +165,19 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
       {{- fail (printf "groups.%s.settings.%s: the chart sets it" $track.group $key) -}}
     {{- end -}}
   {{- end -}}
-  {{- if hasKey .values.settings "disable_token_authorization" -}}
-    {{- fail (printf "groups.%s.settings.disable_token_authorization: TorchServe makes keys of its own in each pod, so clients of a Service cannot have one: check tokens in the ingress or the gateway" .group) -}}
+  {{- if or (hasKey .values.settings "disable_token_authorization") (hasKey .values.env "TS_DISABLE_TOKEN_AUTHORIZATION") -}}
+    {{- fail (printf "groups.%s: disable_token_authorization cannot be set: TorchServe makes keys of its own in each pod, so clients of a Service cannot have one: check tokens in the ingress or the gateway" .group) -}}
   {{- end -}}
   {{- range $name, $_ := .values.env -}}
     {{- if or (has $name $own) (hasKey $track.values.settings (trimPrefix "TS_" $name | lower)) -}}
       {{- fail (printf "groups.%s.env.%s: the chart sets it" $track.group $name) -}}
     {{- end -}}
+  {{- end -}}
+  {{- if and $.Values.ingress.enabled (eq .track "canary") (not (contains "nginx" $.Values.ingress.className)) -}}
+    {{- fail (printf "groups.%s.canary: the controllers of Ingresses other than ingress-nginx ignore its weight: use gateway" .group) -}}
+  {{- end -}}
+  {{- if and $.Values.gateway.enabled (gt (len $.Values.groups) 1) (gt (len .values.models) 21) -}}
+    {{- fail (printf "groups.%s.models: an HTTPRoute has no more than 128 paths, which is 21 models: use more groups" .group) -}}
   {{- end -}}
   {{- $scaling := .values.autoscaling -}}
   {{- if $scaling.enabled -}}
@@ -171,6 +188,9 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
       {{- fail (printf "groups.%s.autoscaling: min=0 needs by=queue, and activation: while no pod runs, only something in front of the pods can count requests" .group) -}}
     {{- end -}}
   {{- end -}}
+{{- end -}}
+{{- if and .Values.configProperties (not (regexMatch "(?m)^enable_envvars_config=true\\s*$" .Values.configProperties)) -}}
+  {{- fail "configProperties: without the line enable_envvars_config=true, TorchServe ignores what the chart sets" -}}
 {{- end -}}
 {{- if and .Values.gateway.enabled (not .Values.gateway.parents) -}}
   {{- fail "gateway.parents: name the Gateway to which the route belongs" -}}
