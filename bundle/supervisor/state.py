@@ -4,7 +4,7 @@ TorchServe's own snapshots are used only if it is started without a configuratio
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -47,17 +47,24 @@ class Registered:
 
 @dataclass(frozen=True)
 class State:
-    """What is registered at one moment, and which version of a NAME.mar in the store was unregistered, by name."""
+    """What is registered at one moment.
+
+    Attributes:
+        removed: which version of a NAME.mar in the store was unregistered, by name.
+        given: the numbers of workers with which the server was started, by model.
+    """
 
     registered: list[Registered] = field(default_factory=list)
     removed: dict[str, str] = field(default_factory=dict)
+    given: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> "State | None":
         """Return the state in a file; None if the file is missing, or invalid: then it is renamed to FILE.bad."""
         try:
             values = json.loads(file.read_text())
-            return cls([Registered(**version) for version in values["registered"]], values["removed"])
+            registered = [Registered(**version) for version in values["registered"]]
+            return cls(registered, values["removed"], values.get("given", {}))  # earlier bundles wrote no `given`
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
@@ -74,6 +81,19 @@ class State:
     def defaults(self) -> dict[str, str]:
         """Return the default version of each model."""
         return {version.name: version.version for version in self.registered if version.default}
+
+    def without_outdated(self, given: Mapping[str, int], archives: Mapping[str, str]) -> "State":
+        """Return the state without the archives' versions of models whose given number of workers has changed.
+
+        Their saved workers came from the number of an earlier start, or replaced it. A start registers these versions
+        in any case.
+
+        Args:
+            given: the numbers of workers of this start.
+            archives: the version of each NAME.mar.
+        """
+        outdated = {(name, version) for name, version in archives.items() if self.given.get(name) != given.get(name)}
+        return replace(self, registered=[version for version in self.registered if version.key not in outdated])
 
 
 def merge(saved: State, restored: State, now: State, store: Path) -> State:
@@ -109,7 +129,9 @@ def merge(saved: State, restored: State, now: State, store: Path) -> State:
     saved_defaults = {key for key in saved.defaults().items() if key in kept and key[0] not in changed}
     defaults = now.defaults() | dict(saved_defaults)
     return State(
-        [replace(version, default=defaults.get(version.name) == version.version) for version in kept.values()], removed
+        [replace(version, default=defaults.get(version.name) == version.version) for version in kept.values()],
+        removed,
+        now.given,
     )
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import requests
@@ -44,7 +44,7 @@ class Options:
             on a worker after 300 s.
         drain_seconds: to wait at most for requests in flight before the end.
         workers: number of workers of each model that does not get those of its archive. What the management API has
-            changed since is restored after them.
+            changed since is restored after them, until a start has another number.
     """
 
     host: str
@@ -95,6 +95,7 @@ class Supervisor:
             running = start(self.server, folders, self.options.start_seconds)
             try:
                 self.archive_versions = archive_versions(self.server.store, folders)
+                self.saved = self.saved.without_outdated(self.options.workers, self.archive_versions)
                 self.set_workers(running.client())
                 restore(self.server, running.client(), self.saved, self.options.start_seconds, self.report)
                 for number in (signal.SIGTERM, signal.SIGINT):
@@ -160,7 +161,7 @@ class Supervisor:
         """Write the state file, if something has changed."""
         if self.options.state is None:
             return
-        now = self.history.state(self.archive_versions, self.saved)
+        now = replace(self.history.state(self.archive_versions, self.saved), given=dict(self.options.workers))
         self.restored = self.restored or now  # the first observation after the restore
         kept = merge(self.saved, self.restored, now, self.server.store)
         self.history.not_restored = missing(kept, now)

@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from bundle.catalog import CONFIG_NAME, select
+from bundle.server.client import WorkerCount
 from bundle.server.drain import connections
 from tests.server.place import Place
 from tests.server.supervised import Supervised
@@ -96,7 +97,7 @@ def test_managed_state_survives_a_restart(supervised: Supervised, store: Path):
 
 
 def test_number_of_workers_of_the_command_replaces_that_of_the_archive(supervised: Supervised):
-    """What the management API has changed since has precedence."""
+    """What the management API has changed since has precedence, until a start has another number, or none."""
     supervised.start("--workers", f"mnist={WORKERS + 1}")
     client = supervised.place.client
     described = client.describe("mnist")
@@ -107,6 +108,12 @@ def test_number_of_workers_of_the_command_replaces_that_of_the_archive(supervise
     assert supervised.end() == 0
     supervised.start("--workers", f"mnist={WORKERS + 1}")
     assert client.describe("mnist")["minWorkers"] == 1
+    assert supervised.end() == 0
+    supervised.start("--workers", f"mnist={WORKERS + 2}")
+    assert client.workers("mnist") == WorkerCount(WORKERS + 2, WORKERS + 2)
+    assert supervised.end() == 0
+    supervised.start()
+    assert client.workers("mnist") == WorkerCount(WORKERS, WORKERS)
     assert supervised.end() == 0
 
 

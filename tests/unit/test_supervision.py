@@ -167,10 +167,16 @@ def test_unregistered_version_is_forgotten():
 def test_written_state_is_read_unchanged(tmp_path: Path):
     file = tmp_path / "state.json"
     assert State.read(file) is None
-    state = State([version({}, 1).registered], {"mnist": "1.0"})
+    state = State([version({}, 1).registered], {"mnist": "1.0"}, {"mnist": 4})
     state.write(file)
     assert State.read(file) == state
     assert [f.name for f in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_state_of_an_earlier_bundle_has_no_given_workers(tmp_path: Path):
+    file = tmp_path / "state.json"
+    file.write_text('{"registered": [], "removed": {"mnist": "1.0"}}')
+    assert State.read(file) == State([], {"mnist": "1.0"}, {})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"registered": [{"name": "mnist"}], "removed": {}}'])
@@ -251,6 +257,29 @@ def test_workers_that_failed_to_restore_are_kept(store: Path):
     assert missing(saved, fewer) == [V2.key]
     one = State([replace(V2, minimum=1, maximum=1)])
     assert merge(saved, fewer, one, store) == one  # scaled by hand since
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "outdated"),
+    [
+        ({}, {}, False),
+        ({"mnist": 2}, {"mnist": 2}, False),
+        ({"mnist": 2}, {"mnist": 3}, True),
+        ({"mnist": 2}, {}, True),
+        ({}, {"mnist": 2}, True),
+    ],
+)
+def test_saved_workers_are_forgotten_if_another_number_is_given(before: dict, given: dict, outdated: bool):
+    """Those of other versions, and of other models, are kept."""
+    text = Registered("text", "1.0", "text.mar", 1, 1, True)
+    saved = State([V1, V2, text], {"image": "1.0"}, before)
+    expected = replace(saved, registered=[V2, text]) if outdated else saved
+    assert saved.without_outdated(given, {"mnist": "1.0", "text": "1.0"}) == expected
+
+
+def test_given_workers_are_saved(store: Path):
+    now = State([V2], given={"mnist": 3})
+    assert merge(State([V2], given={"mnist": 2}), State([V2]), now, store) == now
 
 
 def test_default_that_failed_to_restore_is_kept(store: Path):
