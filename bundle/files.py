@@ -27,6 +27,7 @@ def replacing(file: Path) -> Iterator[Path]:
     partial.touch(exist_ok=False)
     try:
         mode = stat.S_IMODE((file if file.exists() else partial).stat().st_mode)
+        partial.chmod(mode | stat.S_IWUSR)  # before there is content that others must not read
         yield partial
         partial.chmod(mode)  # the block may have replaced it with another file
         partial.replace(file)

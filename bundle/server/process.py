@@ -160,6 +160,9 @@ class Server:
         return adopted
 
     def write_record(self, running: Running) -> None:
+        """Write the record, readable by its owner only: the digest of a short password tells the password."""
+        self.record.touch(mode=0o600)
+        self.record.chmod(0o600)  # an earlier bundle's record
         write_atomically(self.record, json.dumps(asdict(running), indent=2))
 
     def start(self, folders: list[ModelFolder]) -> Running:

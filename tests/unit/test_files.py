@@ -30,6 +30,13 @@ def test_write_atomically_keeps_the_permissions_of_the_file(tmp_path: Path):
         assert file.stat().st_mode & 0o777 == mode
 
 
+def test_content_that_replaces_a_private_file_is_private_from_the_start(tmp_path: Path):
+    file = tmp_path / "file"
+    file.touch(mode=0o600)
+    with replacing(file) as partial:
+        assert partial.stat().st_mode & 0o777 == 0o600
+
+
 def test_write_atomically_makes_a_file_with_the_users_default_permissions(tmp_path: Path):
     (tmp_path / "usual").touch()
     write_atomically(tmp_path / "file", "new")

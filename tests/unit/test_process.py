@@ -71,6 +71,10 @@ def test_started_server_is_recorded_and_found(server: Server):
     assert f'"-javaagent:{frontend.JAR}"' in started.process().environ()[frontend.OPTIONS]
     assert started.inference == server.settings.url("inference_address")
     assert started.keys() is None
+    assert server.record.stat().st_mode & 0o777 == 0o600
+    server.record.chmod(0o644)  # as earlier bundles wrote it
+    server.write_record(started)
+    assert server.record.stat().st_mode & 0o777 == 0o600
 
 
 def test_stopped_server_leaves_nothing(server: Server):
