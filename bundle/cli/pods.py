@@ -25,8 +25,8 @@ def fetch(
 ) -> None:
     """Download archives, and check their checksums.
 
-    With TRUSTED_KEY, they must also be signed with that key. An archive that fails a check is not kept. HTTPS_PROXY and
-    NETRC name a proxy and a file with passwords, as for curl.
+    With TRUSTED_KEY, they must also be signed with that key. A download that fails a check is not kept. HTTPS_PROXY
+    names a proxy, and NETRC a file with passwords.
     """
     from bundle.server import fetch as fetching
     from bundle.signing import key_of

@@ -2,7 +2,10 @@
 
 import hashlib
 import re
+import shutil
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +18,8 @@ from bundle.signing import check
 from bundle.versions import VERSION
 
 CHUNK_BYTES = 2**20
+PARTIAL = ".fetch-"  # prefix of the folders of unfinished downloads
+ABANDONED_SECONDS = 600  # a download that has written nothing for longer was killed: a read times out much sooner
 WANTED = re.compile(rf"({VERSION})(?:=(https?://[^#\s]+))?#sha256=([0-9a-fA-F]{{64}})")
 
 
@@ -39,10 +44,11 @@ class Wanted:
             UsageError: the text has another form.
         """
         found = WANTED.fullmatch(text)
-        if not found:
+        if not found or (found[2] and not is_valid(found[2])):
+            name = re.split("[^A-Za-z0-9._-]", text)[0]  # what comes after it may be secret
             raise UsageError(
-                f"{text!r} must be MODEL=URL#sha256=DIGEST or MODEL#sha256=DIGEST, with an http or https URL and the "
-                "64 hexadecimal digits that sha256sum prints."
+                f"Archive {name!r} must be given as MODEL=URL#sha256=DIGEST or MODEL#sha256=DIGEST, with a valid http "
+                "or https URL and the 64 hexadecimal digits that sha256sum prints."
             )
         return cls(found[1], found[2] or "", found[3].lower())
 
@@ -76,7 +82,8 @@ def fetch(wanted: Wanted, folder: Path, trusted: Path | None) -> bool:
         if not wanted.url:
             found = f"has the SHA-256 {sha256(target)}" if target.is_file() else "is missing"
             raise BundleError(f"{target} {found}. The archive with the SHA-256 {wanted.digest} must be there.")
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+        remove_abandoned(folder)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as temporary:
             partial = Path(temporary) / target.name
             download(wanted, partial)
             if (found := sha256(partial)) != wanted.digest:
@@ -88,6 +95,24 @@ def fetch(wanted: Wanted, folder: Path, trusted: Path | None) -> bool:
             partial.replace(target)
     except OSError as exc:
         raise BundleError(f"{target} cannot be written: {exc.strerror or exc}.") from exc
+    return True
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed downloads have left. Those of other processes that still run stay."""
+    for file in folder.glob(f"{PARTIAL}*/*"):
+        with suppress(FileNotFoundError):  # its download has just ended
+            if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(file.parent)
+
+
+def is_valid(url: str) -> bool:
+    """Return whether a URL can be split and requested."""
+    try:
+        urlsplit(url)
+        requests.Request("GET", url).prepare()
+    except ValueError:  # InvalidURL of requests is one, too; its message has the URL with its secrets
+        return False
     return True
 
 
@@ -119,4 +144,4 @@ def cause(error: BaseException) -> str:
     """Return the first error of a chain. The last one, of requests, has the URL with its secrets."""
     while earlier := error.__cause__ or error.__context__:
         error = earlier
-    return str(error)
+    return str(error).rstrip(".")

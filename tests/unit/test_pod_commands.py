@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from bundle.mar import MANIFEST
 from bundle.paths import ROOT
 from bundle.server import client
 from bundle.server.client import Client, check_sample
-from bundle.server.fetch import Wanted, fetch
+from bundle.server.fetch import ABANDONED_SECONDS, Wanted, fetch
 from bundle.server.ports import free_ports
 from bundle.signing import make_keys, seal
 from tests import programs
@@ -204,6 +205,43 @@ def test_archive_of_another_program_is_checked(tmp_path: Path, key: Path):
 def test_other_texts_are_usage_errors(text: str):
     with pytest.raises(UsageError, match="MODEL=URL#sha256=DIGEST"):
         Wanted.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mnist=https://user:secret@models.example/mnist.mar",
+        f"https://user:secret@models.example/mnist.mar#sha256={'0' * 64}",
+        f"mnist=ftp://models.example/mnist.mar?signature=secret#sha256={'0' * 64}",
+        f"mnist=http://user:secret@[::1/mnist.mar#sha256={'0' * 64}",
+        f"mnist=http://user:secret@/mnist.mar#sha256={'0' * 64}",
+        f"mnist=http://user:secret@models.example:99999/mnist.mar#sha256={'0' * 64}",
+    ],
+)
+def test_usage_errors_name_the_archive_without_secrets(text: str):
+    with pytest.raises(
+        UsageError, match=r"^Archive '(mnist|https)' must be given as MODEL=URL#sha256=DIGEST"
+    ) as refused:
+        Wanted.parse(text)
+    assert "secret" not in str(refused.value)
+
+
+def test_invalid_ca_file_is_named_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CA_FILE", str(tmp_path / "missing.pem"))
+    with pytest.raises(BundleError, match=r"cannot be downloaded: CA_FILE is .*: No such file or directory\.$"):
+        fetch(Wanted("mnist", "https://models.example/mnist.mar", "0" * 64), tmp_path, None)
+
+
+def test_what_a_killed_download_left_is_removed(httpserver: HTTPServer, tmp_path: Path):
+    """That of a download that runs stays."""
+    this, folder = wanted(httpserver, archive(tmp_path)), tmp_path / "archives"
+    for name, age in (("killed", ABANDONED_SECONDS + 60), ("runs", 60)):
+        partial = folder / f".fetch-{name}" / "mnist.mar"
+        partial.parent.mkdir(parents=True)
+        partial.write_bytes(b"half")
+        os.utime(partial, (time.time() - age,) * 2)
+    assert fetch(this, folder, None)
+    assert sorted(file.name for file in folder.iterdir()) == [".fetch-runs", "mnist.mar"]
 
 
 def test_command_fetches_several(httpserver: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
