@@ -23,6 +23,10 @@ PASSING = (429, 502, 503, 504)  # of a server that is overloaded, starts or ends
 PAUSE_SECONDS = 1  # before a request is repeated
 
 
+class AlreadyRegistered(BundleError):
+    """Somebody else has registered the version."""
+
+
 @dataclass(frozen=True)
 class WorkerCount:
     """Number of READY workers, and the minimum that a model must have."""
@@ -92,6 +96,7 @@ class Client:
                 `minWorkers` and `maxWorkers`. This returns when the workers have started.
 
         Raises:
+            AlreadyRegistered: the version is registered.
             BundleError: TorchServe rejects the archive.
         """
         initial = {} if workers is None else {"initial_workers": workers}
@@ -117,12 +122,14 @@ class Client:
         """Call the management API.
 
         Raises:
-            BundleError: the answer is an error; the details are TorchServe's reason.
+            AlreadyRegistered: the answer is 409.
+            BundleError: the answer is another error; the details are TorchServe's reason.
         """
         url, auth = f"{self.management}/models{path}", self.auth("management")
         answer = session.request(method, url, params=params, auth=auth, timeout=MANAGEMENT_SECONDS)
         if not answer.ok:
-            raise BundleError(
+            refused = AlreadyRegistered if answer.status_code == 409 else BundleError
+            raise refused(
                 f"TorchServe refused {method} /models{path} with {answer.status_code}.", reason(answer) or answer.text
             )
 

@@ -11,7 +11,7 @@ import requests
 
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
-from bundle.server.client import Client, WorkerCount
+from bundle.server.client import AlreadyRegistered, Client, WorkerCount
 from bundle.server.http import Untrusted
 from bundle.server.process import Running, Server
 from bundle.server.tracebacks import WORKER_DIED, explain
@@ -85,11 +85,14 @@ def start_version(
         seconds: to wait at most.
 
     Raises:
+        AlreadyRegistered: somebody else has registered it.
         BundleError: it is rejected, or its workers do not become READY; the details are the cause, from the logs.
     """
     since = datetime.now()
     try:
         client.register(archive, model, workers=0)
+    except AlreadyRegistered:
+        raise
     except BundleError as exc:
         raise worker_failure(logs, model, version, since) or exc from exc
     scale_version(client, logs, model, version, workers, seconds)

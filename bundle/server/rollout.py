@@ -2,8 +2,10 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import requests
 
 from bundle import mar
 from bundle.catalog import CONFIG_NAME, ModelFolder
@@ -11,7 +13,7 @@ from bundle.errors import BundleError
 from bundle.files import replacing
 from bundle.paths import relative
 from bundle.server.bring_back import workers_of
-from bundle.server.client import Client, check_sample
+from bundle.server.client import AlreadyRegistered, Client, check_sample
 from bundle.server.drain import wait_until_idle
 from bundle.server.process import Server
 from bundle.server.readiness import start_version
@@ -110,8 +112,11 @@ def withdrawn_if_it_fails(client: Client, name: str, version: str) -> Iterator[N
     """Unregister a version after any failure of the block, Ctrl-C included: what was served before stays."""
     try:
         yield
+    except AlreadyRegistered:
+        raise  # the version is not of this block
     except BaseException:
-        withdraw(client, name, version)
+        with suppress(BundleError, requests.RequestException):  # the server may have ended: the block's error says why
+            withdraw(client, name, version)
         raise
 
 

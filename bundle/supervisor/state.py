@@ -16,7 +16,7 @@ from bundle.files import write_atomically
 from bundle.server.client import Client
 from bundle.server.process import Server
 from bundle.server.readiness import scale_version, start_version
-from bundle.server.rollout import withdraw
+from bundle.server.rollout import withdrawn_if_it_fails
 
 Key = tuple[str, str]  # a model's name and version
 
@@ -180,11 +180,8 @@ def restore_version(server: Server, client: Client, version: Registered, seconds
     found = client.describe(*version.key)
     if found is None:
         archive = archive_of(server.store, version).name
-        try:
+        with withdrawn_if_it_fails(client, *version.key):
             start_version(client, server.logs, archive, *version.key, version.workers, seconds)
-        except (BundleError, requests.RequestException):
-            withdraw(client, *version.key)
-            raise
     elif (found["minWorkers"], found["maxWorkers"]) != version.workers:
         try:
             scale_version(client, server.logs, *version.key, version.workers, seconds)
