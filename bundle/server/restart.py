@@ -1,7 +1,5 @@
 """Why a running server must be restarted to serve the models as they are now."""
 
-from collections.abc import Collection
-
 import requests
 
 from bundle.catalog import ModelFolder
@@ -28,12 +26,14 @@ def restart_reason(server: Server, running: Running, folders: list[ModelFolder])
             "To keep them, set TS_DISABLE_TOKEN_AUTHORIZATION=false."
         )
     dropped = [name for name in running.served if name not in digests]
-    if dropped or not can_register(server, running, digests.keys() - running.served.keys()):
-        reasons.append(
-            f"The running server has the models {', '.join(running.served)} instead of {', '.join(digests)}."
-        )
+    new = [name for name in digests if name not in running.served]
     if dropped:
-        reasons.append(f'To keep {", ".join(dropped)}: make serve MODELS="{" ".join([*digests, *dropped])}".')
+        reasons.append(
+            f"The running server has the models {', '.join(running.served)} instead of {', '.join(digests)}. "
+            f'To keep {", ".join(dropped)}: make serve MODELS="{" ".join([*digests, *dropped])}".'
+        )
+    elif new and (hindrance := why_not_registered(server, running, new)):
+        reasons.append(hindrance)
     if other := [name for name in digests if running.served.get(name, digests[name]) != digests[name]]:
         reasons.append(f"The running server has other archives of {', '.join(other)}.")
     if not running.settings:
@@ -43,17 +43,14 @@ def restart_reason(server: Server, running: Running, folders: list[ModelFolder])
     return " ".join(reasons)
 
 
-def can_register(server: Server, running: Running, models: Collection[str]) -> bool:
-    """Return whether the running server can register these models beside its own.
-
-    It cannot if it does not answer, or if somebody has registered one of them already, of an archive that may be
-    another.
-    """
-    if not models:
-        return True
+def why_not_registered(server: Server, running: Running, new: list[str]) -> str:
+    """Explain why the running server cannot register new models beside its own; return "" if it can."""
     if server.settings["enable_model_api"].lower() != "true":
-        return False
+        return f"TorchServe cannot register {', '.join(new)} while it runs, because enable_model_api is false."
     try:
-        return {*models}.isdisjoint(running.client().models())
+        registered = running.client().models()
     except requests.RequestException:
-        return False
+        return f"The running server does not answer, so it cannot register {', '.join(new)}."
+    if known := [name for name in new if name in registered]:
+        return f"{', '.join(known)} was registered through the management API, perhaps from another archive."
+    return ""
