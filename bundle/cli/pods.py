@@ -55,17 +55,22 @@ def check(
 ) -> None:
     """Send models their samples, and check the answers.
 
-    The server may be anywhere. Exit with 1 if an answer is an error, or another one than the model's folder expects.
+    The server may be anywhere. If it requires a key, set TORCHSERVE_KEY to it. CA_FILE names the certificates to trust;
+    no proxy is used. Exit with 1 if an answer is an error, or another one than the model's folder expects.
     """
+    import os
+
     import requests
 
     from bundle import catalog
     from bundle.server.client import Client, check_sample
 
     client = Client(url.rstrip("/"), management="")
+    key = os.environ.get("TORCHSERVE_KEY")
+    authorization = {"Authorization": f"Bearer {key}"} if key else {}
     for folder in catalog.select(models or []):
         try:
-            first = check_sample(client, folder, patience=patience)
+            first = check_sample(client, folder, patience=patience, extra=authorization)
         except requests.RequestException as exc:
             raise BundleError(f"{folder.name}: no answer from {url}: {exc}") from exc
         if folder.bundle.sample is None:

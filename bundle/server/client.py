@@ -200,11 +200,18 @@ def sign(keys: Keys, api: Api, request: requests.PreparedRequest) -> requests.Pr
     return request
 
 
-def check_sample(client: Client, folder: ModelFolder, version: str | None = None, patience: float = 0) -> str | None:
+def check_sample(
+    client: Client,
+    folder: ModelFolder,
+    version: str | None = None,
+    patience: float = 0,
+    extra: dict[str, str] | None = None,
+) -> str | None:
     """Send a folder's sample to a version, by default to the default one.
 
     Args:
         patience: for how many seconds the request is repeated while the server is overloaded or does not answer.
+        extra: headers beside those of the sample.
 
     Returns:
         the label that ranks first; None if the answer is not a ranking, or the folder has no sample.
@@ -216,8 +223,8 @@ def check_sample(client: Client, folder: ModelFolder, version: str | None = None
     if folder.bundle.sample is None:
         return None
     sample = folder.existing(folder.bundle.sample)
-    content = sample.read_bytes()
-    answer = repeated(lambda: client.predict(folder.name, content, version, headers(sample)), patience)
+    content, sent = sample.read_bytes(), headers(sample) | (extra or {})
+    answer = repeated(lambda: client.predict(folder.name, content, version, sent), patience)
     try:
         body = answer.json()
     except requests.JSONDecodeError:  # as a handler without the template may answer

@@ -270,6 +270,15 @@ def test_check_accepts_the_expected_answer(httpserver: HTTPServer):
     assert ended == programs.Ended(0, "mnist: sample.png is answered with '3'\n", "")
 
 
+def test_check_sends_the_key_of_the_environment(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHSERVE_KEY", "secret")
+    authorized = {"Authorization": "Bearer secret"}
+    httpserver.expect_request("/predictions/mnist", "POST", headers=authorized).respond_with_json(THREE)
+    assert programs.run(app, "check", httpserver.url_for(""), "mnist").status == 0
+    monkeypatch.delenv("TORCHSERVE_KEY")
+    assert programs.run(app, "check", httpserver.url_for(""), "mnist").status == 1
+
+
 def test_check_fails_at_once_for_a_wrong_answer(httpserver: HTTPServer):
     httpserver.expect_request("/predictions/mnist").respond_with_json(THREE | {"top_3_classes": [8, 9, 7]})
     ended = programs.run(app, "check", httpserver.url_for(""), "mnist", "--patience", "1m")
