@@ -49,13 +49,15 @@ def test_memory_of_a_process_that_has_ended_is_nothing(family: list[psutil.Proce
 def test_memory_of_another_users_processes_is_resident(family: list[psutil.Process]):
     def measure() -> None:
         os.setuid(65534)
-        found.put(memory(family))
+        writer.send(memory(family))
 
     context = multiprocessing.get_context("fork")
-    found = context.SimpleQueue()
+    reader, writer = context.Pipe(duplex=False)
     other = context.Process(target=measure)
     other.start()
-    other.join(20)
-    measured, kind = found.get()
+    writer.close()  # so that the end of the other process is the end of the pipe
+    assert reader.poll(20)
+    measured, kind = reader.recv()
+    other.join()
     assert kind == "RSS"
     assert measured == pytest.approx(resident(family), rel=0.1)
