@@ -16,9 +16,31 @@ import pytest
 import requests
 
 from bundle.server import grpc_client
-from tests.server.bare import PLAIN, SLOW_START, Bare, archive, bare
+from tests.server.bare import ONE_THREAD, PLAIN, SLOW_START, Bare, archive, bare
 
 LARGE = bytes(7 * 2**20)  # TorchServe's default limit is 6.25 MiB
+BODY = 16 << 20
+MULTIPART = "multipart/form-data; boundary=b"
+PART = b"--b\r\nContent-Disposition: form-data; name=a"
+FILE = b"--c\r\nContent-Disposition: attachment; filename=a\r\n\r\n\r\n"
+
+
+def filled(before: bytes, repeated: bytes, after: bytes) -> bytes:
+    """Return a body of 16 MiB, or a few bytes less."""
+    return before + repeated * ((BODY - len(before) - len(after)) // len(repeated)) + after
+
+
+# kind, body, words of the rejection
+FORMS = {
+    "fields": ("application/x-www-form-urlencoded", filled(b"a=", b"&a", b""), "more than 1,000 fields"),
+    "parts": (MULTIPART, filled(b"", PART + b"\r\n\r\n\r\n", b"--b--\r\n"), "more than 1,000 fields"),
+    "nested parts": (
+        MULTIPART,
+        filled(PART + b"\r\nContent-Type: multipart/mixed; boundary=c\r\n\r\n", FILE, b"--c--\r\n--b--\r\n"),
+        "more than 1,000 fields",
+    ),
+    "parameters": (MULTIPART, filled(PART, b";a=b", b"\r\n\r\nx\r\n--b--\r\n"), "more than 10,000 parameters"),
+}
 
 
 def longest_during_a_registration(server: Bare) -> float:
@@ -155,6 +177,26 @@ def test_form_may_have_a_thousand_fields(patched: Bare, kind: str):
     del fields["0"]
     answer = requests.post(f"{patched.inference}/predictions/one", **{kind: fields}, timeout=20)
     assert answer.json()["fields"].keys() == fields.keys()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    """A server with a heap of 1 GiB that accepts 16 MiB of body, and ends when the heap is full."""
+    settings = {"max_request_size": str(BODY), "prefer_direct_buffer": "false", **ONE_THREAD}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_JAVA_OPTIONS", "-Xmx1g -XX:+ExitOnOutOfMemoryError")
+        with bare(tmp_path_factory.mktemp("small"), {"one": PLAIN}, **settings) as server:
+            yield server
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("route", ["predictions/one", "wfpredict/one"])
+def test_form_of_millions_of_fields_leaves_memory_free(small: Bare, route: str, form: str):
+    kind, body, message = FORMS[form]
+    answer = requests.post(f"{small.inference}/{route}", body, headers={"Content-Type": kind}, timeout=60)
+    assert (answer.status_code, answer.json()["type"]) == (400, "InvalidForm"), answer.text
+    assert message in answer.json()["message"]
+    assert small.post("one").status_code == 200
 
 
 def test_registration_names_the_parameters_that_the_archive_overrides(patched: Bare):

@@ -44,6 +44,10 @@ final class Code {
             "(Lio/netty/channel/ChannelHandlerContext;Lio/netty/handler/codec/http/FullHttpRequest;"
                     + "Lio/netty/handler/codec/http/QueryStringDecoder;)"
                     + "Lorg/pytorch/serve/util/messages/RequestInput;";
+    static final String WORKFLOW_PARSER = "org/pytorch/serve/workflow/api/http/WorkflowInferenceRequestHandler";
+    static final String PARSE_WORKFLOW_REQUEST =
+            "(Lio/netty/channel/ChannelHandlerContext;Lio/netty/handler/codec/http/FullHttpRequest;)"
+                    + "Lorg/pytorch/serve/util/messages/RequestInput;";
     static final String SEND_ERROR =
             "(Lio/netty/channel/ChannelHandlerContext;Lio/netty/handler/codec/http/HttpResponseStatus;"
                     + "Ljava/lang/Throwable;)V";
