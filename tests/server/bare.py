@@ -152,12 +152,13 @@ def archive(store: Path, name: str, **config: object) -> None:
 
 
 @contextmanager
-def bare(folder: Path, models: dict[str, dict], off: str = "", **settings: str) -> Iterator[Bare]:
+def bare(folder: Path, models: dict[str, dict], off: str = "", wait: bool = True, **settings: str) -> Iterator[Bare]:
     """Serve models while the block runs.
 
     Args:
         models: the keys of each model's model-config.yaml.
         off: names of patches to leave out, as in BUNDLE_FRONTEND_OFF.
+        wait: whether the block begins when all workers are READY.
         settings: further keys of config.properties.
     """
     store = folder / "store"
@@ -186,7 +187,7 @@ def bare(folder: Path, models: dict[str, dict], off: str = "", **settings: str) 
     grpc = f"127.0.0.1:{isolated.listeners()['grpc_inference_port'][1]}"
     server = Bare(*urls, grpc, process, console)
     try:
-        for name, config in models.items():
+        for name, config in models.items() if wait else ():
             wait_for(partial(server.has_workers, name, config.get("minWorkers", 1)), 300)
         yield server
     finally:

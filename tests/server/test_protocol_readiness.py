@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy
 import psutil
@@ -55,6 +56,28 @@ def test_model_that_is_loading_is_not_ready_and_its_server_stays_ready(server: B
         wait_for(partial(is_ready, server, "models/slow"), 30)
     finally:
         requests.delete(f"{server.management}/models/slow", timeout=60)
+
+
+def test_server_is_not_ready_before_the_models_of_its_start(tmp_path: Path):
+    with bare(tmp_path, {"one": PLAIN, "slow": PLAIN}, wait=False) as started:
+        wait_for(partial(started.has_workers, "one", 1), 60)
+        assert not is_ready(started)
+        wait_for(partial(is_ready, started), 60)
+        assert is_ready(started, "models/slow")
+
+
+def test_model_of_the_start_that_is_registered_again_and_fails_leaves_its_server_ready(server: Bare):
+    wait_for(partial(is_ready, server), 30)
+    assert requests.delete(f"{server.management}/models/one", timeout=60).ok
+    server.break_workers("one")
+    registration = {"url": "one.mar", "initial_workers": "1", "synchronous": "false"}
+    try:
+        assert requests.post(f"{server.management}/models", params=registration, timeout=60).ok
+        assert not is_ready(server, "models/one")
+        assert is_ready(server)
+    finally:
+        (server.folder / "break-one").unlink()
+    wait_for(partial(is_ready, server, "models/one"), 60)
 
 
 def test_model_that_failed_before_anybody_asked_is_missed(server: Bare):
