@@ -158,7 +158,7 @@ ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-o slow-units-p-z
-	@$(MAKE) --no-print-directory --keep-going --jobs 3 servers-a-f servers-g-o servers-p-z
+	@$(MAKE) --no-print-directory --keep-going --jobs 3 servers-a-f servers-g-o servers-p-r servers-s-z
 endif
 
 fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
@@ -182,7 +182,7 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units slow-units-a-d slow-units-e-o slow-units-p-z servers-a-f servers-g-o servers-p-z
+.PHONY: check fast-units slow-units-a-d slow-units-e-o slow-units-p-z servers-a-f servers-g-o servers-p-r servers-s-z
 check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
@@ -193,8 +193,8 @@ fast-units: dev .venv/loadtest.done
 slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
 
-# in three parts: they often wait for servers to start and to end
-servers-a-f servers-g-o servers-p-z: servers-%: dev .venv/loadtest.done
+# in parts: they often wait for servers to start and to end
+servers-a-f servers-g-o servers-p-r servers-s-z: servers-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/server/test_[$*]*.py
 
 lock: dev  ## update requirements/*.txt to the newest versions
