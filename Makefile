@@ -158,7 +158,7 @@ ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-o slow-units-p-z
-	@$(MAKE) --no-print-directory --keep-going --jobs 3 servers-a-f servers-g-o servers-p-r servers-s-z
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 servers-a-f servers-g-o servers-p-r servers-s-z
 endif
 
 fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
@@ -193,7 +193,7 @@ fast-units: dev .venv/loadtest.done
 slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
 
-# in parts: they often wait for servers to start and to end
+# in parts, two at a time: the servers of three need more than 24 GB
 servers-a-f servers-g-o servers-p-r servers-s-z: servers-%: dev .venv/loadtest.done
 	$(BIN)/python -m pytest tests/server/test_[$*]*.py
 
