@@ -43,17 +43,19 @@ def secured(paged: Stack, tmp_path: Path) -> Iterator[str]:
     url = f"https://127.0.0.1:{paged.environment['TLS_PORT']}"
     try:
         changed.compose("up", "--detach", "--no-deps", "proxy")  # with two files, Compose 1.29 takes all for changed
-        wait_for(lambda: opens(f"{url}/page/", certificate / "tls.crt"))
+        wait_for(lambda: opens(url, certificate / "tls.crt"))
         yield url
     finally:
         paged.compose("up", "--detach", "--no-deps", "proxy")
-        wait_for(lambda: opens(f"{paged.url('PORT')}/page/"))
+        wait_for(lambda: opens(paged.url("PORT")))
 
 
 def opens(url: str, authority: Path | None = None) -> bool:
+    """Return whether a new proxy answers with the page, and with the models that the page shows once it is opened."""
+    verify = str(authority) if authority else True
     try:
-        return requests.get(url, verify=str(authority) if authority else True, timeout=10).ok
-    except requests.RequestException:  # a timeout, too
+        return all(requests.get(f"{url}{path}", verify=verify, timeout=10).ok for path in ("/page/", "/openapi.json"))
+    except requests.RequestException:
         return False
 
 
