@@ -63,7 +63,7 @@ def archive(folder: ModelFolder, store: Path = MODEL_STORE, force: bool = False)
 
 
 def read_record(file: Path) -> dict:
-    """Return what the file beside an archive says of its build; {} if there is none, or one of an earlier bundle."""
+    """Return the record of an archive's build; {} if it is missing, or an earlier bundle wrote it."""
     try:
         recorded = json.loads(file.read_text())
         return recorded if isinstance(recorded, dict) else {}

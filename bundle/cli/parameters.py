@@ -93,4 +93,9 @@ Models = Annotated[
     ),
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=model_names, help="A model that is served.")]
+Patience = typer.Option(
+    parser=duration,
+    metavar="DURATION",
+    help="How long to repeat a request while the server is overloaded or does not answer.",
+)
 Timeout = typer.Option("--timeout", "-t", min=0, help="Seconds to wait until every worker is READY.")

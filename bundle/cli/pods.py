@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from bundle.cli.console import console
-from bundle.cli.parameters import Models, duration
+from bundle.cli.parameters import Models, Patience
 from bundle.errors import BundleError
 
 app = typer.Typer()
@@ -44,14 +44,7 @@ def fetch(
 def check(
     url: Annotated[str, typer.Argument(metavar="URL", help="The server's address, which may be that of a proxy.")],
     models: Models = None,
-    patience: Annotated[
-        float,
-        typer.Option(
-            parser=duration,
-            metavar="DURATION",
-            help="How long to repeat a request while the server is overloaded or does not answer.",
-        ),
-    ] = "1m",  # type: ignore[assignment]  # Typer parses the default, too
+    patience: Annotated[float, Patience] = "1m",  # type: ignore[assignment]  # Typer parses the default, too
 ) -> None:
     """Send models their samples, and check the answers.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bundle.cli.console import ENDING, console, note, opening, progress, state_columns
-from bundle.cli.parameters import Model, duration
+from bundle.cli.parameters import Model, Patience
 from bundle.cli.serve import NOT_RUNNING
 from bundle.errors import BundleError, NotRunning, UsageError
 
@@ -68,14 +68,7 @@ def predict(
             help="Requests at the same time, for many inputs. By default, 64; for explanations, one for each worker.",
         ),
     ] = None,
-    patience: Annotated[
-        float,
-        typer.Option(
-            parser=duration,
-            metavar="DURATION",
-            help="How long to repeat an input while the server is overloaded or does not answer.",
-        ),
-    ] = "2m",  # type: ignore[assignment]  # Typer parses the default, too
+    patience: Annotated[float, Patience] = "2m",  # type: ignore[assignment]  # Typer parses the default, too
     grpc: Annotated[bool, typer.Option("--grpc", help="Send one file over gRPC instead of HTTP.")] = False,
 ) -> None:
     """Send inputs to a model.

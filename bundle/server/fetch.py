@@ -120,7 +120,7 @@ def download(wanted: Wanted, target: Path) -> None:
     """Write what a URL answers into a file.
 
     Raises:
-        BundleError: the answer is an error, or incomplete, or there is none.
+        BundleError: the server does not answer, answers with an error, or ends its answer early.
         OSError: the file cannot be written.
     """
     try:

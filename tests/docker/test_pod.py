@@ -126,7 +126,7 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 class SlowUpload(threading.Thread):
-    """A client that sends the last part of its body when it is told to."""
+    """A client that holds back the last part of its body until `finish` is set."""
 
     def __init__(self, address: str):
         super().__init__(daemon=True)

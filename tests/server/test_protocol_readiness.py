@@ -28,6 +28,12 @@ def is_ready(server: Bare, what: str = "health") -> bool:
     return answer.json()["ready"]
 
 
+def register(server: Bare, name: str, wait: bool) -> None:
+    """Register a model of the store with one worker, and wait for the worker if `wait` is set."""
+    registration = {"url": f"{name}.mar", "initial_workers": "1", "synchronous": str(wait).lower()}
+    assert requests.post(f"{server.management}/models", params=registration, timeout=60).ok
+
+
 def test_model_without_workers_is_not_ready(server: Bare):
     server.scale("one", 0)
     try:
@@ -48,8 +54,7 @@ def test_model_without_workers_is_not_ready(server: Bare):
 def test_model_that_is_loading_is_not_ready_and_its_server_stays_ready(server: Bare):
     wait_for(partial(is_ready, server), 30)
     archive(server.folder / "store", "slow", **PLAIN)
-    registration = {"url": "slow.mar", "initial_workers": "1", "synchronous": "false"}
-    assert requests.post(f"{server.management}/models", params=registration, timeout=60).ok
+    register(server, "slow", wait=False)
     try:
         assert not is_ready(server, "models/slow")
         assert is_ready(server)
@@ -70,9 +75,8 @@ def test_model_of_the_start_that_is_registered_again_and_fails_leaves_its_server
     wait_for(partial(is_ready, server), 30)
     assert requests.delete(f"{server.management}/models/one", timeout=60).ok
     server.break_workers("one")
-    registration = {"url": "one.mar", "initial_workers": "1", "synchronous": "false"}
     try:
-        assert requests.post(f"{server.management}/models", params=registration, timeout=60).ok
+        register(server, "one", wait=False)
         assert not is_ready(server, "models/one")
         assert is_ready(server)
     finally:
@@ -83,8 +87,7 @@ def test_model_of_the_start_that_is_registered_again_and_fails_leaves_its_server
 def test_model_that_failed_before_anybody_asked_is_missed(server: Bare):
     wait_for(partial(is_ready, server), 30)
     archive(server.folder / "store", "later", **PLAIN)
-    registration = {"url": "later.mar", "initial_workers": "1", "synchronous": "true"}
-    assert requests.post(f"{server.management}/models", params=registration, timeout=60).ok
+    register(server, "later", wait=True)
     try:
         [ready] = server.workers("later")
         server.break_workers("later")
