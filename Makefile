@@ -198,7 +198,7 @@ servers-a-f servers-g-o servers-p-r servers-s-z: servers-%: dev .venv/loadtest.d
 	$(BIN)/python -m pytest tests/server/test_[$*]*.py
 
 lock: dev  ## update requirements/*.txt to the newest versions
-	cd requirements && set -e && for set in serve dev loadtest kserve page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
+	cd requirements && set -e && for set in serve dev loadtest kserve s3 page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.11 --override overrides.txt $$set.in --output-file $$set.txt; done
 
 frontend: dev  ## build the Java agent for TorchServe's frontend, bundle/frontend/frontend.jar; needs a JDK 17

@@ -29,6 +29,7 @@ class Authority:
         """Return the certificate and the key of a server with this name, such as DNS:localhost."""
         certificate, key = self.folder / "server.crt", self.folder / "server.key"
         signed = ("-CA", self.file, "-CAkey", self.folder / "ca.key", "-addext", f"subjectAltName={name}")
+        signed += ("-addext", "basicConstraints=critical,CA:FALSE")  # some libraries refuse an authority as a server
         openssl("req", "-x509", *NEW_KEY, "-subj", "/CN=server", *signed, "-keyout", key, "-out", certificate)
         return certificate, key
 

@@ -90,6 +90,15 @@ archives: {{source: url, netrcSecret: passwords}}
 trustedKey: {{pem: {json.dumps(PEM)}}}
 networkPolicy: {{egress: [{{to: [{{ipBlock: {{cidr: 10.0.0.0/8}}}}]}}]}}
 """,
+    "archives from S3": f"""
+groups:
+  main: null
+  digits: {{models: {{mnist: {{url: "s3://models/digits/mnist.mar", sha256: {DIGEST}}}}}, serviceAccountName: reader}}
+archives:
+  source: url
+  caSecret: authorities
+  s3: {{region: eu-central-1, endpoint: "https://minio.storage:9000", credentialsSecret: bucket}}
+""",
     "archives by another program": f"""
 groups:
   main: null
@@ -146,4 +155,4 @@ def containers(pod: dict) -> dict[str, dict]:
 def environment(container: dict) -> dict[str, str]:
     names = [variable["name"] for variable in container.get("env", ())]
     assert len(names) == len(set(names)), names
-    return {variable["name"]: variable["value"] for variable in container.get("env", ())}
+    return {variable["name"]: variable.get("value", "of a Secret") for variable in container.get("env", ())}

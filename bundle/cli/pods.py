@@ -27,6 +27,10 @@ def fetch(
 
     With TRUSTED_KEY, they must also be signed with that key. A download that fails a check is not kept. HTTPS_PROXY
     names a proxy, and NETRC a file with passwords.
+
+    A URL may be `s3://BUCKET/KEY`. Credentials are those of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of the role of
+    a pod's service account, or of the instance. AWS_REGION is the bucket's region, and AWS_ENDPOINT_URL another store
+    than Amazon's, such as MinIO.
     """
     from bundle.server import fetch as fetching
     from bundle.signing import key_of

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import requests
 
 from bundle.errors import BundleError, UsageError
+from bundle.server import s3
 from bundle.server.http import SECONDS, ca_file
 from bundle.signing import check
 from bundle.versions import VERSION
@@ -20,7 +21,7 @@ from bundle.versions import VERSION
 CHUNK_BYTES = 2**20
 PARTIAL = ".fetch-"  # prefix of the folders of unfinished downloads
 ABANDONED_SECONDS = 600  # a download that has written nothing for longer was killed: a read times out much sooner
-WANTED = re.compile(rf"({VERSION})(?:=(https?://[^#\s]+))?#sha256=([0-9a-fA-F]{{64}})")
+WANTED = re.compile(rf"({VERSION})(?:=((?:https?|s3)://[^#\s]+))?#sha256=([0-9a-fA-F]{{64}})")
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,20 @@ class Wanted:
         if not found or (found[2] and not is_valid(found[2])):
             name = re.split("[^A-Za-z0-9._-]", text)[0]  # what comes after it may be secret
             raise UsageError(
-                f"Archive {name!r} must be given as MODEL=URL#sha256=DIGEST or MODEL#sha256=DIGEST, with a valid http "
-                "or https URL and the 64 hexadecimal digits that sha256sum prints."
+                f"Archive {name!r} must be given as MODEL=URL#sha256=DIGEST or MODEL#sha256=DIGEST, with a valid http, "
+                "https or s3 URL and the 64 hexadecimal digits that sha256sum prints."
             )
         return cls(found[1], found[2] or "", found[3].lower())
 
     @property
+    def is_s3(self) -> bool:
+        return self.url.startswith("s3:")
+
+    @property
     def place(self) -> str:
         """The URL without the parts that may be secret: a password, and the query, which can be a signature."""
+        if self.is_s3:
+            return self.url
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -62,7 +69,7 @@ class Wanted:
 def fetch(wanted: Wanted, folder: Path, trusted: Path | None) -> bool:
     """Download an archive into a folder as MODEL.mar. It appears there after all checks, or not at all.
 
-    Proxies and passwords come from the environment, as in curl: HTTPS_PROXY, NETRC.
+    Proxies and passwords come from the environment, as in curl: HTTPS_PROXY, NETRC. So do credentials of S3.
 
     Args:
         trusted: the public key that must have signed it; None if it may be unsigned.
@@ -85,7 +92,10 @@ def fetch(wanted: Wanted, folder: Path, trusted: Path | None) -> bool:
         remove_abandoned(folder)
         with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as temporary:
             partial = Path(temporary) / target.name
-            download(wanted, partial)
+            if wanted.is_s3:
+                s3.download(wanted.url, partial)
+            else:
+                download(wanted, partial)
             if (found := sha256(partial)) != wanted.digest:
                 raise BundleError(
                     f"{wanted.place} has the SHA-256 {found}, and not {wanted.digest}. It was damaged or replaced, or "
@@ -108,6 +118,8 @@ def remove_abandoned(folder: Path) -> None:
 
 def is_valid(url: str) -> bool:
     """Return whether a URL can be split and requested."""
+    if url.startswith("s3:"):
+        return s3.URL.fullmatch(url) is not None
     try:
         urlsplit(url)
         requests.Request("GET", url).prepare()

@@ -181,7 +181,10 @@ def test_policy_applies_to_servers_and_lets_the_tests_reach_them(objects: tuple[
 def test_pods_reach_other_servers_only_to_fetch_archives():
     for name, values in MATRIX.items():
         for policy in of_kind(render(values), "NetworkPolicy").values():
-            assert bool(policy["spec"]["egress"]) == (name in ("archives by url", "archives by another program"))
+            assert bool(policy["spec"]["egress"]) == bool(re.match("archives (by|from S3)", name))
+    [policy] = of_kind(render(MATRIX["archives from S3"]), "NetworkPolicy").values()
+    ports = [53, 53, 80, 443, 9000]  # the last one is that of the endpoint
+    assert [port["port"] for port in policy["spec"]["egress"][0]["ports"]] == ports
 
 
 # --- of one piece ----------------------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ def test_mounts_have_volumes_and_volumes_have_mounts(objects: tuple[dict, ...]):
 
 
 def test_every_named_object_of_the_release_exists(objects: tuple[dict, ...]):
-    theirs = {"signing-key", "passwords", "2024"}
+    theirs = {"signing-key", "passwords", "authorities", "2024"}
     made = {kind: of_kind(objects, kind).keys() for kind in ("ConfigMap", "Secret", "Service", "Deployment")}
     for _, pod in pods(objects):
         for volume in pod["spec"]["volumes"]:

@@ -71,7 +71,10 @@ def many_models(number: int) -> str:
             f"groups: {{main: {{models: {{mnist: {{url: 'https://a/b', sha256: {DIGEST}}}}}}}}}",
             "groups.main.models.mnist: url and sha256 need archives.source=url",
         ),
-        ("groups: {main: {models: {mnist: {url: 's3://bucket/mnist.mar'}}}}", "does not match pattern '^https?://"),
+        ("groups: {main: {models: {mnist: {url: 's3://mnist.mar'}}}}", "does not match pattern '^(https?://"),
+        ("archives: {source: url, s3: {endpoint: minio:9000}}", "'minio:9000' does not match pattern"),
+        ("archives: {s3: {region: eu-central-1}}", "archives: s3 and downloader need archives.source=url"),
+        ("archives: {netrcSecret: passwords}", "archives.netrcSecret: it needs archives.source=url"),
         (
             "archives: {source: url, downloader: {image: amazon/aws-cli}}",
             "groups.main.models.audio: archives.source=url needs its url and sha256",
@@ -198,7 +201,8 @@ def test_variables_of_the_server_are_read_by_it():
     known = {parameter.envvar for parameter in COMMANDS["run"].params} | {
         f"TS_{key.upper()}" for key in Settings().values
     }
-    known |= {"BUNDLE_BEHIND_PROXY", "BUNDLE_MODELS", "TRUSTED_KEY", "NVIDIA_VISIBLE_DEVICES", "NETRC"}
+    known |= {"BUNDLE_BEHIND_PROXY", "BUNDLE_MODELS", "TRUSTED_KEY", "NVIDIA_VISIBLE_DEVICES", "NETRC", "CA_FILE"}
+    known |= {"AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}  # test_fetch_s3.py
     for values in MATRIX.values():
         for _, pod in pods(render(values)):
             for name in ("torchserve", "fetch", "samples"):

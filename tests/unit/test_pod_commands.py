@@ -196,7 +196,6 @@ def test_archive_of_another_program_is_checked(tmp_path: Path, key: Path):
         f"mnist=#sha256={'0' * 64}",
         "mnist=https://models.example/mnist.mar",
         f"https://models.example/mnist.mar#sha256={'0' * 64}",
-        f"mnist=s3://bucket/mnist.mar#sha256={'0' * 64}",
         f"mnist=file:///mnist.mar#sha256={'0' * 64}",
         f"../mnist=https://models.example/mnist.mar#sha256={'0' * 64}",
         f"mnist=https://models.example/mnist.mar#sha256={'0' * 63}",

@@ -85,6 +85,31 @@ capabilities: {drop: [ALL]}
 {{- if or .Values.trustedKey.pem .Values.trustedKey.secret -}}true{{- end -}}
 {{- end -}}
 
+{{/* The environment of `bundle fetch`. */}}
+{{- define "bundle.fetching" -}}
+{{- $archives := .Values.archives -}}
+{{- if include "bundle.trusted" . }}
+- {name: TRUSTED_KEY, value: /run/trusted/trusted.pub}
+{{- end }}
+{{- if $archives.netrcSecret }}
+- {name: NETRC, value: /run/netrc/netrc}
+{{- end }}
+{{- if $archives.caSecret }}
+- {name: CA_FILE, value: /run/ca/ca.crt}
+{{- end }}
+{{- with $archives.s3.region }}
+- {name: AWS_REGION, value: {{ . | quote }}}
+{{- end }}
+{{- with $archives.s3.endpoint }}
+- {name: AWS_ENDPOINT_URL, value: {{ . | quote }}}
+{{- end }}
+{{- with $archives.s3.credentialsSecret }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- {name: {{ . }}, valueFrom: {secretKeyRef: {name: {{ $archives.s3.credentialsSecret | quote }}, key: {{ . }}}}}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* The models of a track whose number of workers is set: mnist=2 text=1. */}}
 {{- define "bundle.workers" -}}
 {{- $counts := list -}}
@@ -187,6 +212,16 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
     {{- if and (eq (int $scaling.min) 0) (or (ne $scaling.by "queue") (not $scaling.activation)) -}}
       {{- fail (printf "groups.%s.autoscaling: min=0 needs by=queue, and activation: while no pod runs, only something in front of the pods can count requests" .group) -}}
     {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if ne .Values.archives.source "url" -}}
+  {{- range $name := list "netrcSecret" "caSecret" -}}
+    {{- if get $.Values.archives $name -}}
+      {{- fail (printf "archives.%s: it needs archives.source=url" $name) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- if or (values .Values.archives.s3 | join "") .Values.archives.downloader.image -}}
+    {{- fail "archives: s3 and downloader need archives.source=url" -}}
   {{- end -}}
 {{- end -}}
 {{- if and .Values.configProperties (not (regexMatch "(?m)^enable_envvars_config=true\\s*$" .Values.configProperties)) -}}
