@@ -1,6 +1,7 @@
 """Helpers of several test suites: changed archives, waiting, and constant load."""
 
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,8 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from bundle import mar
+from bundle.catalog import CONFIG_NAME
+from bundle.paths import MODELS
 from bundle.signing import UNSEALED, seal
 
 
@@ -26,6 +29,16 @@ def reversioned(archive: Path, version: str, target: Path, without: str = "") ->
     manifest = json.loads(mar.read(archive, mar.MANIFEST))
     manifest["model"]["modelVersion"] = version
     return altered(archive, target, {mar.MANIFEST: json.dumps(manifest).encode(), without: None})
+
+
+def models_expecting_four(models: Path) -> Path:
+    """Make a models folder whose MNIST expects the answer 4, and return it. The model answers 3."""
+    shutil.copytree(MODELS / "mnist", models / "mnist")
+    config = models / "mnist" / CONFIG_NAME
+    old = config.read_text()
+    config.write_text(old.replace('expect: "3"', 'expect: "4"'))
+    assert config.read_text() != old
+    return models
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

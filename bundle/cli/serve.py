@@ -351,10 +351,11 @@ def run(
     if archives:
         install_archives(archives, server.store, say)
     folders = [folder for folder in catalog.select(models or []) if models or server.archive(folder).is_file()]
+    places = f"{server.store} or {archives}" if archives else str(server.store)
     if missing := [folder.name for folder in folders if not server.archive(folder).is_file()]:
-        raise BundleError(f"There is no archive of {', '.join(missing)} in {server.store}. Build it: make archive")
+        raise BundleError(f"There is no archive of {', '.join(missing)} in {places}. Build it: make archive")
     if not folders:
-        raise BundleError(f"There are no archives in {server.store}. Build them: make archive")
+        raise BundleError(f"There are no archives in {places}. Build them: make archive")
     counts = dict(map(worker_count, workers or []))
     if unserved := counts.keys() - {folder.name for folder in folders}:
         raise UsageError(f"--workers names {min(unserved)}, which is not served here.")

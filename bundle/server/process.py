@@ -31,6 +31,7 @@ from bundle.server.java import java_home
 from bundle.server.keys import Keys
 from bundle.server.settings import ADDRESSES, Settings
 from bundle.server.sockets import check_temporary
+from bundle.server.space import check_space
 from bundle.signing import key_of
 
 GUARDS = ROOT / "bundle" / "bin"  # the commands that start workers: see bundle/guard.py
@@ -169,10 +170,11 @@ class Server:
         """Start TorchServe with the archives of these models, and return as soon as its process runs.
 
         Raises:
-            BundleError: `check` failed, or the process ended at once.
+            BundleError: `check` failed, the disk is full, or the process ended at once.
         """
         self.check(folders)
         self.stop()  # what a killed server has left
+        check_space(map(self.archive, folders))
         environment = {
             **frontend.with_agent(self.settings.passed_on()),
             "BUNDLE_PYTHON": sys.executable,

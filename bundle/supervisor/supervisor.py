@@ -1,6 +1,5 @@
 """Run TorchServe in the foreground, for containers and process managers: watch, measure and drain it."""
 
-import hashlib
 import signal
 import threading
 import time
@@ -16,6 +15,7 @@ from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.server.client import Client
 from bundle.server.drain import wait_until_idle
+from bundle.server.fetch import sha256
 from bundle.server.process import Running, Server
 from bundle.server.readiness import last_words, scale_version
 from bundle.server.rollout import copy
@@ -103,8 +103,10 @@ class Supervisor:
                 self.watch(running)
                 self.drain(running)
             finally:
-                self.close_gate()
-                self.server.stop()
+                try:
+                    self.close_gate()
+                finally:
+                    self.server.stop()
         finally:
             self.ended.set()
             relay.join()
@@ -195,7 +197,10 @@ class Supervisor:
     def drain(self, running: Running) -> None:
         """Close the gate, and wait until no requests are in flight."""
         self.report("draining")
-        self.close_gate()
+        try:
+            self.close_gate()
+        except BundleError as exc:  # requests in flight get their answers nevertheless
+            self.report(str(exc))
         self.look(running)
         keys = [version.key for version in self.history.latest]
         try:
@@ -210,8 +215,16 @@ class Supervisor:
             (self.options.gate / "closed").unlink(missing_ok=True)
 
     def close_gate(self) -> None:
+        """Make the proxy wait.
+
+        Raises:
+            BundleError: the file cannot be made: the disk is full, say.
+        """
         if self.options.gate:
-            (self.options.gate / "closed").touch()
+            try:
+                (self.options.gate / "closed").touch()
+            except OSError as exc:
+                raise BundleError(f"{exc.filename} cannot be made: {exc.strerror}. It makes the proxy wait.") from exc
 
     def relay_logs(self) -> None:
         """Copy the log files to standard output until the run has ended, and count failed requests."""
@@ -237,9 +250,12 @@ def install_archives(source: Path, store: Path, report: Callable[[str], object])
 
     A new image's archive replaces the store's, unless its version is lower. Words and hashes have no order, so that an
     archive with such a version always replaces the other one.
+
+    Raises:
+        BundleError: an archive is invalid, or cannot be copied: the disk is full, say.
     """
     for archive in sorted(source.glob("*.mar")):
-        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        digest = sha256(archive)
         record = store / f".{archive.stem}.seeded"
         if record.is_file() and record.read_text() == digest:
             continue
@@ -247,6 +263,10 @@ def install_archives(source: Path, store: Path, report: Callable[[str], object])
         if present.is_file() and is_older(mar.version(archive), mar.version(present)):
             report(f"{archive.name} of this image is older than the store's, and was not installed")
             continue
-        copy(archive, present)
-        record.write_text(digest)
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+            copy(archive, present)
+            record.write_text(digest)
+        except OSError as exc:
+            raise BundleError(f"{archive} cannot be copied into {store}: {exc.strerror or exc}.") from exc
         report(f"{archive.name} of this image was installed in the store")

@@ -3,8 +3,10 @@
 import hashlib
 import http.client
 import json
+import re
 import select
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -24,7 +26,7 @@ from tests.docker.pod import http as session
 from tests.docker.proxy import IMAGE as NGINX
 from tests.docker.stack import build_archive, build_image, docker
 from tests.helm import CHART, needs_helm, render
-from tests.support import wait_for
+from tests.support import models_expecting_four, wait_for
 
 pytestmark = needs_helm
 [MNIST] = select_folders(["mnist"])
@@ -193,6 +195,37 @@ def test_helm_test_passes(pod: Pod, image: str):
         "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--cap-drop=ALL", "--user=10001:10001", image, *arguments
     )
     assert said == "mnist: sample.png is answered with '3'\n"
+
+
+def test_helm_test_fails_if_a_model_answers_wrongly(pod: Pod, image: str, tmp_path: Path):
+    models = models_expecting_four(tmp_path / "models")
+    options = [f"--volume={models}:/models:ro", "--env=BUNDLE_MODELS=/models"]
+    status, said = run(*options, image, "check", f"http://{pod.address}:8080", "mnist", "--patience=2m")
+    assert status == 1
+    assert "answered its own sample sample.png with '3', and its mnist/model-config.yaml expects '4'." in said
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Run a container that ends by itself; return its status, and what it wrote."""
+    done = subprocess.run(["docker", "run", "--rm", *arguments], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("volume", "reason"),
+    [
+        (
+            "/opt/bundle/model_store",
+            r"\S+\.mar cannot be copied into /opt/bundle/model_store: No space left on device",
+        ),
+        ("/tmp", r"/tmp has 0\.0 MB free, and the unpacked archives take \d\.\d MB\."),
+    ],
+)
+def test_server_does_not_start_if_a_volume_is_full(image: str, volume: str, reason: str):
+    status, said = run("--read-only", f"--tmpfs={volume}:size=32k,mode=1777", image, "run", "mnist")
+    assert status == 1
+    assert re.search(f"^error: {reason}", said, re.MULTILINE), said
+    assert "Traceback" not in said
 
 
 def test_dead_server_is_unready_and_comes_back(pod: Pod):

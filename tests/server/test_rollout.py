@@ -1,15 +1,14 @@
 """Rollouts under load: a good version replaces the old one without a failed request, a bad version changes nothing."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from bundle.catalog import CONFIG_NAME, select
+from bundle.catalog import select
 from bundle.paths import ROOT
 from tests.server.place import Place
-from tests.support import Traffic, reversioned
+from tests.support import Traffic, models_expecting_four, reversioned
 
 [MNIST] = select(["mnist"])
 
@@ -106,13 +105,3 @@ def test_rollout_of_a_bad_version_changes_nothing(rolling: Place, tmp_path: Path
     assert versions(rolling) == ["1.0"]
     assert served.read_bytes() == before
     assert [file.name for file in rolling.store.glob("*.mar")] == ["mnist.mar"]
-
-
-def models_expecting_four(models: Path) -> Path:
-    """Make a models folder whose MNIST expects the answer 4, and return it. The model answers 3."""
-    shutil.copytree(MNIST.path, models / "mnist")
-    config = models / "mnist" / CONFIG_NAME
-    old = config.read_text()
-    config.write_text(old.replace('expect: "3"', 'expect: "4"'))
-    assert config.read_text() != old
-    return models

@@ -16,7 +16,7 @@ from bundle.server.client import WorkerCount
 from bundle.server.drain import connections
 from tests.server.place import Place
 from tests.server.supervised import Supervised
-from tests.support import Traffic, altered, reversioned, wait_for
+from tests.support import Traffic, altered, models_expecting_four, reversioned, wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
@@ -155,6 +155,19 @@ def test_version_that_fails_to_restore_is_retried_at_the_next_start(supervised: 
     supervised.start()
     assert client.describe("mnist")["modelVersion"] == "1.5"
     assert 'bundle_not_restored{model_name="mnist",model_version="1.5"} 0.0' in supervised.metrics()
+
+
+def test_server_that_answers_its_sample_wrongly_never_serves(supervised: Supervised, tmp_path: Path):
+    """The run ends, and a proxy that waits for it gets no request through."""
+    supervised.place.environment["BUNDLE_MODELS"] = str(models_expecting_four(tmp_path / "models"))
+    with pytest.raises(AssertionError):
+        supervised.start()
+    assert supervised.process.wait(60) == 1
+    said = supervised.output.read_text()
+    assert "with '3', and its mnist/model-config.yaml expects '4'." in said
+    assert "bundle: serving" not in said
+    assert (supervised.gate / "closed").exists()
+    assert supervised.place.processes() == []
 
 
 def test_dead_torchserve_ends_the_run(supervised: Supervised):
