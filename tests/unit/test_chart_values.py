@@ -116,6 +116,10 @@ def many_models(number: int) -> str:
             "defaults: {env: {TS_GRPC_MANAGEMENT_ADDRESS: 0.0.0.0}}",
             "groups.main.env.TS_GRPC_MANAGEMENT_ADDRESS: the chart sets it",
         ),
+        (
+            'configProperties: "enable_envvars_config=true\\ndisable_token_authorization=false\\n"',
+            "configProperties: disable_token_authorization=false has no effect: TorchServe makes keys of its own",
+        ),
         ("configProperties: job_queue_size=9", "configProperties: without the line enable_envvars_config=true"),
         (
             "groups: {main: {canary: {weight: 5}}}\ningress: {enabled: true, className: traefik}",

@@ -227,6 +227,9 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
 {{- if and .Values.configProperties (not (regexMatch "(?m)^enable_envvars_config=true\\s*$" .Values.configProperties)) -}}
   {{- fail "configProperties: without the line enable_envvars_config=true, TorchServe ignores what the chart sets" -}}
 {{- end -}}
+{{- if regexMatch "(?m)^disable_token_authorization=false\\s*$" .Values.configProperties -}}
+  {{- fail "configProperties: disable_token_authorization=false has no effect: TorchServe makes keys of its own in each pod, so clients of a Service cannot have one: check tokens in the ingress or the gateway" -}}
+{{- end -}}
 {{- if and .Values.gateway.enabled (not .Values.gateway.parents) -}}
   {{- fail "gateway.parents: name the Gateway to which the route belongs" -}}
 {{- end -}}
