@@ -39,6 +39,9 @@ def download(url: str, target: Path) -> None:
     found = URL.fullmatch(url)
     assert found, url
     bucket, key = found.groups()
+    for name, address in os.environ.items():
+        if name.startswith("AWS_ENDPOINT") and address and not re.fullmatch(r"https?://[^\s/]+\S*", address):
+            raise BundleError(f"{name} is {address!r}, and must be a URL such as http://minio.example:9000.")
     if file := ca_file():
         os.environ[OF_CERTIFICATES] = file
     try:
@@ -59,7 +62,8 @@ def download(url: str, target: Path) -> None:
                 to.write(get(store, key, options={"range": (start, end), "if_match": tag}).bytes())
     except PreconditionError as exc:
         raise BundleError(f"{url} was replaced while it was downloaded. Try again.") from exc
-    except (BaseError, FileNotFoundError) as exc:  # FileNotFoundError is the library's: the folder of `target` exists
+    # FileNotFoundError is the library's, too: the folder of `target` exists. ValueError is that of keys such as a/../b
+    except (BaseError, FileNotFoundError, ValueError) as exc:
         raise BundleError(f"{url} cannot be downloaded: {cause(str(exc)).rstrip('.')}.") from exc
 
 
@@ -75,7 +79,10 @@ def cause(message: str) -> str:
     advice = {"UnknownIssuer": "; CA_FILE names the authorities to trust"}
     untrusted = re.findall(r"InvalidCertificate\((?:\s|\w+\()*(\w+)", chain)
     kinds += [f"its certificate is not trusted ({why}){advice.get(why, '')}" for why in untrusted]
-    [reason] = (kinds or words or text.rpartition(" - ")[2:])[-1:]
+    if "HTTP error" in text and (found := kinds or words):
+        reason = found[-1]
+    else:
+        reason = re.sub(r"^Generic \w+ error: ", "", text).rpartition(" - ")[2]
     if metadata := METADATA.search(text):
         return (
             "there are no credentials. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set, the pod's service "

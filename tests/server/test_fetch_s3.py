@@ -273,6 +273,27 @@ def test_full_disk_is_named(bucket: Bucket, tmp_path: Path):
     assert_refused(programs.Ended(done.returncode, done.stdout, done.stderr), tmp_path / "new", message)
 
 
+@pytest.mark.parametrize(
+    ("url", "variables", "message"),
+    [
+        (
+            "s3://models/digits.mar", {"AWS_ENDPOINT_URL": "minio:9000"},
+            "AWS_ENDPOINT_URL is 'minio:9000', and must be a URL such as http://minio.example:9000.",
+        ),
+        ("s3://models/a/../b.mar", {}, "s3://models/a/../b.mar cannot be downloaded: Could not parse path: "),
+        (
+            "s3://models/digits.mar", {"AWS_SKIP_SIGNATURE": "maybe"},
+            's3://models/digits.mar cannot be downloaded: failed to parse "maybe" as boolean.',
+        ),
+    ],
+)  # fmt: skip
+def test_invalid_variable_or_key_is_named(bucket: Bucket, tmp_path: Path, url: str, variables: dict, message: str):
+    refused = fetch(tmp_path, bucket.digest, url, **bucket.reader, **variables)
+    assert (refused.status, list(tmp_path.iterdir())) == (1, [])
+    assert refused.stderr.startswith(f"error: {message}")
+    assert refused.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("url", ["s3://models", "s3://models/", "s3:///mnist.mar", "s3://key:secret@models/mnist.mar"])
 def test_invalid_url_is_a_usage_error_without_secrets(url: str):
     with pytest.raises(UsageError, match=r"^Archive 'mnist' must be given as MODEL=URL#sha256=DIGEST") as refused:
