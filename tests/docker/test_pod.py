@@ -220,9 +220,10 @@ def run(*arguments: str) -> tuple[int, str]:
         ),
         ("/tmp", r"/tmp has 0\.0 MB free, and the unpacked archives take \d\.\d MB\."),
     ],
+    ids=["store", "temporary"],
 )
 def test_server_does_not_start_if_a_volume_is_full(image: str, volume: str, reason: str):
-    status, said = run("--read-only", f"--tmpfs={volume}:size=32k,mode=1777", image, "run", "mnist")
+    status, said = run("--read-only", f"--tmpfs={volume}:size=32k,uid=10001", image, "run", "mnist")
     assert status == 1
     assert re.search(f"^error: {reason}", said, re.MULTILINE), said
     assert "Traceback" not in said
