@@ -342,6 +342,30 @@ def test_ingress_of_the_canary_has_its_weight_and_the_same_paths():
     assert len(paths[0]) == 2 * 6
 
 
+def test_routes_wait_longer_and_take_as_much_as_the_proxy():
+    """Lower limits of an ingress would end requests that the proxy in the pod answers."""
+    objects = render(MATRIX["two groups, canary, routes"] + "proxy: {maxBody: 32m, upstreamTimeout: 40}")
+    prefix = "nginx.ingress.kubernetes.io/proxy-"
+    for ingress in of_kind(objects, "Ingress").values():
+        given = ingress["metadata"]["annotations"]
+        assert (given[f"{prefix}body-size"], given[f"{prefix}read-timeout"]) == ("32m", "45")
+    for route in of_kind(objects, "HTTPRoute").values():
+        assert {rule["timeouts"]["request"] for rule in route["spec"]["rules"]} == {"45s"}
+    proxy = environment(containers(dict(pods(objects))["bundle-vision"])["proxy"])
+    assert (proxy["MAX_BODY"], proxy["UPSTREAM_TIMEOUT"]) == ("32m", "40")
+
+
+def test_pods_of_a_track_are_spread_over_zones_and_nodes():
+    for name, pod in pods(render(MATRIX["two groups, canary, routes"])):
+        if pod.get("kind") != "Pod":
+            spread = pod["spec"]["topologySpreadConstraints"]
+            assert [each["topologyKey"] for each in spread] == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+            for each in spread:
+                assert each["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items(), name
+                assert each["matchLabelKeys"] == ["pod-template-hash"]
+                assert each["whenUnsatisfiable"] == "ScheduleAnyway"
+
+
 @pytest.mark.parametrize("values", [name for name in MATRIX if "ingress:" in MATRIX[name]])
 def test_paths_have_only_characters_that_ingress_nginx_allows_for_their_type(values: str):
     """Its option strict-validate-path-type, which is on by default."""
