@@ -20,6 +20,7 @@ from bundle.server.process import Running, Server
 from bundle.server.readiness import last_words, scale_version
 from bundle.server.rollout import copy
 from bundle.supervisor.exporter import Exporter
+from bundle.supervisor.gate import BEAT, Gate
 from bundle.supervisor.health import History, observe
 from bundle.supervisor.log_follower import Follower, count_failures
 from bundle.supervisor.state import State, merge, missing, restore
@@ -38,7 +39,8 @@ class Options:
     Attributes:
         host, port: address of /metrics, /ready and /live.
         state: the file that keeps what the management API changed; None to keep nothing.
-        gate: a folder in which the file `closed` tells a proxy that the server takes no requests.
+        gate: a folder in which files tell a proxy whether the server takes requests; see `Gate`.
+        replicas: number of servers that serve the same behind one proxy.
         start_seconds: to wait at most until every model is READY.
         patience_seconds: how long workers may be missing, or the management API unavailable. TorchServe itself gives up
             on a worker after 300 s.
@@ -51,6 +53,7 @@ class Options:
     port: int
     state: Path | None
     gate: Path | None
+    replicas: int
     start_seconds: float
     patience_seconds: float
     drain_seconds: float
@@ -63,6 +66,7 @@ class Supervisor:
     def __init__(self, server: Server, options: Options, report: Callable[[str], object]):
         self.server, self.options, self.report = server, options, report
         self.history = History()
+        self.gate = Gate(options.gate)
         self.failures: Counter[tuple[str, str, str]] = Counter()
         self.followers = [Follower(server.logs / name) for name in LOGS]
         self.observed = 0.0
@@ -84,14 +88,17 @@ class Supervisor:
             BundleError: the server did not start, ended, or has lacked workers for too long. It is stopped, and its
                 container should be restarted.
         """
-        self.close_gate()
-        exporter = Exporter(self.history, self.failures, self.unready, lambda: self.stopping)
+        self.gate.close()
+        exporter = Exporter(
+            self.history, self.failures, self.unready, lambda: self.stopping, replicas=self.options.replicas
+        )
         endpoint = exporter.serve(self.options.host, self.options.port)
         relay = threading.Thread(target=self.relay_logs, name="logs")
         relay.start()
         try:
             if self.options.state:
-                self.saved = State.read(self.options.state) or State()
+                self.written = State.read(self.options.state)  # other replicas write it, too: only what changes
+                self.saved = self.written or State()
             running = start(self.server, folders, self.options.start_seconds)
             try:
                 self.archive_versions = archive_versions(self.server.store, folders)
@@ -104,7 +111,7 @@ class Supervisor:
                 self.drain(running)
             finally:
                 try:
-                    self.close_gate()
+                    self.gate.close()
                 finally:
                     self.server.stop()
         finally:
@@ -134,7 +141,10 @@ class Supervisor:
         """
         self.observed = time.monotonic()
         self.look(running)
-        self.open_gate()
+        self.gate.open()
+        if self.options.gate and self.options.replicas > 1:
+            beat = (running.client().management, self.ended)
+            threading.Thread(target=self.gate.beat, args=beat, daemon=True, name="beat").start()
         self.serving = True
         self.report("serving")
         while not self.stopping:
@@ -198,7 +208,7 @@ class Supervisor:
         """Close the gate, and wait until no requests are in flight."""
         self.report("draining")
         try:
-            self.close_gate()
+            self.gate.close()
         except BundleError as exc:  # requests in flight get their answers nevertheless
             self.report(str(exc))
         self.look(running)
@@ -209,22 +219,6 @@ class Supervisor:
             self.report("drained")
         except BundleError as exc:
             self.report(f"not drained: {exc}")
-
-    def open_gate(self) -> None:
-        if self.options.gate:
-            (self.options.gate / "closed").unlink(missing_ok=True)
-
-    def close_gate(self) -> None:
-        """Make the proxy wait.
-
-        Raises:
-            BundleError: the file cannot be made: the disk is full, say.
-        """
-        if self.options.gate:
-            try:
-                (self.options.gate / "closed").touch()
-            except OSError as exc:
-                raise BundleError(f"{exc.filename} cannot be made: {exc.strerror}. It makes the proxy wait.") from exc
 
     def relay_logs(self) -> None:
         """Copy the log files to standard output until the run has ended, and count failed requests."""
@@ -237,7 +231,8 @@ class Supervisor:
                     names = {version.registered.name for version in self.history.latest}
                     count_failures(lines, names, self.failures)
                 for line in lines:
-                    print(line, flush=True)
+                    if BEAT not in line:
+                        print(line, flush=True)
 
 
 def archive_versions(store: Path, folders: list[ModelFolder]) -> dict[str, str]:

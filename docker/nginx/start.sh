@@ -27,6 +27,8 @@ set -eu
 crt=/etc/bundle/tls/tls.crt
 key=/etc/bundle/tls/tls.key
 run=/tmp/nginx
+gate=/run/gate # files of the servers: bundle/supervisor/gate.py
+stale=5 # seconds after which a server without a beat counts as hung
 replacements=
 
 fail() {
@@ -110,6 +112,30 @@ addresses() {
   esac
 }
 
+# open: of the addresses on standard input, those of servers that neither start nor drain
+open() {
+  while read -r address; do
+    [ -e "$gate/closed-$address" ] || echo "$address"
+  done
+}
+
+# alive: of the addresses on standard input, those of servers that have answered their supervisors lately
+alive() {
+  while read -r address; do
+    if beat=$(stat -c %Y "$gate/alive-$address" 2>/dev/null) && [ $(($(date +%s) - beat)) -le "$stale" ]; then
+      echo "$address"
+    fi
+  done
+}
+
+# serving ADDRESSES: those to which requests are sent. If none is alive, all that are open: one server alone is never left
+# out because it is slow.
+serving() {
+  open=$(echo "$1" | open)
+  alive=$(echo "$open" | alive)
+  echo "${alive:-$open}"
+}
+
 # upstream FILE PORT ADDRESSES: writes the upstream's servers. max_fails=0, because one slow model must not take a server
 # out of rotation.
 upstream() {
@@ -121,8 +147,8 @@ upstream() {
 }
 
 upstreams() {
-  upstream inference "$TORCHSERVE_PORT" "$known"
-  upstream supervisor "$SUPERVISOR_PORT" "$known"
+  upstream inference "$TORCHSERVE_PORT" "$used"
+  upstream supervisor "$SUPERVISOR_PORT" "$used"
   upstream page "$PAGE_PORT" "$known_page"
 }
 
@@ -130,15 +156,18 @@ certificate() {
   cat "$crt" "$key" 2>/dev/null | cksum
 }
 
-# Reload nginx when the address of a server changes (a new container) or the certificate is renewed. A reload finishes
-# requests in flight and closes idle connections. While a name does not resolve, its last addresses are kept.
+# Reload nginx when a server comes, goes, starts, drains, hangs or answers again, or when the certificate is renewed. A
+# reload finishes requests in flight and closes idle connections. While a name does not resolve, its last addresses are
+# kept.
 follow() {
-  while sleep 2 && kill -0 "$$" 2>/dev/null; do
+  while sleep 1 && kill -0 "$$" 2>/dev/null; do
     found=$(addresses "$TORCHSERVE_HOST")
     found_page=$(addresses "$PAGE_HOST")
+    known=${found:-$known}
+    now=$(serving "$known")
     renewed=$(certificate)
-    if [ "${found:-$known} ${found_page:-$known_page} $renewed" = "$known $known_page $current" ]; then continue; fi
-    known=${found:-$known} known_page=${found_page:-$known_page} current=$renewed
+    if [ "$now ${found_page:-$known_page} $renewed" = "$used $known_page $current" ]; then continue; fi
+    used=$now known_page=${found_page:-$known_page} current=$renewed
     upstreams
     if [ -s "$run/nginx.pid" ]; then kill -HUP "$$"; fi
   done
@@ -146,6 +175,7 @@ follow() {
 
 known=$(addresses "$TORCHSERVE_HOST")
 known_page=$(addresses "$PAGE_HOST")
+used=$(serving "$known")
 current=$(certificate)
 upstreams
 nginx -t -q -e /dev/stderr -c "$run/nginx.conf"

@@ -17,6 +17,7 @@ from bundle.mar import MANIFEST
 from bundle.server.ports import free_ports
 from bundle.server.process import Server
 from bundle.signing import seal
+from bundle.supervisor.gate import own_addresses
 from bundle.supervisor.supervisor import Options, Supervisor, install_archives
 from tests import programs
 
@@ -109,7 +110,7 @@ def test_full_volume_of_the_store_is_named(volumes: Path):
 
 def test_gate_that_cannot_be_closed_is_named(volumes: Path):
     (volumes / "gate").rmdir()
-    message = f"{volumes}/gate/closed cannot be made: No such file or directory. It makes the proxy wait."
+    message = f"{volumes}/gate/closed-{own_addresses()[0]} cannot be made: No such file or directory. It makes the proxy wait."
     assert_refused(volumes, message)
 
 
