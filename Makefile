@@ -17,8 +17,9 @@
 #   CA_FILE          the certificates (PEM) of the authorities that are trusted, for a server with TLS (public ones)
 #   TRUSTED_KEY      the public key with which served archives must be signed
 #   COMPOSE          the command of Docker Compose (docker compose, or docker-compose)
-#   PROJECT, SERVICES, GPU=1, ADMIN=1, PAGE=1
-#                    of the Docker stack: its name, a part of it, GPUs, a Grafana administrator, the page
+#   PROJECT, SERVICES, GPU=1, ADMIN=1, PAGE=1, REPLICAS=3
+#                    of the Docker stack: its name, a part of it, GPUs, a Grafana administrator, the page, the number of
+#                    TorchServe containers
 # The other variables of a command are in its line of `make help`, and for load tests and the benchmark in
 # loadtest/README.md and loadtest/bench/README.md.
 
@@ -30,6 +31,7 @@ COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 GPU ?=
 ADMIN ?=
 PAGE ?=
+REPLICAS ?= 1
 PROJECT ?= torchserve-bundle
 SERVICES ?=
 # USERS=64 -> --users "64", for each of these variables that is set
@@ -57,7 +59,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
   $(if $(PAGE),--profile page)
 
 .DEFAULT_GOAL := help
-.PHONY: help made setup dev serve page stop status logs predict archive keygen rollout train add-model image up down loadtest loadtest-ui bench bench-gpu \
+.PHONY: help made setup dev serve page stop status logs predict archive keygen rollout manage train add-model image up down loadtest loadtest-ui bench bench-gpu \
   gpu-check tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend helm sbom clean
 
 help:  ## show the commands
@@ -99,15 +101,18 @@ rollout: setup  ## replace the version of a model that is served, without a fail
 	@test -n "$(MODEL)" || { echo "error: name the model: make rollout MODEL=mnist" >&2; exit 2; }
 	@COMPOSE="$(STACK)" $(BUNDLE) rollout "$(MODEL)"
 
+manage: made  ## call the management API of the server, or of all replicas (CALL="PUT /models/mnist?min_worker=2")
+	@test $(words $(CALL)) = 2 || { echo "error: name the method and the path: make manage CALL=\"GET /models\"" >&2; exit 2; }
+	@COMPOSE="$(STACK)" $(BUNDLE) manage "$(firstword $(CALL))" "$(lastword $(CALL))"
+
 # a build does not see the host's driver
 image: export TORCH_INDEX_URL := $(or $(TORCH_INDEX_URL),$(if $(GPU)$(DRIVER),pypi))
 image:  ## build the Docker images (GPU=1 or TORCH_INDEX_URL=pypi for CUDA, PAGE=1)
 	$(STACK) build $(or $(SERVICES),torchserve $(if $(PAGE),page))
 
-up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (GPU=1, PAGE=1 for a page on which to try the models)
+up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (REPLICAS=3, GPU=1, PAGE=1 for a page to try the models)
 	@sh docker/readable.sh $(if $(TRUSTED_KEY),"$(TRUSTED_KEY)" "$(or $(TS_MODEL_STORE),model_store)")
-	$(STACK) up --detach $(SERVICES)
-	@sh docker/wait.sh $(STACK)
+	@REPLICAS="$(REPLICAS)" sh docker/up.sh "$(PROJECT)" "$(SERVICES)" $(STACK)
 
 down:  ## stop the Docker stack; requests in flight are answered, volumes stay
 	$(STACK) --profile loadtest --profile page down --remove-orphans

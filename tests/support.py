@@ -66,12 +66,20 @@ def batches(metrics: str, model: str) -> tuple[float, float]:
 class Traffic:
     """Clients that send one input repeatedly until the block ends, and count the outcomes.
 
+    Args:
+        resends: whether a request on a kept connection that was closed without a byte of an answer is sent again, once,
+            on a new connection, as browsers and most HTTP clients do.
+
     Attributes:
         counts: the number of requests with each outcome: a status, "wrong answer", or an exception's name.
+        resent: the number of requests that were sent again.
     """
 
-    def __init__(self, url: str, content: bytes, expected: str, clients: int = 4, pause: float = 0.01):
-        self.url, self.content, self.expected, self.pause = url, content, expected, pause
+    def __init__(
+        self, url: str, content: bytes, expected: str, clients: int = 4, pause: float = 0.01, resends: bool = False
+    ):
+        self.url, self.content, self.expected, self.pause, self.resends = url, content, expected, pause, resends
+        self.resent = 0
         self.counts: Counter[int | str] = Counter()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._client, daemon=True) for _ in range(clients)]
@@ -84,11 +92,20 @@ class Traffic:
 
     def _outcome(self, session: requests.Session) -> int | str:
         try:
-            answer = session.post(self.url, data=self.content, timeout=60)
+            answer = self._send(session)
         except requests.RequestException as exc:
             return type(exc).__name__
         right = answer.status_code != 200 or self.expected in answer.text
         return answer.status_code if right else "wrong answer"
+
+    def _send(self, session: requests.Session) -> requests.Response:
+        try:
+            return session.post(self.url, data=self.content, timeout=60)
+        except requests.ConnectionError:
+            if not self.resends:
+                raise
+            self.resent += 1
+            return session.post(self.url, data=self.content, timeout=60, headers={"Connection": "close"})
 
     def wait_for(self, requests: int) -> None:
         """Wait until this number of further requests has an outcome."""

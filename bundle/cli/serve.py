@@ -1,7 +1,5 @@
-"""The commands that operate a server: start and stop it, look at it, replace a version."""
+"""The commands that operate a server: start and stop it, look at it, supervise it."""
 
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +7,7 @@ import typer
 
 from bundle.cli.build import build
 from bundle.cli.console import console, note, opening, progress
-from bundle.cli.parameters import Model, Models, Timeout, address, file_or_dash, worker_count
+from bundle.cli.parameters import Models, Timeout, address, worker_count
 from bundle.errors import BundleError, NotRunning, UsageError
 
 if TYPE_CHECKING:
@@ -232,63 +230,6 @@ def page(
 
 
 @app.command(
-    epilog="Examples: `bundle rollout mnist` · `bundle rollout mnist --archive new.mar`"
-    " · `bundle rollout mnist --archive - < new.mar`"
-)
-def rollout(
-    model: Model,
-    archive: Annotated[
-        Path | None,
-        typer.Option(
-            parser=file_or_dash,
-            metavar="FILE",
-            help="The new archive, - for standard input. By default, built from the model's folder.",
-        ),
-    ] = None,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            "--timeout", "-t", min=0, help="Seconds to wait for the new version, and for the old one to finish."
-        ),
-    ] = 300,
-) -> None:
-    """Replace the version of a model that is served, without a failed request.
-
-    If anything fails, the old version keeps serving.
-
-    Exit with 3 if no server is running or it does not serve the model.
-    """
-    from bundle import catalog
-    from bundle.server import docker_stack as stack
-    from bundle.server.process import Server
-    from bundle.server.rollout import copy, replaced, roll_out
-
-    [folder] = catalog.select([model])
-    server = Server()
-    running = server.running()
-    compose = stack.running_stack() if running is None else None
-    if running is None and compose is None:
-        raise NotRunning("TorchServe is not running. Start it: make serve, or make up")
-    make_run_folder(server)
-    with server.lock(), tempfile.TemporaryDirectory(prefix="rollout-") as temporary:
-        if archive is None:
-            if running is not None:
-                replaced(running.client(), folder, folder.bundle.version)  # before a build, which may take minutes
-            build([folder], Path(temporary))
-            archive = Path(temporary) / f"{model}.mar"
-        elif str(archive) == "-":
-            archive = Path(temporary) / f"{model}.mar"
-            archive.write_bytes(sys.stdin.buffer.read())
-        if compose is not None:
-            stack.roll_out(compose, model, archive)
-        elif running is not None:
-            roll_out(server, running.client(), folder, archive, timeout, note)
-            for record in Path(temporary).glob("*.fingerprint"):  # the next `bundle serve` uses an archive built here
-                copy(record, server.store / record.name)
-            server.adopt(running, folder)
-
-
-@app.command(
     epilog="Examples: `bundle run` · `bundle run mnist --workers mnist=4 --address 0.0.0.0:8083`"
     " · `bundle run mnist --state state.json`"
 )
@@ -307,8 +248,13 @@ def run(
         Path | None, typer.Option(envvar="BUNDLE_STATE", help="File that keeps what the management API changed.")
     ] = None,
     gate: Annotated[
-        Path | None, typer.Option(envvar="BUNDLE_GATE", help="Folder where the file `closed` makes the proxy wait.")
+        Path | None,
+        typer.Option(envvar="BUNDLE_GATE", help="Folder of files that tell the proxy whether this server serves."),
     ] = None,
+    replicas: Annotated[
+        int,
+        typer.Option(envvar="BUNDLE_REPLICAS", min=1, help="Number of servers that serve the same behind the proxy."),
+    ] = 1,
     archives: Annotated[
         Path | None,
         typer.Option(envvar="BUNDLE_ARCHIVES", help="Folder of archives to copy into the store, each once."),
@@ -363,7 +309,7 @@ def run(
     with server.lock():
         server.stop()  # what a killed predecessor may have left
     host, port = address
-    options = Options(host, port, state, gate, timeout, patience, drain, counts)
+    options = Options(host, port, state, gate, replicas, timeout, patience, drain, counts)
     Supervisor(server, options, say).run(folders, start)
 
 

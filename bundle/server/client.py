@@ -133,6 +133,15 @@ class Client:
                 f"TorchServe refused {method} /models{path} with {answer.status_code}.", reason(answer) or answer.text
             )
 
+    def manage(self, method: str, path: str) -> requests.Response:
+        """Make any call of the management API, and return its answer.
+
+        Args:
+            path: begins with a slash, and may have a query.
+        """
+        url, auth = f"{self.management}{path}", self.auth("management")
+        return session.request(method, url, auth=auth, timeout=MANAGEMENT_SECONDS)
+
     def schema(self) -> dict:
         """Return the OpenAPI document of the models that are registered.
 

@@ -1,9 +1,11 @@
 """Change what a running server serves without a failed request: replace the version of a model, add a model."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import requests
 
@@ -20,51 +22,131 @@ from bundle.server.readiness import start_version
 from bundle.signing import check, key_of
 
 
-def roll_out(
-    server: Server, client: Client, folder: ModelFolder, archive: Path, seconds: float, report: Callable[[str], object]
-) -> None:
-    """Register `archive` beside the served version, make it the default, and remove the old version.
+@dataclass(frozen=True)
+class Rollout:
+    """The version of a model that is to replace another one on a server."""
 
-    The new version becomes the default once it has answered the folder's sample. The old version is removed once it has
-    answered its requests.
+    model: str
+    old: str
+    new: str
+
+    @property
+    def archive(self) -> str:
+        """The new version's file in the store, until it is promoted to MODEL.mar."""
+        return f"rollout-{self.model}-{self.new}.mar"
+
+
+class Replica(Protocol):
+    """One of the servers that serve the same: the steps of a rollout on it, each of which may raise a BundleError."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def prepare(self, archive: Path) -> Rollout:
+        """Register the archive beside the served version, and have it answer its sample; after a failure, neither."""
+
+    def switch(self, rollout: Rollout) -> None:
+        """Make the new version the default."""
+
+    def finish(self, rollout: Rollout) -> None:
+        """Remove the old version when it has answered its requests."""
+
+    def undo(self, rollout: Rollout) -> None:
+        """Make the old version the default, and remove the new one."""
+
+
+def roll_out(replicas: Sequence[Replica], archive: Path, report: Callable[[str], object]) -> None:
+    """Replace the version of a model on all replicas, or on none: no step begins before all have done the last one.
 
     Args:
         archive: outside the store; it is copied.
-        seconds: to wait at most until the new version is READY, and until the old one is idle.
 
     Raises:
         NotRunning: the model is not served.
         BundleError: the new version failed, and the old one keeps serving; or, as the message says, the old one could
             not be removed.
     """
-    name, version = folder.name, mar.version(archive)
-    check(archive, key_of("TRUSTED_KEY"))
-    old = replaced(client, folder, version)
-    incoming = server.store / f"rollout-{name}-{version}.mar"
-    copy(archive, incoming)
+    prepared: list[tuple[Replica, Rollout]] = []
     try:
-        with withdrawn_if_it_fails(client, name, version):
-            report(f"{name} {version}: starting beside {old['modelVersion']}")
-            workers = old["minWorkers"], old["maxWorkers"]
-            start_version(client, server.logs, incoming.name, name, version, workers, seconds)
-            first = check_sample(client, folder, version)
-            report(f"{name} {version}: READY" + (f", {folder.bundle.sample} is {first!r}" if first else ""))
-            client.set_default(name, version)
+        for replica in replicas:
+            prepared.append((replica, replica.prepare(archive)))
+        for replica, rollout in prepared:
+            replica.switch(rollout)
     except BaseException:
-        incoming.unlink(missing_ok=True)
+        for replica, rollout in reversed(prepared):
+            try:
+                replica.undo(rollout)
+            except (BundleError, requests.RequestException) as exc:
+                report(f"{rollout.model} {rollout.new} could not be removed from {replica.name}: {exc}")
         raise
-    incoming.replace(server.store / f"{name}.mar")  # what a restart serves
-    report(f"{name} {version}: is the default; {old['modelVersion']} finishes its requests")
-    try:
-        wait_until_idle(client, [(name, old["modelVersion"])], server.settings.inference_ports(), seconds)
-        client.unregister(name, old["modelVersion"])
-    except BundleError as exc:
-        raise BundleError(
-            f"{name} {version} is served, and so is still {old['modelVersion']}: {exc} Remove it when no client "
-            f"requests it by number: curl -X DELETE {client.management}/models/{name}/{old['modelVersion']}",
-            exc.details,
-        ) from exc
-    report(f"{name} {old['modelVersion']}: removed")
+    failed = []
+    for replica, rollout in prepared:
+        try:
+            replica.finish(rollout)
+        except BundleError as exc:
+            failed.append(exc)
+    if failed:
+        raise failed[0]
+
+
+@dataclass(frozen=True)
+class LocalReplica:
+    """A server of this machine or container.
+
+    Args:
+        seconds: to wait at most until the new version is READY, and until the old one is idle.
+    """
+
+    server: Server
+    client: Client
+    folder: ModelFolder
+    seconds: float
+    report: Callable[[str], object]
+    name: str = "this server"
+
+    def prepare(self, archive: Path) -> Rollout:
+        client, folder, name, version = self.client, self.folder, self.folder.name, mar.version(archive)
+        check(archive, key_of("TRUSTED_KEY"))
+        old = replaced(client, folder, version)
+        rollout = Rollout(name, old["modelVersion"], version)
+        incoming = self.server.store / rollout.archive
+        copy(archive, incoming)
+        try:
+            with withdrawn_if_it_fails(client, name, version):
+                self.report(f"{name} {version}: starting beside {rollout.old}")
+                workers = old["minWorkers"], old["maxWorkers"]
+                start_version(client, self.server.logs, incoming.name, name, version, workers, self.seconds)
+                first = check_sample(client, folder, version)
+        except BaseException:
+            incoming.unlink(missing_ok=True)
+            raise
+        self.report(f"{name} {version}: READY" + (f", {folder.bundle.sample} is {first!r}" if first else ""))
+        return rollout
+
+    def switch(self, rollout: Rollout) -> None:
+        self.client.set_default(rollout.model, rollout.new)
+
+    def undo(self, rollout: Rollout) -> None:
+        (self.server.store / rollout.archive).unlink(missing_ok=True)
+        self.client.set_default(rollout.model, rollout.old)
+        withdraw(self.client, rollout.model, rollout.new)
+
+    def finish(self, rollout: Rollout) -> None:
+        name, old, new, client = rollout.model, rollout.old, rollout.new, self.client
+        with suppress(FileNotFoundError):  # another replica with the same store has done it
+            (self.server.store / rollout.archive).replace(self.server.store / f"{name}.mar")  # what a restart serves
+        self.report(f"{name} {new}: is the default; {old} finishes its requests")
+        try:
+            wait_until_idle(client, [(name, old)], self.server.settings.inference_ports(), self.seconds)
+            client.unregister(name, old)
+        except BundleError as exc:
+            raise BundleError(
+                f"{name} {new} is served, and so is still {old}: {exc} Remove it when no client "
+                f"requests it by number: curl -X DELETE {client.management}/models/{name}/{old}",
+                exc.details,
+            ) from exc
+        self.report(f"{name} {old}: removed")
 
 
 def replaced(client: Client, folder: ModelFolder, version: str) -> dict:

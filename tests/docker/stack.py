@@ -152,7 +152,7 @@ def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
     """Build and start the stack, yield it when it is healthy, and remove it with its volumes.
 
     Args:
-        settings: variables of compose.yaml.
+        settings: variables of compose.yaml. An image that they name is not built.
 
     Raises:
         BundleError: no Docker engine answers.
@@ -162,7 +162,8 @@ def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
     project = f"torchserve-test-{os.getpid()}-{ports['PORT']}"
     environment = {**os.environ, **ports, **settings}
     stack = Stack([*compose_command(), "-p", project, "-f", "docker/compose.yaml"], environment)
-    stack.make("image")
+    if "SERVER_IMAGE" not in settings:
+        stack.make("image")
     try:
         print(stack.make("up", f"SERVICES={' '.join(services)}"))
         yield stack

@@ -28,7 +28,7 @@ from tests.support import wait_for
 from tests.trials.fuzz.__main__ import app as fuzz
 
 SAMPLE = str(MODELS / "mnist" / "sample.png")
-COMMANDS = sorted(typer.main.get_command(app).commands)
+COMMANDS = sorted(name for name, command in typer.main.get_command(app).commands.items() if not command.hidden)
 
 
 @pytest.fixture(autouse=True)

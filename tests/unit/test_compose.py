@@ -1,5 +1,6 @@
 """docker/compose.yaml confines the containers as SECURITY.md says."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -68,12 +69,66 @@ def test_make_starts_the_page_if_it_is_asked_to(switch: list[str], profile: str)
     shown = subprocess.run(
         ["make", "--dry-run", "up", "COMPOSE=compose", *switch], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    started = [" ".join(line.split()) for line in shown.stdout.splitlines() if " up --detach" in line]
-    assert started == [f"compose -p torchserve-bundle -f docker/compose.yaml{profile} up --detach"]
+    started = [" ".join(line.split()) for line in shown.stdout.splitlines() if "docker/up.sh" in line]
+    command = f"compose -p torchserve-bundle -f docker/compose.yaml{profile}"
+    assert started == [f'REPLICAS="1" sh docker/up.sh "torchserve-bundle" "" {command}']
+
+
+def up(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess, str]:
+    """Run `make up` with programs that print their arguments in place of Docker's, and return what these printed."""
+    printed = tmp_path / "printed"
+    for name in ("docker", "compose"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "{name} $* $MANAGEMENT_PORT" >>{printed}\n')
+        program.chmod(0o755)
+    done = subprocess.run(
+        ["make", "up", "COMPOSE=compose"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MANAGEMENT_PORT": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done, printed.read_text() if printed.exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "scale", "ports"),
+    [
+        ({}, 1, ""),
+        ({"REPLICAS": "3"}, 3, "8081-8083"),
+        ({"REPLICAS": "2", "MANAGEMENT_PORT": "9081"}, 2, "9081-9082"),
+        ({"MANAGEMENT_PORT": "9081"}, 1, "9081"),
+    ],
+)
+def test_replicas_are_a_scale_and_a_range_of_ports(tmp_path: Path, environment: dict[str, str], scale: int, ports: str):
+    done, printed = up(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    command = "compose -p torchserve-bundle -f docker/compose.yaml"
+    assert f"{command} up --detach --scale torchserve={scale} {ports}\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"REPLICAS": "0"}, "error: REPLICAS is '0'. It must be a whole number from 1 to 99."),
+        ({"REPLICAS": "three"}, "error: REPLICAS is 'three'. It must be a whole number from 1 to 99."),
+        ({"REPLICAS": ""}, "error: REPLICAS is ''. It must be a whole number from 1 to 99."),
+        (
+            {"REPLICAS": "2", "MANAGEMENT_PORT": "8081-8083"},
+            "error: MANAGEMENT_PORT is '8081-8083'. It must be the first of 2 ports.",
+        ),
+    ],
+)
+def test_invalid_number_of_replicas_is_named_and_starts_nothing(tmp_path: Path, environment, message: str):
+    done, printed = up(tmp_path, **environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == message
+    assert printed == ""
 
 
 # variables that Make's commands and the stack read, with the same meaning
-SHARED = {"MODELS", "TORCH_INDEX_URL", "TRUSTED_KEY", "TS_MODEL_STORE"}
+SHARED = {"MODELS", "REPLICAS", "TORCH_INDEX_URL", "TRUSTED_KEY", "TS_MODEL_STORE"}
 
 
 def test_variables_shared_by_commands_and_the_stack_are_known():

@@ -1,0 +1,243 @@
+"""Three replicas behind the proxy: no fault of one, and no change of all, fails a request.
+
+Clients keep their connections, as browsers do. nginx closes idle ones when the set of servers changes; a client that
+sends at that moment gets no byte of an answer, opens a new connection, and sends its request again (`resends`).
+
+To save time and memory, the replicas serve MNIST alone, with one worker each.
+"""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from bundle.catalog import select
+from bundle.server.client import Client
+from bundle.server.ports import free_ports, is_free
+from tests.docker.stack import SERVICES, UNLIMITED, Stack, build_image, docker, running
+from tests.support import Traffic, reversioned, wait_for
+
+[MNIST] = select(["mnist"])
+DIGIT = MNIST.sample_file.read_bytes()
+COUNT = 3
+
+
+def derived(base: str, tag: str, version: str, *command: str) -> str:
+    """Build an image that differs from another one only in its command and in a label, and return its name."""
+    arguments = ", ".join(f'"{argument}"' for argument in command)
+    lines = f"FROM {base}\nLABEL version={version}\nCMD [{arguments}]\n"
+    subprocess.run(["docker", "build", "--tag", tag, "-"], input=lines.encode(), check=True, capture_output=True)
+    return tag
+
+
+def adjacent_ports(count: int) -> int:
+    """Return the first of some free ports that follow each other."""
+    while True:
+        [first] = free_ports(1)
+        if all(is_free(first + offset) for offset in range(count)):
+            return first
+
+
+@pytest.fixture(scope="module")
+def replicas() -> Iterator[Stack]:
+    base = build_image()
+    image = derived(base, "torchserve-test-replicas", "1", "run", "mnist", "--workers", "mnist=1")
+    settings = {"SERVER_IMAGE": image, "REPLICAS": str(COUNT), "MANAGEMENT_PORT": str(adjacent_ports(COUNT))}
+    with running(SERVICES, **settings, **UNLIMITED) as stack:
+        yield stack
+    docker("rmi", "--force", image)
+
+
+def containers(stack: Stack) -> list[str]:
+    return sorted(stack.compose("ps", "-a", "-q", "torchserve").stdout.split())
+
+
+def inspected(container: str, template: str) -> str:
+    return docker("inspect", "--format", template, container).strip()
+
+
+def wait_until_healthy(container: str) -> None:
+    wait_for(lambda: inspected(container, "{{.State.Health.Status}}") == "healthy", 120)
+
+
+def addresses(container: str) -> set[str]:
+    return set(inspected(container, "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}").split())
+
+
+def used(stack: Stack) -> set[str]:
+    """Return the addresses to which the proxy sends predictions."""
+    written = docker("exec", stack.container("proxy"), "cat", "/tmp/nginx/inference.servers")
+    return {line.split()[1].split(":")[0] for line in written.splitlines() if " down" not in line}
+
+
+def clients(stack: Stack) -> list[Client]:
+    """Return clients of the replicas' own management ports."""
+    first = int(stack.environment["MANAGEMENT_PORT"])
+    return [Client(stack.url("PORT"), f"http://127.0.0.1:{first + offset}") for offset in range(COUNT)]
+
+
+def traffic(stack: Stack) -> Traffic:
+    return Traffic(f"{stack.url('PORT')}/predictions/mnist", DIGIT, '"top_3_classes": [3', resends=True)
+
+
+def check(load: Traffic, what: str) -> None:
+    print(f"{what}:", dict(load.counts), "sent again:", load.resent)
+    assert set(load.counts) == {200}, load.counts
+
+
+def up(stack: Stack, **settings: str) -> subprocess.CompletedProcess:
+    """Run `make up` with other settings, and return how it ended."""
+    changed = Stack(stack.command, {**stack.environment, **settings})
+    command = ["make", "up", f"SERVICES={' '.join(SERVICES)}", f"PROJECT={stack.project}"]
+    return subprocess.run(command, env=changed.environment, capture_output=True, text=True, timeout=600)
+
+
+def manage(stack: Stack, call: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    command = ["make", "manage", f"CALL={call}", f"PROJECT={stack.project}"]
+    environment = {**stack.environment, "RUN_DIR": str(tmp_path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_prometheus_has_every_replica_and_up_again_changes_nothing(replicas: Stack):
+    before = containers(replicas)
+    assert len(before) == COUNT
+    done = up(replicas)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert containers(replicas) == before
+
+    def instances(job: str) -> set[str]:
+        url = f"{replicas.url('PROMETHEUS_PORT')}/api/v1/query"
+        answer = requests.get(url, params={"query": f'up{{job="{job}"}} == 1'}, timeout=30).json()
+        return {sample["metric"]["instance"] for sample in answer["data"]["result"]}
+
+    wait_for(lambda: instances("torchserve") == instances("bundle") == used(replicas), 30)
+    assert len(used(replicas)) == COUNT
+
+
+def test_killed_restarted_and_stopped_replicas_fail_no_request(replicas: Stack):
+    killed, restarted, stopped = containers(replicas)
+    with traffic(replicas) as load:
+        load.wait_for(50)
+        docker("kill", killed)
+        load.wait_for(50)
+        docker("restart", "--time", "120", restarted)
+        load.wait_for(50)
+        wait_until_healthy(restarted)
+        docker("stop", "--time", "120", stopped)
+        load.wait_for(50)
+        docker("start", killed, stopped)
+        for container in (killed, stopped):
+            wait_until_healthy(container)
+        wait_for(lambda: len(used(replicas)) == COUNT, 20)
+        load.wait_for(50)
+    check(load, "killed, restarted, stopped")
+
+
+def test_hung_replica_is_left_out_and_comes_back(replicas: Stack):
+    """The requests that it had are answered when it goes on, within UPSTREAM_TIMEOUT."""
+    hung = containers(replicas)[0]
+    java = 'for p in /proc/[0-9]*; do [ "$(cat $p/comm)" = java ] && kill -%s ${p#/proc/}; done; true'
+    with traffic(replicas) as load:
+        load.wait_for(50)
+        docker("exec", hung, "sh", "-c", java % "STOP")
+        try:
+            wait_for(lambda: not used(replicas) & addresses(hung), 15)
+            began = load.counts.total()
+            # clients whose request hangs wait; new ones are served
+            with traffic(replicas) as others:
+                others.wait_for(100)
+            check(others, "while one hangs")
+        finally:
+            docker("exec", hung, "sh", "-c", java % "CONT")
+        wait_for(lambda: used(replicas) & addresses(hung), 15)
+        load.wait_for(50)
+        assert load.counts.total() > began
+    check(load, "hung")
+
+
+def test_change_from_outside_is_refused_and_manage_reaches_every_replica(replicas: Stack, tmp_path: Path):
+    client, *_ = clients(replicas)
+    refused = requests.put(f"{client.management}/models/mnist?min_worker=2", timeout=30)
+    assert (refused.status_code, refused.json()["type"]) == (409, "OneOfSeveralReplicas")
+    assert 'make manage CALL="PUT /models/mnist?min_worker=2"' in refused.json()["message"]
+    for method, path in (("POST", "/models?url=mnist.mar&model_name=more"), ("DELETE", "/models/mnist")):
+        assert requests.request(method, client.management + path, timeout=30).status_code == 409, method
+
+    done = manage(replicas, "POST /models?url=mnist.mar&model_name=more", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [each.models() for each in clients(replicas)] == [["mnist", "more"]] * COUNT
+    done = manage(replicas, "DELETE /models/more", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [each.models() for each in clients(replicas)] == [["mnist"]] * COUNT
+
+    done = manage(replicas, "DELETE /models/more", tmp_path)
+    assert done.returncode != 0
+    assert "It succeeded on none, and was not made on" in done.stderr
+
+
+def versions(stack: Stack) -> list[list[str]]:
+    return [[described["modelVersion"] for described in each.versions("mnist")] for each in clients(stack)]
+
+
+def test_rollout_reaches_all_replicas_or_none(replicas: Stack, tmp_path: Path):
+    old = tmp_path / "mnist.mar"
+    docker("cp", f"{containers(replicas)[0]}:/opt/bundle/archives/mnist.mar", str(old))
+    new = reversioned(old, "1.1", tmp_path / "new.mar")
+    with traffic(replicas) as load:
+        load.wait_for(50)
+        # on the last replica, somebody has registered the version already
+        last = sorted((inspected(each, "{{.Name}}"), each) for each in containers(replicas))[-1][1]
+        subprocess.run(
+            ["docker", "exec", "-i", last, "sh", "-c", "cat >model_store/taken.mar"],
+            input=new.read_bytes(),
+            check=True,
+        )
+        register = ("manage", "POST", "/models?url=taken.mar&model_name=mnist&initial_workers=0")
+        docker("exec", last, ".venv/bin/python", "-m", "bundle", *register)
+        failed = replicas.roll_out("mnist", new)
+        assert failed.returncode == 1
+        assert "Version 1.1 of mnist is served already" in failed.stderr
+        assert inspected(last, "{{.Name}}").lstrip("/") in failed.stderr
+        assert sorted(versions(replicas)) == [["1.0"], ["1.0"], ["1.0", "1.1"]]
+        docker("exec", last, ".venv/bin/python", "-m", "bundle", "manage", "DELETE", "/models/mnist/1.1")
+        docker("exec", last, "rm", "model_store/taken.mar")
+
+        rolled = replicas.roll_out("mnist", new)
+        assert rolled.returncode == 0, rolled.stdout + rolled.stderr
+        assert versions(replicas) == [["1.1"]] * COUNT
+        load.wait_for(50)
+    check(load, "rollouts")
+    assert docker("exec", last, "sh", "-c", "ls model_store").split() == sorted(
+        docker("exec", last, "sh", "-c", "ls archives").split()
+    )
+
+
+def test_replicas_are_replaced_one_after_the_other_and_a_bad_image_costs_one(replicas: Stack):
+    image = replicas.environment["SERVER_IMAGE"]
+    first = inspected(containers(replicas)[0], "{{.Image}}")
+    with traffic(replicas) as load:
+        load.wait_for(50)
+        before = containers(replicas)
+        derived(image, image, "2", "run", "nonesuch")
+        failed = up(replicas)
+        assert failed.returncode != 0
+        assert "The new replica does not become ready" in failed.stderr
+        assert "There is no model 'nonesuch'" in failed.stderr
+        assert len(set(before) & set(containers(replicas))) == COUNT - 1
+
+        derived(first, image, "3", "run", "mnist", "--workers", "mnist=1")
+        done = up(replicas)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert not set(before) & set(containers(replicas))
+        load.wait_for(50)
+        # what was rolled out and changed before is there again
+        assert versions(replicas) == [["1.1"]] * COUNT
+
+        done = up(replicas, REPLICAS="1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(containers(replicas)) == 1
+        load.wait_for(50)
+    check(load, "replaced")
+    assert requests.put(f"{clients(replicas)[0].management}/models/mnist?min_worker=1", timeout=30).ok
