@@ -15,8 +15,15 @@ PROMETHEUS = ROOT / "docker" / "prometheus"
 GRAFANA = ROOT / "docker" / "grafana"
 DASHBOARDS = GRAFANA / "dashboards"
 
-# the values that Grafana puts into an expression when all models and versions are selected
-VARIABLES = {"model": ".*", "version": ".*", "__rate_interval": "1m", "__interval": "1m", "__range": "1h"}
+# the values that Grafana puts into an expression when all models, versions and replicas are selected
+VARIABLES = {
+    "model": ".*",
+    "version": ".*",
+    "instance": ".*",
+    "__rate_interval": "1m",
+    "__interval": "1m",
+    "__range": "1h",
+}
 
 STRING = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|`[^`]*`"""
 NAME = r"[A-Za-z_:][A-Za-z0-9_:]*"

@@ -252,9 +252,9 @@ def run(
         typer.Option(envvar="BUNDLE_GATE", help="Folder of files that tell the proxy whether this server serves."),
     ] = None,
     replicas: Annotated[
-        int,
+        int | None,
         typer.Option(envvar="BUNDLE_REPLICAS", min=1, help="Number of servers that serve the same behind the proxy."),
-    ] = 1,
+    ] = None,
     archives: Annotated[
         Path | None,
         typer.Option(envvar="BUNDLE_ARCHIVES", help="Folder of archives to copy into the store, each once."),

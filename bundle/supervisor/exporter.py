@@ -39,7 +39,7 @@ class Exporter:
         failures: number of inference requests answered 5xx, by model, version and status.
         unready: returns why the server is not ready; "" if it is.
         draining: returns whether the server waits to stop.
-        replicas: number of servers that serve the same, this one included.
+        replicas: number of servers that serve the same, this one included; None if it is not known.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Exporter:
         failures: Counter[tuple[str, str, str]],
         unready: Callable[[], str],
         draining: Callable[[], bool],
-        replicas: int = 1,
+        replicas: int | None = None,
     ):
         self.history, self.failures, self.unready, self.draining = history, failures, unready, draining
         self.replicas = replicas
@@ -90,9 +90,9 @@ class Exporter:
             failed.add_metric(labels, count)
         yield failed
         yield GaugeMetricFamily("bundle_draining", "1 while the server waits to stop.", value=self.draining())
-        yield GaugeMetricFamily(
-            "bundle_replicas_wanted", "Servers that serve the same, this one included.", value=self.replicas
-        )
+        if self.replicas is not None:
+            text = "Servers that should serve the same, this one included."
+            yield GaugeMetricFamily("bundle_replicas_wanted", text, value=self.replicas)
         restored = GaugeMetricFamily(
             "bundle_not_restored", "1 for a version that could not be restored as it was saved.", labels=LABELS
         )

@@ -40,7 +40,7 @@ class Options:
         host, port: address of /metrics, /ready and /live.
         state: the file that keeps what the management API changed; None to keep nothing.
         gate: a folder in which files tell a proxy whether the server takes requests; see `Gate`.
-        replicas: number of servers that serve the same behind one proxy.
+        replicas: number of servers that serve the same behind one proxy; None if it is not known.
         start_seconds: to wait at most until every model is READY.
         patience_seconds: how long workers may be missing, or the management API unavailable. TorchServe itself gives up
             on a worker after 300 s.
@@ -53,7 +53,7 @@ class Options:
     port: int
     state: Path | None
     gate: Path | None
-    replicas: int
+    replicas: int | None
     start_seconds: float
     patience_seconds: float
     drain_seconds: float
@@ -142,7 +142,7 @@ class Supervisor:
         self.observed = time.monotonic()
         self.look(running)
         self.gate.open()
-        if self.options.gate and self.options.replicas > 1:
+        if self.options.gate and (self.options.replicas or 1) > 1:
             beat = (running.client().management, self.ended)
             threading.Thread(target=self.gate.beat, args=beat, daemon=True, name="beat").start()
         self.serving = True

@@ -7,6 +7,7 @@ To save time and memory, the replicas serve MNIST alone, with one worker each.
 """
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import requests
 
 from bundle.catalog import select
 from bundle.server.client import Client
-from bundle.server.ports import free_ports, is_free
+from bundle.server.ports import free_ports
 from tests.docker.stack import SERVICES, UNLIMITED, Stack, build_image, docker, running
 from tests.support import Traffic, reversioned, wait_for
 
@@ -35,9 +36,9 @@ def derived(base: str, tag: str, version: str, *command: str) -> str:
 def adjacent_ports(count: int) -> int:
     """Return the first of some free ports that follow each other."""
     while True:
-        [first] = free_ports(1)
-        if all(is_free(first + offset) for offset in range(count)):
-            return first
+        found = free_ports(count)
+        if found[-1] - found[0] == count - 1:
+            return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,7 @@ def test_hung_replica_is_left_out_and_comes_back(replicas: Stack):
         docker("exec", hung, "sh", "-c", java % "STOP")
         try:
             wait_for(lambda: not used(replicas) & addresses(hung), 15)
+            time.sleep(1)  # nginx reads the file
             began = load.counts.total()
             # clients whose request hangs wait; new ones are served
             with traffic(replicas) as others:

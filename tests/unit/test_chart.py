@@ -293,12 +293,14 @@ def test_metrics_are_read_as_by_the_stack():
     [monitor] = of_kind(render(MATRIX["monitoring"]), "PodMonitor").values()
     stack = yaml.safe_load((ROOT / "docker" / "prometheus" / "prometheus.yml").read_text())
     jobs = {job["job_name"]: job.get("metric_relabel_configs", []) for job in stack["scrape_configs"]}
+    relabelings = {job["job_name"]: job.get("relabel_configs") for job in stack["scrape_configs"]}
     names = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
     read = {}
     for endpoint in monitor["spec"]["podMetricsEndpoints"]:
         assert (endpoint["interval"], endpoint["scrapeTimeout"]) == ("5s", "4s")
-        [job] = endpoint["relabelings"]
+        job, *targets = endpoint["relabelings"]
         assert job["targetLabel"] == "job"
+        assert [{names.get(k, k): v for k, v in rule.items()} for rule in targets] == relabelings[job["replacement"]]
         rules = endpoint.get("metricRelabelings", [])
         read[job["replacement"]] = endpoint["port"], [{names.get(k, k): v for k, v in rule.items()} for rule in rules]
     assert read == {"torchserve": ("metrics", jobs["torchserve"]), "bundle": ("supervisor", jobs["bundle"])}
