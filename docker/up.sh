@@ -73,7 +73,7 @@ case " ${services:-torchserve} " in
     exec sh "$here/wait.sh" "$@" ;;
 esac
 there=$(count "$(containers)")
-if [ "$there" -gt 1 ] || [ "$there" -eq 1 ] && [ "$REPLICAS" -gt 1 ]; then
+if [ "$there" -gt 1 ] || { [ "$there" -eq 1 ] && [ "$REPLICAS" -gt 1 ]; }; then
   settings=$("$@" config --hash torchserve | sed 's/.* //')
   if [ "$there" -lt "$REPLICAS" ]; then add "$REPLICAS" "$@"; fi
   for id in $(of 1); do

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ class Replica(Protocol):
 def roll_out(replicas: Sequence[Replica], archive: Path, report: Callable[[str], object]) -> None:
     """Replace the version of a model on all replicas, or on none: no step begins before all have done the last one.
 
+    The replicas prepare one after the other: a bad version is found on the first, and takes the memory of one.
+
     Args:
         archive: outside the store; it is copied.
 
@@ -80,14 +83,10 @@ def roll_out(replicas: Sequence[Replica], archive: Path, report: Callable[[str],
             except (BundleError, requests.RequestException) as exc:
                 report(f"{rollout.model} {rollout.new} could not be removed from {replica.name}: {exc}")
         raise
-    failed = []
-    for replica, rollout in prepared:
-        try:
-            replica.finish(rollout)
-        except BundleError as exc:
-            failed.append(exc)
-    if failed:
-        raise failed[0]
+    with ThreadPoolExecutor(len(prepared)) as pool:  # each may wait for its clients
+        finished = [pool.submit(replica.finish, rollout) for replica, rollout in prepared]
+    for each in finished:
+        each.result()
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ import grpc
 import psutil
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
 
 from bundle.server import grpc_client
+from bundle.supervisor.gate import own_addresses
 from tests.server.bare import ONE_THREAD, PLAIN, SLOW_START, Bare, archive, bare
 
 LARGE = bytes(7 * 2**20)  # TorchServe's default limit is 6.25 MiB
@@ -181,12 +183,38 @@ def test_form_may_have_a_thousand_fields(patched: Bare, kind: str):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
-    """A server with a heap of 1 GiB that accepts 16 MiB of body, and ends when the heap is full."""
+    """A server with a heap of 1 GiB that accepts 16 MiB of body, and ends when the heap is full; one of 3 replicas."""
     settings = {"max_request_size": str(BODY), "prefer_direct_buffer": "false", **ONE_THREAD}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("_JAVA_OPTIONS", "-Xmx1g -XX:+ExitOnOutOfMemoryError")
+        patch.setenv("BUNDLE_REPLICAS", "3")
         with bare(tmp_path_factory.mktemp("small"), {"one": PLAIN}, **settings) as server:
             yield server
+
+
+class FromOutside(HTTPAdapter):
+    """Connect from another address of this machine than its loopback."""
+
+    def init_poolmanager(self, *arguments, **options):
+        address = next(address for address in own_addresses() if not address.startswith("127."))
+        super().init_poolmanager(*arguments, source_address=(address, 0), **options)
+
+
+CHANGES = [("PUT", "/models/one?min_worker=1"), ("POST", "/models?url=no.mar"), ("DELETE", "/models/no")]
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_change_of_one_of_several_replicas_from_outside_is_409(small: Bare, patched: Bare, method: str, path: str):
+    with requests.Session() as outside, requests.Session() as inside:
+        outside.mount("http://", FromOutside())
+        refused = outside.request(method, small.management + path, timeout=60)
+        assert (refused.status_code, refused.json()["type"]) == (409, "OneOfSeveralReplicas"), refused.text
+        assert f'make manage CALL="{method} {path}"' in refused.json()["message"]
+        assert outside.get(f"{small.management}/models", timeout=30).status_code == 200  # on the same connection
+        # TorchServe's own answers: 202 for the workers, 404 for a model that does not exist
+        passed = inside.request(method, small.management + path, timeout=60).status_code
+        alone = outside.request(method, patched.management + path, timeout=60).status_code
+        assert passed == alone == (202 if method == "PUT" else 404)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,53 @@
+"""The files that tell a proxy whether to send requests to a server."""
+
+import threading
+import time
+from pathlib import Path
+
+from pytest_httpserver import HTTPServer
+
+from bundle.server.ports import free_ports
+from bundle.supervisor.gate import BEAT_SECONDS, Gate, own_addresses
+
+
+def test_gate_has_a_file_for_each_address_and_opening_removes_only_those(tmp_path: Path):
+    (tmp_path / "closed-198.51.100.7").touch()  # another server's
+    gate = Gate(tmp_path)
+    gate.close()
+    gate.close()
+    own = {f"closed-{address}" for address in own_addresses()}
+    assert "closed-127.0.0.1" in own
+    assert {file.name for file in tmp_path.iterdir()} == {*own, "closed-198.51.100.7"}
+    gate.open()
+    gate.open()
+    assert [file.name for file in tmp_path.iterdir()] == ["closed-198.51.100.7"]
+
+
+def test_without_a_folder_nothing_is_written():
+    gate = Gate(None)
+    gate.close()
+    gate.open()
+
+
+def beats(folder: Path, management: str, seconds: float) -> int:
+    """Let a gate beat for some seconds, and return how often the file's time changed."""
+    ended, file, seen = threading.Event(), folder / "alive-127.0.0.1", set()
+    thread = threading.Thread(target=Gate(folder).beat, args=(management, ended))
+    thread.start()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if file.exists():
+            seen.add(file.stat().st_mtime_ns)
+        time.sleep(0.05)
+    ended.set()
+    thread.join()
+    return len(seen)
+
+
+def test_server_that_answers_beats_also_with_an_error(tmp_path: Path, httpserver: HTTPServer):
+    httpserver.expect_request("/models").respond_with_json({}, status=401)
+    assert beats(tmp_path, httpserver.url_for("").rstrip("/"), 3.5 * BEAT_SECONDS) >= 2
+
+
+def test_server_that_does_not_answer_has_no_beat(tmp_path: Path):
+    assert beats(tmp_path, f"http://127.0.0.1:{free_ports(1)[0]}", 2.5 * BEAT_SECONDS) == 0
