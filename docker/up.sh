@@ -20,6 +20,9 @@ port=${MANAGEMENT_PORT:-8081}
 if [ "$REPLICAS" -gt 1 ]; then # the engine gives each container a port of the range
   case $port in *[!0-9]*) fail "MANAGEMENT_PORT is '$port'. It must be the first of $REPLICAS ports." ;; esac
   export MANAGEMENT_PORT="$port-$((port + REPLICAS - 1))"
+  if [ "${TS_DISABLE_TOKEN_AUTHORIZATION:-true}" != true ]; then
+    fail "REPLICAS is $REPLICAS and tokens are on. Each TorchServe makes keys of its own, so no key would fit all replicas."
+  fi
 fi
 export REPLICAS
 

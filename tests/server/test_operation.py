@@ -45,6 +45,27 @@ def test_status_shows_version_and_workers_of_every_model(served):
         assert re.search(r"\W+".join(map(str, row)), shown.stdout), shown.stdout
 
 
+def test_manage_calls_the_management_api_and_shows_its_answer(served):
+    shown = served.bundle("manage", "get", "/models/mnist")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)[0]["modelName"] == "mnist"
+    refused = served.bundle("manage", "DELETE", "/models/nonesuch")
+    assert refused.returncode == 1
+    assert "TorchServe refused DELETE /models/nonesuch with 404: Model not found: nonesuch" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("FETCH", "/models"), "The method is 'FETCH'. It must be GET, POST, PUT or DELETE."),
+        (("GET", "models"), "The path is 'models'. It must begin with a slash, such as /models."),
+    ],
+)
+def test_manage_with_an_invalid_argument_exits_2(served, arguments: tuple[str, str], message: str):
+    refused = served.bundle("manage", *arguments)
+    assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+
+
 def test_status_with_a_worker_missing_exits_1(served):
     """Kill the workers again whenever TorchServe has restarted them, until `status` has returned."""
     done = threading.Event()

@@ -40,7 +40,7 @@ def store(place: Place) -> Path:
 def test_sigterm_answers_all_accepted_requests(supervised: Supervised):
     """Suspend the workers until SIGTERM, and send more requests than they can hold, so that some are queued."""
     supervised.start()
-    assert not (supervised.gate / "closed").exists()
+    assert not (supervised.gate / "closed-127.0.0.1").exists()
     java = supervised.java()
     statuses = []
 
@@ -59,7 +59,7 @@ def test_sigterm_answers_all_accepted_requests(supervised: Supervised):
         wait_for(lambda: connections({supervised.place.ports["inference_address"]}) >= count)
         wait_for(lambda: supervised.place.client.describe("mnist")["jobQueueStatus"]["pendingRequests"] >= 20)
         supervised.process.send_signal(signal.SIGTERM)
-        wait_for((supervised.gate / "closed").exists)
+        wait_for((supervised.gate / "closed-127.0.0.1").exists)
     finally:
         for worker in workers:
             worker.resume()
@@ -175,7 +175,7 @@ def test_dead_torchserve_ends_the_run(supervised: Supervised):
     supervised.java().kill()
     assert supervised.process.wait(30) == 1
     assert "TorchServe ended" in supervised.output.read_text()
-    assert (supervised.gate / "closed").exists()
+    assert (supervised.gate / "closed-127.0.0.1").exists()
 
 
 def test_killed_worker_comes_back_and_is_counted(supervised: Supervised):

@@ -187,7 +187,8 @@ def test_program_without_subcommands_has_the_same_statuses(module: str):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["status", "predict mnist", "profile mnist", "rollout mnist", "logs", "openapi --running"]
+    "arguments",
+    ["status", "predict mnist", "profile mnist", "rollout mnist", "manage GET /models", "logs", "openapi --running"],
 )
 def test_command_without_a_server_is_status_3(arguments: str):
     ended = programs.run(app, *arguments.split())

@@ -118,6 +118,11 @@ def test_replicas_are_a_scale_and_a_range_of_ports(tmp_path: Path, environment: 
             {"REPLICAS": "2", "MANAGEMENT_PORT": "8081-8083"},
             "error: MANAGEMENT_PORT is '8081-8083'. It must be the first of 2 ports.",
         ),
+        (
+            {"REPLICAS": "2", "TS_DISABLE_TOKEN_AUTHORIZATION": "false"},
+            "error: REPLICAS is 2 and tokens are on. Each TorchServe makes keys of its own, so no key would fit all "
+            "replicas.",
+        ),
     ],
 )
 def test_invalid_number_of_replicas_is_named_and_starts_nothing(tmp_path: Path, environment, message: str):
