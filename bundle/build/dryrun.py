@@ -20,6 +20,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from bundle import mar
 from bundle.build.imports import imports_from
 from bundle.paths import ROOT
+from handlers.core import tracing
 from handlers.core.slots import Sample
 
 METRICS_CONFIG = ROOT / "bundle" / "config" / "metrics.yaml"
@@ -73,7 +74,7 @@ class DryRun:
         metrics = MetricsCacheYamlImpl(config_file_path=str(METRICS_CONFIG))
         metrics.initialize_cache()
         metrics.model_name = model["modelName"]
-        with imports_from(folder.iterdir()):
+        with imports_from(folder.iterdir()), tracing.disabled():  # it is no server whose traces anybody looks for
             return ModelLoaderFactory.get_model_loader().load(
                 model_name=model["modelName"],
                 model_dir=str(folder),

@@ -14,6 +14,7 @@ from bundle.paths import ROOT, relative
 from bundle.server import frontend
 from bundle.server.ports import free_ports
 from bundle.signing import key_of
+from handlers.core import tracing
 
 CONFIG = ROOT / "config.properties"
 SIDE_FILES = sorted((ROOT / "bundle" / "config").iterdir())  # named by config.properties: logs, metrics
@@ -144,7 +145,8 @@ class Settings:
 
         Raises:
             BundleError: a number, an address or a boolean is overridden by an invalid value. TorchServe would not
-                start, or would use another value; with an invalid BUNDLE_BEHIND_PROXY, no worker would start.
+                start, or would use another value; with an invalid BUNDLE_BEHIND_PROXY or an invalid variable of
+                OpenTelemetry, no worker would start.
         """
         for key, usual in self.values.items():
             given = self[key]
@@ -158,6 +160,10 @@ class Settings:
                 raise BundleError(f"TS_{key.upper()} is {given!r}, and must be true or false.")
         if (given := os.environ.get(BEHIND_PROXY, "false")).lower() not in BOOLEANS:
             raise BundleError(f"{BEHIND_PROXY} is {given!r}, and must be true or false.")
+        try:
+            tracing.check(os.environ)
+        except ValueError as exc:
+            raise BundleError(str(exc)) from exc
         listeners = self.listeners()
         if listeners["inference_address"] == listeners["management_address"]:
             raise BundleError(
@@ -174,6 +180,7 @@ class Settings:
         values = dict(self.values)
         values |= {name[3:].lower(): value for name, value in environment.items() if name.startswith("TS_")}
         values[BEHIND_PROXY] = environment.get(BEHIND_PROXY, "false").lower()
+        values |= {name: value for name, value in environment.items() if name.startswith("OTEL_")}
         values["TRUSTED_KEY"] = trusted.read_text() if trusted else ""
         values |= {relative(file): file.read_text() for file in (self.file, *SIDE_FILES)}
         return {name: digest(value) for name, value in values.items()} | frontend.fingerprint(environment)

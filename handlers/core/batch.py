@@ -24,12 +24,12 @@ from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
 from handlers.core import admission, batching, device, inputs, memory, open_inference, precision, replay, settings, wire
+from handlers.core import tracing as traces
 from handlers.core.cache import AnswerCache
 from handlers.core.errors import (
     InternalError,
     NonFiniteOutput,
     Overloaded,
-    RequestError,
     ServingError,
     explanation_unsupported,
     input_too_large,
@@ -65,6 +65,7 @@ class BatchHandler(BaseHandler):
     ExplainAnswer: Any = JsonValue  # of what `explain` returns
     model: Any  # a torch.jit.ScriptModule, or a `Replayed` one
     staging = Staging(torch.device("cpu"))  # until `initialize`: an archive is built with `collate` alone
+    tracing = traces.Off()
 
     def __init__(self):
         super().__init__()
@@ -160,6 +161,7 @@ class BatchHandler(BaseHandler):
         Raises:
             pydantic.ValidationError: the `handler:` section of model-config.yaml is invalid.
             TypeError: `Inputs` or `Options` is declared wrongly.
+            ValueError: a variable of OpenTelemetry is invalid.
         """
         self.settings = self.Settings.model_validate((context.model_yaml_config or {}).get("handler") or {})
         self.behind_proxy = behind_proxy()
@@ -176,6 +178,7 @@ class BatchHandler(BaseHandler):
         self.load_assets(Path(context.system_properties["model_dir"]))
         self.optimize()
         self.warm_up()
+        self.tracing = traces.start(self)
         wire.read_in_one_pass(context.model_yaml_config)
         memory.freeze_objects()
 
@@ -221,26 +224,24 @@ class BatchHandler(BaseHandler):
         self.context = context
         headers = [context.get_all_request_header(index) for index in range(len(data))]
         arrivals = [proxy_arrival(each) if self.behind_proxy else None for each in headers]
-        first_arrival = min(filter(None, arrivals), default=None)
-        if first_arrival is not None:
-            self.metrics.observe("queue", time.time() - first_arrival)
-        self.metrics.count_batch(len(data))
+        self.metrics.begin(arrivals)
         slots = [Slot(open_inference.is_open_inference(each)) for each in headers]
+        self.tracing.begin(slots, data, headers, arrivals)
         try:
             self.serve(slots, data, headers, arrivals)
         except MemoryError:
             raise  # TorchServe's worker responds 507
         except Exception as exc:
             if device.is_broken(exc):
-                logger.exception("the device failed under %s: this worker exits", self.context.model_name)
+                name = self.context.model_name + self.tracing.named(slots)
+                logger.exception("the device failed under %s: this worker exits", name)
                 raise SystemExit(1) from exc
-            logger.exception("a bug failed a batch of %s", self.context.model_name)
+            logger.exception("a bug failed a batch of %s%s", self.context.model_name, self.tracing.named(slots))
             for slot in [each for each in slots if not each.response.body and each.error is None]:
                 slot.error = internal_error("this batch of requests")
         bodies = self.postprocess(slots)
-        if first_arrival is not None:
-            self.metrics.observe("request", time.time() - first_arrival)
-        self.metrics.emit()
+        self.metrics.end()
+        self.tracing.end(self.metrics.stages)
         memory.trim()
         return bodies
 
@@ -259,7 +260,8 @@ class BatchHandler(BaseHandler):
         self.explain_deadline = admission.Deadline.after(self.settings.max_explain_seconds, "Explaining")
         for slot in slots:
             if slot.samples and slot.explained:
-                self.isolate(slot, self.explain_slot)
+                with self.metrics.timed("explain"):
+                    self.isolate(slot, self.explain_slot)
 
     def preprocess(
         self, slots: list[Slot], data: list[dict], headers: list[Mapping], arrivals: list[float | None]
@@ -285,7 +287,7 @@ class BatchHandler(BaseHandler):
             if device.is_out_of_memory(exc):
                 slot.error = input_too_large()
                 return
-            logger.exception("a bug failed one request of %s", self.context.model_name)
+            logger.exception("a bug failed one request of %s%s", self.context.model_name, self.tracing.named([slot]))
             slot.error = internal_error("this request")
 
     def open_slot(
@@ -339,7 +341,8 @@ class BatchHandler(BaseHandler):
             if exhausted:
                 logger.warning("%d inputs of %s do not fit: %s", len(samples), self.context.model_name, exc)
             elif len(samples) == 1:
-                logger.exception("a bug failed one input of %s", self.context.model_name)
+                name = self.context.model_name + self.tracing.named_of(samples)
+                logger.exception("a bug failed one input of %s", name)
         # outside the `except` block: the exception refers to the frames, and they refer to the tensors
         if exhausted:
             torch.cuda.empty_cache()
@@ -380,21 +383,17 @@ class BatchHandler(BaseHandler):
 
     def postprocess(self, slots: list[Slot]) -> list[str | bytes]:
         """Set each request's status and content type, and return the bodies."""
-        bodies, statuses, rejections = [], [], []
+        bodies = []
         for index, slot in enumerate(slots):
             response, error = slot.sent(self.settings.max_answer_bytes), slot.error
             self.context.set_response_content_type(index, response.content_type)
             if response.json_size is not None:
                 self.context.set_response_header(index, open_inference.JSON_SIZE, str(response.json_size))
             bodies.append(response.body)
-            if error is None:
-                statuses.append(200)
-                continue
-            if isinstance(error, RequestError):
-                rejections.append(type(error).__name__)
-            elif isinstance(error, NonFiniteOutput):
-                logger.error("%s returned a number that is not finite", self.context.model_name)
-            statuses.append(error.code)
-            self.context.set_response_status(error.code, type(error).__name__, index)
-        self.metrics.count_answers(statuses, rejections)
+            if isinstance(error, NonFiniteOutput):
+                name = self.context.model_name + self.tracing.named([slot])
+                logger.error("%s returned a number that is not finite", name)
+            if error is not None:
+                self.context.set_response_status(error.code, type(error).__name__, index)
+        self.metrics.count_answers([slot.error for slot in slots])
         return bodies

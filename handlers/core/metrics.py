@@ -18,6 +18,7 @@ from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.metrics.metric_type_enum import MetricTypes
 
+from handlers.core.errors import RequestError, ServingError
 from handlers.core.predictions import INTERVALS, Predictions, Reference, Series, counted
 from handlers.core.slots import Answer
 
@@ -34,6 +35,10 @@ class HandlerMetrics:
     encoded. Both are those of the request that waited longest, and so an upper bound for the other requests.
 
     The metrics are looked up in the worker's cache once: a look-up per batch would log and lock.
+
+    Attributes:
+        arrival: when the first request of the batch came; None if that is unknown.
+        stages: (name, start, end, whether it succeeded) of the batch's stages, for its trace.
     """
 
     def __init__(self, context: Context):
@@ -44,6 +49,8 @@ class HandlerMetrics:
         self.answered = counter(cache, "bundle_requests_total", "Status")
         self.rejected = counter(cache, "bundle_rejected_requests_total", "ErrorType")
 
+        self.arrival: float | None = None
+        self.stages: list[tuple[str, float, float, bool]] = []
         self.predictions: Predictions | None = None
         self.lines: list[str] = []
         self.texts: dict[tuple[str, ...], tuple[str, str]] = {}
@@ -105,13 +112,25 @@ class HandlerMetrics:
         logger.info("\n".join(self.lines))
         self.lines.clear()
 
-    def count_batch(self, requests: int) -> None:
-        self.add(self.batch_size, requests)
+    def begin(self, arrivals: Sequence[float | None]) -> None:
+        """Begin a batch of requests that came at these times; None if a time is unknown."""
+        self.stages = []
+        self.arrival = min(filter(None, arrivals), default=None)
+        if self.arrival is not None:
+            self.observe("queue", time.time() - self.arrival)
+        self.add(self.batch_size, len(arrivals))
 
-    def count_answers(self, statuses: list[int], rejections: list[str]) -> None:
+    def end(self) -> None:
+        """End a batch: print its lines."""
+        if self.arrival is not None:
+            self.observe("request", time.time() - self.arrival)
+        self.emit()
+
+    def count_answers(self, errors: list[ServingError | None]) -> None:
         """Count the HTTP statuses of a batch, and the error types of the requests that were rejected as invalid."""
-        for status, requests in Counter(statuses).items():
+        for status, requests in Counter(error.code if error else 200 for error in errors).items():
             self.add(self.answered, requests, str(status))
+        rejections = (type(error).__name__ for error in errors if isinstance(error, RequestError))
         for error_type, requests in Counter(rejections).items():
             self.add(self.rejected, requests, error_type)
 
@@ -130,9 +149,16 @@ class HandlerMetrics:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.observe(stage, time.perf_counter() - start)
+        """Measure a stage: for the metrics if it succeeds, and for the trace."""
+        start, fine = time.perf_counter(), False
+        try:
+            yield
+            fine = True
+        finally:
+            end = time.perf_counter()
+            self.stages.append((stage, start, end, fine))
+        if stage in self.seconds:
+            self.observe(stage, end - start)
 
 
 def histogram(cache: MetricsCacheYamlImpl, name: str, unit: str) -> CachingMetric:

@@ -84,6 +84,7 @@ class Slot:
         key: the key of the answers in the cache; None if the cache is off.
         response: empty until the request is answered.
         error: the error to respond with instead.
+        trace: its `tracing.Traced`; None if traces are off.
     """
 
     open_inference: bool = False
@@ -95,6 +96,7 @@ class Slot:
     key: bytes | None = None
     response: Response = Response("")
     error: ServingError | None = None
+    trace: Any = None
 
     def finish(self, answers: list[Answer]) -> None:
         """Make the response: one answer per sample. A picture is the only answer of its request.

@@ -1,0 +1,241 @@
+"""Traces of requests and batches (OpenTelemetry), on if OTEL_EXPORTER_OTLP_ENDPOINT is set. docs/tracing.md shows one.
+
+Here is what every traced request needs: its ids, and whether it is sampled. Spans are made after the answers of a
+batch, and only for sampled requests: `spans.py`, the only module that imports OpenTelemetry. The bundle's commands
+import this one to check the settings, so it imports nothing large.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from handlers.core.headers import header
+
+if TYPE_CHECKING:
+    from handlers.core.slots import Sample, Slot
+
+logger = logging.getLogger(__name__)
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+DISABLED = "OTEL_SDK_DISABLED"
+SAMPLER = "OTEL_TRACES_SAMPLER"
+PARENT_BASED = "parentbased_"  # the beginning of the names of samplers that decide as the client did
+CHOICES = {
+    DISABLED: ("true", "false"),
+    "OTEL_TRACES_EXPORTER": ("otlp", "none"),
+    "OTEL_EXPORTER_OTLP_PROTOCOL": ("grpc",),
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": ("grpc",),
+    "OTEL_EXPORTER_OTLP_COMPRESSION": ("gzip", "none"),
+    "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION": ("gzip", "none"),
+    SAMPLER: tuple(
+        before + each for before in ("", PARENT_BASED) for each in ("always_on", "always_off", "traceidratio")
+    ),
+}
+NUMBERS = {  # the patterns of valid ones, and what they are
+    "OTEL_TRACES_SAMPLER_ARG": (r"0(\.\d+)?|1(\.0+)?", "a number from 0 to 1"),
+    "OTEL_EXPORTER_OTLP_TIMEOUT": (r"[1-9]\d{0,5}(\.\d+)?", "a number of seconds"),
+    "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": (r"[1-9]\d{0,5}(\.\d+)?", "a number of seconds"),
+    "OTEL_BSP_SCHEDULE_DELAY": (r"[1-9]\d{0,8}", "a whole number of milliseconds"),
+    "OTEL_BSP_EXPORT_TIMEOUT": (r"[1-9]\d{0,8}", "a whole number of milliseconds"),
+    "OTEL_BSP_MAX_QUEUE_SIZE": (r"[1-9]\d{0,8}", "a whole number of spans"),
+    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": (r"[1-9]\d{0,8}", "a whole number of spans"),
+}
+FILES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")  # OTEL_EXPORTER_OTLP_CERTIFICATE, for example
+HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+QUEUE, BATCH = "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"
+# https://www.w3.org/TR/trace-context: a later version may have more at its end
+TRACEPARENT = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:\Z|(?<!^00.{53})-)", re.ASCII
+)
+SPAN = re.compile(r"(?!0{16})[0-9a-f]{16}", re.ASCII)
+RESPONSE = "traceresponse"
+MAX_NAMED = 8  # trace ids in one line of the log
+
+
+class Traced(NamedTuple):
+    """The trace of one request. Ids are hexadecimal, as in headers.
+
+    Attributes:
+        trace: id of the trace.
+        span: id of the request's span.
+        parent: id of the client's span; "" if the trace begins here.
+        sampled: whether the request's spans are exported.
+    """
+
+    trace: str
+    span: str
+    parent: str
+    sampled: bool
+
+
+class Off:
+    """No traces: nothing is done for a request."""
+
+    def begin(self, slots: list[Slot], data: Sequence[Mapping], headers: list[Mapping], arrivals: list) -> None:
+        """Begin a batch, before its first stage."""
+
+    def end(self, stages: list) -> None:
+        """End a batch, after its last stage.
+
+        Args:
+            stages: (name, start, end, whether it succeeded) of each, in the time of `time.perf_counter`.
+        """
+
+    def named(self, slots: Iterable[Slot]) -> str:
+        """Return what a line of the log about these requests ends in: " (trace 0af7...)", or nothing."""
+        return ""
+
+    def named_of(self, samples: list[Sample]) -> str:
+        """Return the same for the requests that have these samples."""
+        return ""
+
+
+class Tracing(Off):
+    """Traces of the batches of one worker.
+
+    Args:
+        handler: the `BatchHandler`.
+        spans: a `spans.Spans`.
+    """
+
+    def __init__(self, handler: Any, spans: Any):
+        self.handler, self.spans = handler, spans
+        self.trusted: bool = handler.behind_proxy
+        self.follows_parent = os.environ.get(SAMPLER, PARENT_BASED).startswith(PARENT_BASED)
+        self.slots: list[Slot] = []
+        self.data: Sequence[Mapping] = ()
+        self.headers: list[Mapping] = []
+
+    def begin(self, slots: list[Slot], data: Sequence[Mapping], headers: list[Mapping], arrivals: list) -> None:
+        self.slots, self.data, self.headers, self.arrivals = slots, data, headers, arrivals
+        self.spans.begin()
+        for index, (slot, own) in enumerate(zip(slots, headers, strict=True)):
+            slot.trace = traced = self.trace(own)
+            if not self.trusted:  # the proxy itself answers with this header
+                answered = f"00-{traced.trace}-{traced.span}-{'01' if traced.sampled else '00'}"
+                self.handler.context.set_response_header(index, RESPONSE, answered)
+
+    def trace(self, headers: Mapping) -> Traced:
+        """Return the trace of a request: the one that its client or the proxy began, or a new one.
+
+        The proxy chooses the id of the request's span (`bundle-span`), so that it can answer with it. If it began the
+        trace, too, the span is the trace's first one, and `traceparent` names it. A request through gRPC has neither.
+        """
+        sent = headers.get("traceparent", "") if self.trusted else header(headers, "traceparent")
+        found = TRACEPARENT.match(sent)
+        if found is None:
+            new = secrets.token_hex(16)
+            return Traced(new, secrets.token_hex(8), "", self.spans.samples(new))
+        trace, parent, sampled = found[2], found[3], bool(int(found[4], 16) & 1)
+        span = headers.get("bundle-span", "") if self.trusted else ""
+        if not SPAN.fullmatch(span):
+            span = secrets.token_hex(8)
+        if span == parent:
+            parent = ""
+        if not self.follows_parent:
+            sampled = self.spans.samples(trace)
+        return Traced(trace, span, parent, sampled)
+
+    def end(self, stages: list) -> None:
+        if any(slot.trace.sampled for slot in self.slots):
+            try:
+                self.spans.record(self.handler, self.slots, self.data, self.headers, self.arrivals, stages)
+            except Exception:
+                logger.exception("a bug lost the trace of a batch of %s", self.handler.context.model_name)
+        self.slots, self.data, self.headers = [], (), []
+
+    def named(self, slots: Iterable[Slot]) -> str:
+        ids = list(dict.fromkeys(slot.trace.trace for slot in slots if slot.trace))
+        if not ids:
+            return ""
+        more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
+        return f" (trace {', '.join(ids[:MAX_NAMED])}{more})"
+
+    def named_of(self, samples: list[Sample]) -> str:
+        asked = set(map(id, samples))
+        return self.named(slot for slot in self.slots if any(id(each) in asked for each in slot.samples))
+
+
+def start(handler: Any) -> Off:
+    """Return what traces the handler's batches: nothing, if traces are off or OpenTelemetry is not installed.
+
+    Raises:
+        ValueError: a variable of OpenTelemetry is invalid.
+    """
+    named = endpoint(os.environ)
+    if not named:
+        return Off()
+    check(os.environ)
+    try:
+        from handlers.core.spans import Spans
+    except ModuleNotFoundError as exc:
+        logger.warning("No traces are sent to %s: %s. Install requirements/serve.txt.", named, exc)
+        return Off()
+    return Tracing(handler, Spans(named))
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Let a handler that is initialized in the block trace nothing."""
+    before = os.environ.get(DISABLED)
+    os.environ[DISABLED] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[DISABLED]
+        if before is not None:
+            os.environ[DISABLED] = before
+
+
+def endpoint(environment: Mapping[str, str]) -> str:
+    """Return where traces are sent to; "" if traces are off."""
+    if environment.get(DISABLED, "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER") == "none":
+        return ""
+    return next((value for name in ENDPOINTS if (value := environment.get(name))), "")
+
+
+def check(environment: Mapping[str, str]) -> None:
+    """Check the variables of OpenTelemetry, if traces are on. It would ignore most invalid values with a warning.
+
+    Raises:
+        ValueError: a value is invalid. The message does not contain the values of headers.
+    """
+    if not endpoint(environment):
+        return
+
+    def check_each(names: Iterable[str], valid: Callable[[str, str], bool], expected: Callable[[str], str]) -> None:
+        for name in names:
+            if (given := environment.get(name)) and not valid(name, given):
+                shown = "" if name in HEADERS else f" is {given!r}, and"
+                raise ValueError(f"{name}{shown} must be {expected(name)}.")
+
+    check_each(ENDPOINTS, lambda _, given: is_address(given), lambda _: "like http://collector:4317 (OTLP over gRPC)")
+    check_each(CHOICES, lambda name, given: given.lower() in CHOICES[name], lambda name: " or ".join(CHOICES[name]))
+    check_each(NUMBERS, lambda name, given: bool(re.fullmatch(NUMBERS[name][0], given)), lambda name: NUMBERS[name][1])
+    check_each(HEADERS, lambda _, given: are_headers(given), lambda _: "like name=value,other=value")
+    files = [name.replace("HEADERS", file) for name in HEADERS for file in FILES]
+    check_each(files, lambda _, given: Path(given).is_file(), lambda _: "a file")
+    queue, batch = int(environment.get(QUEUE) or 2048), int(environment.get(BATCH) or 512)
+    if batch > queue:
+        raise ValueError(f"{BATCH} is {batch}, and must be at most {QUEUE}, which is {queue}.")
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is http://host:port or https://host:port."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname and parts.port) and parts.path in ("", "/")
+    except ValueError:  # a port beyond 65535
+        return False
+
+
+def are_headers(text: str) -> bool:
+    return all(re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*=[^=,]*\S[^,]*", each) for each in text.split(",") if each.strip())

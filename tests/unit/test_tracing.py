@@ -1,0 +1,180 @@
+"""Which requests are traced, with which ids, and which settings are refused."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from bundle.build.dryrun import DryRun
+from bundle.errors import BundleError
+from bundle.paths import ROOT
+from bundle.server.settings import Settings
+from handlers.core import tracing
+from handlers.core.slots import Sample, Slot
+from tests.unit.numbered import row
+
+TRACE, SPAN, OWN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "b7ad6b7169203331"
+ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+ROW = row(1)
+
+
+@pytest.fixture
+def exported(worker: DryRun, monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """The spans of the worker, which is behind a proxy."""
+    from handlers.core.spans import Spans
+
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    monkeypatch.setattr(worker.handler, "behind_proxy", True)
+    spans, exporter = Spans(ENDPOINT["OTEL_EXPORTER_OTLP_ENDPOINT"]), InMemorySpanExporter()
+    spans.processor.shutdown()
+    spans.processor = SimpleSpanProcessor(exporter)
+    monkeypatch.setattr(worker.handler, "tracing", tracing.Tracing(worker.handler, spans))
+    return exporter
+
+
+def headers(parent: str = SPAN, flags: str = "01", **others: str) -> dict[str, str]:
+    return {"traceparent": f"00-{TRACE}-{parent}-{flags}", "bundle-span": OWN, "X-Request-Id": "id", **others}
+
+
+def hexadecimal(span_id: int) -> str:
+    return f"{span_id:016x}"
+
+
+def test_request_behind_the_proxy_has_its_span_and_the_time_in_the_queue(worker: DryRun, exported):
+    arrival = time.time() - 5
+    worker.predict([ROW], [headers(**{"X-Request-Start": f"t={arrival:.3f}"})])
+    spans = {span.name: span for span in exported.get_finished_spans()}
+    assert spans.keys() == {"request", "queue", "batch", "decode", "inference", "encode"}
+    request, queue = spans["request"], spans["queue"]
+    assert (hexadecimal(request.context.span_id), hexadecimal(request.parent.span_id)) == (OWN, SPAN)
+    assert request.start_time == queue.start_time == pytest.approx(arrival * 1e9, abs=1e6)
+    assert queue.parent == request.context
+    assert queue.end_time == spans["batch"].start_time
+    assert request.attributes["http.response.header.x-request-id"] == ("id",)
+
+
+def test_trace_that_the_proxy_began_begins_with_the_request(worker: DryRun, exported):
+    worker.predict([ROW], [headers(parent=OWN)])
+    [request] = [span for span in exported.get_finished_spans() if span.name == "request"]
+    assert (hexadecimal(request.context.span_id), request.parent) == (OWN, None)
+
+
+def test_batch_that_failed_as_a_whole_is_an_error(worker: DryRun, exported, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(worker.handler, "predict", lambda _: 1 / 0)
+    [(status, _)] = worker.predict([ROW], [headers()])
+    failed = {span.name for span in exported.get_finished_spans() if not span.status.is_ok and span.status.description}
+    stages = {span.name: span.status.status_code.name for span in exported.get_finished_spans()}
+    assert (status, failed) == (500, {"request"})
+    assert stages == {"request": "ERROR", "batch": "ERROR", "decode": "UNSET", "inference": "ERROR"}
+    assert f"a bug failed a batch of numbers (trace {TRACE})" in caplog.text
+
+
+def test_bug_in_the_tracing_fails_no_request(worker: DryRun, exported, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(worker.handler.tracing.spans, "add", lambda *_, **__: 1 / 0)
+    assert worker.predict([ROW], [headers()])[0][0] == 200
+    assert "a bug lost the trace of a batch of numbers" in caplog.text
+
+
+def test_unsampled_requests_have_no_spans(worker: DryRun, exported):
+    worker.predict([ROW, ROW], [headers(flags="00"), {}])
+    assert exported.get_finished_spans() == ()
+
+
+@pytest.mark.parametrize(
+    ("sent", "found"),
+    [
+        (f"00-{TRACE}-{SPAN}-01", (TRACE, SPAN, True)),
+        (f"00-{TRACE}-{SPAN}-02", (TRACE, SPAN, False)),
+        (f"cc-{TRACE}-{SPAN}-01-later", (TRACE, SPAN, True)),
+        (f"00-{TRACE}-{SPAN}-01-later", None),
+        (f"00-{TRACE}-{SPAN}-01\n", None),
+        (f"ff-{TRACE}-{SPAN}-01", None),
+        (f"00-{TRACE.upper()}-{SPAN}-01", None),
+        (f"00-{'0' * 32}-{SPAN}-01", None),
+        (f"00-{TRACE}-{'0' * 16}-01", None),
+        (f"00-{TRACE}-{SPAN}", None),
+        ("", None),
+    ],
+)
+def test_traceparent(worker: DryRun, exported, sent: str, found: tuple[str, str, bool] | None):
+    traced = worker.handler.tracing.trace({"traceparent": sent})
+    if found:
+        assert (traced.trace, traced.parent, traced.sampled) == found
+    else:
+        assert (traced.trace == TRACE, traced.parent, traced.sampled) == (False, "", False)
+
+
+def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
+    slots = [Slot(trace=tracing.Traced(f"{index:032x}", SPAN, "", False)) for index in range(30)]
+    slots[3].samples = [sample := Sample(None)]
+    worker.handler.tracing.slots = slots
+    assert worker.handler.tracing.named(slots).endswith(f"{7:032x} and 22 more)")
+    assert worker.handler.tracing.named_of([sample]) == f" (trace {3:032x})"
+    assert tracing.Off().named(slots) == tracing.Off().named_of([sample]) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317", "like http://collector:4317 (OTLP over gRPC)"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector", "like http://collector:4317 (OTLP over gRPC)"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:99999", "like http://collector:4317 (OTLP over gRPC)"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4318/v1/traces", "like http://collector:4317 (OTLP over gRPC)"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf", "grpc"),
+        ("OTEL_TRACES_SAMPLER", "sometimes", "always_on or "),
+        ("OTEL_TRACES_SAMPLER_ARG", "10%", "a number from 0 to 1"),
+        ("OTEL_TRACES_EXPORTER", "zipkin", "otlp or none"),
+        ("OTEL_SDK_DISABLED", "yes", "true or false"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "soon", "a whole number of milliseconds"),
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "at most OTEL_BSP_MAX_QUEUE_SIZE, which is 2048"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nonesuch.pem", "a file"),
+    ],
+)
+def test_invalid_setting_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str):
+    for each, given in {**ENDPOINT, name: value}.items():
+        monkeypatch.setenv(each, given)
+    with pytest.raises(BundleError) as caught:
+        Settings().check()
+    assert str(caught.value).startswith(f"{name} is ")
+    assert f"must be {expected}" in str(caught.value)
+
+
+def test_refused_headers_are_not_repeated(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {**ENDPOINT, "OTEL_EXPORTER_OTLP_HEADERS": "a secret"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BundleError, match=r"^OTEL_EXPORTER_OTLP_HEADERS must be like name=value,other=value\.$"):
+        Settings().check()
+
+
+@pytest.mark.parametrize(
+    ("environment", "endpoint"),
+    [
+        ({}, ""),
+        (ENDPOINT, "http://127.0.0.1:9"),
+        ({**ENDPOINT, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://b:1"}, "http://b:1"),
+        ({**ENDPOINT, "OTEL_SDK_DISABLED": "true"}, ""),
+        ({**ENDPOINT, "OTEL_TRACES_EXPORTER": "none"}, ""),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, ""),
+        ({"OTEL_TRACES_SAMPLER": "sometimes"}, ""),
+    ],
+)
+def test_traces_are_on_if_there_is_an_endpoint(environment: dict[str, str], endpoint: str):
+    assert tracing.endpoint(environment) == endpoint
+    tracing.check(environment)
+
+
+def test_settings_are_passed_to_workers_and_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch):
+    before = Settings().fingerprint()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-key=1")
+    assert Settings().passed_on()["OTEL_EXPORTER_OTLP_HEADERS"] == "x-key=1"
+    assert Settings().fingerprint().keys() - before.keys() >= ENDPOINT.keys()
+
+
+def test_handlers_do_not_import_opentelemetry():
+    code = "import sys, handlers.core.batch; sys.exit(any('telemetry' in name for name in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
