@@ -21,6 +21,9 @@
 #   ALLOW_PLAIN       false       true: serve plain HTTP as well, instead of redirecting it
 #   PAGE_HOST                     host name or IPv4 address of the page; without it, no page is published
 #   PAGE_PORT         7860        port of the page
+#   TRACE_ENDPOINT                where TorchServe sends traces (docs/tracing.md); without it, no request is traced
+#   TRACE_RATIO       0.1         the part of the requests that is traced, from 0 to 1
+#   TRACE_CLIENTS     true        a client's traceparent decides whether its request is traced; false: the ratio does
 #   LISTEN_INSIDE     8079        port, or address:port, where the page asks the models: without TLS, inside the stack
 set -eu
 
@@ -66,6 +69,8 @@ setting ALLOW_PLAIN "${ALLOW_PLAIN:=false}" 'true|false' "true or false"
 setting PAGE_HOST "${PAGE_HOST:=}" '[A-Za-z0-9_.-]*' "a host name or an IPv4 address"
 setting PAGE_PORT "${PAGE_PORT:=7860}" "$port" "a port"
 setting LISTEN_INSIDE "${LISTEN_INSIDE:-8079}" "([0-9.]+:)?$port" "a port, or address:port"
+setting TRACE_RATIO "${TRACE_RATIO:=0.1}" '0(\.[0-9]{1,4})?|1(\.0{1,4})?' "a number from 0 to 1 with at most four decimal places"
+setting TRACE_CLIENTS "${TRACE_CLIENTS:-true}" 'true|false' "true or false"
 replacements="${replacements}s|@SHUTDOWN_TIMEOUT@|$((UPSTREAM_TIMEOUT + 10))|;"
 trusted=
 for proxy in ${TRUSTED_PROXIES:-}; do
@@ -86,6 +91,18 @@ set +f
 if [ "$any_origin" ]; then origins='' vary=''; fi
 replacements="${replacements}s|@ANY_ORIGIN@|$any_origin|;s|@ORIGINS@|$origins|;s|@VARY@|$vary|;"
 
+# 0.125 is 12.50 %; nginx takes no 0 %
+drawn=
+case $TRACE_RATIO in
+  1*) drawn='100% 01;' ;;
+  0.*[1-9]*)
+    digits=$(printf '%s000' "${TRACE_RATIO#0.}" | cut -c 1-4)
+    drawn="$(echo "$digits" | sed -E 's/^(..)(..)$/\1.\2/;s/^0([0-9])/\1/')% 01;" ;;
+esac
+exposed=
+if [ "${TRACE_ENDPOINT:=}" ]; then exposed=', traceresponse'; fi
+replacements="${replacements}s|@TRACE_DRAWN@|$drawn|;s|@TRACE_EXPOSED@|$exposed|;"
+
 if [ -e "$crt" ] && [ -e "$key" ]; then
   for file in "$crt" "$key"; do
     [ -r "$file" ] || fail "$file cannot be read by user $(id -u), which runs nginx. Change its owner or mode."
@@ -98,6 +115,7 @@ else
   drop='tls|redirect'
 fi
 if [ -z "$PAGE_HOST" ]; then drop="$drop|page"; fi
+if [ -z "$TRACE_ENDPOINT" ]; then drop="$drop|trace"; fi
 
 mkdir -p "$run"
 rm -f "$run/small.sock" # nginx leaves it behind when it is killed
