@@ -17,9 +17,9 @@
 #   CA_FILE          the certificates (PEM) of the authorities that are trusted, for a server with TLS (public ones)
 #   TRUSTED_KEY      the public key with which served archives must be signed
 #   COMPOSE          the command of Docker Compose (docker compose, or docker-compose)
-#   PROJECT, SERVICES, GPU=1, ADMIN=1, PAGE=1, REPLICAS=3
-#                    of the Docker stack: its name, a part of it, GPUs, a Grafana administrator, the page, the number of
-#                    TorchServe containers
+#   PROJECT, SERVICES, GPU=1, ADMIN=1, PAGE=1, TRACING=1, REPLICAS=3
+#                    of the Docker stack: its name, a part of it, GPUs, a Grafana administrator, the page, traces, the
+#                    number of TorchServe containers
 # The other variables of a command are in its line of `make help`, and for load tests and the benchmark in
 # loadtest/README.md and loadtest/bench/README.md.
 
@@ -32,6 +32,7 @@ GPU ?=
 ADMIN ?=
 PAGE ?=
 REPLICAS ?= 1
+TRACING ?=
 PROJECT ?= torchserve-bundle
 SERVICES ?=
 # USERS=64 -> --users "64", for each of these variables that is set
@@ -47,6 +48,9 @@ endif
 ifneq ($(PAGE),)
 export PAGE_HOST := page
 endif
+ifneq ($(TRACING),)
+export OTEL_EXPORTER_OTLP_ENDPOINT := http://jaeger:4317
+endif
 
 BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
@@ -56,7 +60,7 @@ SETUP := $(BIN)/python -m bundle.setup $(if $(CI),--quiet) $(if $(filter pip,$(I
 DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /usr/lib/wsl/lib/libcuda.so.1)
 STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml) \
   $(if $(ADMIN),-f docker/compose.admin.yaml) $(if $(TRUSTED_KEY),-f docker/compose.signed.yaml) \
-  $(if $(PAGE),--profile page)
+  $(if $(PAGE),--profile page) $(if $(TRACING),-f docker/compose.tracing.yaml --profile tracing)
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve page stop status logs predict archive keygen rollout manage train add-model image up down loadtest loadtest-ui bench bench-gpu \
@@ -110,12 +114,12 @@ image: export TORCH_INDEX_URL := $(or $(TORCH_INDEX_URL),$(if $(GPU)$(DRIVER),py
 image:  ## build the Docker images (GPU=1 or TORCH_INDEX_URL=pypi for CUDA, PAGE=1)
 	$(STACK) build $(or $(SERVICES),torchserve $(if $(PAGE),page))
 
-up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (REPLICAS=3, GPU=1, PAGE=1 for a page to try the models)
+up:  ## start the Docker stack: TorchServe, proxy, Prometheus, Grafana (REPLICAS=3, GPU=1, PAGE=1 to try the models, TRACING=1)
 	@sh docker/readable.sh $(if $(TRUSTED_KEY),"$(TRUSTED_KEY)" "$(or $(TS_MODEL_STORE),model_store)")
 	@REPLICAS="$(REPLICAS)" sh docker/up.sh "$(PROJECT)" "$(SERVICES)" $(STACK)
 
 down:  ## stop the Docker stack; requests in flight are answered, volumes stay
-	$(STACK) --profile loadtest --profile page down --remove-orphans
+	$(STACK) --profile loadtest --profile page --profile tracing down --remove-orphans
 
 made:
 	@test -e .venv/bin/bundle || { echo "error: .venv is missing. Set it up and serve: make serve" >&2; exit 1; }

@@ -169,4 +169,6 @@ def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
         yield stack
         stack.make("down")
     finally:
-        stack.compose("--profile", "loadtest", "--profile", "page", "down", "--volumes", check=False)
+        stack.compose(
+            "--profile", "loadtest", "--profile", "page", "--profile", "tracing", "down", "--volumes", check=False
+        )

@@ -1,7 +1,9 @@
-"""The stack with TRUSTED_KEY serves only archives that are signed with that key."""
+"""The stack with TRUSTED_KEY serves only archives that are signed with that key. It also sends traces."""
 
+import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 import requests
 
 from bundle.catalog import select
+from bundle.paths import ROOT
 from bundle.server.client import check_sample
 from bundle.signing import make_keys
-from tests.docker.stack import Stack, build_archive, running
+from tests.docker.stack import Stack, build_archive, docker, running
 from tests.support import reversioned, wait_for
 from tests.trials.faults.archives import put
 
@@ -30,8 +33,43 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def signed(keys: dict[str, str]) -> Iterator[Stack]:
-    with running(("torchserve", "proxy"), **keys) as stack:
+    traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4317", "TRACE_RATIO": "1"}
+    with running(("torchserve", "proxy"), **keys, **traces) as stack:
         yield stack
+
+
+@pytest.fixture
+def collector(signed: Stack) -> Iterator[str]:
+    """A container with the tests' receiver of traces, in TorchServe's network."""
+    name = f"{signed.project}-collector"
+    image = signed.inspect()["Config"]["Image"]
+    arguments = ["--name", name, f"--network={signed.project}_back", "--network-alias=collector"]
+    arguments += [f"--volume={ROOT / 'tests' / 'receiver.py'}:/receiver.py:ro"]
+    docker("run", "--detach", *arguments, "--entrypoint=/opt/bundle/.venv/bin/python", image, "/receiver.py", "4317")
+    yield name
+    docker("rm", "--force", name)
+
+
+def test_trace_of_a_request_goes_through_proxy_and_batch(signed: Stack, collector: str):
+    content = MNIST.sample_file.read_bytes()
+    before = time.time_ns()
+    answer = requests.post(f"{signed.url('PORT')}/predictions/mnist", content, timeout=30)
+    _, trace, span, sampled = answer.headers["traceresponse"].split("-")
+    found: dict[str, dict] = {}
+
+    def complete() -> bool:
+        received = map(json.loads, docker("logs", collector).splitlines())
+        found.update({each["name"]: each for each in received if each["trace"] == trace})
+        return len(found) == 6
+
+    wait_for(complete, 60)  # the server has looked for a collector before, in vain
+    request, queue, batch = found["request"], found["queue"], found["batch"]
+    assert (sampled, request["id"], request["parent"]) == ("01", span, "")  # the trace began at the proxy
+    assert (queue["parent"], batch["parent"]) == (request["id"], request["id"])
+    assert {found[name]["parent"] for name in ("decode", "inference", "encode")} == {batch["id"]}
+    assert before - 1e6 <= request["start"] == queue["start"] <= queue["end"] == batch["start"] <= batch["end"]
+    assert request["attributes"]["http.response.header.x-request-id"] == [answer.headers["X-Request-Id"]]
+    assert f'"trace_id": "{trace}"' in signed.logs("proxy")
 
 
 def test_signed_archive_is_served(signed: Stack):

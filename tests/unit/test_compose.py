@@ -1,5 +1,6 @@
 """docker/compose.yaml confines the containers as SECURITY.md says."""
 
+import json
 import os
 import re
 import subprocess
@@ -64,8 +65,11 @@ def test_image_runs_as_a_user_of_its_own(target: str):
     assert user == "10001"
 
 
-@pytest.mark.parametrize(("switch", "profile"), [([], ""), (["PAGE=1"], " --profile page")])
-def test_make_starts_the_page_if_it_is_asked_to(switch: list[str], profile: str):
+TRACING = " -f docker/compose.tracing.yaml --profile tracing"
+
+
+@pytest.mark.parametrize(("switch", "profile"), [([], ""), (["PAGE=1"], " --profile page"), (["TRACING=1"], TRACING)])
+def test_make_starts_the_page_and_jaeger_if_it_is_asked_to(switch: list[str], profile: str):
     shown = subprocess.run(
         ["make", "--dry-run", "up", "COMPOSE=compose", *switch], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -130,6 +134,29 @@ def test_invalid_number_of_replicas_is_named_and_starts_nothing(tmp_path: Path, 
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == message
     assert printed == ""
+
+
+def test_traces_are_off_unless_there_is_an_endpoint_and_both_know_it():
+    server, proxy = (SERVICES[name]["environment"] for name in ("torchserve", "proxy"))
+    assert server["OTEL_EXPORTER_OTLP_ENDPOINT"] == proxy["TRACE_ENDPOINT"] == "${OTEL_EXPORTER_OTLP_ENDPOINT:-}"
+    assert server["OTEL_TRACES_SAMPLER_ARG"] == proxy["TRACE_RATIO"] == "${TRACE_RATIO:-0.1}"
+
+
+def test_jaeger_is_reached_by_torchserve_and_grafana_which_finds_its_traces():
+    jaeger, more = SERVICES["jaeger"], yaml.safe_load((ROOT / "docker" / "compose.tracing.yaml").read_text())
+    assert jaeger["profiles"] == ["tracing"]
+    for name in ("torchserve", "grafana"):
+        assert set(jaeger["networks"]) & set(SERVICES[name]["networks"])
+    mounted = [volume.split(":")[0] for volume in more["services"]["grafana"]["volumes"]]
+    files = [ROOT / "docker" / path for path in mounted]
+    assert all(file.exists() for file in files)
+    [source] = yaml.safe_load(files[0].read_text())["datasources"]
+    dashboard = json.loads((files[2] / "traces.json").read_text())
+    queries = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    assert {query["datasource"]["uid"] for query in queries} == {source["uid"]}
+    assert {(query["service"], query["operation"]) for query in queries} == {("torchserve", "request")}
+    links = json.loads((ROOT / "docker/grafana/dashboards/torchserve.json").read_text())["links"]
+    assert [link["tags"] for link in links if link["type"] == "dashboards"] == [dashboard["tags"]]
 
 
 # variables that Make's commands and the stack read, with the same meaning
