@@ -82,6 +82,9 @@ groups: {main: {autoscaling: {enabled: true, by: queue, min: 0, activation: 'sum
 archives: {source: claim, claim: archives, claimHasFolders: true}
 trustedKey: {secret: signing-key}
 """,
+    "traces": """
+tracing: {endpoint: "http://otel-collector.monitoring:4317", ratio: 0.05, clients: false, headersSecret: otlp}
+""",
     "archives by url": f"""
 groups:
   main: null

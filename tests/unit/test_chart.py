@@ -178,13 +178,14 @@ def test_policy_applies_to_servers_and_lets_the_tests_reach_them(objects: tuple[
             assert not is_test or any(wanted.items() <= labels for wanted in local)
 
 
-def test_pods_reach_other_servers_only_to_fetch_archives():
+def test_pods_reach_other_servers_only_to_fetch_archives_and_to_send_traces():
     for name, values in MATRIX.items():
         for policy in of_kind(render(values), "NetworkPolicy").values():
-            assert bool(policy["spec"]["egress"]) == bool(re.match("archives (by|from S3)", name))
-    [policy] = of_kind(render(MATRIX["archives from S3"]), "NetworkPolicy").values()
-    ports = [53, 53, 80, 443, 9000]  # the last one is that of the endpoint
-    assert [port["port"] for port in policy["spec"]["egress"][0]["ports"]] == ports
+            assert bool(policy["spec"]["egress"]) == bool(re.match("archives (by|from S3)|traces", name))
+    for name, ports in (("archives from S3", [53, 53, 80, 443, 9000]), ("traces", [53, 53, 4317])):  # of the endpoint
+        [policy] = of_kind(render(MATRIX[name]), "NetworkPolicy").values()
+        [rule] = policy["spec"]["egress"]
+        assert [port["port"] for port in rule["ports"]] == ports
 
 
 # --- of one piece ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from bundle.cli.parameters import worker_count
 from bundle.paths import ROOT
 from bundle.server.fetch import Wanted
 from bundle.server.settings import Settings
+from handlers.core import tracing
 from tests.helm import (
     CHART,
     DIGEST,
@@ -63,6 +64,12 @@ def many_models(number: int) -> str:
         ("image: {digest: latest}", "at '/image/digest': 'latest' does not match pattern"),
         ("proxy: {rate: fast}", "at '/proxy/rate': 'fast' does not match pattern"),
         ("proxy: {maxBody: 16MiB}", "at '/proxy/maxBody': '16MiB' does not match pattern"),
+        ("tracing: {endpoint: 'collector:4317'}", "at '/tracing/endpoint': 'collector:4317' does not match pattern"),
+        ("tracing: {ratio: 10}", "at '/tracing/ratio': maximum"),
+        (
+            "defaults: {env: {OTEL_TRACES_SAMPLER: always_on}}",
+            "groups.main.env.OTEL_TRACES_SAMPLER: the chart sets it",
+        ),
         ("archives: {source: s3}", "at '/archives/source': value must be one of 'image', 'claim', 'url'"),
         ("archives: {source: claim}", "at '/archives/claim': minLength"),
         ("archives: {claim: archives}", "at '/archives/claim': maxLength"),
@@ -205,12 +212,24 @@ def test_variables_of_the_server_are_read_by_it():
     known = {parameter.envvar for parameter in COMMANDS["run"].params} | {
         f"TS_{key.upper()}" for key in Settings().values
     }
+    known |= {*tracing.ENDPOINTS, *tracing.HEADERS, *tracing.CHOICES, *tracing.NUMBERS}
     known |= {"BUNDLE_BEHIND_PROXY", "BUNDLE_MODELS", "TRUSTED_KEY", "NVIDIA_VISIBLE_DEVICES", "NETRC", "CA_FILE"}
     known |= {"AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}  # test_fetch_s3.py
     for values in MATRIX.values():
         for _, pod in pods(render(values)):
             for name in ("torchserve", "fetch", "samples"):
                 assert environment(containers(pod).get(name, {})).keys() - {"BUNDLE_FRONTEND_OFF", "NO"} <= known
+
+
+def test_traces_have_the_same_endpoint_and_ratio_in_the_proxy_and_the_server():
+    found = only(MATRIX["traces"])
+    server, proxy = environment(found["torchserve"]), environment(found["proxy"])
+    tracing.check({**server, "OTEL_EXPORTER_OTLP_HEADERS": ""})
+    assert tracing.endpoint(server) == proxy["TRACE_ENDPOINT"] == "http://otel-collector.monitoring:4317"
+    assert server["OTEL_TRACES_SAMPLER_ARG"] == proxy["TRACE_RATIO"] == "0.05"
+    assert (proxy["TRACE_CLIENTS"], server["OTEL_EXPORTER_OTLP_HEADERS"]) == ("false", "of a Secret")
+    plain = only("")
+    assert not [name for each in plain.values() for name in environment(each) if name.startswith(("OTEL", "TRACE"))]
 
 
 def test_large_integers_are_written_in_full():
