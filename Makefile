@@ -8,7 +8,7 @@
 #   INSTALLER        pip, to install packages without uv (uv)
 #   BUNDLE_MODELS    the folder of the model folders (models)
 #   MODELS           the models to archive and serve, or "all" (those that are always served)
-#   MODEL            one model, for predict, train, rollout, tune, profile and loadtest
+#   MODEL            one model, for predict, train, rollout, tune, capacity, profile and loadtest
 #   ARGS             arguments for train.py, such as "--devices 2 --precision bf16-mixed"
 #   DATA_DIR         the folder of the data sets, which are downloaded if missing (data)
 #   TESTS            arguments for pytest (all tests)
@@ -64,7 +64,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve page stop status logs predict archive keygen rollout manage train add-model image up down loadtest loadtest-ui bench bench-gpu \
-  gpu-check tune profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend helm sbom clean
+  gpu-check tune capacity profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend helm sbom clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -156,6 +156,11 @@ tune: setup .venv/loadtest.done  ## find a model's fastest settings that keep a 
 	@test -n "$(MODEL)" -a -n "$(P99)" || { echo "error: name the model and its target: make tune MODEL=image P99=100ms" >&2; exit 2; }
 	@$(if $(filter 1,$(PATCH)),mkdir -p build/tune;) $(BUNDLE) tune "$(MODEL)" $(call options,P99 MINUTES PRECISION) \
 	  $(if $(PATCH),--patch "$(if $(filter 1,$(PATCH)),build/tune/$(MODEL).patch,$(PATCH))") $(foreach file,$(INPUTS),--input "$(file)")
+
+capacity: setup  ## plan the replicas for a rate that keep a latency target (MODEL=image RATE=5000 P99=100ms SPARE=1 AGAIN=1)
+	@test -n "$(MODEL)" -a -n "$(RATE)" -a -n "$(P99)" || \
+	  { echo "error: name the model, the rate and the target: make capacity MODEL=image RATE=5000 P99=100ms" >&2; exit 2; }
+	@$(BUNDLE) capacity "$(MODEL)" $(call options,RATE P99 SPARE) $(foreach file,$(INPUTS),--input "$(file)") $(if $(AGAIN),--again)
 
 profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mnist CONCURRENCY=64 SECONDS=10)
 	@test -n "$(MODEL)" || { echo "error: name the model: make profile MODEL=mnist" >&2; exit 2; }

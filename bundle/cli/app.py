@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from bundle.cli import build, change, console, measure, pods, predict, serve
+from bundle.cli import build, capacity, change, console, measure, pods, predict, serve
 from bundle.paths import ROOT
 
 app = console.program(__doc__, completion=True)
-for commands in (serve.app, change.app, predict.app, build.app, measure.app, pods.app):
+for commands in (serve.app, change.app, predict.app, build.app, measure.app, capacity.app, pods.app):
     app.add_typer(commands)
 
 

@@ -1,17 +1,22 @@
 """Describe what a search found: as a table, in words, and as JSON for the evidence."""
 
+import json
 import math
 import subprocess
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from bundle import mar, signing
+from bundle.digests import digest
 from bundle.load.generator import LoadResult, wrk
 from bundle.machine import Record, record
 from bundle.tuning.search import UTILISATION, Arrivals, Point, Score, Verdict, front, meets
 from bundle.tuning.space import Candidate
+from bundle.tuning.trial_server import Input
 
 
 def table(points: list[Point], current: Candidate, best: Candidate, target: float) -> Table:
@@ -113,6 +118,18 @@ def numbers(load: LoadResult) -> dict[str, float | int | None]:
     }
     counts = {"answered": load.answered, "failed": load.failed, "throughput": round(load.throughput, 2)}
     return {"seconds": round(load.seconds, 2), **counts, **latencies}
+
+
+def sent(inputs: list[Input]) -> list[dict]:
+    """Return what was sent, for the evidence."""
+    return [{"file": each.file.name, "bytes": len(each.body), "sha256": digest(each.body)} for each in inputs]
+
+
+def content(archive: Path) -> str:
+    """Return a digest of an archive's content, without its settings and the time of its build."""
+    left_out = {mar.MANIFEST, mar.manifest(archive).get("configFile")}
+    members = signing.read(archive).digests
+    return digest(json.dumps({name: members[name] for name in sorted(members) if name not in left_out}))
 
 
 def machine(cores: int) -> Record:

@@ -10,9 +10,10 @@ from bundle.build.imports import import_file, imports_from
 from bundle.paths import ROOT
 
 ALLOWED = {
-    "cli": {"build", "bulk", "server", "setup", "supervisor", "tuning", "load"},
+    "cli": {"build", "bulk", "capacity", "server", "setup", "supervisor", "tuning", "load"},
     "build": set(),
     "bulk": {"server"},
+    "capacity": {"load", "server", "tuning"},
     "server": set(),
     "setup": set(),
     "supervisor": {"server"},

@@ -1,0 +1,109 @@
+"""Measure one replica: closed loops, from which its queue is known, and an open loop, which checks it."""
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bundle.capacity.figures import Check, Figures, Identity, Point
+from bundle.catalog import ModelFolder
+from bundle.errors import BundleError
+from bundle.load.generator import LoadResult
+from bundle.server.process import Server
+from bundle.tuning.search import SHORTEST, medians, shortest
+from bundle.tuning.space import Candidate, powers
+from bundle.tuning.trial_server import Input, Service, TrialServer
+
+ROUNDS = 3  # of the closed loops; the medians count, so that other work on the machine affects all loads alike
+LEAST_SECONDS = 1.5  # of a closed loop
+CHECK_SECONDS = 6.0  # of the open loop
+CHECKED = 0.7  # share of the capacity at which it runs
+TIMEOUT = 10.0  # seconds until an unanswered request has failed
+WARM_UP_SECONDS, WARM_UPS = 2.0, 8  # Java compiles what it runs often: its first thousands of requests are slow
+STEADY = 0.05  # a warm-up that gains less is the last
+
+Show = Callable[[str, float], None]
+
+
+def measure(
+    folder: ModelFolder, archive: Path, inputs: list[Input], show: Show, run_dir: Path | None = None
+) -> Figures:
+    """Measure one replica with the model's own settings, on a TorchServe of its own.
+
+    Args:
+        inputs: what to send; several take turns.
+        show: receives the current step, and the share of the work that is done.
+        run_dir: the run folder of that server; by default, a folder in that of `make serve`.
+
+    Raises:
+        BundleError: the model cannot be served, or requests failed.
+    """
+    now = Identity.of(folder, archive, inputs)
+    with tempfile.TemporaryDirectory(prefix="capacity-") as store:
+        trial = TrialServer(folder, archive, inputs, run_dir or Server().run_dir / "capacity", Path(store))
+        with trial.server.lock(), trial, trial.started(now.settings) as service:
+            return measured(service, now, show)
+
+
+def measured(service: Service, now: Identity, show: Show) -> Figures:
+    """Measure a replica that is served already; see `measure`."""
+    numbers = clients(now.settings)
+    full = numbers[-1]
+    show("warm-up", 0.0)
+    warm_up(service, full)
+    alone = service.load(1, SHORTEST, TIMEOUT)
+    seconds = max(LEAST_SECONDS, shortest(alone.p50, len(service.inputs)))
+    timeout = max(TIMEOUT, 100 * alone.p50)
+    rounds: list[dict[int, LoadResult]] = []
+    load_cores = 0.0
+    for turn in range(ROUNDS):
+        rounds.append({})
+        for place, number in enumerate(numbers):
+            show(f"round {turn + 1} of {ROUNDS}, {number} clients", (turn + place / len(numbers)) / (ROUNDS + 1))
+            spent, began = load_seconds(), time.monotonic()
+            rounds[-1][number] = service.load(number, seconds, timeout)
+            if number == full:
+                load_cores = max(load_cores, (load_seconds() - spent) / (time.monotonic() - began))
+    found = medians(rounds)
+    if failed := sum(load.failed for load in found.values()):
+        raise BundleError(f"{failed} requests failed while {now.model} was measured. See the log: make logs")
+    figures = Figures(
+        of=now,
+        source="measured by bundle capacity",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        request_bytes=max(len(each.body) for each in service.inputs),
+        answer_bytes=service.answer_bytes,
+        memory=service.memory,
+        load_cores=round(load_cores, 3),
+        points=tuple(Point(each, load.throughput, load.p50, load.p95, load.p99) for each, load in found.items()),
+        check=None,
+    )
+    rate = CHECKED * figures.replica().capacity
+    show(f"check: {rate:.0f} requests/s at random times", ROUNDS / (ROUNDS + 1))
+    load = service.random_arrivals(rate, max(CHECK_SECONDS, seconds), timeout)
+    return replace(figures, check=Check(rate, load.p50, load.p99))
+
+
+def clients(settings: Candidate) -> list[int]:
+    """Return the numbers of clients to measure: one, and those that fill batches of 1, 2, 4 ... requests."""
+    sizes = {*powers(settings.batch_size), settings.batch_size}
+    return sorted({1, *((settings.workers + 1) * size for size in sizes)})
+
+
+def warm_up(service: Service, number: int) -> None:
+    """Load a replica until it gets no faster."""
+    best = 0.0
+    for _ in range(WARM_UPS):
+        throughput = service.load(number, WARM_UP_SECONDS, TIMEOUT).throughput
+        if throughput < (1 + STEADY) * best:
+            return
+        best = throughput
+
+
+def load_seconds() -> float:
+    """Return the processor time of the child processes that have ended: nearly all of it is the load generator's."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime

@@ -1,0 +1,131 @@
+"""The command that plans: how many replicas a rate needs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bundle.cli.console import console, errors, note, progress
+from bundle.cli.measure import BUSY
+from bundle.cli.parameters import duration, model_names
+from bundle.errors import BundleError
+
+if TYPE_CHECKING:  # torch comes with them
+    from bundle.capacity.figures import Figures, Identity
+    from bundle.catalog import ModelFolder
+    from bundle.tuning.trial_server import Input
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Examples: `bundle capacity image --rate 5000 --p99 100ms` · `bundle capacity text --rate 1e5 --p99 50ms"
+    " --spare 2 --json` · `bundle capacity image --rate 200 --p99 1s --input photo.jpg --again`"
+)
+def capacity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", autocompletion=model_names, help="A folder in models/.")],
+    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second, for all replicas together.")],
+    p99: Annotated[
+        float,
+        typer.Option(parser=duration, metavar="DURATION", help="Latency that 99 % of the answers must keep."),
+    ],
+    spare: Annotated[int, typer.Option(min=0, help="How many replicas may be missing.")] = 1,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--input", "-i", exists=True, dir_okay=False,
+            help="An input to send; several take turns. By default, the model's sample.",
+        ),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure, also if there are figures already.")] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Measure, also while other processes use the machine.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:  # fmt: skip
+    """Plan how many replicas a rate of requests needs to keep a latency target.
+
+    A replica is a server like this machine, which serves this model alone, with the settings of its model-config.yaml.
+    The first question measures one for about a minute, unless `bundle tune` has measured these settings. The figures
+    are kept in build/capacity for further questions. Leave the machine alone while it measures.
+    """
+    from bundle.build.archive import archive
+    from bundle.capacity.figures import Identity
+    from bundle.capacity.planning import plan
+    from bundle.capacity.report import as_dict, lines, table
+    from bundle.catalog import select
+    from bundle.server.process import Server
+    from bundle.tuning.tuner import read_inputs, waits_to_fill
+
+    [folder] = select([model])
+    sent = read_inputs(folder, inputs or [])
+    if waits_to_fill(folder):
+        raise BundleError(
+            f"The capacity of {model} cannot be planned: its batches wait to fill (patience: fixed, or "
+            "BUNDLE_FRONTEND_OFF=gather). The model of the queue is that of workers that take what waits."
+        )
+    with errors.status(f"archive {folder.name}"):
+        built = archive(folder, Server().store).path
+    now = Identity.of(folder, built, sent)
+    figures = None if again else usable(folder, now)
+    if figures is None:
+        figures = measured(folder, built, sent, anyway)
+    found = plan(figures.replica(), rate, p99, spare)
+    if as_json:
+        console.print_json(data=as_dict(found, figures))
+        return
+    console.print(table(found, model))
+    for line in lines(found, figures):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def usable(folder: "ModelFolder", now: "Identity") -> "Figures | None":
+    """Return figures of this model as it is now, on this machine; say why earlier ones are not."""
+    from bundle.capacity.figures import KEPT, kept, tuned
+    from bundle.paths import relative
+
+    file = KEPT / f"{folder.name}.json"
+    for figures, place in ((kept(folder.name), file), (tuned(folder), folder.path / "tuning.json")):
+        if figures:
+            difference = now.difference(figures.of)
+            if not difference:
+                return figures
+            note(f"{relative(place)} is not used: it is {difference}.")
+    return None
+
+
+def measured(folder: "ModelFolder", archive: Path, sent: "list[Input]", anyway: bool) -> "Figures":
+    """Measure one replica with a progress bar, and keep the figures.
+
+    Raises:
+        BundleError: the machine is busy, or nothing can be measured.
+    """
+    from bundle.capacity.figures import keep
+    from bundle.capacity.measurement import measure
+    from bundle.load.generator import wrk
+
+    wrk()
+    if not anyway:
+        check_idle()
+    with progress() as bars:
+        task = bars.add_task(folder.name, total=1.0, state="starts TorchServe")
+        figures = measure(folder, archive, sent, lambda step, share: bars.update(task, completed=share, state=step))
+        bars.update(task, completed=1.0, state="measured")
+    keep(figures)
+    return figures
+
+
+def check_idle() -> None:
+    """Check that nothing else uses the machine.
+
+    Raises:
+        BundleError: other processes do.
+    """
+    import psutil
+
+    busy = psutil.cpu_percent(interval=1)
+    if busy > BUSY:
+        raise BundleError(
+            f"Other processes use {busy:.0f} % of the CPU, so the figures would be too low. End them, or measure "
+            "nevertheless: --anyway"
+        )

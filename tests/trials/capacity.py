@@ -1,0 +1,246 @@
+"""Check the capacity model against one and two replicas on this machine.
+
+python -m tests.trials.capacity image=40ms audio=40ms
+
+Each replica is a TorchServe with one worker of one thread, and all of its processes are pinned to one core. The model
+knows what `bundle capacity` measures of the first replica. Then requests come at random times, at loads that rise, to
+the first replica and, through nginx with `least_conn`, to both: up to which rate do they keep the target, and what is
+the p99 at 50 % and 70 % of the capacity?
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bundle.build.archive import archive
+from bundle.capacity.figures import Figures, Identity
+from bundle.capacity.measurement import measured
+from bundle.capacity.planning import highest_rate
+from bundle.capacity.queueing import Latency, latency
+from bundle.catalog import ModelFolder, select
+from bundle.cli.capacity import check_idle
+from bundle.cli.console import note, progress
+from bundle.durations import seconds as parse
+from bundle.errors import BundleError
+from bundle.load.generator import LoadResult, open_loop
+from bundle.paths import ROOT
+from bundle.server.ports import free_ports
+from bundle.tuning.trial_server import Service, TrialServer
+from bundle.tuning.tuner import read_inputs
+from tests.support import wait_for
+from tests.trials import reliability
+
+DOCUMENT = ROOT / "docs" / "capacity.md"
+CORES = (0, 1)  # of the replicas
+SHARES = (0.5, 0.7)  # of the capacity
+CONNECTIONS = 256
+STEPS = 4  # of a search for the highest rate: the interval becomes 16 times smaller
+BELOW, ABOVE = 0.6, 1.2  # of the model's highest rate: the interval at the beginning
+PROXY = """
+daemon off;
+pid {folder}/pid;
+error_log stderr crit;
+worker_processes 1;
+events {{ worker_connections 2048; }}
+http {{
+    access_log off;
+    client_body_buffer_size 16m;
+    client_max_body_size 16m;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/unused;
+    scgi_temp_path {folder}/unused;
+    uwsgi_temp_path {folder}/unused;
+    upstream replicas {{
+        least_conn;
+        {servers}
+        keepalive 256;
+    }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://replicas;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_next_upstream off;
+        }}
+    }}
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model's replicas did, and what the capacity model says.
+
+    Attributes:
+        replicas: their number.
+        loads: for each share of the capacity, what was measured, and what the model says.
+        rate: the highest measured rate that keeps the target, in requests/s.
+        said: the model's highest rate.
+    """
+
+    model: str
+    target: float
+    replicas: int
+    loads: dict[float, tuple[LoadResult, Latency]]
+    rate: float
+    said: float
+
+    @property
+    def error(self) -> float:
+        """The difference of the highest rates, as a share of the measured one."""
+        return self.said / self.rate - 1
+
+
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Pin this process, and the processes that it starts in the block, to one core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def proxy(upstreams: list[str], folder: Path) -> Iterator[str]:
+    """Run nginx in front of servers (host:port), and yield its URL."""
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        raise BundleError("nginx is missing. Install it: apt-get install nginx-light")
+    [port] = free_ports(1)
+    folder.mkdir()
+    servers = "\n        ".join(f"server {each};" for each in upstreams)
+    file = folder / "nginx.conf"
+    file.write_text(PROXY.format(folder=folder, port=port, servers=servers))
+    run = subprocess.Popen([program, "-p", str(folder), "-c", str(file)])
+    try:
+        wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text().strip() != "", 10)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        run.terminate()
+        run.wait()
+
+
+def start(stack: ExitStack, folder: ModelFolder, built: Path, core: int, root: Path) -> tuple[Service, Identity]:
+    """Start a replica on a core, and return it with what its figures are of."""
+    inputs = read_inputs(folder, [])
+    store = root / f"store-{core}"
+    store.mkdir()
+    with pinned(core):
+        now = Identity.of(folder, built, inputs)
+        now = replace(now, settings=replace(now.settings, workers=1, threads=1))
+        trial = stack.enter_context(TrialServer(folder, built, inputs, root / f"run-{core}", store))
+        return stack.enter_context(trial.started(now.settings)), now
+
+
+def search(meets: Callable[[float], bool], low: float, high: float, steps: int) -> float:
+    """Return the highest rate that keeps the target, between two rates, by halving the interval.
+
+    A rate has missed the target when it misses it twice: other work on the machine may have caused one miss.
+    """
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if meets(middle) or meets(middle) else (low, middle)
+    return (low + high) / 2
+
+
+def check_model(
+    folder: ModelFolder, target: float, seconds: float, show: Callable[[str], None]
+) -> tuple[Figures, list[Result]]:
+    """Measure one and two replicas of a model."""
+    with tempfile.TemporaryDirectory(prefix="capacity-trial-") as temporary, ExitStack() as stack:
+        root = Path(temporary)
+        built = archive(folder, root / "built").path
+        show("starts the replicas")
+        services = []
+        for core in CORES:
+            service, now = start(stack, folder, built, core, root)
+            services.append(service)
+        sent = services[0].inputs[0]
+        with pinned(CORES[1]):  # the second replica is idle meanwhile: its core is free for the load generator
+            figures = measured(services[0], now, lambda step, _: show(step))
+        hosts = [each.url.split("/")[2] for each in services]
+        # TrialServer counts the names of its models, so that both replicas have the same
+        path = services[0].url.partition(hosts[0])[2]
+        urls = {1: services[0].url, 2: stack.enter_context(proxy(hosts, root / "nginx")) + path}
+        open_loop(urls[2], sent.body, sent.headers, 0.9 * figures.replica().capacity, 8.0)  # warms the second one up
+        results = []
+        for replicas, url in urls.items():
+            model, capacity = figures.replica(), replicas * figures.replica().capacity
+
+            def load(rate: float, url: str = url, replicas: int = replicas) -> LoadResult:
+                show(f"{replicas} replicas, {rate:.0f} requests/s")
+                with pinned(CORES[1]) if replicas == 1 else ExitStack():
+                    return open_loop(url, sent.body, sent.headers, rate, seconds, CONNECTIONS)
+
+            def meets(rate: float, load: Callable = load) -> bool:
+                seen = load(rate)
+                return seen.failed == 0 and seen.p99 <= target
+
+            loads = {share: (load(share * capacity), latency(model, replicas, share * capacity)) for share in SHARES}
+            said = highest_rate(model, replicas, target)
+            rate = search(meets, BELOW * said, ABOVE * said, STEPS)
+            results.append(Result(folder.name, target, replicas, loads, rate, said))
+        return figures, results
+
+
+def table(results: list[Result]) -> str:
+    """Return the results as Markdown."""
+    heads = ["model", "p99 target", "replicas", "highest rate", "model says", "error"]
+    heads += [f"p99 at {share:.0%}" for share in SHARES] + [f"model says, {share:.0%}" for share in SHARES]
+    rows = [heads, ["---"] * len(heads)]
+    for each in results:
+        cells = [each.model, f"{1000 * each.target:g} ms", str(each.replicas)]
+        cells += [f"{each.rate:,.0f}/s", f"{each.said:,.0f}/s", f"{each.error:+.0%}"]
+        cells += [f"{1000 * seen.p99:.1f} ms" for seen, _ in each.loads.values()]
+        cells += [f"{1000 * said.p99:.1f} ms" for _, said in each.loads.values()]
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL=P99", help="By default, image=40ms and audio=40ms.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Of a measurement with requests at random times.")] = 6.0,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Measure, also while other processes are busy.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write the results into docs/capacity.md.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write everything as JSON.")] = None,
+) -> None:
+    """Check the capacity model against one and two replicas, each on one core."""
+    targets = {
+        name: parse(p99) for name, _, p99 in (each.partition("=") for each in models or ["image=40ms", "audio=40ms"])
+    }
+    if not anyway:
+        check_idle()
+    results, kept = [], {}
+    with progress() as bars:
+        for folder in select(list(targets)):
+            task = bars.add_task(folder.name, total=None, state="")
+            figures, found = check_model(
+                folder, targets[folder.name], seconds, lambda step: bars.update(task, state=step)
+            )
+            results += found
+            kept[folder.name] = {"figures": asdict(figures), "results": [asdict(each) for each in found]}
+    text = f"{reliability.about()} {seconds:g} s for each measurement.\n\n{table(results)}"
+    note(text)
+    if output:
+        output.write_text(json.dumps(kept, indent=1))
+    if write:
+        reliability.write_section("checked", text, DOCUMENT)
+
+
+if __name__ == "__main__":
+    reliability.run(main, "tests.trials.capacity", " image=40ms", " --write")
