@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from bundle.tuning.space import Candidate
 from bundle.tuning.trial_server import Input
 
 KEPT = ROOT / "build" / "capacity"
-LEAST_POINTS = 3
 MACHINE = ("cpu", "cores", "gpus", "versions")  # what decides the speed
 QUANTILES = 200  # of the spread
 
@@ -113,25 +113,30 @@ class Figures:
     points: tuple[Point, ...]
     check: Check | None
 
+    @cached_property
     def replica(self) -> Replica:
-        """Return what a replica needs for its requests.
+        """What a replica needs for its requests: a time for each batch, and a time for each request in it.
 
-        In a closed loop of k clients, the W workers have a batch each and one waits, because a worker that becomes free
-        takes all that waits. So there are W + 1 groups, of k / (W + 1) requests on average, or of the largest batch if
-        that is less. W workers answered them at the measured throughput, which says how long a batch of this size
-        takes. It includes the frontend's share, and whatever workers and frontend take from each other.
+        Two loads tell them apart. With one client more than workers, a worker that becomes free finds one request: W
+        workers answer W requests in the time of a batch of one. With a batch more than the workers take, it finds a
+        full batch. In between, batches are equal only with one worker. The times include the frontend's
+        share, and whatever workers and frontend take from each other.
+
+        Raises:
+            ValueError: a load is missing.
         """
         workers, largest = self.of.settings.workers, self.of.settings.batch_size
-        measured: dict[float, float] = {}
-        for point in self.points:
-            if point.clients > workers:
-                size = min(float(largest), point.clients / (workers + 1))
-                measured[size] = min(measured.get(size, np.inf), workers * size / point.throughput)
-        sizes = sorted(measured)
-        # a larger batch takes no less time: where it seems so, something disturbed the measurement
-        seconds = np.maximum.accumulate([measured[size] for size in sizes])
-        service = np.interp(np.arange(1, largest + 1), sizes, seconds)
         lone = self.points[0]
+        few = next((point for point in self.points if point.clients > workers), None)
+        many = [point for point in self.points if point.clients >= (workers + 1) * largest]
+        if lone.clients != 1 or few is None or not many or (workers > 1 and few.clients >= 2 * (workers + 1)):
+            raise ValueError("Figures need one client, one more than workers, and a batch more than they take.")
+        small = min(float(largest), few.clients / (workers + 1))
+        seconds = workers * small / few.throughput
+        full = workers * largest / max(point.throughput for point in many)
+        # a full batch takes no less time: where it seems so, something disturbed the measurement
+        each = max(0.0, full - seconds) / max(1.0, largest - small)
+        service = np.maximum(seconds + each * (np.arange(1, largest + 1) - small), each)
         transit = max(0.0, 1 / lone.throughput - service[0])
         return Replica(tuple(service.tolist()), workers, float(transit), spread(lone))
 
@@ -169,7 +174,7 @@ def kept(model: str, folder: Path | None = None) -> Figures | None:
 
 
 def tuned(folder: ModelFolder) -> Figures | None:
-    """Return the tuner's figures of the model's settings; None if it has measured too few loads of them."""
+    """Return the tuner's figures of the model's settings; None if it has not measured the loads that are needed."""
     try:
         found = json.loads((folder.path / "tuning.json").read_text())
         settings = tuner.current_settings(folder)
@@ -181,10 +186,8 @@ def tuned(folder: ModelFolder) -> Figures | None:
                 best = points.get(point.clients)  # what disturbs a measurement makes it slower
                 if best is None or point.throughput > best.throughput:
                     points[point.clients] = point
-        if len(points) < LEAST_POINTS or 1 not in points:
-            return None
         digests = tuple(each["sha256"] for each in found["inputs"])
-        return Figures(
+        figures = Figures(
             of=Identity(found["model"], found["machine"], found["archive"], settings, digests),
             source="measured by make tune",
             date=found["date"],
@@ -195,7 +198,8 @@ def tuned(folder: ModelFolder) -> Figures | None:
             points=tuple(points[clients] for clients in sorted(points)),
             check=checked_by_tuner(found, settings),
         )
-    except (OSError, ValueError, TypeError, KeyError):
+        return figures if figures.replica else None
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
 
 

@@ -8,18 +8,21 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from bundle.capacity.figures import Check, Figures, Identity, Point
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.load.generator import LoadResult
 from bundle.server.process import Server
 from bundle.tuning.search import SHORTEST, medians, shortest
-from bundle.tuning.space import Candidate, powers
+from bundle.tuning.space import Candidate
 from bundle.tuning.trial_server import Input, Service, TrialServer
 
+DISTURBED = 0.1  # share of the machine's processor time that others may take meanwhile
 ROUNDS = 3  # of the closed loops; the medians count, so that other work on the machine affects all loads alike
-LEAST_SECONDS = 1.5  # of a closed loop
-CHECK_SECONDS = 6.0  # of the open loop
+LEAST_SECONDS = 2.0  # of a closed loop
+CHECK_SECONDS = 8.0  # of the open loop
 CHECKED = 0.7  # share of the capacity at which it runs
 TIMEOUT = 10.0  # seconds until an unanswered request has failed
 WARM_UP_SECONDS, WARM_UPS = 2.0, 8  # Java compiles what it runs often: its first thousands of requests are slow
@@ -29,7 +32,12 @@ Show = Callable[[str, float], None]
 
 
 def measure(
-    folder: ModelFolder, archive: Path, inputs: list[Input], show: Show, run_dir: Path | None = None
+    folder: ModelFolder,
+    archive: Path,
+    inputs: list[Input],
+    show: Show,
+    run_dir: Path | None = None,
+    anyway: bool = False,
 ) -> Figures:
     """Measure one replica with the model's own settings, on a TorchServe of its own.
 
@@ -37,15 +45,25 @@ def measure(
         inputs: what to send; several take turns.
         show: receives the current step, and the share of the work that is done.
         run_dir: the run folder of that server; by default, a folder in that of `make serve`.
+        anyway: whether figures count although other processes used the machine.
 
     Raises:
-        BundleError: the model cannot be served, or requests failed.
+        BundleError: the model cannot be served, requests failed, or other processes used the machine.
     """
     now = Identity.of(folder, archive, inputs)
     with tempfile.TemporaryDirectory(prefix="capacity-") as store:
         trial = TrialServer(folder, archive, inputs, run_dir or Server().run_dir / "capacity", Path(store))
         with trial.server.lock(), trial, trial.started(now.settings) as service:
-            return measured(service, now, show)
+            before = seconds_of_others(trial.running.pid), time.monotonic()
+            figures = measured(service, now, show)
+            busy = seconds_of_others(trial.running.pid) - before[0]
+            share = busy / (time.monotonic() - before[1]) / (psutil.cpu_count() or 1)
+    if share > DISTURBED and not anyway:
+        raise BundleError(
+            f"Other processes used {share:.0%} of the CPU meanwhile, so the figures are too low, and are not kept. End "
+            "them, or measure nevertheless: --anyway"
+        )
+    return figures
 
 
 def measured(service: Service, now: Identity, show: Show) -> Figures:
@@ -81,16 +99,15 @@ def measured(service: Service, now: Identity, show: Show) -> Figures:
         points=tuple(Point(each, load.throughput, load.p50, load.p95, load.p99) for each, load in found.items()),
         check=None,
     )
-    rate = CHECKED * figures.replica().capacity
+    rate = CHECKED * figures.replica.capacity
     show(f"check: {rate:.0f} requests/s at random times", ROUNDS / (ROUNDS + 1))
     load = service.random_arrivals(rate, max(CHECK_SECONDS, seconds), timeout)
     return replace(figures, check=Check(rate, load.p50, load.p99))
 
 
 def clients(settings: Candidate) -> list[int]:
-    """Return the numbers of clients to measure: one, and those that fill batches of 1, 2, 4 ... requests."""
-    sizes = {*powers(settings.batch_size), settings.batch_size}
-    return sorted({1, *((settings.workers + 1) * size for size in sizes)})
+    """Return the numbers of clients to measure: those that `Figures.replica` needs."""
+    return sorted({1, settings.workers + 1, (settings.workers + 1) * settings.batch_size})
 
 
 def warm_up(service: Service, number: int) -> None:
@@ -101,6 +118,20 @@ def warm_up(service: Service, number: int) -> None:
         if throughput < (1 + STEADY) * best:
             return
         best = throughput
+
+
+def seconds_of_others(server: int) -> float:
+    """Return the processor time that the machine has spent on other things than this command and its server.
+
+    Args:
+        server: the server's process id.
+    """
+    times = psutil.cpu_times()
+    machine = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+    root = psutil.Process(server)
+    own = [process.cpu_times() for process in (root, *root.children(recursive=True), psutil.Process())]
+    ended = load_seconds() + sum(each.children_user + each.children_system for each in own[:-1])
+    return machine - sum(each.user + each.system for each in own) - ended
 
 
 def load_seconds() -> float:

@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-REQUESTS = 200_000  # of a simulation: 2,000 of them are above the p99
+REQUESTS = 100_000  # of a simulation: 1,000 of them are above the p99
 WARM_UP = 0.1  # share of them that finds the queues emptier than later ones do
 SEED = 1  # the same requests for every number of replicas, so that they can be compared
 MOST_REPLICAS = 16  # simulated; of more, each gets the same share, which is a little worse than what they do together
@@ -48,13 +48,14 @@ class Latency:
     p99: float
 
 
-def latency(replica: Replica, replicas: int, rate: float, requests: int = REQUESTS) -> Latency:
+def latency(replica: Replica, replicas: int, rate: float, requests: int | None = None) -> Latency:
     """Return the latency of a number of replicas at a rate.
 
     Args:
         rate: requests/s, for all replicas together.
-        requests: how many to simulate.
+        requests: how many to simulate; by default, `REQUESTS`.
     """
+    requests = requests or REQUESTS
     simulated = min(replicas, MOST_REPLICAS)
     seconds = simulate(replica, simulated, rate * simulated / replicas, requests)
     p50, p99 = np.quantile(seconds[int(WARM_UP * requests) :], (0.50, 0.99))

@@ -31,7 +31,7 @@ def table(plan: Plan, model: str) -> Table:
 
 def lines(plan: Plan, figures: Figures) -> list[str]:
     """Return lines about the size of a replica, the whole, the figures, and how well the model fits them."""
-    settings, machine, replica = figures.of.settings, figures.of.machine, figures.replica()
+    settings, machine, replica = figures.of.settings, figures.of.machine, figures.replica
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     memory = f", {figures.memory / 2**30:.1f} GiB of memory for the workers" if figures.memory else ""
     cores = plan.replicas * machine["cores"]
@@ -59,7 +59,7 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
 
 def as_dict(plan: Plan, figures: Figures) -> dict:
     """Return the plan, what it is made of, and the figures, for JSON; all times are in seconds."""
-    replica = figures.replica()
+    replica = figures.replica
     return {
         **asdict(plan),
         "replica": {

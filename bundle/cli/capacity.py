@@ -70,7 +70,7 @@ def capacity(
     figures = None if again else usable(folder, now)
     if figures is None:
         figures = measured(folder, built, sent, anyway)
-    found = plan(figures.replica(), rate, p99, spare)
+    found = plan(figures.replica, rate, p99, spare)
     if as_json:
         console.print_json(data=as_dict(found, figures))
         return
@@ -109,7 +109,11 @@ def measured(folder: "ModelFolder", archive: Path, sent: "list[Input]", anyway: 
         check_idle()
     with progress() as bars:
         task = bars.add_task(folder.name, total=1.0, state="starts TorchServe")
-        figures = measure(folder, archive, sent, lambda step, share: bars.update(task, completed=share, state=step))
+
+        def show(step: str, share: float) -> None:
+            bars.update(task, completed=share, state=step)
+
+        figures = measure(folder, archive, sent, show, anyway=anyway)
         bars.update(task, completed=1.0, state="measured")
     keep(figures)
     return figures

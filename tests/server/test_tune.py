@@ -19,7 +19,7 @@ from bundle.catalog import ModelFolder
 from bundle.cli.measure import tune_session
 from bundle.errors import BundleError
 from bundle.paths import MODELS, ROOT
-from bundle.tuning import search
+from bundle.tuning import report, search
 from bundle.tuning.session import Session
 from bundle.tuning.tuner import read_inputs
 from tests.support import wait_for
@@ -95,6 +95,10 @@ def test_tuning_with_bad_settings_finds_and_writes_better_ones(
     assert [m for m in within if m["settings"] == best and m["stage"] == "final" and m["answered"] > 10]
     assert found["machine"]["cores"] >= 1
     assert found["machine"]["versions"]["torchserve"] == "0.12.0"
+    # bundle capacity recognises by these what was measured
+    [sent] = found["inputs"]
+    assert sent == report.sent(read_inputs(slow_folder, []))[0]
+    assert found["archive"] == report.content(mar)
 
     assert not servers(run_dir)
     assert not (run_dir / "server.json").exists()

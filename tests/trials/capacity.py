@@ -8,6 +8,7 @@ the first replica and, through nginx with `least_conn`, to both: up to which rat
 the p99 at 50 % and 70 % of the capacity?
 """
 
+import io
 import json
 import os
 import shutil
@@ -31,19 +32,24 @@ from bundle.cli.capacity import check_idle
 from bundle.cli.console import note, progress
 from bundle.durations import seconds as parse
 from bundle.errors import BundleError
+from bundle.files import write_atomically
 from bundle.load.generator import LoadResult, open_loop
 from bundle.paths import ROOT
 from bundle.server.ports import free_ports
+from bundle.tuning.chart import AMBER, GREEN, RED, STYLE
 from bundle.tuning.trial_server import Service, TrialServer
 from bundle.tuning.tuner import read_inputs
+from loadtest.bench.usage import Meter
 from tests.support import wait_for
 from tests.trials import reliability
 
 DOCUMENT = ROOT / "docs" / "capacity.md"
+PICTURE = DOCUMENT.with_suffix(".svg")
 CORES = (0, 1)  # of the replicas
 SHARES = (0.5, 0.7)  # of the capacity
 CONNECTIONS = 256
 STEPS = 4  # of a search for the highest rate: the interval becomes 16 times smaller
+CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95)  # of the capacity
 BELOW, ABOVE = 0.6, 1.2  # of the model's highest rate: the interval at the beginning
 PROXY = """
 daemon off;
@@ -85,6 +91,7 @@ class Result:
     Attributes:
         replicas: their number.
         loads: for each share of the capacity, what was measured, and what the model says.
+        measured: every rate (requests/s) and p99 (s) that was measured.
         rate: the highest measured rate that keeps the target, in requests/s.
         said: the model's highest rate.
     """
@@ -93,6 +100,7 @@ class Result:
     target: float
     replicas: int
     loads: dict[float, tuple[LoadResult, Latency]]
+    measured: list[tuple[float, float]]
     rate: float
     said: float
 
@@ -114,8 +122,8 @@ def pinned(core: int) -> Iterator[None]:
 
 
 @contextmanager
-def proxy(upstreams: list[str], folder: Path) -> Iterator[str]:
-    """Run nginx in front of servers (host:port), and yield its URL."""
+def proxy(upstreams: list[str], folder: Path) -> Iterator[tuple[str, int]]:
+    """Run nginx in front of servers (host:port), and yield its URL and its process id."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if program is None:
         raise BundleError("nginx is missing. Install it: apt-get install nginx-light")
@@ -127,14 +135,14 @@ def proxy(upstreams: list[str], folder: Path) -> Iterator[str]:
     run = subprocess.Popen([program, "-p", str(folder), "-c", str(file)])
     try:
         wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text().strip() != "", 10)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", run.pid
     finally:
         run.terminate()
         run.wait()
 
 
-def start(stack: ExitStack, folder: ModelFolder, built: Path, core: int, root: Path) -> tuple[Service, Identity]:
-    """Start a replica on a core, and return it with what its figures are of."""
+def start(stack: ExitStack, folder: ModelFolder, built: Path, core: int, root: Path) -> tuple[Service, Identity, int]:
+    """Start a replica on a core; return it with what its figures are of, and with the server's process id."""
     inputs = read_inputs(folder, [])
     store = root / f"store-{core}"
     store.mkdir()
@@ -142,7 +150,7 @@ def start(stack: ExitStack, folder: ModelFolder, built: Path, core: int, root: P
         now = Identity.of(folder, built, inputs)
         now = replace(now, settings=replace(now.settings, workers=1, threads=1))
         trial = stack.enter_context(TrialServer(folder, built, inputs, root / f"run-{core}", store))
-        return stack.enter_context(trial.started(now.settings)), now
+        return stack.enter_context(trial.started(now.settings)), now, trial.running.pid
 
 
 def search(meets: Callable[[float], bool], low: float, high: float, steps: int) -> float:
@@ -164,35 +172,44 @@ def check_model(
         root = Path(temporary)
         built = archive(folder, root / "built").path
         show("starts the replicas")
-        services = []
+        services, pids = [], []
         for core in CORES:
-            service, now = start(stack, folder, built, core, root)
+            service, now, pid = start(stack, folder, built, core, root)
             services.append(service)
+            pids.append(pid)
         sent = services[0].inputs[0]
         with pinned(CORES[1]):  # the second replica is idle meanwhile: its core is free for the load generator
             figures = measured(services[0], now, lambda step, _: show(step))
         hosts = [each.url.split("/")[2] for each in services]
         # TrialServer counts the names of its models, so that both replicas have the same
         path = services[0].url.partition(hosts[0])[2]
-        urls = {1: services[0].url, 2: stack.enter_context(proxy(hosts, root / "nginx")) + path}
-        open_loop(urls[2], sent.body, sent.headers, 0.9 * figures.replica().capacity, 8.0)  # warms the second one up
+        balanced, pid = stack.enter_context(proxy(hosts, root / "nginx"))
+        urls = {1: services[0].url, 2: balanced + path}
+        meter = Meter((*pids, pid))
+        open_loop(urls[2], sent.body, sent.headers, 0.9 * figures.replica.capacity, 8.0)  # warms the second one up
         results = []
         for replicas, url in urls.items():
-            model, capacity = figures.replica(), replicas * figures.replica().capacity
+            model, capacity = figures.replica, replicas * figures.replica.capacity
 
-            def load(rate: float, url: str = url, replicas: int = replicas) -> LoadResult:
+            points: list[tuple[float, float]] = []
+
+            def load(rate: float, url: str = url, replicas: int = replicas, points: list = points) -> LoadResult:
                 show(f"{replicas} replicas, {rate:.0f} requests/s")
                 with pinned(CORES[1]) if replicas == 1 else ExitStack():
-                    return open_loop(url, sent.body, sent.headers, rate, seconds, CONNECTIONS)
+                    seen = open_loop(url, sent.body, sent.headers, rate, seconds, CONNECTIONS)
+                points.append((rate, seen.p99))
+                return seen
 
-            def meets(rate: float, load: Callable = load) -> bool:
+            def meets(rate: float, load: Callable[[float], LoadResult] = load) -> bool:
                 seen = load(rate)
                 return seen.failed == 0 and seen.p99 <= target
 
             loads = {share: (load(share * capacity), latency(model, replicas, share * capacity)) for share in SHARES}
             said = highest_rate(model, replicas, target)
             rate = search(meets, BELOW * said, ABOVE * said, STEPS)
-            results.append(Result(folder.name, target, replicas, loads, rate, said))
+            results.append(Result(folder.name, target, replicas, loads, points, rate, said))
+        _, others = meter.read()
+        note(f"{folder.name}: other processes used {others:.1%} of the CPU meanwhile.")
         return figures, results
 
 
@@ -210,11 +227,35 @@ def table(results: list[Result]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def picture(figures: dict[str, Figures], results: list[Result]) -> bytes:
+    """Return a chart of p99 against load, as SVG: the model's curves, and what was measured."""
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(STYLE):
+        panes = pyplot.subplots(1, len(figures), figsize=(5 * len(figures), 4), layout="constrained", squeeze=False)
+        figure, [row] = panes
+        for axes, (name, each) in zip(row, figures.items(), strict=True):
+            axes.set(title=name, xlabel="requests/s", ylabel="p99 latency, ms (log)", yscale="log")
+            for result, colour in zip([one for one in results if one.model == name], (GREEN, AMBER), strict=False):
+                rates = [share * result.replicas * each.replica.capacity for share in CURVE]
+                said = [1000 * latency(each.replica, result.replicas, rate).p99 for rate in rates]
+                axes.plot(rates, said, color=colour, label=f"model, {result.replicas} replicas")
+                rates, seen = zip(*result.measured, strict=True)
+                axes.scatter(rates, [1000 * one for one in seen], s=16, color=colour, label="measured")
+                axes.axhline(1000 * result.target, color=RED, linestyle="--", linewidth=1)
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    return buffer.getvalue()
+
+
 def main(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL=P99", help="By default, image=40ms and audio=40ms.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Of a measurement with requests at random times.")] = 6.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Of a measurement with requests at random times.")] = 5.0,
     anyway: Annotated[bool, typer.Option("--anyway", help="Measure, also while other processes are busy.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Write the results into docs/capacity.md.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write everything as JSON.")] = None,
@@ -225,21 +266,24 @@ def main(
     }
     if not anyway:
         check_idle()
-    results, kept = [], {}
+    results: list[Result] = []
+    kept_figures: dict[str, Figures] = {}
     with progress() as bars:
         for folder in select(list(targets)):
             task = bars.add_task(folder.name, total=None, state="")
             figures, found = check_model(
-                folder, targets[folder.name], seconds, lambda step: bars.update(task, state=step)
+                folder, targets[folder.name], seconds, lambda step, task=task: bars.update(task, state=step)
             )
             results += found
-            kept[folder.name] = {"figures": asdict(figures), "results": [asdict(each) for each in found]}
+            kept_figures[folder.name] = figures
     text = f"{reliability.about()} {seconds:g} s for each measurement.\n\n{table(results)}"
     note(text)
     if output:
-        output.write_text(json.dumps(kept, indent=1))
+        figures_of = {name: asdict(each) for name, each in kept_figures.items()}
+        output.write_text(json.dumps({"figures": figures_of, "results": [asdict(each) for each in results]}, indent=1))
     if write:
         reliability.write_section("checked", text, DOCUMENT)
+        write_atomically(PICTURE, picture(kept_figures, results))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,16 @@ def test_rollout_accepts_a_dash_for_standard_input(tmp_path: Path, monkeypatch: 
         (["tune", "image", "--p99", "100"], "'100' is not a duration. Write numbers with units: 100ms"),
         (["tune", "image", "--p99", "1s", "--precision", "fp8"], "'fp8' is not one of: auto, float32, bfloat16"),
         (["tune", "image", "--p99", "1s", "--input", "nonesuch.jpg"], "'nonesuch.jpg' does not exist"),
+        (["capacity", "image", "--p99", "1s"], "Missing option '--rate'"),
+        (["capacity", "nonesuch", "--rate", "5", "--p99", "1s"], "There is no model 'nonesuch'"),
+        (
+            ["capacity", "image", "--rate", "0", "--p99", "1s"],
+            "'--rate': Input should be greater than",
+        ),
+        (
+            ["capacity", "image", "--rate", "5", "--p99", "1s", "--spare", "-1"],
+            "'--spare': Input should be greater than or equal to 0.",
+        ),
         (["profile", "mnist", "--concurrency", "0"], "--concurrency"),
         (["openapi", "mnist", "--running"], "with --running, the document has all models of the server"),
         (["add-model", "x", "--serialized", "nonesuch.pt", "--labels", SAMPLE], "'nonesuch.pt' does not exist"),

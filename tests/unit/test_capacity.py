@@ -1,0 +1,321 @@
+"""The capacity model: the simulated queue against known results, the plan, and the figures that they are made of."""
+
+import json
+from collections import deque
+from dataclasses import replace
+from heapq import heappop, heappush
+from itertools import pairwise
+from math import exp, factorial, log
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bundle.capacity import figures as figures_module
+from bundle.capacity import queueing
+from bundle.capacity.figures import Check, Figures, Identity, Point, keep, kept, tuned
+from bundle.capacity.planning import MOST_MISSING, highest_rate, plan, smallest
+from bundle.capacity.queueing import MOST_REPLICAS, Replica, latency
+from bundle.capacity.report import as_dict, lines, table
+from bundle.catalog import ModelFolder
+from bundle.cli import capacity as command
+from bundle.errors import BundleError
+from bundle.load.generator import LoadResult
+from bundle.tuning import report
+from bundle.tuning.search import UTILISATION, Arrivals, Score, Verdict
+from bundle.tuning.search import Point as TunerPoint
+from bundle.tuning.space import Candidate
+
+LONE = Replica(service=(0.010,), workers=1)  # one request at a time, 100/s
+BATCHES = Replica(service=tuple(0.004 + 0.001 * size for size in range(1, 9)), workers=2)
+
+
+EXACT = 200_000  # requests, for comparisons with known results
+
+
+@pytest.fixture(autouse=True)
+def short_simulations(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queueing, "REQUESTS", 20_000)
+
+
+def exponential(mean: float) -> tuple[float, ...]:
+    """Deviations from the mean that make service times exponential."""
+    quantiles = -mean * np.log(1 - (np.arange(5000) + 0.5) / 5000)
+    return tuple(quantiles - quantiles.mean())
+
+
+def waits_at_most(time: float, rate: float, service: float) -> float:
+    """Return the probability that a request waits at most this long in an M/D/1 queue (Erlang 1909)."""
+    terms = [
+        (rate * (k * service - time)) ** k / factorial(k) * exp(-rate * (k * service - time))
+        for k in range(int(time / service) + 1)
+    ]
+    return (1 - rate * service) * sum(terms)
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [0.3, 0.5, 0.7, 0.8])
+def test_p99_of_constant_service_is_that_of_an_m_d_1_queue(load: float):
+    seen = latency(LONE, 1, 100 * load, EXACT)
+    assert waits_at_most(seen.p99 - 0.010, 100 * load, 0.010) == pytest.approx(0.99, abs=0.002)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
+def test_percentiles_of_exponential_service_are_those_of_an_m_m_1_queue(load: float):
+    seen = latency(replace(LONE, spread=exponential(0.010)), 1, 100 * load, EXACT)
+    assert seen.p99 == pytest.approx(log(100) / (100 - 100 * load), rel=0.06)
+    assert seen.p50 == pytest.approx(log(2) / (100 - 100 * load), rel=0.03)
+
+
+def test_worker_takes_all_that_waits():
+    """A batch of any size takes 10 ms, and one follows another: a request waits for 0 to 10 ms, then 10 ms more."""
+    seen = latency(Replica(service=(0.010,) * 1000, workers=1), 1, 20_000)
+    assert (seen.p50, seen.p99) == pytest.approx((0.015, 0.0199), rel=0.01)
+
+
+def test_transit_is_added_to_every_request():
+    with_transit = latency(replace(LONE, transit=0.005), 1, 50)
+    without = latency(LONE, 1, 50)
+    assert (with_transit.p50, with_transit.p99) == pytest.approx((without.p50 + 0.005, without.p99 + 0.005))
+
+
+def test_capacity_is_that_of_the_fastest_batch():
+    assert LONE.capacity == pytest.approx(100)
+    assert BATCHES.capacity == pytest.approx(2 * 8 / 0.012)
+    assert Replica(service=(0.001, 0.004), workers=1).capacity == pytest.approx(1000)
+
+
+def test_p99_rises_with_the_rate_and_falls_with_replicas():
+    by_rate = [latency(BATCHES, 2, share * 2 * BATCHES.capacity).p99 for share in (0.2, 0.4, 0.6, 0.8, 0.95)]
+    assert by_rate == sorted(by_rate)
+    by_replicas = [latency(BATCHES, replicas, 2000).p99 for replicas in (2, 3, 4, 6)]
+    assert by_replicas == sorted(by_replicas, reverse=True)
+
+
+def test_replicas_together_are_no_worse_than_each_alone():
+    alone, together = (latency(LONE, replicas, 70 * replicas).p99 for replicas in (1, 4))
+    assert together < 0.7 * alone
+
+
+def test_many_replicas_are_as_good_as_those_that_are_simulated():
+    many, some = (latency(BATCHES, count, 900 * count) for count in (100 * MOST_REPLICAS, MOST_REPLICAS))
+    assert (many.p50, many.p99) == pytest.approx((some.p50, some.p99))
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_plan_keeps_the_target_without_the_spare_replicas_and_one_fewer_would_not():
+    for rate, target, spare in ((5000, 0.012, 1), (5000, 0.012, 0), (300, 0.030, 2), (90_000, 0.025, 1)):
+        found = plan(BATCHES, rate, target, spare)
+        assert found.left.p99 <= target
+        assert found.whole.p99 <= target
+        assert found.load <= UTILISATION
+        assert found.load_left <= MOST_MISSING
+        fewer = found.replicas - 1
+        too_few = fewer - spare < 1 or latency(BATCHES, fewer - spare, rate).p99 > target
+        too_busy = rate > UTILISATION * fewer * BATCHES.capacity
+        assert too_few or too_busy or rate > MOST_MISSING * (fewer - spare) * BATCHES.capacity
+
+
+def test_plan_grows_with_the_rate_the_spare_replicas_and_a_shorter_target():
+    rates = [plan(BATCHES, rate, 0.030, 1).replicas for rate in (10, 1000, 5000, 50_000)]
+    assert rates == sorted(rates)
+    assert rates[0] == 2
+    spares = [plan(BATCHES, 5000, 0.030, spare).replicas for spare in (0, 1, 2, 5)]
+    assert all(later >= earlier for earlier, later in pairwise(spares))
+    assert plan(BATCHES, 5000, 0.009, 1).replicas > plan(BATCHES, 5000, 0.030, 1).replicas
+
+
+def test_target_below_the_service_time_is_impossible():
+    with pytest.raises(BundleError, match="No number of replicas keeps a p99 of 4 ms: a request that waits for no"):
+        plan(BATCHES, 10, 0.004, 1)
+
+
+def test_highest_rate_keeps_the_target():
+    rate = highest_rate(BATCHES, 2, 0.020)
+    assert latency(BATCHES, 2, rate).p99 <= 0.020
+    assert latency(BATCHES, 2, 1.02 * rate).p99 > 0.020
+    assert highest_rate(BATCHES, 1, 0.001) == 0
+
+
+@pytest.mark.parametrize("wanted", [3, 4, 5, 17, 100])
+def test_smallest_number_is_found(wanted: int):
+    assert smallest(lambda number: number >= wanted, 3) == wanted
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+MACHINE = {"cpu": "A", "cores": 2, "gpus": [], "versions": {"torch": "2"}, "memory_gib": 8.0, "system": "Linux"}
+SETTINGS = Candidate(workers=2, threads=1, batch_size=8, delay=1)
+OF = Identity("toy", MACHINE, "digest", SETTINGS, ("input",))
+
+
+def closed_loop(replica: Replica, clients: int, batches: int = 4000) -> float:
+    """Return the throughput of clients that send again `transit` seconds after their answer, by simulation."""
+    arrivals = [(0.0001 * client, client) for client in range(clients)]
+    ends: list[tuple[float, int, int]] = []
+    queue: deque[int] = deque()
+    idle, answered, now = replica.workers, 0, 0.0
+    for number in range(batches):
+        while not (queue and idle):
+            if arrivals and (not ends or arrivals[0][0] <= ends[0][0]):
+                now, client = heappop(arrivals)
+                queue.append(client)
+            else:
+                now, _, size = heappop(ends)
+                idle, answered = idle + 1, answered + size
+                for client in range(size):
+                    heappush(arrivals, (now + replica.transit, client))
+        size = min(len(queue), len(replica.service))
+        for _ in range(size):
+            queue.popleft()
+        idle -= 1
+        heappush(ends, (now + replica.service[size - 1], number, size))
+    return answered / now
+
+
+def figures(replica: Replica, numbers: tuple[int, ...]) -> Figures:
+    """Figures of a replica that is exactly what the model takes it for."""
+    lone = replica.service[0] + replica.transit
+    points = tuple(Point(clients, closed_loop(replica, clients), lone, lone, lone) for clients in numbers)
+    settings = replace(SETTINGS, workers=replica.workers, batch_size=len(replica.service))
+    return Figures(replace(OF, settings=settings), "simulated", "today", 5000, 100, 2**30, 0.02, points, None)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_service_times_are_recovered_from_closed_loops(workers: int):
+    replica = Replica(tuple(0.004 + 0.001 * size for size in range(1, 9)), workers, transit=0.0005)
+    found = figures(replica, (1, workers + 1, (workers + 1) * 8)).replica
+    assert found.service == pytest.approx(replica.service, rel=0.03)
+    assert found.transit == pytest.approx(replica.transit, abs=0.0002)
+
+
+def test_one_worker_needs_no_batches_of_one():
+    replica = Replica(tuple(0.004 + 0.001 * size for size in range(1, 9)), 1, transit=0.0005)
+    found = figures(replica, (1, 4, 16)).replica
+    assert found.service == pytest.approx(replica.service, rel=0.03)
+    assert found.transit == pytest.approx(replica.transit, abs=0.0002)
+
+
+def test_full_batch_that_seems_faster_than_a_single_request_takes_as_long():
+    points = tuple(Point(clients, rate, 0.01, 0.01, 0.01) for clients, rate in ((1, 90), (2, 100), (8, 800)))
+    settings = replace(SETTINGS, workers=1, batch_size=4)
+    found = Figures(replace(OF, settings=settings), "", "", 0, 0, 0, 0.0, points, None).replica
+    assert found.service == pytest.approx((0.010, 0.010, 0.010, 0.010))
+
+
+def test_spread_has_the_quantiles_of_a_single_client():
+    point = Point(clients=1, throughput=100, p50=0.010, p95=0.014, p99=0.030)
+    found = np.array(figures_module.spread(point))
+    assert found.mean() == pytest.approx(0)
+    assert np.quantile(found, 0.99) - np.quantile(found, 0.5) == pytest.approx(0.020, rel=0.06)
+
+
+def test_kept_figures_are_read_again(tmp_path: Path):
+    written = replace(figures(BATCHES, (1, 3, 24)), check=Check(700.0, 0.01, 0.02))
+    keep(written, tmp_path)
+    assert kept("toy", tmp_path) == written
+    assert kept("other", tmp_path) is None
+    (tmp_path / "toy.json").write_text('{"of": 3}')
+    assert kept("toy", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"archive": "another"}, "of another archive"),
+        ({"settings": replace(SETTINGS, workers=4)}, "of other settings: workers 4"),
+        ({"inputs": ("another",)}, "of other inputs"),
+        ({"machine": MACHINE | {"cpu": "B"}}, "of another machine, or of other versions: B, 2 cores"),
+        ({"machine": MACHINE | {"versions": {"torch": "3"}}}, "of another machine, or of other versions"),
+        ({"machine": MACHINE | {"memory_gib": 7.9}}, ""),
+    ],
+)
+def test_figures_of_something_else_are_recognised(changed: dict, message: str):
+    assert OF.difference(replace(OF, **changed)).startswith(message)
+    assert bool(OF.difference(replace(OF, **changed))) == bool(message)
+
+
+def load(throughput: float, seconds: float) -> LoadResult:
+    return LoadResult(1.0, round(throughput), 0, throughput, seconds, seconds, seconds, seconds)
+
+
+def evidence(folder: ModelFolder, points: list[TunerPoint], settings: Candidate) -> None:
+    """Write what the tuner writes."""
+    verdict = Verdict(settings, {settings: Score(600.0, -0.02, 24)}, False, "")
+    found = {
+        "model": folder.name,
+        "inputs": [{"file": "a", "bytes": 5, "sha256": "input"}],
+        "archive": "digest",
+        "machine": MACHINE,
+        **report.outcome(settings, verdict, {settings: Arrivals(24, load(420, 0.015))}),
+        **report.measured(points, {}, {}),
+    }
+    (folder.path / "tuning.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ModelFolder:
+    (tmp_path / "toy").mkdir()
+    config = "minWorkers: 2\nmaxWorkers: 2\nbatchSize: 8\nmaxBatchDelay: 1\nhandler: {threads: 1}\n"
+    (tmp_path / "toy" / "model-config.yaml").write_text(f"{config}bundle: {{handler: mnist}}\n")
+    return ModelFolder(tmp_path / "toy")
+
+
+def test_figures_of_the_tuner_are_those_of_the_models_own_settings(folder: ModelFolder):
+    points = [
+        TunerPoint(SETTINGS, "round 1", clients, load(*seen))
+        for clients, seen in ((1, (100, 0.010)), (4, (300, 0.012)), (24, (500, 0.040)))
+    ]
+    points.append(TunerPoint(replace(SETTINGS, workers=1), "round 1", 1, load(900, 0.001)))
+    points.append(TunerPoint(SETTINGS, "final", 24, load(600, 0.038)))
+    evidence(folder, points, SETTINGS)
+    found = tuned(folder)
+    assert found is not None
+    assert OF.difference(found.of) == ""
+    assert [(point.clients, point.throughput) for point in found.points] == [(1, 100), (4, 300), (24, 600)]
+    assert found.check == Check(420, 0.015, 0.015)
+    assert found.replica.capacity == pytest.approx(600)
+
+
+def test_too_few_figures_of_the_tuner_are_none(folder: ModelFolder):
+    assert tuned(folder) is None
+    evidence(folder, [TunerPoint(SETTINGS, "final", clients, load(100, 0.01)) for clients in (1, 6, 24)], SETTINGS)
+    assert tuned(folder) is None
+    evidence(folder, [TunerPoint(SETTINGS, "final", clients, load(100, 0.01)) for clients in (4, 8, 24)], SETTINGS)
+    assert tuned(folder) is None
+
+
+def test_shipped_evidence_without_a_digest_of_its_archive_is_not_used():
+    from bundle.catalog import select
+
+    assert tuned(select(["image"])[0]) is None
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_plan_is_shown_with_its_replica_its_figures_and_a_check():
+    seen = replace(figures(BATCHES, (1, 3, 24)), check=Check(900.0, 0.01, 0.02), load_cores=0.3)
+    found = plan(seen.replica, 5000, 0.030, 1)
+    shown = table(found, "toy")
+    assert shown.title == f"toy: 5,000 requests/s with a p99 of 30 ms need {found.replicas} replicas"
+    assert shown.row_count == 2
+    text = "\n".join(lines(found, seen))
+    assert "a replica: 2 cores, no GPU, workers 2, threads 1, batch 8" in text
+    assert f"in all: {2 * found.replicas} cores" in text
+    assert "204 Mbit/s of bodies" in text
+    assert "p50 10.0 ms, p99 20.0 ms; the model says" in text
+    assert "The load generator took 0.30 of the cores" in text
+    values = json.loads(json.dumps(as_dict(found, seen)))
+    assert values["replicas"] == found.replicas
+    assert values["figures"]["of"]["settings"]["workers"] == 2
+
+
+def test_busy_machine_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 60.0)
+    with pytest.raises(BundleError, match="Other processes use 60 % of the CPU"):
+        command.check_idle()
