@@ -48,9 +48,9 @@ PICTURE = DOCUMENT.with_suffix(".svg")
 CORES = (0, 1)  # of the replicas
 SHARES = (0.5, 0.7)  # of the capacity
 CONNECTIONS = 256
-STEPS = 4  # of a search for the highest rate: the interval becomes 16 times smaller
+STEPS = 5  # of a search for the highest rate: the interval becomes 32 times smaller
 CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95)  # of the capacity
-BELOW, ABOVE = 0.6, 1.2  # of the model's highest rate: the interval at the beginning
+BELOW, ABOVE = 0.4, 1.05  # of the capacity: the interval at the beginning
 PROXY = """
 daemon off;
 pid {folder}/pid;
@@ -206,7 +206,7 @@ def check_model(
 
             loads = {share: (load(share * capacity), latency(model, replicas, share * capacity)) for share in SHARES}
             said = highest_rate(model, replicas, target)
-            rate = search(meets, BELOW * said, ABOVE * said, STEPS)
+            rate = search(meets, BELOW * capacity, ABOVE * capacity, STEPS)
             results.append(Result(folder.name, target, replicas, loads, points, rate, said))
         _, others = meter.read()
         note(f"{folder.name}: other processes used {others:.1%} of the CPU meanwhile.")
@@ -282,8 +282,9 @@ def main(
         figures_of = {name: asdict(each) for name, each in kept_figures.items()}
         output.write_text(json.dumps({"figures": figures_of, "results": [asdict(each) for each in results]}, indent=1))
     if write:
-        reliability.write_section("checked", text, DOCUMENT)
         write_atomically(PICTURE, picture(kept_figures, results))
+        chart = f"![p99 against rate: the model's curves, and what was measured]({PICTURE.name})"
+        reliability.write_section("checked", f"{text}\n\n{chart}", DOCUMENT)
 
 
 if __name__ == "__main__":
