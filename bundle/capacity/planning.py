@@ -53,8 +53,12 @@ def plan(replica: Replica, rate: float, target: float, spare: int) -> Plan:
             "use faster cores, or choose a longer target."
         )
 
+    idle = rate / (
+        IDLE * replica.capacity
+    )  # this many replicas do what one does alone, but for the chance of a simulation
+
     def enough(left: int) -> bool:
-        return latency(replica, left, rate).p99 <= target
+        return left >= idle or latency(replica, left, rate).p99 <= target
 
     # what is left must keep the target; then all together do, too, because each has less to do
     least = max(

@@ -94,9 +94,11 @@ def test_p99_rises_with_the_rate_and_falls_with_replicas():
     assert by_replicas == sorted(by_replicas, reverse=True)
 
 
-def test_replicas_together_are_no_worse_than_each_alone():
-    alone, together = (latency(LONE, replicas, 70 * replicas).p99 for replicas in (1, 4))
-    assert together < 0.7 * alone
+def test_replicas_with_the_fewest_requests_in_flight_get_the_next():
+    """Turns without regard to what is in flight would give two thirds of the p99 of one alone."""
+    replica = replace(LONE, spread=exponential(0.010))
+    alone, together = (latency(replica, replicas, 70 * replicas).p99 for replicas in (1, 4))
+    assert together < 0.5 * alone
 
 
 def test_many_replicas_are_as_good_as_those_that_are_simulated():
@@ -108,7 +110,8 @@ def test_many_replicas_are_as_good_as_those_that_are_simulated():
 
 
 def test_plan_keeps_the_target_without_the_spare_replicas_and_one_fewer_would_not():
-    for rate, target, spare in ((5000, 0.012, 1), (5000, 0.012, 0), (300, 0.030, 2), (90_000, 0.025, 1)):
+    questions = ((5000, 0.012, 1), (5000, 0.012, 0), (300, 0.030, 2), (90_000, 0.025, 1), (2466, 10, 2))
+    for rate, target, spare in questions:
         found = plan(BATCHES, rate, target, spare)
         assert found.left.p99 <= target
         assert found.whole.p99 <= target
