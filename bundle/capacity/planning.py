@@ -53,9 +53,8 @@ def plan(replica: Replica, rate: float, target: float, spare: int) -> Plan:
             "use faster cores, or choose a longer target."
         )
 
-    idle = rate / (
-        IDLE * replica.capacity
-    )  # this many replicas do what one does alone, but for the chance of a simulation
+    # so many replicas are as fast as one alone, but for the chance of a simulation
+    idle = rate / (IDLE * replica.capacity)
 
     def enough(left: int) -> bool:
         return left >= idle or latency(replica, left, rate).p99 <= target
