@@ -110,8 +110,8 @@ def test_full_volume_of_the_store_is_named(volumes: Path):
 
 def test_gate_that_cannot_be_closed_is_named(volumes: Path):
     (volumes / "gate").rmdir()
-    message = f"{volumes}/gate/closed-{own_addresses()[0]} cannot be made: No such file or directory. It makes the proxy wait."
-    assert_refused(volumes, message)
+    file = volumes / "gate" / f"closed-{own_addresses()[0]}"
+    assert_refused(volumes, f"{file} cannot be made: No such file or directory. It makes the proxy wait.")
 
 
 def test_full_volume_of_the_state_is_reported_and_the_server_goes_on(volumes: Path):
