@@ -33,7 +33,7 @@ def test_values_of_the_readme_are_accepted():
     for block in values:
         assert render(block)
     commands = re.findall(r"^(?:helm install|upgrade=).*", "\n".join(blocks("sh")), re.MULTILINE)
-    given = {word for word in re.findall(r"--set ([\w.,=]+)", README) if "pem" not in word}
+    given = {word for word in re.findall(r"--set ([\w.,=:/-]+)", README) if "pem" not in word}
     assert len(commands) >= 3
     assert len(given) >= 3
     for word in given:
