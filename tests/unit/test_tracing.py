@@ -178,3 +178,12 @@ def test_handlers_do_not_import_opentelemetry():
     code = "import sys, handlers.core.batch; sys.exit(any('telemetry' in name for name in sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
+
+
+def test_without_opentelemetry_a_worker_serves_without_traces(worker: DryRun, monkeypatch: pytest.MonkeyPatch, caplog):
+    """Some clusters set the endpoint in every container."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", ENDPOINT["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    monkeypatch.delitem(sys.modules, "handlers.core.spans", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)  # as if it were not installed
+    assert type(tracing.start(worker.handler)) is tracing.Off
+    assert "No traces are sent to http://127.0.0.1:9" in caplog.text
