@@ -117,7 +117,7 @@ def test_gate_that_cannot_be_closed_is_named(volumes: Path):
 def test_full_volume_of_the_state_is_reported_and_the_server_goes_on(volumes: Path):
     said: list[str] = []
     workers = {"m" * FULL_BYTES: 1}  # too long a state
-    options = Options("127.0.0.1", 0, volumes / "state.json", None, 1, 1, 1, workers)
+    options = Options("127.0.0.1", 0, volumes / "state.json", None, 1, 1, 1, 1, workers)
     with full_disk():
         Supervisor(Server(), options, said.append).save()
     assert [line.split(":")[0] for line in said] == ["the state could not be saved"]
