@@ -122,10 +122,11 @@ rm -f "$run/small.sock" # nginx leaves it behind when it is killed
 sed -E -e "s|@TRUSTED_PROXIES@|$trusted|" -e "$replacements" -e "/# if ($drop)\$/,/# end\$/d" \
   /etc/bundle/nginx.conf >"$run/nginx.conf"
 
-# addresses HOST: the addresses of a server, one per line: none while it is down, several when it is scaled
+# addresses HOST: the addresses of a server, one per line: none while it is down, several when it is scaled. Of these,
+# `getent hosts` shows one in Alpine's images, and may leave out those of IPv4 where there are others.
 addresses() {
   case $1 in
-    *[!0-9.]*) getent hosts "$1" | sed -e 's/[[:space:]].*//' -e '/:/s/.*/[&]/' | sort -u ;;
+    *[!0-9.]*) { getent ahostsv4 "$1" || getent ahosts "$1"; } | sed -e 's/[[:space:]].*//' -e '/:/s/.*/[&]/' | sort -u ;;
     *) echo "$1" ;;
   esac
 }
