@@ -5,7 +5,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,11 +95,13 @@ class Relay:
 
     Attributes:
         passed: bytes of all answers.
+        sockets: of all connections. Both sides are closed as soon as one has ended.
     """
 
     def __init__(self, store: Store, cut: int, times: int):
         self.target, self.cut, self.times = int(store.url.rpartition(":")[2]), cut, times
         self.passed = self.connections = 0
+        self.sockets: list[socket.socket] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.accept, daemon=True).start()
@@ -110,21 +112,26 @@ class Relay:
             self.connections += 1
             limit = self.cut if self.connections <= self.times else None
             server = socket.create_connection(("127.0.0.1", self.target))
+            self.sockets += [client, server]
             threading.Thread(target=self.copy, args=(client, server), daemon=True).start()
             threading.Thread(target=self.answer, args=(server, client, limit), daemon=True).start()
 
+    def is_closed(self) -> bool:
+        return all(each.fileno() < 0 for each in self.sockets)
+
     def copy(self, source: socket.socket, to: socket.socket) -> None:
-        try:
+        with suppress(OSError):  # one side has ended
             while data := source.recv(2**16):
                 to.sendall(data)
-        except OSError:
-            pass  # the other side has ended
 
     def answer(self, server: socket.socket, client: socket.socket, limit: int | None) -> None:
         count = 0
-        while (limit is None or count < limit) and (data := server.recv(2**12)):
-            count += len(data)
-            self.passed += len(data)
-            client.sendall(data)
+        with suppress(OSError):  # one side has ended
+            while (limit is None or count < limit) and (data := server.recv(2**12)):
+                count += len(data)
+                self.passed += len(data)
+                client.sendall(data)
         for each in (client, server):
-            each.close() if each.fileno() < 0 else each.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # the other side has ended
+                each.shutdown(socket.SHUT_RDWR)  # which ends `copy`, as close does not
+            each.close()

@@ -26,6 +26,7 @@ from bundle.signing import make_keys, seal
 from tests import programs
 from tests.certificates import Authority
 from tests.server.s3_store import READ, Relay, Store, running
+from tests.support import wait_for
 
 PART = 2**16
 
@@ -229,12 +230,14 @@ def test_interrupted_download_is_continued(bucket: Bucket, tmp_path: Path):
     assert_fetched(fetch(tmp_path, bucket.digest, **bucket.reader, AWS_ENDPOINT_URL=relay.url), tmp_path, bucket)
     assert relay.connections >= 3
     assert relay.passed < len(bucket.content) + 2 * PART, "it began anew"
+    wait_for(relay.is_closed, 10)
 
 
 def test_download_that_is_always_interrupted_is_not_kept_and_can_be_repeated(bucket: Bucket, tmp_path: Path):
     relay = Relay(bucket.store, PART // 8, times=1000)
     refused = fetch(tmp_path, bucket.digest, **bucket.reader, AWS_ENDPOINT_URL=relay.url)
     assert_refused(refused, tmp_path, "s3://models/digits/mnist.mar cannot be downloaded: the connection ended early.")
+    wait_for(relay.is_closed, 10)
     assert_fetched(fetch(tmp_path, bucket.digest, **bucket.reader), tmp_path, bucket)
 
 
