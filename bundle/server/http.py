@@ -52,6 +52,16 @@ def ca_file() -> str | None:
     return named
 
 
+def is_url(text: str) -> bool:
+    """Return whether a text is a URL that can be split and requested."""
+    try:
+        urlsplit(text)
+        requests.Request("GET", text).prepare()
+    except ValueError:  # InvalidURL of requests is one, too; its message has the URL with its secrets
+        return False
+    return True
+
+
 @cache
 def unreadable(file: str) -> str:
     """Return why a file of certificates cannot be read, or ""."""

@@ -2,10 +2,11 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from bundle.errors import BundleError
-from bundle.server.http import ca_file
+from bundle.server.http import ca_file, is_url
 
 URL = re.compile(r"s3://([a-z0-9][a-z0-9._-]+)/(\S+)")
 PART_BYTES = 2**24  # of one request, which has PART_SECONDS, and is repeated and continued if its connection breaks
@@ -14,6 +15,12 @@ CONNECT_SECONDS = 5
 REPETITIONS = 5
 METADATA = re.compile(r"(http\S+)/latest/(api/token|meta-data)")  # the service of an EC2 instance with its credentials
 OF_CERTIFICATES = "SSL_CERT_FILE"  # names the only authorities that the library trusts
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_TOKEN")
+TOKEN_FILE = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
+REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
+ADDRESSES = re.compile("AWS_ENDPOINT.*|AWS_METADATA_ENDPOINT|AWS_CONTAINER_CREDENTIALS_FULL_URI")
+HTTP = re.compile(r"https?://[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+")  # the characters of RFC 3986
+USERINFO = re.compile(r"(?<=://)[^\s/]*@")
 KINDS = {"Timeout": "no answer in time", "Interrupted": "the connection ended early"}
 
 
@@ -39,9 +46,7 @@ def download(url: str, target: Path) -> None:
     found = URL.fullmatch(url)
     assert found, url
     bucket, key = found.groups()
-    for name, address in os.environ.items():
-        if name.startswith("AWS_ENDPOINT") and address and not re.fullmatch(r"https?://[^\s/]+\S*", address):
-            raise BundleError(f"{name} is {address!r}, and must be a URL such as http://minio.example:9000.")
+    check_environment()
     if file := ca_file():
         os.environ[OF_CERTIFICATES] = file
     try:
@@ -65,11 +70,42 @@ def download(url: str, target: Path) -> None:
     # FileNotFoundError is the library's, too: the folder of `target` exists. ValueError is that of keys such as a/../b
     except (BaseError, FileNotFoundError, ValueError) as exc:
         raise BundleError(f"{url} cannot be downloaded: {cause(str(exc)).rstrip('.')}.") from exc
+    except BaseException as exc:
+        if type(exc).__name__ != "PanicException":  # the library's, which has no module to import it from
+            raise
+        raise BundleError(
+            f"{url} cannot be downloaded: {cause(str(exc))}. Check the variables whose names begin with AWS_."
+        ) from exc
+
+
+def check_environment() -> None:
+    """Check the variables that the library puts into headers and URLs. It panics where it cannot.
+
+    Raises:
+        BundleError: one is invalid. The message has no key and no password.
+    """
+    secrets = {name: os.environ.get(name, "") for name in SECRETS}
+    if file := os.environ.get(TOKEN_FILE):
+        with suppress(OSError):  # the library names it, if it needs it
+            secrets[f"The file of {TOKEN_FILE}"] = Path(file).read_text(errors="replace")
+    for name, value in secrets.items():
+        if not re.fullmatch("[!-~]*", value):
+            raise BundleError(
+                f"{name} contains a space, a line break or another character that no key has. `echo KEY | base64` adds "
+                "a line break: use `echo -n KEY | base64`."
+            )
+    for name in REGIONS:
+        if not re.fullmatch("[A-Za-z0-9._-]*", region := os.environ.get(name, "")):
+            raise BundleError(f"{name} is {region!r}, and must be the name of a region such as eu-central-1.")
+    for name, address in os.environ.items():
+        if ADDRESSES.fullmatch(name) and address and not (HTTP.fullmatch(address) and is_url(address)):
+            public = re.sub(r"^(\w+://)?.*@", r"\1", address, flags=re.DOTALL)  # without a password
+            raise BundleError(f"{name} is {public!r}, and must be a URL such as http://minio.example:9000.")
 
 
 def cause(message: str) -> str:
     """Return what one of the library's messages says of the cause: they contain whole answers and chains of errors."""
-    text, _, chain = message.partition("\n\nDebug source:")
+    text, _, chain = USERINFO.sub("", message).partition("\n\nDebug source:")
     if answered := re.search(r"<Code>(\w+)</Code>\s*<Message>(.*?)</Message>", text, re.DOTALL):
         return f"{answered[1]}: {answered[2]}"
     if status := re.search(r"status code: (\d+ \w[\w ]*)", text):

@@ -198,16 +198,19 @@ def test_missing_credentials_are_named(bucket: Bucket, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "reason"),
+    ("userinfo", "endpoint", "reason"),
     [
-        ("http://127.0.0.1:9", "Connection refused"),
-        ("http://minio.invalid:9000", "failed to lookup address information: "),
+        ("", "127.0.0.1:9", "Connection refused"),
+        ("reader:PASSW@RD@", "127.0.0.1:9", "Connection refused"),
+        ("", "minio.invalid:9000", "failed to lookup address information: "),
     ],
 )
-def test_endpoint_that_does_not_answer_is_named(bucket: Bucket, tmp_path: Path, endpoint: str, reason: str):
-    refused = fetch(tmp_path, bucket.digest, **bucket.reader, AWS_ENDPOINT_URL=endpoint)
+def test_endpoint_that_does_not_answer_is_named(
+    bucket: Bucket, tmp_path: Path, userinfo: str, endpoint: str, reason: str
+):
+    refused = fetch(tmp_path, bucket.digest, **bucket.reader, AWS_ENDPOINT_URL=f"http://{userinfo}{endpoint}")
     assert refused.stderr.startswith(
-        f"error: s3://models/digits/mnist.mar cannot be downloaded: {endpoint} does not answer: {reason}"
+        f"error: s3://models/digits/mnist.mar cannot be downloaded: http://{endpoint} does not answer: {reason}"
     )
     assert (refused.status, list(tmp_path.iterdir())) == (1, [])
 
@@ -276,25 +279,63 @@ def test_full_disk_is_named(bucket: Bucket, tmp_path: Path):
     assert_refused(programs.Ended(done.returncode, done.stdout, done.stderr), tmp_path / "new", message)
 
 
+OBJECT = "s3://models/digits.mar"
+OF_A_KEY = "contains a space, a line break or another character that no key has. `echo KEY | base64` adds a line break"
+OF_AN_ADDRESS = "and must be a URL such as http://minio.example:9000."
+OF_A_REGION = "and must be the name of a region such as eu-central-1."
+
+
 @pytest.mark.parametrize(
     ("url", "variables", "message"),
     [
+        (OBJECT, {"AWS_ACCESS_KEY_ID": "PASSW\n"}, f"AWS_ACCESS_KEY_ID {OF_A_KEY}"),
+        (OBJECT, {"AWS_SECRET_ACCESS_KEY": "PASSW\n"}, f"AWS_SECRET_ACCESS_KEY {OF_A_KEY}"),
+        (OBJECT, {"AWS_SESSION_TOKEN": "PASSW\x7f"}, f"AWS_SESSION_TOKEN {OF_A_KEY}"),
+        (OBJECT, {"AWS_REGION": "eu-central-1\n"}, rf"AWS_REGION is 'eu-central-1\n', {OF_A_REGION}"),
+        (OBJECT, {"AWS_DEFAULT_REGION": '"eu"'}, f"AWS_DEFAULT_REGION is '\"eu\"', {OF_A_REGION}"),
+        (OBJECT, {"AWS_ENDPOINT_URL": "minio:9000"}, f"AWS_ENDPOINT_URL is 'minio:9000', {OF_AN_ADDRESS}"),
         (
-            "s3://models/digits.mar", {"AWS_ENDPOINT_URL": "minio:9000"},
-            "AWS_ENDPOINT_URL is 'minio:9000', and must be a URL such as http://minio.example:9000.",
+            OBJECT, {"AWS_ENDPOINT_URL": "http://reader:PASSW@RD@minio:9000\n"},
+            rf"AWS_ENDPOINT_URL is 'http://minio:9000\n', {OF_AN_ADDRESS}",
+        ),
+        (
+            OBJECT, {"AWS_ENDPOINT_URL_S3": "reader:PASSW@minio:9000"},
+            f"AWS_ENDPOINT_URL_S3 is 'minio:9000', {OF_AN_ADDRESS}",
+        ),
+        (
+            OBJECT, {"AWS_METADATA_ENDPOINT": "http://127.0.0.1:99999"},
+            f"AWS_METADATA_ENDPOINT is 'http://127.0.0.1:99999', {OF_AN_ADDRESS}",
+        ),
+        (
+            OBJECT, {"AWS_ENDPOINT_URL": "http://999.1.1.1"},  # of which only the library knows that it is invalid
+            f"{OBJECT} cannot be downloaded: called `Result::unwrap()` on an `Err` value: InvalidIpv4Address. Check "
+            "the variables whose names begin with AWS_.",
         ),
         ("s3://models/a/../b.mar", {}, "s3://models/a/../b.mar cannot be downloaded: Could not parse path: "),
         (
-            "s3://models/digits.mar", {"AWS_SKIP_SIGNATURE": "maybe"},
-            's3://models/digits.mar cannot be downloaded: failed to parse "maybe" as boolean.',
+            OBJECT, {"AWS_SKIP_SIGNATURE": "maybe"},
+            f'{OBJECT} cannot be downloaded: failed to parse "maybe" as boolean.',
         ),
     ],
 )  # fmt: skip
 def test_invalid_variable_or_key_is_named(bucket: Bucket, tmp_path: Path, url: str, variables: dict, message: str):
-    refused = fetch(tmp_path, bucket.digest, url, **bucket.reader, **variables)
+    refused = fetch(tmp_path, bucket.digest, url, **bucket.reader | variables)
     assert (refused.status, list(tmp_path.iterdir())) == (1, [])
     assert refused.stderr.startswith(f"error: {message}")
     assert refused.stderr.count("\n") == 1
+    assert "PASSW" not in refused.stderr
+
+
+def test_invalid_token_of_the_pods_agent_is_named(bucket: Bucket, tmp_path: Path):
+    """As on EKS with Pod Identity."""
+    token = tmp_path / "token"
+    agent = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": bucket.store.url, s3.TOKEN_FILE: str(token)}
+    missing = fetch(tmp_path / "archives", bucket.digest, **agent)
+    assert f"'{token}': No such file" in missing.stderr
+    token.write_text("PASSW\n")
+    refused = fetch(tmp_path / "archives", bucket.digest, **agent)
+    assert refused.stderr.startswith(f"error: The file of {s3.TOKEN_FILE} {OF_A_KEY}")
+    assert "PASSW" not in refused.stderr
 
 
 @pytest.mark.parametrize("url", ["s3://models", "s3://models/", "s3:///mnist.mar", "s3://key:secret@models/mnist.mar"])
