@@ -294,9 +294,10 @@ def run(
     from bundle.supervisor.supervisor import Options, Supervisor, install_archives
 
     server = Server()
+    selected = catalog.select(models or [])
     if archives:
-        install_archives(archives, server.store, say)
-    folders = [folder for folder in catalog.select(models or []) if models or server.archive(folder).is_file()]
+        install_archives(archives, server.store, {folder.name for folder in selected}, say)
+    folders = [folder for folder in selected if models or server.archive(folder).is_file()]
     places = f"{server.store} or {archives}" if archives else str(server.store)
     if missing := [folder.name for folder in folders if not server.archive(folder).is_file()]:
         raise BundleError(f"There is no archive of {', '.join(missing)} in {places}. Build it: make archive")

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from bundle.server.fetch import sha256
 from bundle.server.process import Running, Server
 from bundle.server.readiness import last_words, scale_version
 from bundle.server.rollout import copy
+from bundle.signing import check, key_of
 from bundle.supervisor.exporter import Exporter
 from bundle.supervisor.gate import BEAT, Gate
 from bundle.supervisor.health import History, observe
@@ -240,15 +241,21 @@ def archive_versions(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
     return {folder.name: mar.version(store / f"{folder.name}.mar") for folder in folders}
 
 
-def install_archives(source: Path, store: Path, report: Callable[[str], object]) -> None:
+def install_archives(source: Path, store: Path, served: Collection[str], report: Callable[[str], object]) -> None:
     """Copy an image's archives into the store, each once, so that a restart does not undo a rollout.
 
     A new image's archive replaces the store's, unless its version is lower. Words and hashes have no order, so that an
     archive with such a version always replaces the other one.
 
+    Args:
+        served: the models whose archives are checked first, so that a damaged one does not replace the store's. The
+            others may be of other servers.
+
     Raises:
-        BundleError: an archive is invalid, or cannot be copied: the disk is full, say.
+        BundleError: an archive is invalid, was changed since it was built or signed, or cannot be copied: the disk is
+            full, say.
     """
+    trusted = key_of("TRUSTED_KEY")
     for archive in sorted(source.glob("*.mar")):
         digest = sha256(archive)
         record = store / f".{archive.stem}.seeded"
@@ -258,6 +265,8 @@ def install_archives(source: Path, store: Path, report: Callable[[str], object])
         if present.is_file() and is_older(mar.version(archive), mar.version(present)):
             report(f"{archive.name} of this image is older than the store's, and was not installed")
             continue
+        if archive.stem in served:
+            check(archive, trusted)
         try:
             store.mkdir(parents=True, exist_ok=True)
             copy(archive, present)

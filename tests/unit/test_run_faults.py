@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +80,10 @@ def test_model_that_the_image_does_not_have_is_named(volumes: Path):
     assert ended.stderr.startswith("error: There is no model 'digits' in models/; there are: ")
 
 
-def test_archive_that_was_changed_is_named(volumes: Path):
-    archive = volumes / "archives" / "mnist.mar"
+def test_archive_that_was_changed_is_named_and_does_not_replace_the_stores(volumes: Path):
+    archive, store = volumes / "archives" / "mnist.mar", volumes / "store"
+    served = Path(shutil.copy(archive, store))
+    good = archive.read_bytes()
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr("added.py", "")
     ended = programs.run(app, "run", "mnist")
@@ -88,6 +91,16 @@ def test_archive_that_was_changed_is_named(volumes: Path):
     assert ended.stderr.startswith("error: mnist.mar is refused: 'added.py' was added. ")
     archive.write_bytes(b"half")
     assert_refused(volumes, f"{archive} is not a model archive: File is not a zip file")
+    assert [(file, file.read_bytes()) for file in store.iterdir()] == [(served, good)]
+    served.unlink()
+    assert_refused(volumes, "mnist.mar is refused: it cannot be read: File is not a zip file.")
+    assert list(store.iterdir()) == []
+
+
+def test_archive_of_another_servers_model_is_not_checked(volumes: Path):
+    (volumes / "archives" / "text.mar").write_bytes(b"half")
+    install_archives(volumes / "archives", volumes / "store", {"mnist"}, print)
+    assert (volumes / "store" / "mnist.mar").is_file()
 
 
 def test_missing_key_is_named(volumes: Path, monkeypatch: pytest.MonkeyPatch):
@@ -100,11 +113,11 @@ def test_missing_key_is_named(volumes: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_full_volume_of_the_store_is_named(volumes: Path):
     with full_disk(), pytest.raises(BundleError) as refused:
-        install_archives(volumes / "archives", volumes / "store", print)
+        install_archives(volumes / "archives", volumes / "store", {"mnist"}, print)
     archive, store = volumes / "archives" / "mnist.mar", volumes / "store"
     assert str(refused.value) == f"{archive} cannot be copied into {store}: File too large."
     assert list(store.iterdir()) == []
-    install_archives(volumes / "archives", volumes / "store", print)  # the next start, with room
+    install_archives(volumes / "archives", volumes / "store", {"mnist"}, print)  # the next start, with room
     assert (store / "mnist.mar").read_bytes() == archive.read_bytes()
 
 

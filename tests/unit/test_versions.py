@@ -59,7 +59,7 @@ def test_archive_of_an_image_is_installed_unless_it_is_older(tmp_path: Path, pre
     archive(tmp_path / "store", present)
     archive(tmp_path / "image", new)
     report: list[str] = []
-    install_archives(tmp_path / "image", tmp_path / "store", report.append)
+    install_archives(tmp_path / "image", tmp_path / "store", {"things"}, report.append)
     assert mar.version(tmp_path / "store" / "things.mar") == (new if installed else present)
     assert ("was installed" if installed else "is older") in report[0]
 
@@ -68,4 +68,4 @@ def test_archive_of_an_image_is_installed_unless_it_is_older(tmp_path: Path, pre
 def test_version_that_a_url_cannot_hold_is_refused_by_name(tmp_path: Path, version: str):
     archive(tmp_path / "image", version)
     with pytest.raises(BundleError, match=r"things\.mar has the version .* letters, digits, '\.', '-' and '_'"):
-        install_archives(tmp_path / "image", archive(tmp_path / "store", "1.0").parent, print)
+        install_archives(tmp_path / "image", archive(tmp_path / "store", "1.0").parent, {"things"}, print)
