@@ -242,8 +242,8 @@ class Server:
         """Check what a start needs. Call it before stopping a server for a restart.
 
         Raises:
-            BundleError: a setting is invalid, the path of TMPDIR is too long, Java is missing or cannot load the
-                frontend's agent, a port is taken, or an archive was changed since it was built or signed.
+            BundleError: a setting is invalid, TMPDIR is full or its path is too long, Java is missing or cannot load
+                the frontend's agent, a port is taken, or an archive was changed since it was built or signed.
         """
         self.settings.check()
         check_temporary()

@@ -1,9 +1,9 @@
 """The sockets of TorchServe's workers, in the folder for temporary files."""
 
 import os
-import tempfile
 
 from bundle.errors import BundleError
+from bundle.server.space import temporary_folder
 
 LONGEST = 107  # bytes of a socket's path that Linux accepts
 SOCKET = "torchserve-01234567/.ts.sock.65535"  # the longest name of one, in the folder for temporary files
@@ -13,9 +13,9 @@ def check_temporary() -> None:
     """Check that the folder for temporary files can have the workers' sockets.
 
     Raises:
-        BundleError: its path is too long.
+        BundleError: its path is too long, or none can be written.
     """
-    folder = tempfile.gettempdir()
+    folder = temporary_folder()
     longest = LONGEST - len(f"/{SOCKET}")
     if (length := len(os.fsencode(folder))) > longest:
         raise BundleError(

@@ -215,15 +215,17 @@ def run(*arguments: str) -> tuple[int, str]:
     ("volume", "reason"),
     [
         (
-            "/opt/bundle/model_store",
+            "/opt/bundle/model_store:size=32k",
             r"\S+\.mar cannot be copied into /opt/bundle/model_store: No space left on device",
         ),
-        ("/tmp", r"/tmp has 0\.0 MB free, and the unpacked archives take \d\.\d MB\."),
+        ("/tmp:size=32k", r"/tmp has 0\.0 MB free, and the unpacked archives take \d\.\d MB\."),
+        # three: the folder itself, that of the run, and its lock
+        ("/tmp:nr_inodes=3", r"No folder for temporary files can be written: .* Free some space in one of them"),
     ],
-    ids=["store", "temporary"],
+    ids=["store", "temporary", "temporary without inodes"],
 )
 def test_server_does_not_start_if_a_volume_is_full(image: str, volume: str, reason: str):
-    status, said = run("--read-only", f"--tmpfs={volume}:size=32k,uid=10001", image, "run", "mnist")
+    status, said = run("--read-only", f"--tmpfs={volume},uid=10001", image, "run", "mnist")
     assert status == 1
     assert re.search(f"^error: {reason}", said, re.MULTILINE), said
     assert "Traceback" not in said

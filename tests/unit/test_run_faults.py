@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import resource
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,10 +52,10 @@ def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
+def full_disk(free: int = FULL_BYTES) -> Iterator[None]:
     """Make writes fail as on a full disk, with an OSError: no file can become larger than this."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
     try:
         yield
     finally:
@@ -119,6 +121,19 @@ def test_full_volume_of_the_store_is_named(volumes: Path):
     assert list(store.iterdir()) == []
     install_archives(volumes / "archives", volumes / "store", {"mnist"}, print)  # the next start, with room
     assert (store / "mnist.mar").read_bytes() == archive.read_bytes()
+
+
+def test_full_folders_for_temporary_files_are_named(volumes: Path, monkeypatch: pytest.MonkeyPatch):
+    install_archives(volumes / "archives", volumes / "store", {"mnist"}, print)
+    monkeypatch.setattr(tempfile, "tempdir", None)  # as in a new process
+    with full_disk(0):
+        ended = programs.run(app, "run", "mnist")
+    assert ended.status == 1
+    assert re.fullmatch(
+        r"error: No folder for temporary files can be written: No usable temporary directory found in \[.*\]\. "
+        r"Free some space in one of them, or set TMPDIR to another folder\.\n",
+        ended.stderr,
+    )
 
 
 def test_gate_that_cannot_be_closed_is_named(volumes: Path):
