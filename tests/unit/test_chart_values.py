@@ -66,6 +66,12 @@ def many_models(number: int) -> str:
         ("proxy: {maxBody: 16MiB}", "at '/proxy/maxBody': '16MiB' does not match pattern"),
         ("tracing: {endpoint: 'collector:4317'}", "at '/tracing/endpoint': 'collector:4317' does not match pattern"),
         ("tracing: {ratio: 10}", "at '/tracing/ratio': maximum"),
+        *(
+            (f"tracing: {{ratio: {given}}}", f"tracing.ratio: {given} must be a number from 0 to 1 with at most four")
+            for given in ("0.12345", "5e-05")
+        ),
+        ("tracing: {endpoint: 'http://collector:99999'}", "tracing.endpoint: http://collector:99999 has a port beyond"),
+        ("tracing: {headersSecret: otlp}", "tracing.headersSecret: it needs tracing.endpoint"),
         (
             "defaults: {env: {OTEL_TRACES_SAMPLER: always_on}}",
             "groups.main.env.OTEL_TRACES_SAMPLER: the chart sets it",
@@ -230,6 +236,12 @@ def test_traces_have_the_same_endpoint_and_ratio_in_the_proxy_and_the_server():
     assert (proxy["TRACE_CLIENTS"], server["OTEL_EXPORTER_OTLP_HEADERS"]) == ("false", "of a Secret")
     plain = only("")
     assert not [name for each in plain.values() for name in environment(each) if name.startswith(("OTEL", "TRACE"))]
+
+
+@pytest.mark.parametrize("ratio", ["0", "0.0001", "0.1234", "1"])
+def test_accepted_ratio_is_written_as_the_proxy_reads_it(ratio: str):
+    endpoint = MATRIX["traces"].partition("ratio")[0]
+    assert environment(only(f"{endpoint} ratio: {ratio}}}")["proxy"])["TRACE_RATIO"] == ratio
 
 
 def test_large_integers_are_written_in_full():

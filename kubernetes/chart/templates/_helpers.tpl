@@ -225,6 +225,18 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
     {{- fail "archives: s3 and downloader need archives.source=url" -}}
   {{- end -}}
 {{- end -}}
+{{- with .Values.tracing -}}
+  {{- /* as docker/nginx/start.sh checks it */ -}}
+  {{- if not (regexMatch "^(0(\\.[0-9]{1,4})?|1)$" (toString .ratio)) -}}
+    {{- fail (printf "tracing.ratio: %v must be a number from 0 to 1 with at most four decimal places" .ratio) -}}
+  {{- end -}}
+  {{- if gt (.endpoint | default "" | regexFind "[0-9]+$" | int) 65535 -}}
+    {{- fail (printf "tracing.endpoint: %s has a port beyond 65535" .endpoint) -}}
+  {{- end -}}
+  {{- if and .headersSecret (not .endpoint) -}}
+    {{- fail "tracing.headersSecret: it needs tracing.endpoint" -}}
+  {{- end -}}
+{{- end -}}
 {{- if and .Values.configProperties (not (regexMatch "(?m)^enable_envvars_config=true\\s*$" .Values.configProperties)) -}}
   {{- fail "configProperties: without the line enable_envvars_config=true, TorchServe ignores what the chart sets" -}}
 {{- end -}}
