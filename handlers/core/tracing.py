@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from handlers.core.headers import header
 
@@ -26,15 +26,16 @@ logger = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 DISABLED = "OTEL_SDK_DISABLED"
+EXPORTER = "OTEL_TRACES_EXPORTER"
 SAMPLER = "OTEL_TRACES_SAMPLER"
 PARENT_BASED = "parentbased_"  # the beginning of the names of samplers that decide as the client did
 CHOICES = {
     DISABLED: ("true", "false"),
-    "OTEL_TRACES_EXPORTER": ("otlp", "none"),
+    EXPORTER: ("otlp", "none"),
     "OTEL_EXPORTER_OTLP_PROTOCOL": ("grpc",),
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": ("grpc",),
-    "OTEL_EXPORTER_OTLP_COMPRESSION": ("gzip", "none"),
-    "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION": ("gzip", "none"),
+    "OTEL_EXPORTER_OTLP_COMPRESSION": ("gzip",),  # the SDK raises on "none", which the specification allows
+    "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION": ("gzip",),
     SAMPLER: tuple(
         before + each for before in ("", PARENT_BASED) for each in ("always_on", "always_off", "traceidratio")
     ),
@@ -47,9 +48,18 @@ NUMBERS = {  # the patterns of valid ones, and what they are
     "OTEL_BSP_EXPORT_TIMEOUT": (r"[1-9]\d{0,8}", "a whole number of milliseconds"),
     "OTEL_BSP_MAX_QUEUE_SIZE": (r"[1-9]\d{0,8}", "a whole number of spans"),
     "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": (r"[1-9]\d{0,8}", "a whole number of spans"),
+    **{
+        f"OTEL_{limited}_LIMIT": (r"\d{1,9}", "a whole number")
+        for limited in (
+            *("ATTRIBUTE_COUNT", "SPAN_ATTRIBUTE_COUNT", "EVENT_ATTRIBUTE_COUNT", "LINK_ATTRIBUTE_COUNT"),
+            *("SPAN_EVENT_COUNT", "SPAN_LINK_COUNT", "ATTRIBUTE_VALUE_LENGTH", "SPAN_ATTRIBUTE_VALUE_LENGTH"),
+        )
+    },
 }
 FILES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")  # OTEL_EXPORTER_OTLP_CERTIFICATE, for example
 HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+# a name that gRPC sends with a text, and a value that opentelemetry.util.re reads
+HEADER = re.compile(r"[a-z0-9._-]+(?<!-bin)[ \t]*=(?=.*\S)([ !#-+\--:<-\[\]-~]*)", re.ASCII | re.IGNORECASE)
 QUEUE, BATCH = "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"
 # https://www.w3.org/TR/trace-context: a later version may have more at its end
 TRACEPARENT = re.compile(
@@ -109,7 +119,7 @@ class Tracing(Off):
     def __init__(self, handler: Any, spans: Any):
         self.handler, self.spans = handler, spans
         self.trusted: bool = handler.behind_proxy
-        self.follows_parent = os.environ.get(SAMPLER, PARENT_BASED).startswith(PARENT_BASED)
+        self.follows_parent = os.environ.get(SAMPLER, PARENT_BASED).lower().startswith(PARENT_BASED)
         self.slots: list[Slot] = []
         self.data: Sequence[Mapping] = ()
         self.headers: list[Mapping] = []
@@ -174,6 +184,8 @@ def start(handler: Any) -> Off:
     if not named:
         return Off()
     check(os.environ)
+    for name in [name for name, value in os.environ.items() if name.startswith("OTEL_") and not value]:
+        del os.environ[name]  # as the specification says; the SDK takes an empty text for a value
     try:
         from handlers.core.spans import Spans
     except ModuleNotFoundError as exc:
@@ -197,7 +209,7 @@ def disabled() -> Iterator[None]:
 
 def endpoint(environment: Mapping[str, str]) -> str:
     """Return where traces are sent to; "" if traces are off."""
-    if environment.get(DISABLED, "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER") == "none":
+    if environment.get(DISABLED, "").lower() == "true" or environment.get(EXPORTER, "").lower() == "none":
         return ""
     return next((value for name in ENDPOINTS if (value := environment.get(name))), "")
 
@@ -238,4 +250,7 @@ def is_address(text: str) -> bool:
 
 
 def are_headers(text: str) -> bool:
-    return all(re.fullmatch(r"\s*[A-Za-z0-9._-]+\s*=[^=,]*\S[^,]*", each) for each in text.split(",") if each.strip())
+    """Return whether OpenTelemetry and gRPC accept these headers. OpenTelemetry would log the others, and drop them."""
+    found = [HEADER.fullmatch(each.strip()) for each in text.split(",") if each.strip()]
+    values = [unquote(each[1]) if each else "\n" for each in found]
+    return all(value.isascii() and value.isprintable() for value in values)

@@ -128,6 +128,8 @@ def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
         ("OTEL_TRACES_SAMPLER_ARG", "10%", "a number from 0 to 1"),
         ("OTEL_TRACES_EXPORTER", "zipkin", "otlp or none"),
         ("OTEL_SDK_DISABLED", "yes", "true or false"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "none", "gzip"),
+        ("OTEL_SPAN_LINK_COUNT_LIMIT", "many", "a whole number"),
         ("OTEL_BSP_SCHEDULE_DELAY", "soon", "a whole number of milliseconds"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "at most OTEL_BSP_MAX_QUEUE_SIZE, which is 2048"),
         ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nonesuch.pem", "a file"),
@@ -142,8 +144,15 @@ def test_invalid_setting_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, 
     assert f"must be {expected}" in str(caught.value)
 
 
-def test_refused_headers_are_not_repeated(monkeypatch: pytest.MonkeyPatch):
-    for name, value in {**ENDPOINT, "OTEL_EXPORTER_OTLP_HEADERS": "a secret"}.items():
+@pytest.mark.parametrize(
+    "sent",
+    [
+        *("a secret", "x-key=sécret", "x-key=se;cret", r"x-key=se\cret", 'x-key="secret"', "good=1,x!key=secret"),
+        *("x-key=", "x-key=s%C3%A9cret", "x-key=secret%0A", "x-key-bin=secret"),  # which gRPC would refuse
+    ],
+)
+def test_refused_headers_are_not_repeated(monkeypatch: pytest.MonkeyPatch, sent: str):
+    for name, value in {**ENDPOINT, "OTEL_EXPORTER_OTLP_HEADERS": sent}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(BundleError, match=r"^OTEL_EXPORTER_OTLP_HEADERS must be like name=value,other=value\.$"):
         Settings().check()
@@ -157,6 +166,7 @@ def test_refused_headers_are_not_repeated(monkeypatch: pytest.MonkeyPatch):
         ({**ENDPOINT, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://b:1"}, "http://b:1"),
         ({**ENDPOINT, "OTEL_SDK_DISABLED": "true"}, ""),
         ({**ENDPOINT, "OTEL_TRACES_EXPORTER": "none"}, ""),
+        ({**ENDPOINT, "OTEL_TRACES_EXPORTER": "None"}, ""),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, ""),
         ({"OTEL_TRACES_SAMPLER": "sometimes"}, ""),
     ],
@@ -164,6 +174,38 @@ def test_refused_headers_are_not_repeated(monkeypatch: pytest.MonkeyPatch):
 def test_traces_are_on_if_there_is_an_endpoint(environment: dict[str, str], endpoint: str):
     assert tracing.endpoint(environment) == endpoint
     tracing.check(environment)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name, values in tracing.CHOICES.items() for value in values),
+        *((name, value.upper()) for name, values in tracing.CHOICES.items() for value in values),
+        *((name, "1") for name in tracing.NUMBERS),
+        ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
+        ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "2.5"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", str(ROOT / "pyproject.toml")),
+        *((name, value) for name in tracing.HEADERS for value in ("x-key=1", "X-Key = a b==,other=%20c+/'-.~!")),
+        *((name, "") for name in (*tracing.ENDPOINTS, *tracing.CHOICES, *tracing.NUMBERS, *tracing.HEADERS)),
+        *((f"OTEL_EXPORTER_OTLP_{each}", "") for each in (*tracing.FILES, "TRACES_CERTIFICATE", "TRACES_INSECURE")),
+    ],
+)
+def test_accepted_setting_is_valid_for_the_sdk_too(
+    worker: DryRun, monkeypatch: pytest.MonkeyPatch, caplog, name: str, value: str
+):
+    given = {**ENDPOINT, "OTEL_TRACES_SAMPLER_ARG": "0.5", name: value}
+    if name == "OTEL_TRACES_SAMPLER_ARG" and value:
+        given["OTEL_TRACES_SAMPLER"] = "traceidratio"
+    if name == "OTEL_BSP_MAX_QUEUE_SIZE":
+        given["OTEL_BSP_MAX_EXPORT_BATCH_SIZE"] = "1"
+    for each, text in given.items():
+        monkeypatch.setenv(each, text)
+    started = tracing.start(worker.handler)
+    assert isinstance(started, tracing.Tracing) == bool(tracing.endpoint(given))
+    if isinstance(started, tracing.Tracing):
+        started.spans.processor.shutdown()
+        assert started.follows_parent == ("ParentBased" in started.spans.sampler.get_description())
+    assert not caplog.records
 
 
 def test_settings_are_passed_to_workers_and_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch):
