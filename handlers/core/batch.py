@@ -226,22 +226,21 @@ class BatchHandler(BaseHandler):
         arrivals = [proxy_arrival(each) if self.behind_proxy else None for each in headers]
         self.metrics.begin(arrivals)
         slots = [Slot(open_inference.is_open_inference(each)) for each in headers]
-        self.tracing.begin(slots, data, headers, arrivals)
-        try:
-            self.serve(slots, data, headers, arrivals)
-        except MemoryError:
-            raise  # TorchServe's worker responds 507
-        except Exception as exc:
-            if device.is_broken(exc):
-                name = self.context.model_name + self.tracing.named(slots)
-                logger.exception("the device failed under %s: this worker exits", name)
-                raise SystemExit(1) from exc
-            logger.exception("a bug failed a batch of %s%s", self.context.model_name, self.tracing.named(slots))
-            for slot in [each for each in slots if not each.response.body and each.error is None]:
-                slot.error = internal_error("this batch of requests")
-        bodies = self.postprocess(slots)
-        self.metrics.end()
-        self.tracing.end(self.metrics.stages)
+        with self.tracing.batch(slots, data, headers, arrivals, self.metrics.stages):
+            try:
+                self.serve(slots, data, headers, arrivals)
+            except MemoryError:
+                raise  # TorchServe's worker responds 507
+            except Exception as exc:
+                if device.is_broken(exc):
+                    name = self.context.model_name + self.tracing.named(slots)
+                    logger.exception("the device failed under %s: this worker exits", name)
+                    raise SystemExit(1) from exc
+                logger.exception("a bug failed a batch of %s%s", self.context.model_name, self.tracing.named(slots))
+                for slot in [each for each in slots if not each.response.body and each.error is None]:
+                    slot.error = internal_error("this batch of requests")
+            bodies = self.postprocess(slots)
+            self.metrics.end()
         memory.trim()
         return bodies
 

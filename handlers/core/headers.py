@@ -53,6 +53,15 @@ def header(headers: Mapping, name: str) -> str:
     return ""
 
 
+def own_header(headers: Mapping, name: str) -> str:
+    """Return the value of a header that a trusted proxy sets, with exactly this name; "" if it is missing.
+
+    A mapping in its place is what TorchServe says about an input of this name.
+    """
+    value = headers.get(name)
+    return value if isinstance(value, str) else ""
+
+
 class RequestHeaders(NamedTuple):
     """What the headers say about the request; "" if they say nothing.
 

@@ -22,7 +22,7 @@ from opentelemetry.semconv.attributes.exception_attributes import EXCEPTION_MESS
 from opentelemetry.semconv.attributes.http_attributes import HTTP_RESPONSE_STATUS_CODE
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
-from handlers.core.headers import header, requested_verb
+from handlers.core.headers import header, own_header, requested_verb
 from handlers.core.slots import Slot
 from handlers.core.tracing import Traced
 
@@ -208,7 +208,7 @@ def client_span(traced: Traced, own: SpanContext) -> SpanContext:
 
 def request_id(handler: Any, index: int, headers: Mapping) -> str:
     """Return the id that the client gets as X-Request-Id: the proxy's, or TorchServe's."""
-    return headers.get("X-Request-Id", "") if handler.behind_proxy else handler.context.get_request_id(index)
+    return own_header(headers, "X-Request-Id") if handler.behind_proxy else handler.context.get_request_id(index)
 
 
 def version_of(context: Any) -> str:

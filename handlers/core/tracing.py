@@ -12,12 +12,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from handlers.core.headers import header
+from handlers.core.headers import header, own_header
 
 if TYPE_CHECKING:
     from handlers.core.slots import Sample, Slot
@@ -89,15 +89,15 @@ class Traced(NamedTuple):
 class Off:
     """No traces: nothing is done for a request."""
 
-    def begin(self, slots: list[Slot], data: Sequence[Mapping], headers: list[Mapping], arrivals: list) -> None:
-        """Begin a batch, before its first stage."""
-
-    def end(self, stages: list) -> None:
-        """End a batch, after its last stage.
+    def batch(
+        self, slots: list[Slot], data: Sequence[Mapping], headers: list[Mapping], arrivals: list, stages: list
+    ) -> AbstractContextManager[None]:
+        """Trace a batch that is served in the block.
 
         Args:
-            stages: (name, start, end, whether it succeeded) of each, in the time of `time.perf_counter`.
+            stages: in the end, (name, start, end, whether it succeeded) of each, in the time of `time.perf_counter`.
         """
+        return nullcontext()
 
     def named(self, slots: Iterable[Slot]) -> str:
         """Return what a line of the log about these requests ends in: " (trace 0af7...)", or nothing."""
@@ -121,11 +121,20 @@ class Tracing(Off):
         self.trusted: bool = handler.behind_proxy
         self.follows_parent = os.environ.get(SAMPLER, PARENT_BASED).lower().startswith(PARENT_BASED)
         self.slots: list[Slot] = []
-        self.data: Sequence[Mapping] = ()
-        self.headers: list[Mapping] = []
 
-    def begin(self, slots: list[Slot], data: Sequence[Mapping], headers: list[Mapping], arrivals: list) -> None:
-        self.slots, self.data, self.headers, self.arrivals = slots, data, headers, arrivals
+    @contextmanager
+    def batch(
+        self, slots: list[Slot], data: Sequence[Mapping], headers: list[Mapping], arrivals: list, stages: list
+    ) -> Iterator[None]:
+        self.slots = slots
+        try:
+            self.begin(slots, headers)
+            yield
+            self.end(slots, data, headers, arrivals, stages)
+        finally:
+            self.slots = []  # they refer to the inputs
+
+    def begin(self, slots: list[Slot], headers: list[Mapping]) -> None:
         self.spans.begin()
         for index, (slot, own) in enumerate(zip(slots, headers, strict=True)):
             slot.trace = traced = self.trace(own)
@@ -139,13 +148,13 @@ class Tracing(Off):
         The proxy chooses the id of the request's span (`bundle-span`), so that it can answer with it. If it began the
         trace, too, the span is the trace's first one, and `traceparent` names it. A request through gRPC has neither.
         """
-        sent = headers.get("traceparent", "") if self.trusted else header(headers, "traceparent")
+        sent = own_header(headers, "traceparent") if self.trusted else header(headers, "traceparent")
         found = TRACEPARENT.match(sent)
         if found is None:
             new = secrets.token_hex(16)
             return Traced(new, secrets.token_hex(8), "", self.spans.samples(new))
         trace, parent, sampled = found[2], found[3], bool(int(found[4], 16) & 1)
-        span = headers.get("bundle-span", "") if self.trusted else ""
+        span = own_header(headers, "bundle-span") if self.trusted else ""
         if not SPAN.fullmatch(span):
             span = secrets.token_hex(8)
         if span == parent:
@@ -154,13 +163,14 @@ class Tracing(Off):
             sampled = self.spans.samples(trace)
         return Traced(trace, span, parent, sampled)
 
-    def end(self, stages: list) -> None:
-        if any(slot.trace.sampled for slot in self.slots):
+    def end(
+        self, slots: list[Slot], data: Sequence[Mapping], headers: list[Mapping], arrivals: list, stages: list
+    ) -> None:
+        if any(slot.trace.sampled for slot in slots):
             try:
-                self.spans.record(self.handler, self.slots, self.data, self.headers, self.arrivals, stages)
+                self.spans.record(self.handler, slots, data, headers, arrivals, stages)
             except Exception:
                 logger.exception("a bug lost the trace of a batch of %s", self.handler.context.model_name)
-        self.slots, self.data, self.headers = [], (), []
 
     def named(self, slots: Iterable[Slot]) -> str:
         ids = list(dict.fromkeys(slot.trace.trace for slot in slots if slot.trace))

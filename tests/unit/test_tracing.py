@@ -107,6 +107,27 @@ def test_traceparent(worker: DryRun, exported, sent: str, found: tuple[str, str,
         assert (traced.trace == TRACE, traced.parent, traced.sampled) == (False, "", False)
 
 
+@pytest.mark.parametrize("name", ["traceparent", "bundle-span", "X-Request-Id", "tracestate"])
+def test_input_with_the_name_of_a_header_harms_no_request(worker: DryRun, exported, name: str):
+    """TorchServe describes each input in the headers, under its name."""
+    others = {sent: value for sent, value in headers().items() if sent != name}
+    answers = worker.predict([ROW, {**ROW, name: b"x"}], [headers(), others])
+    assert answers[0][0] == 200
+    assert answers[1][0] < 500
+    found = [span for span in exported.get_finished_spans() if span.name == "request"]
+    assert {span.attributes["http.response.header.x-request-id"] for span in found} <= {("id",), ("",)}
+
+
+def test_batch_that_took_too_much_memory_is_not_kept(worker: DryRun, exported, monkeypatch: pytest.MonkeyPatch):
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    before = dict(vars(worker.handler.tracing))
+    monkeypatch.setattr(worker.handler, "decode", fail)
+    assert worker.predict([ROW], [headers()])[0][0] == 507
+    assert vars(worker.handler.tracing) == before
+
+
 def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
     slots = [Slot(trace=tracing.Traced(f"{index:032x}", SPAN, "", False)) for index in range(30)]
     slots[3].samples = [sample := Sample(None)]
