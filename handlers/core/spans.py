@@ -35,6 +35,8 @@ REQUEST_ID = "http.response.header.x-request-id"
 SDK_LOGGERS = ("opentelemetry.exporter.otlp.proto.grpc.exporter", "opentelemetry.sdk._shared_internal")
 BEGINNING = Context()  # without a parent
 QUIET_SECONDS = 60  # between two messages about failed exports
+MAX_STATE = 512  # characters of a tracestate; a longer one is dropped, as W3C allows and nginx.conf does
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)  # its warnings quote a client's tracestate
 
 
 class Spans:
@@ -157,7 +159,7 @@ class Spans:
 
 
 class Exporter(trace_exporter.OTLPSpanExporter):
-    """Export spans, and report an outage of the collector or a full queue once, instead of each attempt.
+    """Export spans, and report lost ones once: an outage of the collector, or a full queue.
 
     Args:
         endpoint: for the log.
@@ -177,11 +179,13 @@ class Exporter(trace_exporter.OTLPSpanExporter):
         return result
 
     def report(self, record: logging.LogRecord) -> bool:
-        """Log the first failure of an outage, and drop the SDK's own messages."""
-        if record.levelno >= logging.WARNING and not self.down and time.monotonic() - self.reported > QUIET_SECONDS:
+        """Log the first loss of an outage, and drop the SDK's own messages, which also tell of repeated attempts."""
+        message = record.getMessage()
+        lost = record.levelno >= logging.ERROR or message.startswith("Queue full")
+        if lost and not self.down and time.monotonic() - self.reported > QUIET_SECONDS:
             self.down, self.reported = True, time.monotonic()
             cause = f" {record.exc_info[1]}" if record.exc_info else ""
-            logger.warning("Traces cannot be sent to %s, and are dropped: %s%s", self.named, record.getMessage(), cause)
+            logger.warning("Traces cannot be sent to %s, and are dropped: %s%s", self.named, message, cause)
         return False
 
 
@@ -191,7 +195,7 @@ def span_context(traced: Traced, span: str, state: str = "") -> SpanContext:
     Args:
         state: the header `tracestate`, in which systems of tracing pass on what belongs to them.
     """
-    states = TraceState.from_header([state]) if state else None
+    states = TraceState.from_header([state]) if 0 < len(state) <= MAX_STATE else None
     return SpanContext(int(traced.trace, 16), int(span, 16), is_remote=False, trace_flags=SAMPLED, trace_state=states)
 
 

@@ -74,6 +74,14 @@ def test_missing_or_invalid_trace_is_replaced(traced: Proxy, upstream: Upstream,
     assert answer.headers["traceresponse"] == f"00-{trace}-{span}-00"
 
 
+@pytest.mark.parametrize(("size", "kept"), [(512, True), (513, False), (7000, False)])
+def test_long_tracestate_is_dropped(traced: Proxy, upstream: Upstream, size: int, kept: bool):
+    state = f"vendor={'x' * (size - 7)}"
+    traced.post(headers={"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": state})
+    assert passed_on(upstream)[0] == [TRACE, SPAN, "01"]
+    assert upstream.received[-1].headers["tracestate"] == (state if kept else None)
+
+
 def test_span_of_a_request_is_not_chosen_by_its_client(traced: Proxy, upstream: Upstream):
     traced.post(headers={"bundle-span": SPAN, "Bundle-Span": SPAN, "traceparent": f"00-{TRACE}-{SPAN}-01"})
     assert passed_on(upstream)[1] != SPAN

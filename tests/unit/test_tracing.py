@@ -1,19 +1,23 @@
 """Which requests are traced, with which ids, and which settings are refused."""
 
+import logging
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from bundle.build.dryrun import DryRun
 from bundle.errors import BundleError
 from bundle.paths import ROOT
+from bundle.server.ports import free_ports
 from bundle.server.settings import Settings
 from handlers.core import tracing
 from handlers.core.slots import Sample, Slot
+from tests.receiver import Receiver
 from tests.unit.numbered import row
 
 TRACE, SPAN, OWN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "b7ad6b7169203331"
@@ -107,6 +111,24 @@ def test_traceparent(worker: DryRun, exported, sent: str, found: tuple[str, str,
         assert (traced.trace == TRACE, traced.parent, traced.sampled) == (False, "", False)
 
 
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [
+        ("vendor=1", "vendor=1"),
+        (state := f"vendor={'x' * 248},other={'y' * 250}", state),  # 512 characters
+        (state + "y", ""),
+        ("Not A Member", ""),
+        (",".join(f"k{index}=secret" for index in range(33)), ""),
+    ],
+)
+def test_tracestate(worker: DryRun, exported, caplog, state: str, kept: str):
+    """A client's invalid one is not in the log."""
+    with caplog.at_level(logging.INFO):
+        worker.predict([ROW], [headers(tracestate=state)])
+    assert {span.context.trace_state.to_header() for span in exported.get_finished_spans()} == {kept}
+    assert not [record for record in caplog.records if record.name.startswith("opentelemetry")]
+
+
 @pytest.mark.parametrize("name", ["traceparent", "bundle-span", "X-Request-Id", "tracestate"])
 def test_input_with_the_name_of_a_header_harms_no_request(worker: DryRun, exported, name: str):
     """TorchServe describes each input in the headers, under its name."""
@@ -126,6 +148,26 @@ def test_batch_that_took_too_much_memory_is_not_kept(worker: DryRun, exported, m
     monkeypatch.setattr(worker.handler, "decode", fail)
     assert worker.predict([ROW], [headers()])[0][0] == 507
     assert vars(worker.handler.tracing) == before
+
+
+def test_attempt_that_is_repeated_is_no_loss(worker: DryRun, exported, monkeypatch: pytest.MonkeyPatch, caplog):
+    """The collector starts after the first attempt."""
+    from handlers.core.spans import Exporter
+
+    worker.predict([ROW], [headers()])
+    receiver = Receiver(port=free_ports(1)[0])
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+    exporter = Exporter(receiver.url)
+    late = threading.Timer(0.3, receiver.start)
+    late.start()
+    try:
+        assert exporter.export(exported.get_finished_spans()) is SpanExportResult.SUCCESS
+        assert receiver.spans
+        assert not caplog.records
+    finally:
+        late.join()
+        receiver.stop()
+        exporter.shutdown()
 
 
 def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
