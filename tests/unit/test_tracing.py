@@ -7,6 +7,9 @@ import threading
 import time
 
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
+from opentelemetry.proto.trace.v1.trace_pb2 import SpanFlags
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -17,7 +20,7 @@ from bundle.server.ports import free_ports
 from bundle.server.settings import Settings
 from handlers.core import tracing
 from handlers.core.slots import Sample, Slot
-from tests.receiver import Receiver
+from tests.receiver import Receiver, span
 from tests.unit.numbered import row
 
 TRACE, SPAN, OWN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "b7ad6b7169203331"
@@ -43,36 +46,44 @@ def headers(parent: str = SPAN, flags: str = "01", **others: str) -> dict[str, s
     return {"traceparent": f"00-{TRACE}-{parent}-{flags}", "bundle-span": OWN, "X-Request-Id": "id", **others}
 
 
-def hexadecimal(span_id: int) -> str:
-    return f"{span_id:016x}"
+def messages(exported: InMemorySpanExporter) -> list[Message]:
+    """Return the spans as they are sent."""
+    return [span.message for span in exported.get_finished_spans()]
 
 
 def test_request_behind_the_proxy_has_its_span_and_the_time_in_the_queue(worker: DryRun, exported):
     arrival = time.time() - 5
     worker.predict([ROW], [headers(**{"X-Request-Start": f"t={arrival:.3f}"})])
-    spans = {span.name: span for span in exported.get_finished_spans()}
+    spans = {message.name: span(message, {}) for message in messages(exported)}
     assert spans.keys() == {"request", "queue", "batch", "decode", "inference", "encode"}
     request, queue = spans["request"], spans["queue"]
-    assert (hexadecimal(request.context.span_id), hexadecimal(request.parent.span_id)) == (OWN, SPAN)
-    assert request.start_time == queue.start_time == pytest.approx(arrival * 1e9, abs=1e6)
-    assert queue.parent == request.context
-    assert queue.end_time == spans["batch"].start_time
-    assert request.attributes["http.response.header.x-request-id"] == ("id",)
+    assert (request.id, request.parent, request.server) == (OWN, SPAN, True)
+    assert request.start == queue.start == pytest.approx(arrival * 1e9, abs=1e6)
+    assert (queue.trace, queue.parent) == (request.trace, request.id)
+    assert queue.end == spans["batch"].start
+    assert request.attributes["http.response.header.x-request-id"] == ["id"]
+
+
+def test_span_tells_whether_its_parent_is_of_another_process(worker: DryRun, exported):
+    worker.predict([ROW], [headers()])
+    known, remote = SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK, SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
+    assert {message.name for message in messages(exported) if message.flags & remote} == {"request"}
+    assert all(message.flags & known for message in messages(exported))
 
 
 def test_trace_that_the_proxy_began_begins_with_the_request(worker: DryRun, exported):
     worker.predict([ROW], [headers(parent=OWN)])
-    [request] = [span for span in exported.get_finished_spans() if span.name == "request"]
-    assert (hexadecimal(request.context.span_id), request.parent) == (OWN, None)
+    [request] = [span(message, {}) for message in messages(exported) if message.name == "request"]
+    assert (request.id, request.parent) == (OWN, "")
 
 
 def test_batch_that_failed_as_a_whole_is_an_error(worker: DryRun, exported, monkeypatch: pytest.MonkeyPatch, caplog):
     monkeypatch.setattr(worker.handler, "predict", lambda _: 1 / 0)
     [(status, _)] = worker.predict([ROW], [headers()])
-    failed = {span.name for span in exported.get_finished_spans() if not span.status.is_ok and span.status.description}
-    stages = {span.name: span.status.status_code.name for span in exported.get_finished_spans()}
-    assert (status, failed) == (500, {"request"})
-    assert stages == {"request": "ERROR", "batch": "ERROR", "decode": "UNSET", "inference": "ERROR"}
+    described = {message.name for message in messages(exported) if message.status.message}
+    failed = {message.name: span(message, {}).failed for message in messages(exported)}
+    assert (status, described) == (500, {"request"})
+    assert failed == {"request": True, "batch": True, "decode": False, "inference": True}
     assert f"a bug failed a batch of numbers (trace {TRACE})" in caplog.text
 
 
@@ -125,7 +136,7 @@ def test_tracestate(worker: DryRun, exported, caplog, state: str, kept: str):
     """A client's invalid one is not in the log."""
     with caplog.at_level(logging.INFO):
         worker.predict([ROW], [headers(tracestate=state)])
-    assert {span.context.trace_state.to_header() for span in exported.get_finished_spans()} == {kept}
+    assert {message.trace_state for message in messages(exported)} == {kept}
     assert not [record for record in caplog.records if record.name.startswith("opentelemetry")]
 
 
@@ -136,8 +147,8 @@ def test_input_with_the_name_of_a_header_harms_no_request(worker: DryRun, export
     answers = worker.predict([ROW, {**ROW, name: b"x"}], [headers(), others])
     assert answers[0][0] == 200
     assert answers[1][0] < 500
-    found = [span for span in exported.get_finished_spans() if span.name == "request"]
-    assert {span.attributes["http.response.header.x-request-id"] for span in found} <= {("id",), ("",)}
+    found = [span(message, {}) for message in messages(exported) if message.name == "request"]
+    assert {request.attributes["http.response.header.x-request-id"][0] for request in found} <= {"id", ""}
 
 
 def test_batch_that_took_too_much_memory_is_not_kept(worker: DryRun, exported, monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +168,7 @@ def test_attempt_that_is_repeated_is_no_loss(worker: DryRun, exported, monkeypat
     worker.predict([ROW], [headers()])
     receiver = Receiver(port=free_ports(1)[0])
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
-    exporter = Exporter(receiver.url)
+    exporter = Exporter(receiver.url, Resource({}))
     late = threading.Timer(0.3, receiver.start)
     late.start()
     try:
