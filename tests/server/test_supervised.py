@@ -166,7 +166,7 @@ def test_server_that_answers_its_sample_wrongly_never_serves(supervised: Supervi
     said = supervised.output.read_text()
     assert "with '3', and its mnist/model-config.yaml expects '4'." in said
     assert "bundle: serving" not in said
-    assert (supervised.gate / "closed").exists()
+    assert (supervised.gate / "closed-127.0.0.1").exists()
     assert supervised.place.processes() == []
 
 
