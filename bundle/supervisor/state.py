@@ -5,6 +5,7 @@ TorchServe's own snapshots are used only if it is started without a configuratio
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -68,7 +69,8 @@ class State:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            file.replace(file.with_suffix(".bad"))
+            with suppress(FileNotFoundError):  # another replica has renamed it
+                file.replace(file.with_suffix(".bad"))
             return None
 
     def write(self, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -186,6 +187,28 @@ def test_invalid_state_file_is_renamed(tmp_path: Path, text: str):
     assert State.read(file) is None
     assert (tmp_path / "state.bad").read_text() == text
     assert State.read(file) is None
+
+
+def test_invalid_state_file_is_renamed_by_one_of_several_replicas(tmp_path: Path):
+    file = tmp_path / "state.json"
+    failures = []
+
+    def read() -> None:
+        begin.wait()
+        try:
+            State.read(file)
+        except OSError as exc:
+            failures.append(exc)
+
+    for _ in range(100):
+        file.write_text("{")
+        begin = threading.Barrier(4)
+        readers = [threading.Thread(target=read) for _ in range(4)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+    assert failures == []
 
 
 def test_archive_is_found_by_its_version(tmp_path: Path):
