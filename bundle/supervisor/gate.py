@@ -1,5 +1,6 @@
 """Tell a proxy whether to send requests to this server, through files in a folder that both see."""
 
+import re
 import socket
 import threading
 from pathlib import Path
@@ -13,6 +14,8 @@ from bundle.server.http import Session
 BEAT_SECONDS = 1  # docker/nginx/start.sh leaves out a server without a beat for 5 s, if another one has them
 ANSWER_SECONDS = 2
 BEAT = "/models?limit=1"
+# 2026-11-23T03:19:19,579 - /127.0.0.1:60990 "GET /models?limit=1 HTTP/1.1" 401 1
+LOGGED_BEAT = re.compile(rf'\S+ - \S+ "GET {re.escape(BEAT)} HTTP/')  # from the line's begin: a path may contain it
 
 
 class Gate:

@@ -21,7 +21,7 @@ from bundle.server.readiness import last_words, scale_version
 from bundle.server.rollout import copy
 from bundle.signing import check, key_of
 from bundle.supervisor.exporter import Exporter
-from bundle.supervisor.gate import BEAT, Gate
+from bundle.supervisor.gate import LOGGED_BEAT, Gate
 from bundle.supervisor.health import History, observe
 from bundle.supervisor.log_follower import Follower, count_failures
 from bundle.supervisor.state import State, merge, missing, restore
@@ -30,7 +30,8 @@ from bundle.versions import is_older
 TICK_SECONDS = 0.5
 OBSERVE_SECONDS = 5
 STALE_SECONDS = 30  # not ready if the management API has not answered for longer
-LOGS = ("ts_log.log", "model_log.log", "access_log.log")
+ACCESS_LOG = "access_log.log"
+LOGS = ("ts_log.log", "model_log.log", ACCESS_LOG)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Supervisor:
         self.observed = time.monotonic()
         self.look(running)
         self.gate.open()
-        if self.options.gate and (self.options.replicas or 1) > 1:
+        if self.beats():
             beat = (running.client().management, self.ended)
             threading.Thread(target=self.gate.beat, args=beat, daemon=True, name="beat").start()
         self.serving = True
@@ -155,6 +156,10 @@ class Supervisor:
             if time.monotonic() - self.observed > OBSERVE_SECONDS:
                 self.look(running)
             self.check_workers()
+
+    def beats(self) -> bool:
+        """Return whether the gate shows the proxy that the server answers: if there is another one to choose."""
+        return self.options.gate is not None and (self.options.replicas or 1) > 1
 
     def look(self, running: Running) -> None:
         """Observe the server, and save its state."""
@@ -228,12 +233,13 @@ class Supervisor:
             last = self.ended.wait(TICK_SECONDS)
             for follower in self.followers:
                 lines = follower.lines()
-                if follower.file.name == "access_log.log":
+                if follower.file.name == ACCESS_LOG:
                     names = {version.registered.name for version in self.history.latest}
                     count_failures(lines, names, self.failures)
+                    if self.beats():  # a beat that is answered with an error would be logged every second
+                        lines = [line for line in lines if not LOGGED_BEAT.match(line)]
                 for line in lines:
-                    if BEAT not in line:
-                        print(line, flush=True)
+                    print(line, flush=True)
 
 
 def archive_versions(store: Path, folders: list[ModelFolder]) -> dict[str, str]:
