@@ -1,12 +1,16 @@
 """Helpers of several test suites: changed archives, waiting, and constant load."""
 
 import json
+import select
 import shutil
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 from prometheus_client.parser import text_string_to_metric_families
@@ -63,49 +67,71 @@ def batches(metrics: str, model: str) -> tuple[float, float]:
     return total("bundle_batch_size_count"), total("bundle_batch_size_sum")
 
 
+def is_closed(connection: socket.socket) -> bool:
+    """Return whether the server has closed an idle connection."""
+    return bool(select.select([connection], [], [], 0)[0])
+
+
 class Traffic:
     """Clients that send one input repeatedly until the block ends, and count the outcomes.
 
     Args:
-        resends: whether a request on a kept connection that was closed without a byte of an answer is sent again, once,
-            on a new connection, as browsers and most HTTP clients do.
+        resends: whether a request is sent again, once, on a new connection, if the server closes a kept connection as
+            the request comes, as browsers and most HTTP clients do: `CLOSING_SECONDS` later at most, and without a byte
+            of an answer. A server that closes it later may have been at work on the request.
 
     Attributes:
         counts: the number of requests with each outcome: a status, "wrong answer", or an exception's name.
         resent: the number of requests that were sent again.
+        longest: the seconds that the slowest answer took.
     """
+
+    CLOSING_SECONDS = 0.5  # takes less than a millisecond, unless the machine is busy
+    ANSWER_SECONDS = 120
 
     def __init__(
         self, url: str, content: bytes, expected: str, clients: int = 4, pause: float = 0.01, resends: bool = False
     ):
         self.url, self.content, self.expected, self.pause, self.resends = url, content, expected, pause, resends
-        self.resent = 0
+        self.resent, self.longest = 0, 0.0
         self.counts: Counter[int | str] = Counter()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._client, daemon=True) for _ in range(clients)]
 
     def _client(self) -> None:
-        with requests.Session() as session:
-            session.trust_env = False
-            while not self._stop.wait(self.pause):
-                self.counts[self._outcome(session)] += 1
+        connection = HTTPConnection(urlsplit(self.url).netloc, timeout=self.ANSWER_SECONDS)
+        while not self._stop.wait(self.pause):
+            self.counts[self._outcome(connection)] += 1
+        connection.close()
 
-    def _outcome(self, session: requests.Session) -> int | str:
+    def _outcome(self, connection: HTTPConnection) -> int | str:
+        began = time.monotonic()
         try:
-            answer = self._send(session)
-        except requests.RequestException as exc:
+            answer = self._send(connection)
+            body = answer.read().decode(errors="replace")
+        except (OSError, HTTPException) as exc:
+            connection.close()
             return type(exc).__name__
-        right = answer.status_code != 200 or self.expected in answer.text
-        return answer.status_code if right else "wrong answer"
+        self.longest = max(self.longest, time.monotonic() - began)
+        return answer.status if answer.status != 200 or self.expected in body else "wrong answer"
 
-    def _send(self, session: requests.Session) -> requests.Response:
+    def _send(self, connection: HTTPConnection) -> HTTPResponse:
+        kept = connection.sock is not None and not is_closed(connection.sock)
+        if not kept:
+            connection.close()  # the next request opens it
+        began = time.monotonic()
         try:
-            return session.post(self.url, data=self.content, timeout=60)
-        except requests.ConnectionError:
-            if not self.resends:
+            return self._post(connection)
+        except (ConnectionResetError, BrokenPipeError):  # http.client's RemoteDisconnected is one of them
+            if not (self.resends and kept and time.monotonic() - began < self.CLOSING_SECONDS):
                 raise
             self.resent += 1
-            return session.post(self.url, data=self.content, timeout=60, headers={"Connection": "close"})
+            connection.close()
+            return self._post(connection)
+
+    def _post(self, connection: HTTPConnection) -> HTTPResponse:
+        connection.request("POST", urlsplit(self.url).path, self.content)
+        return connection.getresponse()
 
     def wait_for(self, requests: int) -> None:
         """Wait until this number of further requests has an outcome."""
@@ -123,4 +149,4 @@ class Traffic:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(70)
+            thread.join(self.ANSWER_SECONDS + 10)

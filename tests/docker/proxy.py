@@ -165,6 +165,13 @@ def docker(*arguments: str, seconds: float = 120) -> subprocess.CompletedProcess
     return subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=seconds)
 
 
+def used_servers(container: str) -> set[str]:
+    """Return the addresses to which a proxy sends predictions."""
+    done = docker("exec", container, "cat", "/tmp/nginx/inference.servers")
+    assert done.returncode == 0, done.stderr
+    return {line.split()[1].split(":")[0] for line in done.stdout.splitlines() if " down" not in line}
+
+
 def eventually(found: Callable[[], object], seconds: float = 10) -> object:
     """Call `found` until its result is true, and return the result."""
     deadline = time.monotonic() + seconds

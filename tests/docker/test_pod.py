@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import json
 import re
-import select
 import socket
 import subprocess
 import threading
@@ -26,7 +25,7 @@ from tests.docker.pod import http as session
 from tests.docker.proxy import IMAGE as NGINX
 from tests.docker.stack import build_archive, build_image, docker
 from tests.helm import CHART, needs_helm, render
-from tests.support import models_expecting_four, wait_for
+from tests.support import is_closed, models_expecting_four, wait_for
 
 pytestmark = needs_helm
 [MNIST] = select_folders(["mnist"])
@@ -120,11 +119,6 @@ class Clients:
         for thread in self.threads:
             thread.join(120)
             assert not thread.is_alive()
-
-
-def is_closed(connection: socket.socket) -> bool:
-    """Return whether the server has closed an idle connection."""
-    return bool(select.select([connection], [], [], 0)[0])
 
 
 class SlowUpload(threading.Thread):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.proxy import Proxy, Upstream, check_error, docker, eventually
+from tests.docker.proxy import Proxy, Upstream, check_error, eventually, used_servers
 
 pytestmark = pytest.mark.usefixtures("fresh")
 FIRST, SECOND = "127.0.0.1", "127.0.0.2"
@@ -37,13 +37,7 @@ def reset(second: Upstream, scaled: Proxy) -> None:
     second.reset()
     for file in scaled.gate.iterdir():
         file.unlink()
-    eventually(lambda: used(scaled) == {FIRST, SECOND})
-
-
-def used(proxy: Proxy) -> set[str]:
-    """Return the addresses to which the proxy sends requests."""
-    written = docker("exec", proxy.container, "cat", "/tmp/nginx/inference.servers").stdout
-    return {line.split()[1].split(":")[0] for line in written.splitlines() if " down" not in line}
+    eventually(lambda: used_servers(scaled.container) == {FIRST, SECOND})
 
 
 def shares(proxy: Proxy, first: Upstream, second: Upstream, requests: int = 40) -> tuple[int, int]:
@@ -97,10 +91,10 @@ def test_request_that_takes_too_long_is_not_sent_again(scaled, upstream, second)
 def test_server_whose_gate_is_closed_is_left_out_until_it_opens(scaled, upstream, second):
     closed = scaled.gate / f"closed-{SECOND}"
     closed.touch()
-    eventually(lambda: used(scaled) == {FIRST})
+    eventually(lambda: used_servers(scaled.container) == {FIRST})
     eventually(lambda: shares(scaled, upstream, second, 5) == (5, 0))
     closed.unlink()
-    eventually(lambda: used(scaled) == {FIRST, SECOND})
+    eventually(lambda: used_servers(scaled.container) == {FIRST, SECOND})
 
 
 def test_server_without_a_beat_is_left_out_if_another_one_has_them(scaled):
@@ -108,15 +102,15 @@ def test_server_without_a_beat_is_left_out_if_another_one_has_them(scaled):
     for file in alive:
         file.touch()
     time.sleep(1.5)
-    assert used(scaled) == {FIRST, SECOND}
+    assert used_servers(scaled.container) == {FIRST, SECOND}
 
     long_ago = partial(os.utime, times=(time.time() - 60,) * 2)
     long_ago(alive[1])
-    eventually(lambda: used(scaled) == {FIRST})
+    eventually(lambda: used_servers(scaled.container) == {FIRST})
     alive[1].touch()
-    eventually(lambda: used(scaled) == {FIRST, SECOND})
+    eventually(lambda: used_servers(scaled.container) == {FIRST, SECOND})
 
     for file in alive:
         long_ago(file)
     time.sleep(2.5)
-    assert used(scaled) == {FIRST, SECOND}
+    assert used_servers(scaled.container) == {FIRST, SECOND}
