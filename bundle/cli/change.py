@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from bundle.cli.console import console, note
 from bundle.cli.parameters import Model, file_or_dash
 from bundle.cli.serve import NOT_RUNNING, make_run_folder
 from bundle.errors import BundleError, NotRunning, UsageError
-
-if TYPE_CHECKING:
-    from bundle.server.docker_stack import Container
 
 app = typer.Typer()
 NOTHING_RUNS = "TorchServe is not running. Start it: make serve, or make up"
@@ -57,7 +54,7 @@ def rollout(
     [folder] = catalog.select([model])
     server = Server()
     running = server.running()
-    containers = stack.containers() if running is None else []
+    containers = stack.containers(note) if running is None else []
     if running is None and not containers:
         raise NotRunning(NOTHING_RUNS)
     make_run_folder(server)
@@ -72,9 +69,9 @@ def rollout(
             archive.write_bytes(sys.stdin.buffer.read())
         if running is None:
             try:
-                roll_out([stack.ContainerReplica(container, model) for container in containers], archive, note)
+                roll_out([stack.ContainerReplica(each, model, timeout) for each in containers], archive, note)
             except BundleError as exc:
-                raise BundleError(f"{model} was not rolled out. {exc}", exc.details) from exc
+                raise type(exc)(f"{model} was not rolled out. {exc}", exc.details) from exc
         else:
             roll_out([LocalReplica(server, running.client(), folder, timeout, note)], archive, note)
             for record in Path(temporary).glob("*.fingerprint"):  # the next `bundle serve` uses an archive built here
@@ -129,7 +126,7 @@ def manage(
 ) -> None:
     """Call the management API of the running server, or of all replicas of the Docker stack, one after the other.
 
-    It stops at the first replica that refuses, and says which replicas have the change.
+    It calls every replica, also after one has refused, and says which replicas have the change.
 
     Exit with 3 if no server is running.
     """
@@ -150,24 +147,27 @@ def manage(
                 f"TorchServe refused {method.upper()} {path} with {answer.status_code}: {reason(answer) or answer.text}"
             )
         return
-    containers = stack.containers()
+    containers = stack.containers(note)
     if not containers:
         raise NotRunning(NOTHING_RUNS)
-    for position, container in enumerate(containers):
+    failures: dict[str, BundleError] = {}
+    for container in containers:
         note(f"{container.name}:")
         try:
             container.run("manage", method, path)
         except BundleError as exc:
-            raise BundleError(parted(containers, position)) from exc
+            failures[container.name] = exc
+    if failures:
+        done = [container.name for container in containers if container.name not in failures]
+        kind = NotRunning if not done and all(isinstance(exc, NotRunning) for exc in failures.values()) else BundleError
+        raise kind(parted(list(failures), done))
 
 
-def parted(containers: list["Container"], failed: int) -> str:
-    """Return a message that says which replicas a call has reached."""
-    names = [container.name for container in containers]
-    done, rest = names[:failed], names[failed + 1 :]
-    return (
-        f"The call failed on {names[failed]}, which says why above. It succeeded on {', '.join(done) or 'none'}"
-        + (f", and was not made on {', '.join(rest)}" if rest else "")
-        + "."
-        + (" The replicas now differ: correct the cause and repeat the call, or undo it on these." if done else "")
+def parted(failed: list[str], done: list[str]) -> str:
+    """Return a message that says on which replicas a call has succeeded."""
+    return f"The call failed on {', '.join(failed)}, as said above, and succeeded on {', '.join(done) or 'none'}." + (
+        " The replicas may now differ: correct the cause and repeat the call. It is made on all of them; one that has "
+        "the change may refuse it."
+        if done
+        else ""
     )

@@ -37,6 +37,18 @@ class Rollout:
         return f"rollout-{self.model}-{self.new}.mar"
 
 
+class PreparedNevertheless(KeyboardInterrupt):
+    """Ctrl-C came while a replica prepared. The step could not be stopped, and has succeeded.
+
+    Attributes:
+        rollout: what the step returned.
+    """
+
+    def __init__(self, rollout: Rollout):
+        super().__init__()
+        self.rollout = rollout
+
+
 class Replica(Protocol):
     """One of the servers that serve the same: the steps of a rollout on it, each of which may raise a BundleError."""
 
@@ -45,7 +57,11 @@ class Replica(Protocol):
         """What messages call it."""
 
     def prepare(self, archive: Path) -> Rollout:
-        """Register the archive beside the served version, and have it answer its sample; after a failure, neither."""
+        """Register the archive beside the served version, and have it answer its sample; after a failure, neither.
+
+        Raises:
+            PreparedNevertheless: it was interrupted, and is to be undone.
+        """
 
     def switch(self, rollout: Rollout) -> None:
         """Make the new version the default."""
@@ -73,7 +89,11 @@ def roll_out(replicas: Sequence[Replica], archive: Path, report: Callable[[str],
     prepared: list[tuple[Replica, Rollout]] = []
     try:
         for replica in replicas:
-            prepared.append((replica, replica.prepare(archive)))
+            try:
+                prepared.append((replica, replica.prepare(archive)))
+            except PreparedNevertheless as exc:
+                prepared.append((replica, exc.rollout))
+                raise
         for replica, rollout in prepared:
             replica.switch(rollout)
     except BaseException:
@@ -142,7 +162,7 @@ class LocalReplica:
         except BundleError as exc:
             raise BundleError(
                 f"{name} {new} is served, and so is still {old}: {exc} Remove it when no client "
-                f"requests it by number: curl -X DELETE {client.management}/models/{name}/{old}",
+                f'requests it by number: make manage CALL="DELETE /models/{name}/{old}"',
                 exc.details,
             ) from exc
         self.report(f"{name} {old}: removed")

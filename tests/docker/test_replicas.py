@@ -17,6 +17,7 @@ import requests
 from bundle.catalog import select
 from bundle.server.client import Client
 from bundle.server.ports import free_ports
+from tests.docker.proxy import used_servers
 from tests.docker.stack import SERVICES, UNLIMITED, Stack, build_image, docker, running
 from tests.support import Traffic, reversioned, wait_for
 
@@ -48,6 +49,7 @@ def replicas() -> Iterator[Stack]:
     base = build_image()
     image = derived(base, "torchserve-test-replicas", "1", "run", "mnist", "--workers", "mnist=1")
     settings = {"SERVER_IMAGE": image, "REPLICAS": str(COUNT), "MANAGEMENT_PORT": str(adjacent_ports(COUNT))}
+    settings["UPSTREAM_TIMEOUT"] = "100"  # longer than a test lets a replica hang
     with running(SERVICES, **settings, **UNLIMITED) as stack:
         yield stack
     docker("rmi", "--force", image)
@@ -71,8 +73,7 @@ def addresses(container: str) -> set[str]:
 
 def used(stack: Stack) -> set[str]:
     """Return the addresses to which the proxy sends predictions."""
-    written = docker("exec", stack.container("proxy"), "cat", "/tmp/nginx/inference.servers")
-    return {line.split()[1].split(":")[0] for line in written.splitlines() if " down" not in line}
+    return used_servers(stack.container("proxy"))
 
 
 def clients(stack: Stack) -> list[Client]:
@@ -88,6 +89,7 @@ def traffic(stack: Stack) -> Traffic:
 def check(load: Traffic, what: str) -> None:
     print(f"{what}:", dict(load.counts), "sent again:", load.resent)
     assert set(load.counts) == {200}, load.counts
+    assert load.resent <= 20  # the servers change a few times, and each time, few of the clients send at that moment
 
 
 def up(stack: Stack, **settings: str) -> subprocess.CompletedProcess:
@@ -148,7 +150,6 @@ def test_hung_replica_is_left_out_and_comes_back(replicas: Stack):
         try:
             wait_for(lambda: not used(replicas) & addresses(hung), 15)
             time.sleep(1)  # nginx reads the file
-            began = load.counts.total()
             # clients whose request hangs wait; new ones are served
             with traffic(replicas) as others:
                 others.wait_for(100)
@@ -157,8 +158,8 @@ def test_hung_replica_is_left_out_and_comes_back(replicas: Stack):
             docker("exec", hung, "sh", "-c", java % "CONT")
         wait_for(lambda: used(replicas) & addresses(hung), 15)
         load.wait_for(50)
-        assert load.counts.total() > began
     check(load, "hung")
+    assert load.longest > 2, "no request was in the replica that hung"
 
 
 def test_change_from_outside_is_refused_and_manage_reaches_every_replica(replicas: Stack, tmp_path: Path):
@@ -172,13 +173,16 @@ def test_change_from_outside_is_refused_and_manage_reaches_every_replica(replica
     done = manage(replicas, "POST /models?url=mnist.mar&model_name=more", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [each.models() for each in clients(replicas)] == [["mnist", "more"]] * COUNT
-    done = manage(replicas, "DELETE /models/more", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [each.models() for each in clients(replicas)] == [["mnist"]] * COUNT
 
+    # one replica has the change already, as after a call that reached only some
+    first, *others = containers(replicas)
+    docker("exec", first, ".venv/bin/python", "-m", "bundle", "manage", "DELETE", "/models/more")
     done = manage(replicas, "DELETE /models/more", tmp_path)
     assert done.returncode != 0
-    assert "It succeeded on none, and was not made on" in done.stderr
+    assert "TorchServe refused DELETE /models/more with 404" in done.stderr
+    first, *others = (inspected(each, "{{.Name}}").lstrip("/") for each in (first, *others))
+    assert f"The call failed on {first}, as said above, and succeeded on {', '.join(sorted(others))}." in done.stderr
+    assert [each.models() for each in clients(replicas)] == [["mnist"]] * COUNT
 
 
 def versions(stack: Stack) -> list[list[str]]:

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from bundle.catalog import select
 from bundle.errors import BundleError
-from bundle.server.rollout import Rollout, roll_out
+from bundle.server.client import Client
+from bundle.server.process import Server
+from bundle.server.rollout import LocalReplica, PreparedNevertheless, Rollout, roll_out
 
+[MNIST] = select(["mnist"])
 ROLLOUT = Rollout("mnist", "1.0", "1.1")
 
 
@@ -97,3 +101,25 @@ def test_interrupted_rollout_is_undone():
     with pytest.raises(KeyboardInterrupt):
         roll_out([Recorded("a", steps), Interrupted("b", steps)], Path("new.mar"), print)
     assert steps == ["prepare a", "prepare b", "switch a", "undo b", "undo a"]
+
+
+def test_replica_that_has_prepared_in_spite_of_an_interrupt_is_undone():
+    class Uninterruptible(Recorded):
+        def prepare(self, archive: Path) -> Rollout:
+            raise PreparedNevertheless(super().prepare(archive))
+
+    steps: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        roll_out([Recorded("a", steps), Uninterruptible("b", steps)], Path("new.mar"), print)
+    assert steps == ["prepare a", "prepare b", "undo b", "undo a"]
+
+
+def test_message_of_an_old_version_that_stays_names_a_command_for_all_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path))
+    replica = LocalReplica(Server(tmp_path), Client("", ""), MNIST, seconds=0, report=print)
+    with pytest.raises(BundleError) as failure:
+        replica.finish(ROLLOUT)
+    assert "mnist 1.1 is served, and so is still 1.0" in str(failure.value)
+    assert str(failure.value).endswith(': make manage CALL="DELETE /models/mnist/1.0"')

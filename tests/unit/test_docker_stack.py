@@ -1,0 +1,165 @@
+"""Commands that run in all containers of the stack. A program in place of `docker` records its calls, and ends as told.
+
+tests/docker/test_replicas.py has real containers.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bundle.cli.app import app
+from bundle.paths import ROOT
+from tests import programs
+
+# files of its folder control it: `containers` has what `docker inspect` prints; `hold-STEP` makes a step wait until the
+# file is removed; `status-NAME-COMMAND` has the exit status of a command in a container, whose id is its name
+DOCKER = """#!/bin/sh
+cd "$(dirname "$0")"
+case $1 in
+  compose) sed 's/ [^ ]*$//; s/.* //' containers ;;
+  inspect) cat containers ;;
+  exec)
+    container=$3
+    shift 6
+    echo "$container: $*" >>calls
+    cat >/dev/null
+    while [ -e "hold-$2" ]; do sleep 0.02; done
+    status=$(cat "status-$container-$1" 2>/dev/null || echo 0)
+    [ "$2" != prepare ] || [ "$status" != 0 ] || echo '{"model": "mnist", "old": "1.0", "new": "1.1"}'
+    echo "$container: ended" >>calls
+    exit "$status" ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack with the containers a and b."""
+
+    folder: Path
+
+    def control(self, name: str, text: str | int = "") -> Path:
+        file = self.folder / name
+        file.write_text(str(text))
+        return file
+
+    def healths(self, **names: str) -> None:
+        self.control("containers", "".join(f"true {health} {name} /{name}\n" for name, health in names.items()))
+
+    def calls(self) -> list[str]:
+        """Return the beginnings and ends of commands in containers, without options."""
+        file = self.folder / "calls"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [line.split(" mnist")[0].replace("rollout-step ", "") for line in lines]
+
+
+@pytest.fixture
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    stack = Stack(tmp_path)
+    stack.control("docker", DOCKER).chmod(0o755)
+    stack.control("new.mar")
+    stack.healths(a="healthy", b="healthy")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("COMPOSE", "docker compose")
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
+    return stack
+
+
+def roll_out(stack: Stack, *options: str) -> programs.Ended:
+    return programs.run(app, "rollout", "mnist", "--archive", str(stack.folder / "new.mar"), *options)
+
+
+def within(seconds: float, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ran(*steps: str) -> list[str]:
+    """Return the calls of steps that ran to their end, one after the other."""
+    return [line for step in steps for line in (step, f"{step.split(':')[0]}: ended")]
+
+
+@pytest.mark.parametrize(
+    ("held", "steps"),
+    [
+        ("prepare", ["a: prepare", "a: undo"]),
+        ("switch", ["a: prepare", "b: prepare", "a: switch", "b: undo", "a: undo"]),
+    ],
+)
+def test_interrupted_rollout_waits_for_its_step_and_undoes_it(stack: Stack, held: str, steps: list[str]):
+    """A terminal sends Ctrl-C to all programs of its session; in a container, the step goes on."""
+    hold = stack.control(f"hold-{held}")
+    command = [sys.executable, "-m", "bundle", "rollout", "mnist", "--archive", str(stack.folder / "new.mar")]
+    said = stack.folder / "said"
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            ["env", "--default-signal=INT", *command], cwd=ROOT, stderr=stderr, start_new_session=True
+        )
+    try:
+        within(30, lambda: f"a: {held}" in stack.calls())
+        os.killpg(process.pid, signal.SIGINT)
+        within(10, lambda: "Waiting until `bundle rollout-step` has ended in a." in said.read_text())
+        hold.unlink()
+        assert process.wait(20) == 128 + signal.SIGINT
+    finally:
+        hold.unlink(missing_ok=True)
+        process.kill()
+    assert stack.calls() == ran(*steps)
+
+
+def test_rollout_of_a_model_that_is_not_served_exits_with_3(stack: Stack):
+    stack.control("status-a-rollout-step", 3)
+    ended = roll_out(stack)
+    assert ended.status == 3
+    assert "mnist was not rolled out. `bundle rollout-step` failed in the container a" in ended.stderr
+    assert stack.calls() == ran("a: prepare")
+
+
+def test_rollout_passes_its_timeout_to_every_step(stack: Stack):
+    assert roll_out(stack, "--timeout", "7.5").status == 0
+    calls = [line for line in (stack.folder / "calls").read_text().splitlines() if "ended" not in line]
+    assert len(calls) == 6
+    assert all("mnist --timeout 7.5" in call for call in calls), calls
+
+
+def test_replica_that_starts_is_not_changed(stack: Stack):
+    stack.healths(a="healthy", b="starting")
+    for ended in (roll_out(stack), programs.run(app, "manage", "PUT", "/models/mnist?min_worker=2")):
+        assert ended.status == 1
+        assert "error: b is still starting" in ended.stderr
+        assert "Wait until `docker ps` shows it as healthy" in ended.stderr
+    assert stack.calls() == []
+
+
+@pytest.mark.parametrize("health", ["unhealthy", "none"])
+def test_replica_that_is_unhealthy_or_has_no_check_is_changed(stack: Stack, health: str):
+    """Management may be what mends it."""
+    stack.healths(a="healthy", b=health)
+    assert programs.run(app, "manage", "GET", "/models").status == 0
+    assert stack.calls() == ran("a: manage GET /models", "b: manage GET /models")
+
+
+@pytest.mark.parametrize(("failed", "done"), [("a", "b"), ("b", "a"), ("a, b", "none")])
+def test_manage_calls_every_replica_and_names_those_that_failed(stack: Stack, failed: str, done: str):
+    for name in failed.split(", "):
+        stack.control(f"status-{name}-manage", 1)
+    ended = programs.run(app, "manage", "DELETE", "/models/more")
+    assert ended.status == 1
+    assert f"The call failed on {failed}, as said above, and succeeded on {done}." in ended.stderr
+    assert ("The replicas may now differ" in ended.stderr) == (done != "none")
+    assert stack.calls() == ran("a: manage DELETE /models/more", "b: manage DELETE /models/more")
+
+
+def test_manage_exits_with_3_if_no_container_has_a_server(stack: Stack):
+    for name in "ab":
+        stack.control(f"status-{name}-manage", 3)
+    assert programs.run(app, "manage", "GET", "/models").status == 3
