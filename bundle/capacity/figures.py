@@ -3,13 +3,15 @@
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import log
 from pathlib import Path
 
 import numpy as np
 
-from bundle.capacity.queueing import Replica
+from bundle.capacity.queueing import Replica, closed_loop
 from bundle.catalog import ModelFolder
 from bundle.files import write_atomically
+from bundle.load.generator import LoadResult
 from bundle.paths import ROOT
 from bundle.tuning import report, tuner
 from bundle.tuning.search import UTILISATION
@@ -18,14 +20,18 @@ from bundle.tuning.trial_server import Input
 
 KEPT = ROOT / "build" / "capacity"
 MACHINE = ("cpu", "cores", "gpus", "versions")  # what decides the speed
-QUANTILES = 200  # of the spread
+QUANTILES = 1000  # of the spread
+GRID = 40  # times of a batch of one that are tried, twice; the second ones lie between two of the first
+SHORTEST = 0.01  # of them, as a share of the time that one client waits
+HALVINGS = 12  # of the interval in which the time of each further request lies
 
 
 @dataclass(frozen=True)
 class Point:
-    """A closed loop: clients that each wait for their answer.
+    """A measured load.
 
     Attributes:
+        clients: each waits for its answer; 0 if the requests came at random times instead.
         throughput: answers/s.
         p50, p95, p99: latency in seconds.
     """
@@ -36,19 +42,10 @@ class Point:
     p95: float
     p99: float
 
-
-@dataclass(frozen=True)
-class Check:
-    """A measurement with requests at random times, which the model of the queue is not made of.
-
-    Attributes:
-        rate: requests/s.
-        p50, p99: latency in seconds.
-    """
-
-    rate: float
-    p50: float
-    p99: float
+    @classmethod
+    def of(cls, clients: int, load: LoadResult) -> "Point":
+        """Return what was measured."""
+        return cls(clients, load.throughput, load.p50, load.p95, load.p99)
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class Figures:
         memory: resident memory of the workers, in bytes; 0 if unknown.
         load_cores: processor time of the load generator at full load, in cores; 0 if unknown.
         points: closed loops, by number of clients; the first is of one client.
-        check: None if it was not measured.
+        check: requests at random times, from which the model of the queue is not made; None if not measured.
     """
 
     of: Identity
@@ -111,34 +108,52 @@ class Figures:
     memory: int
     load_cores: float
     points: tuple[Point, ...]
-    check: Check | None
+    check: Point | None
 
     @cached_property
     def replica(self) -> Replica:
-        """What a replica needs for its requests: a time for each batch, and a time for each request in it.
+        """What a replica needs for its requests: the one whose closed loops, simulated, are most like those measured.
 
-        Two loads tell them apart. With one client more than workers, a worker that becomes free finds one request: W
-        workers answer W requests in the time of a batch of one. With a batch more than the workers take, it finds a
-        full batch. In between, batches are equal only with one worker. The times include the frontend's
-        share, and whatever workers and frontend take from each other.
+        A batch takes a time, and a time for each further request in it. Each client waits for a further time in which
+        it occupies no worker. One client measures their sum, full batches the time of each request, and loads in
+        between how the sum is divided. The times include the frontend's share, and whatever workers and frontend take
+        from each other.
 
         Raises:
             ValueError: a load is missing.
         """
         workers, largest = self.of.settings.workers, self.of.settings.batch_size
-        lone = self.points[0]
-        few = next((point for point in self.points if point.clients > workers), None)
-        many = [point for point in self.points if point.clients >= (workers + 1) * largest]
-        if lone.clients != 1 or few is None or not many or (workers > 1 and few.clients >= 2 * (workers + 1)):
-            raise ValueError("Figures need one client, one more than workers, and a batch more than they take.")
-        small = min(float(largest), few.clients / (workers + 1))
-        seconds = workers * small / few.throughput
-        full = workers * largest / max(point.throughput for point in many)
-        # a full batch takes no less time: where it seems so, something disturbed the measurement
-        each = max(0.0, full - seconds) / max(1.0, largest - small)
-        service = np.maximum(seconds + each * (np.arange(1, largest + 1) - small), each)
-        transit = max(0.0, 1 / lone.throughput - service[0])
-        return Replica(tuple(service.tolist()), workers, float(transit), spread(lone))
+        lone, full = self.points[0], (workers + 1) * largest
+        between = [point for point in self.points if workers < point.clients < full]
+        many = [point for point in self.points if point.clients >= full]
+        if lone.clients != 1 or not many or not (between or largest == 1):
+            raise ValueError("Figures need one client, more than workers, and a batch more than they take.")
+        fastest = max(many, key=lambda point: point.throughput)
+        alone, around = 1 / lone.throughput, spread(lone)
+
+        def replica(first: float) -> Replica:
+            """Return the replica whose batches of one take `first`, and whose full ones are as fast as measured."""
+
+            def with_each(each: float) -> Replica:
+                service = tuple((first + each * np.arange(largest)).tolist())
+                return Replica(service, workers, alone - first, around)
+
+            low, high = 0.0, workers * largest / fastest.throughput / max(1, largest - 1)
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                too_fast = closed_loop(with_each(middle), fastest.clients) > fastest.throughput
+                low, high = (middle, high) if too_fast else (low, middle)
+            return with_each(low)
+
+        def miss(first: float) -> float:
+            found = replica(first)
+            return sum(log(closed_loop(found, point.clients) / point.throughput) ** 2 for point in self.points[1:])
+
+        grid = alone * np.geomspace(SHORTEST, 1, GRID)
+        best = min(grid.tolist(), key=miss)
+        step = SHORTEST ** (-1 / (GRID - 1))
+        finer = np.linspace(best / step, min(alone, best * step), GRID)
+        return replica(min(finer.tolist(), key=miss))
 
 
 def spread(lone: Point) -> tuple[float, ...]:
@@ -161,15 +176,16 @@ def keep(figures: Figures, folder: Path | None = None) -> Path:
 
 
 def kept(model: str, folder: Path | None = None) -> Figures | None:
-    """Return the figures of an earlier question; None if there are none, or another bundle wrote them."""
+    """Return the figures of an earlier question; None if there are none, or they are not what is needed."""
     try:
         values = json.loads(((folder or KEPT) / f"{model}.json").read_text())
         of = values.pop("of")
         of |= {"settings": Candidate(**of["settings"]), "inputs": tuple(of["inputs"])}
         points = tuple(Point(**each) for each in values.pop("points"))
         check = values.pop("check")
-        return Figures(**values, of=Identity(**of), points=points, check=Check(**check) if check else None)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        figures = Figures(**values, of=Identity(**of), points=points, check=Point(**check) if check else None)
+        return figures if figures.replica else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError):
         return None
 
 
@@ -181,8 +197,7 @@ def tuned(folder: ModelFolder) -> Figures | None:
         points: dict[int, Point] = {}
         for each in found["measurements"]:
             if Candidate(**each["settings"]) == settings and not each["failed"]:
-                seconds = [each[f"{name}_ms"] / 1000 for name in ("p50", "p95", "p99")]
-                point = Point(each["clients"], each["throughput"], *seconds)
+                point = point_of_tuner(each["clients"], each)
                 best = points.get(point.clients)  # what disturbs a measurement makes it slower
                 if best is None or point.throughput > best.throughput:
                     points[point.clients] = point
@@ -199,14 +214,19 @@ def tuned(folder: ModelFolder) -> Figures | None:
             check=checked_by_tuner(found, settings),
         )
         return figures if figures.replica else None
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
+    except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError):
         return None
 
 
-def checked_by_tuner(found: dict, settings: Candidate) -> Check | None:
+def point_of_tuner(clients: int, load: dict) -> Point:
+    """Return a load of the tuner's evidence."""
+    return Point(clients, load["throughput"], *(load[f"{name}_ms"] / 1000 for name in ("p50", "p95", "p99")))
+
+
+def checked_by_tuner(found: dict, settings: Candidate) -> Point | None:
     """Return the tuner's measurement of these settings with requests at random times; None if it has none."""
     for each in found["final"]:
         load = each[f"at_{UTILISATION:.0%}"]
         if Candidate(**each["settings"]) == settings and load and load["p99_ms"]:
-            return Check(load["throughput"], load["p50_ms"] / 1000, load["p99_ms"] / 1000)
+            return point_of_tuner(0, load)
     return None

@@ -1,16 +1,18 @@
 """Measure one replica: closed loops, from which its queue is known, and an open loop, which checks it."""
 
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
-from bundle.capacity.figures import Check, Figures, Identity, Point
+from bundle.capacity.figures import Figures, Identity, Point
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.load.generator import LoadResult
@@ -19,9 +21,9 @@ from bundle.tuning.search import SHORTEST, medians, shortest
 from bundle.tuning.space import Candidate
 from bundle.tuning.trial_server import Input, Service, TrialServer
 
-DISTURBED = 0.1  # share of the machine's processor time that others may take meanwhile
+DISTURBED = 0.1  # share of the usable cores that other processes may take meanwhile
 ROUNDS = 3  # of the closed loops; the medians count, so that other work on the machine affects all loads alike
-LEAST_SECONDS = 2.0  # of a closed loop
+LEAST_SECONDS = 1.5  # of a closed loop
 CHECK_SECONDS = 8.0  # of the open loop
 CHECKED = 0.7  # share of the capacity at which it runs
 TIMEOUT = 10.0  # seconds until an unanswered request has failed
@@ -55,9 +57,9 @@ def measure(
         trial = TrialServer(folder, archive, inputs, run_dir or Server().run_dir / "capacity", Path(store))
         with trial.server.lock(), trial, trial.started(now.settings) as service:
             before = seconds_of_others(trial.running.pid), time.monotonic()
-            figures = measured(service, now, show)
+            figures = checked(service, measured(service, now, show), show)
             busy = seconds_of_others(trial.running.pid) - before[0]
-            share = busy / (time.monotonic() - before[1]) / (psutil.cpu_count() or 1)
+            share = busy / (time.monotonic() - before[1]) / len(os.sched_getaffinity(0))
     if share > DISTURBED and not anyway:
         raise BundleError(
             f"Other processes used {share:.0%} of the CPU meanwhile, so the figures are too low, and are not kept. End "
@@ -67,12 +69,12 @@ def measure(
 
 
 def measured(service: Service, now: Identity, show: Show) -> Figures:
-    """Measure a replica that is served already; see `measure`."""
+    """Measure a replica that is served already, without a check; see `measure`."""
     numbers = clients(now.settings)
     full = numbers[-1]
     show("warm-up", 0.0)
     warm_up(service, full)
-    alone = service.load(1, SHORTEST, TIMEOUT)
+    alone = whole(service.load(1, SHORTEST, TIMEOUT), now)
     seconds = max(LEAST_SECONDS, shortest(alone.p50, len(service.inputs)))
     timeout = max(TIMEOUT, 100 * alone.p50)
     rounds: list[dict[int, LoadResult]] = []
@@ -85,10 +87,8 @@ def measured(service: Service, now: Identity, show: Show) -> Figures:
             rounds[-1][number] = service.load(number, seconds, timeout)
             if number == full:
                 load_cores = max(load_cores, (load_seconds() - spent) / (time.monotonic() - began))
-    found = medians(rounds)
-    if failed := sum(load.failed for load in found.values()):
-        raise BundleError(f"{failed} requests failed while {now.model} was measured. See the log: make logs")
-    figures = Figures(
+    found = {number: whole(load, now) for number, load in medians(rounds).items()}
+    return Figures(
         of=now,
         source="measured by bundle capacity",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,18 +96,44 @@ def measured(service: Service, now: Identity, show: Show) -> Figures:
         answer_bytes=service.answer_bytes,
         memory=service.memory,
         load_cores=round(load_cores, 3),
-        points=tuple(Point(each, load.throughput, load.p50, load.p95, load.p99) for each, load in found.items()),
+        points=tuple(Point.of(each, load) for each, load in found.items()),
         check=None,
     )
+
+
+def checked(service: Service, figures: Figures, show: Show) -> Figures:
+    """Return the figures with a check: requests at random times, from which the model of the queue is not made."""
     rate = CHECKED * figures.replica.capacity
     show(f"check: {rate:.0f} requests/s at random times", ROUNDS / (ROUNDS + 1))
-    load = service.random_arrivals(rate, max(CHECK_SECONDS, seconds), timeout)
-    return replace(figures, check=Check(rate, load.p50, load.p99))
+    alone = figures.points[0].p50
+    lasts, timeout = max(CHECK_SECONDS, shortest(alone, len(service.inputs))), max(TIMEOUT, 100 * alone)
+    load = whole(service.random_arrivals(rate, lasts, timeout), figures.of)
+    return replace(figures, check=replace(Point.of(0, load), throughput=rate))
+
+
+def whole(load: LoadResult, now: Identity) -> LoadResult:
+    """Return the load.
+
+    Raises:
+        BundleError: requests failed.
+    """
+    if load.failed or not load.answered:
+        raise BundleError(
+            f"{load.failed} requests failed while {now.model} was measured: it answered with an error, or too "
+            f"late ({TIMEOUT:g} s or more). See the log: make logs"
+        )
+    return load
 
 
 def clients(settings: Candidate) -> list[int]:
-    """Return the numbers of clients to measure: those that `Figures.replica` needs."""
-    return sorted({1, settings.workers + 1, (settings.workers + 1) * settings.batch_size})
+    """Return the numbers of clients to measure: one; enough for batches of one, of two more sizes, and for full ones.
+
+    Full batches need more clients than they take, because some clients wait without occupying a worker.
+    """
+    busy, largest = settings.workers + 1, settings.batch_size
+    return sorted(
+        {1, busy, round(busy * largest ** (1 / 3)), round(busy * largest ** (2 / 3)), busy * max(4, 2 * largest)}
+    )
 
 
 def warm_up(service: Service, number: int) -> None:
@@ -115,23 +141,30 @@ def warm_up(service: Service, number: int) -> None:
     best = 0.0
     for _ in range(WARM_UPS):
         throughput = service.load(number, WARM_UP_SECONDS, TIMEOUT).throughput
-        if throughput < (1 + STEADY) * best:
+        if throughput <= (1 + STEADY) * best:
             return
         best = throughput
 
 
 def seconds_of_others(server: int) -> float:
-    """Return the processor time that the machine has spent on other things than this command and its server.
+    """Return the processor time that the usable cores have spent on other things than this command and its server.
 
     Args:
         server: the server's process id.
     """
-    times = psutil.cpu_times()
-    machine = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
-    root = psutil.Process(server)
-    own = [process.cpu_times() for process in (root, *root.children(recursive=True), psutil.Process())]
-    ended = load_seconds() + sum(each.children_user + each.children_system for each in own[:-1])
-    return machine - sum(each.user + each.system for each in own) - ended
+    cores = psutil.cpu_times(percpu=True)
+    used = 0.0
+    for times in (cores[number] for number in os.sched_getaffinity(0)):
+        used += sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+    own = load_seconds()
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(server)
+        for process in (root, *root.children(recursive=True), psutil.Process()):
+            with suppress(psutil.NoSuchProcess):  # it has ended: its parent has its time
+                spent = process.cpu_times()
+                own += spent.user + spent.system
+                own += spent.children_user + spent.children_system if process.pid != os.getpid() else 0.0
+    return used - own
 
 
 def load_seconds() -> float:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
-from bundle.capacity.queueing import Latency, Replica, latency
+from bundle.capacity.queueing import HIGHEST, Balance, Latency, Replica, latency
 from bundle.errors import BundleError
 from bundle.tuning.search import UTILISATION
 
-MOST_MISSING = 0.9  # load of the replicas that are left: above it, latencies depend on chance more than on the model
+MOST_MISSING = (
+    HIGHEST  # load of the replicas that are left: above it, latencies depend on chance more than on the model
+)
 IDLE = 0.01  # load at which hardly any request waits for another
 
 
@@ -20,23 +22,34 @@ class Plan:
         rate: requests/s, for all replicas together.
         target: of the p99 latency, in seconds.
         spare: how many replicas may be missing.
+        balance: which replica gets a request.
         replicas: how many there are, the spare ones included.
-        load: share of their capacity that the rate takes.
+        capacity: the highest rate that one of them can answer.
         whole: the latency with all of them.
-        load_left, left: with `spare` of them missing.
+        left: the latency with `spare` of them missing.
     """
 
     rate: float
     target: float
     spare: int
+    balance: Balance
     replicas: int
-    load: float
+    capacity: float
     whole: Latency
-    load_left: float
     left: Latency
 
+    @property
+    def load(self) -> float:
+        """Share of the capacity of all replicas that the rate takes."""
+        return self.rate / (self.replicas * self.capacity)
 
-def plan(replica: Replica, rate: float, target: float, spare: int) -> Plan:
+    @property
+    def load_left(self) -> float:
+        """Share of the capacity of those that are left."""
+        return self.rate / ((self.replicas - self.spare) * self.capacity)
+
+
+def plan(replica: Replica, rate: float, target: float, spare: int, balance: Balance = "least") -> Plan:
     """Return the smallest number of replicas that is enough.
 
     With all replicas, the load is at most `UTILISATION` of their capacity, and at most `MOST_MISSING` with `spare` of
@@ -53,27 +66,18 @@ def plan(replica: Replica, rate: float, target: float, spare: int) -> Plan:
             "use faster cores, or choose a longer target."
         )
 
-    # so many replicas are as fast as one alone, but for the chance of a simulation
+    # so many replicas are as fast as one alone: a simulation that differs by chance must not make the search endless
     idle = rate / (IDLE * replica.capacity)
 
     def enough(left: int) -> bool:
-        return left >= idle or latency(replica, left, rate).p99 <= target
+        return left >= idle or latency(replica, left, rate, balance).p99 <= target
 
     # what is left must keep the target; then all together do, too, because each has less to do
-    least = max(
-        1, ceil(rate / (MOST_MISSING * replica.capacity)), ceil(rate / (UTILISATION * replica.capacity)) - spare
-    )
-    replicas = smallest(enough, least) + spare
-    return Plan(
-        rate,
-        target,
-        spare,
-        replicas,
-        rate / (replicas * replica.capacity),
-        latency(replica, replicas, rate),
-        rate / ((replicas - spare) * replica.capacity),
-        latency(replica, replicas - spare, rate),
-    )
+    busy = rate / replica.capacity
+    left = smallest(enough, max(1, ceil(busy / MOST_MISSING), ceil(busy / UTILISATION) - spare))
+    whole = latency(replica, left + spare, rate, balance)
+    missing = latency(replica, left, rate, balance)
+    return Plan(rate, target, spare, balance, left + spare, replica.capacity, whole, missing)
 
 
 def smallest(enough: Callable[[int], bool], least: int) -> int:
@@ -87,14 +91,3 @@ def smallest(enough: Callable[[int], bool], least: int) -> int:
         middle = (below + above) // 2
         below, above = (below, middle) if enough(middle) else (middle, above)
     return above
-
-
-def highest_rate(replica: Replica, replicas: int, target: float) -> float:
-    """Return the highest rate at which replicas keep the target, in requests/s; 0 if there is none."""
-    low, high = 0.0, replicas * replica.capacity
-    while high - low > 0.005 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if latency(replica, replicas, middle).p99 <= target else (low, middle)
-        if high < IDLE * replicas * replica.capacity:
-            return 0.0
-    return low

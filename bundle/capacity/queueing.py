@@ -1,21 +1,28 @@
-"""Simulate replicas that answer requests in batches: the latencies at a rate.
+"""Simulate replicas that answer requests in batches: the latencies at a rate, and the throughput of some clients.
 
 There is no formula for the p99 of a queue whose server takes all that waits, up to a limit, and whose time depends on
 how much it took. So the queue is simulated, event by event. Requests come at random times (a Poisson process), and each
-goes to the replica with the fewest requests in flight, as nginx's `least_conn` sends them.
+goes to the replica with the fewest requests in flight, as nginx's `least_conn` sends them, or to any of them.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import Literal, get_args
 
 import numpy as np
 
 REQUESTS = 100_000  # of a simulation: 1,000 of them are above the p99
+LOAD = 0.7  # above it, more are simulated: long queues last, so that fewer of their latencies are independent
+HIGHEST = 0.8  # load above which the number of simulated requests does not rise any more
 WARM_UP = 0.1  # share of them that finds the queues emptier than later ones do
 SEED = 1  # the same requests for every number of replicas, so that they can be compared
+LOOP, EACH = 2000, 10  # answers of a simulated closed loop: the least number of all, and of each client
 MOST_REPLICAS = 16  # simulated; of more, each gets the same share, which is a little worse than what they do together
+
+Balance = Literal["least", "random"]
+BALANCES: tuple[Balance, ...] = get_args(Balance)
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,27 @@ class Latency:
     p99: float
 
 
-def latency(replica: Replica, replicas: int, rate: float, requests: int | None = None) -> Latency:
+def latency(
+    replica: Replica, replicas: int, rate: float, balance: Balance = "least", requests: int | None = None
+) -> Latency:
     """Return the latency of a number of replicas at a rate.
 
     Args:
         rate: requests/s, for all replicas together.
-        requests: how many to simulate; by default, `REQUESTS`.
+        balance: which replica gets a request: that with the fewest requests in flight, or a random one.
+        requests: how many to simulate; by default, as many as the load needs.
     """
-    requests = requests or REQUESTS
-    simulated = min(replicas, MOST_REPLICAS)
+    # what a random choice leaves to each replica comes at random times, too: one replica is like all others
+    simulated = 1 if balance == "random" else min(replicas, MOST_REPLICAS)
+    requests = requests or enough_requests(rate / (replicas * replica.capacity))
     seconds = simulate(replica, simulated, rate * simulated / replicas, requests)
     p50, p99 = np.quantile(seconds[int(WARM_UP * requests) :], (0.50, 0.99))
     return Latency(float(p50), float(p99))
+
+
+def enough_requests(load: float) -> int:
+    """Return how many requests to simulate: the time in which a queue forgets grows with 1 / (1 - load)^2."""
+    return round(REQUESTS * max(1.0, (1 - LOAD) / (1 - min(load, HIGHEST))) ** 2)
 
 
 def simulate(replica: Replica, replicas: int, rate: float, requests: int) -> np.ndarray:
@@ -104,6 +120,31 @@ def simulate(replica: Replica, replicas: int, rate: float, requests: int) -> np.
     while ends:
         end()
     return np.asarray(done) - arrivals + replica.transit
+
+
+def closed_loop(replica: Replica, clients: int) -> float:
+    """Return the throughput (answers/s) of clients that send again `transit` seconds after their last answer."""
+    service, largest, transit = replica.service, len(replica.service), replica.transit
+    returns = deque((transit * client / clients, 1) for client in range(clients))  # when, and how many
+    ends: list[tuple[float, int]] = []  # when a batch ends, its size
+    waiting, idle, answered, now, counted, began = 0, replica.workers, 0, 0.0, 0, 0.0
+    answers = max(LOOP, EACH * clients)
+    while answered < answers:
+        if returns and (not ends or returns[0][0] <= ends[0][0]):
+            now, size = returns.popleft()
+            waiting += size
+        else:
+            now, size = heappop(ends)
+            answered, idle = answered + size, idle + 1
+            returns.append((now + transit, size))
+            if not counted and answered >= WARM_UP * answers:
+                counted, began = answered, now
+        # requests that arrive in the same moment are all there before a worker takes them
+        while waiting and idle and not (returns and returns[0][0] <= now):
+            size = min(waiting, largest)
+            waiting, idle = waiting - size, idle - 1
+            heappush(ends, (now + service[size - 1], size))
+    return (answered - counted) / (now - began)
 
 
 def least(numbers: Sequence[int], first: int) -> int:

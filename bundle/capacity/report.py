@@ -42,7 +42,7 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
         f"figures: {figures.source}, {figures.date}, {machine['cpu']}, {machine['cores']} cores",
     ]
     if figures.check:
-        rate, seen = figures.check.rate, figures.check
+        rate, seen = figures.check.throughput, figures.check
         said = latency(replica, 1, rate)
         found.append(
             f"check: at {rate:,.4g}/s ({rate / replica.capacity:.0%}), one replica was measured with p50 "
@@ -62,6 +62,8 @@ def as_dict(plan: Plan, figures: Figures) -> dict:
     replica = figures.replica
     return {
         **asdict(plan),
+        "load": plan.load,
+        "load_left": plan.load_left,
         "replica": {
             "capacity": replica.capacity,
             "service": replica.service,

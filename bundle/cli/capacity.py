@@ -1,13 +1,14 @@
 """The command that plans: how many replicas a rate needs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from bundle.cli.console import console, errors, note, progress
-from bundle.cli.measure import BUSY
+from bundle.cli.measure import busy_cores
 from bundle.cli.parameters import duration, model_names
+from bundle.cli.parameters import rate as rate_of
 from bundle.errors import BundleError
 
 if TYPE_CHECKING:  # torch comes with them
@@ -24,12 +25,21 @@ app = typer.Typer()
 )
 def capacity(
     model: Annotated[str, typer.Argument(metavar="MODEL", autocompletion=model_names, help="A folder in models/.")],
-    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second, for all replicas together.")],
+    rate: Annotated[
+        float, typer.Option(parser=rate_of, metavar="NUMBER", help="Requests a second, for all replicas together.")
+    ],
     p99: Annotated[
         float,
         typer.Option(parser=duration, metavar="DURATION", help="Latency that 99 % of the answers must keep."),
     ],
     spare: Annotated[int, typer.Option(min=0, help="How many replicas may be missing.")] = 1,
+    balance: Annotated[
+        Literal["least", "random"],
+        typer.Option(
+            help="Which replica gets a request: that with the fewest in flight, as behind one nginx, or "
+            "a random one, as behind several proxies or a Service of Kubernetes."
+        ),
+    ] = "least",
     inputs: Annotated[
         list[Path] | None,
         typer.Option(
@@ -70,7 +80,7 @@ def capacity(
     figures = None if again else usable(folder, now)
     if figures is None:
         figures = measured(folder, built, sent, anyway)
-    found = plan(figures.replica, rate, p99, spare)
+    found = plan(figures.replica, rate, p99, spare, balance)
     if as_json:
         console.print_json(data=as_dict(found, figures))
         return
@@ -125,11 +135,5 @@ def check_idle() -> None:
     Raises:
         BundleError: other processes do.
     """
-    import psutil
-
-    busy = psutil.cpu_percent(interval=1)
-    if busy > BUSY:
-        raise BundleError(
-            f"Other processes use {busy:.0f} % of the CPU, so the figures would be too low. End them, or measure "
-            "nevertheless: --anyway"
-        )
+    if busy := busy_cores():
+        raise BundleError(f"The figures would be too low: {busy}. End them, or measure nevertheless: --anyway")

@@ -87,16 +87,25 @@ def tune(
 
 def warn_if_busy() -> None:
     """Say what will disturb the measurements."""
-    import psutil
-
     from bundle.server.process import Server
 
     running = Server().running()
     if running:
         note(f"Note: TorchServe (PID {running.pid}) is running, too. Requests to it disturb the measurements.")
-    busy = psutil.cpu_percent(interval=1)
-    if busy > BUSY:
-        note(f"Note: other processes use {busy:.0f} % of the CPU, which makes the measurements less reliable.")
+    if busy := busy_cores():
+        note(f"Note: {busy}, which makes the measurements less reliable.")
+
+
+def busy_cores() -> str:
+    """Return how much other processes use of the cores that this one can use, in words; "" if it is little."""
+    import os
+
+    import psutil
+
+    cores = psutil.cpu_percent(interval=1, percpu=True)
+    usable = os.sched_getaffinity(0)
+    busy = sum(cores[number] for number in usable) / len(usable)
+    return f"other processes use {busy:.0f} % of the CPU" if busy > BUSY else ""
 
 
 def tune_session(session: "Session") -> None:

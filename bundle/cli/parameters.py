@@ -1,5 +1,6 @@
 """Arguments and options that several commands have, and the kinds of value that Typer does not know."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,17 @@ def duration(text: str) -> float:
         return durations.seconds(text)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
+
+
+def rate(text: str) -> float:
+    """Parse a number of requests a second."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{text!r} is not a number of requests a second, such as 5000.")
+    return value
 
 
 def comma_list(parse: Callable[[str], Any], what: str) -> Callable[[str], tuple]:

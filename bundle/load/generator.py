@@ -18,7 +18,7 @@ from bundle.errors import BundleError
 from bundle.server.http import check_certificate
 
 SCRIPTS = Path(__file__).parent / "wrk"
-SEED = 1  # of an open loop's random times, the same for all runs, so that they can be compared
+SEED = 1  # of an open loop's random times, by default the same for all runs, so that they can be compared
 RESULT = "LOAD "  # the beginning of the line that a script prints
 ENOUGH = 10  # answers of each client after which the exact end of a run hardly matters
 THREADS = 2  # of a closed loop
@@ -76,6 +76,7 @@ def open_loop(
     seconds: float,
     connections: int = 64,
     timeout: float = 10.0,
+    seed: int = SEED,
 ) -> LoadResult:
     """Send requests at random times (Poisson arrivals).
 
@@ -85,13 +86,14 @@ def open_loop(
         seconds: how long to send.
         connections: the most requests in flight. Further requests wait in the client; their latency counts from the
             time when they were due.
+        seed: of the random times.
 
     Raises:
         BundleError: see `closed_loop`.
     """
     check(rate > 0, f"The rate is {rate:g} requests a second, and must be above 0.")
     check(connections >= 1, f"The number of connections is {connections}, and must be at least 1.")
-    settings = {"RATE": rate, "CONNECTIONS": connections}
+    settings = {"RATE": rate, "CONNECTIONS": connections, "SEED": seed}
     return run_wrk("open.lua", url, body, headers, 1, 1, seconds, timeout, settings)
 
 
@@ -148,7 +150,7 @@ def run_wrk(
         file.write(body)
         file.flush()
         values = {"BODY": file.name, "CLIENTS": clients, "THREADS": threads, "SECONDS": seconds, "TIMEOUT": timeout}
-        values |= {"SEED": SEED, **(settings or {})}
+        values |= settings or {}
         environment = os.environ | {f"LOAD_{name}": str(value) for name, value in values.items()}
         try:
             ended = subprocess.run(

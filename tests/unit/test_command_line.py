@@ -135,10 +135,11 @@ def test_rollout_accepts_a_dash_for_standard_input(tmp_path: Path, monkeypatch: 
         (["tune", "image", "--p99", "1s", "--input", "nonesuch.jpg"], "'nonesuch.jpg' does not exist"),
         (["capacity", "image", "--p99", "1s"], "Missing option '--rate'"),
         (["capacity", "nonesuch", "--rate", "5", "--p99", "1s"], "There is no model 'nonesuch'"),
-        (
-            ["capacity", "image", "--rate", "0", "--p99", "1s"],
-            "'--rate': Input should be greater than",
+        *(
+            (["capacity", "image", "--rate", rate, "--p99", "1s"], f"'{rate}' is not a number of requests a second")
+            for rate in ("0", "inf", "nan", "many")
         ),
+        (["capacity", "image", "--rate", "5", "--p99", "1s", "--balance", "most"], "--balance"),
         (
             ["capacity", "image", "--rate", "5", "--p99", "1s", "--spare", "-1"],
             "'--spare': Input should be greater than or equal to 0.",
