@@ -13,6 +13,7 @@ import typer
 from bundle.build.archive import archive
 from bundle.capacity.figures import Figures, Identity
 from bundle.capacity.planning import Plan, plan
+from bundle.capacity.queueing import Balance
 from bundle.capacity.report import lines
 from bundle.catalog import select
 from bundle.cli.capacity import measured, usable
@@ -20,32 +21,32 @@ from bundle.cli.console import note
 from bundle.errors import BundleError
 from bundle.server.process import Server
 from bundle.tuning.tuner import read_inputs
+from loadtest.bench.inputs import generated
 from tests.trials import reliability
-from tests.trials.capacity import DOCUMENT
+from tests.trials.capacity import DOCUMENT, markdown
 
-RATES = (1_000, 10_000, 100_000)
+# one nginx sends the fewest; more than one, each with requests of its own, send like a random choice
+RATES: dict[int, Balance] = {1_000: "least", 10_000: "random", 100_000: "random"}
+MOST = max(RATES)
+# what is sent instead of the sample: a digit as in MNIST, which takes no conversion
+SENT = {"mnist": "digit.png"}
 TARGET = 0.1  # seconds
 TARGETS, SPARES = (0.02, 0.03, 0.05, 0.1, 0.5), (0, 1, 2, 5)  # what each costs, for one model
 DRIVEN, DRIVEN_RATE = "image", 1_000
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """Return rows as a Markdown table; the first has the headings."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
-
-
 def by_rate(figures: dict[str, Figures]) -> str:
     """Return the replicas and cores of each model, by rate."""
     heads = ["model", "a replica answers up to", "request, answer", *(f"{rate:,}/s" for rate in RATES)]
-    rows = [[*heads, f"Mbit/s at {RATES[-1]:,}/s"]]
+    rows = [[*heads, f"Mbit/s at {MOST:,}/s"]]
     for name, each in figures.items():
         sizes = f"{each.request_bytes / 1000:.1f} kB, {each.answer_bytes / 1000:.1f} kB"
         cells = [f"`{name}`", f"{each.replica.capacity:,.0f}/s", sizes]
-        for rate in RATES:
-            found = plan(each.replica, rate, TARGET, spare=1)
+        for rate, balance in RATES.items():
+            found = plan(each.replica, rate, TARGET, 1, balance)
             cores = found.replicas * each.of.machine["cores"]
             cells.append(f"{found.replicas:,} replicas, {cores:,} cores, p99 {1000 * found.left.p99:.0f} ms")
-        rows.append([*cells, f"{8e-6 * RATES[-1] * (each.request_bytes + each.answer_bytes):,.0f}"])
+        rows.append([*cells, f"{8e-6 * MOST * (each.request_bytes + each.answer_bytes):,.0f}"])
     return markdown(rows)
 
 
@@ -74,7 +75,7 @@ def main(
     """Plan the replicas of models for several rates."""
     figures: dict[str, Figures] = {}
     for folder in select(models or []):
-        sent = read_inputs(folder, [])
+        sent = read_inputs(folder, [generated(SENT[folder.name])] if folder.name in SENT else [])
         built = archive(folder, Server().store).path
         kept = usable(folder, Identity.of(folder, built, sent))
         figures[folder.name] = kept or measured(folder, built, sent, anyway)
