@@ -260,6 +260,6 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
   | replace (print $stack " logs torchserve") (print $logs " --tail=-1")
   | replace (print $stack " restart torchserve") (print $kubectl " rollout restart deployment " $pods)
   | replace "`make up` starts it" "Kubernetes starts it again"
-  | replace "`curl -X PUT 'http://127.0.0.1:8081/models/{{ $labels.model_name }}?min_worker=2&max_worker=2'`" "`workers` of the model in the chart's values"
+  | replace "`make manage CALL=\"PUT /models/{{ $labels.model_name }}?min_worker=2&max_worker=2\"`" "`workers` of the model in the chart's values"
 -}}
 {{- end -}}
