@@ -14,9 +14,13 @@ healthy() {
     restarts=$(docker inspect --format '{{.RestartCount}}' "$container")
     while :; do
       passed=$(($(date +%s) - start))
-      state=$(docker inspect --format '{{.State.Health.Status}} {{.RestartCount}}' "$container")
+      # without a HEALTHCHECK, or if it was never started, a container has no health
+      state=$(docker inspect --format '{{if .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}} {{.RestartCount}}' "$container")
       case $state in
         "healthy "*) break ;;
+        "running "*)
+          echo "error: The image of $name has no HEALTHCHECK, so nothing says when it is ready." >&2
+          exit 1 ;;
         *" $restarts") ;;
         *) # the restart policy has restarted it
           docker logs --tail 60 "$container" >&2

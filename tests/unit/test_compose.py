@@ -83,7 +83,7 @@ def up(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess,
     printed = tmp_path / "printed"
     for name in ("docker", "compose"):
         program = tmp_path / name
-        program.write_text(f'#!/bin/sh\necho "{name} $* $MANAGEMENT_PORT" >>{printed}\n')
+        program.write_text(f'#!/bin/sh\necho "{name} $* $REPLICAS $MANAGEMENT_PORT" >>{printed}\n')
         program.chmod(0o755)
     done = subprocess.run(
         ["make", "up", "COMPOSE=compose"],
@@ -109,7 +109,8 @@ def test_replicas_are_a_scale_and_a_range_of_ports(tmp_path: Path, environment: 
     done, printed = up(tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     command = "compose -p torchserve-bundle -f docker/compose.yaml"
-    assert f"{command} up --detach --scale torchserve={scale} {ports}\n" in printed
+    assert f"{command} up --detach {scale} {ports}\n" in printed
+    assert SERVICES["torchserve"]["scale"] == "${REPLICAS:-1}"
 
 
 @pytest.mark.parametrize(
