@@ -9,6 +9,7 @@ To save time and memory, the replicas serve MNIST alone, with one worker each.
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,23 +122,20 @@ def test_prometheus_has_every_replica_and_up_again_changes_nothing(replicas: Sta
     assert len(used(replicas)) == COUNT
 
 
-def test_killed_restarted_and_stopped_replicas_fail_no_request(replicas: Stack):
-    killed, restarted, stopped = containers(replicas)
+def test_killed_and_restarted_replicas_fail_no_request(replicas: Stack):
+    killed, restarted, _ = containers(replicas)
     with traffic(replicas) as load:
         load.wait_for(50)
         docker("kill", killed)
         load.wait_for(50)
         docker("restart", "--time", "120", restarted)
+        docker("start", killed)
         load.wait_for(50)
-        wait_until_healthy(restarted)
-        docker("stop", "--time", "120", stopped)
-        load.wait_for(50)
-        docker("start", killed, stopped)
-        for container in (killed, stopped):
+        for container in (killed, restarted):
             wait_until_healthy(container)
         wait_for(lambda: len(used(replicas)) == COUNT, 20)
         load.wait_for(50)
-    check(load, "killed, restarted, stopped")
+    check(load, "killed, restarted")
 
 
 def test_hung_replica_is_left_out_and_comes_back(replicas: Stack):
@@ -189,13 +187,17 @@ def versions(stack: Stack) -> list[list[str]]:
     return [[described["modelVersion"] for described in each.versions("mnist")] for each in clients(stack)]
 
 
+def defaults(stack: Stack) -> list[str]:
+    return [each.describe("mnist")["modelVersion"] for each in clients(stack)]
+
+
 def test_rollout_reaches_all_replicas_or_none(replicas: Stack, tmp_path: Path):
     _, second, _ = sorted(containers(replicas), key=lambda each: inspected(each, "{{.Name}}"))
     bundle = ("exec", second, ".venv/bin/python", "-m", "bundle")
     new = tmp_path / "new.mar"
     docker("cp", f"{second}:/opt/bundle/archives/mnist.mar", str(tmp_path / "mnist.mar"))
     reversioned(tmp_path / "mnist.mar", "1.1", new)
-    with traffic(replicas) as load:
+    with ThreadPoolExecutor(1) as pool, traffic(replicas) as load:
         load.wait_for(50)
         # one replica has the version already, so that the rollout fails there
         content = new.read_bytes()
@@ -207,22 +209,23 @@ def test_rollout_reaches_all_replicas_or_none(replicas: Stack, tmp_path: Path):
         assert "Version 1.1 of mnist is served already" in failed.stderr
         assert inspected(second, "{{.Name}}").lstrip("/") in failed.stderr
         assert sorted(versions(replicas)) == [["1.0"], ["1.0"], ["1.0", "1.1"]]
-        assert [each.describe("mnist")["modelVersion"] for each in clients(replicas)] == ["1.0"] * COUNT
+        assert defaults(replicas) == ["1.0"] * COUNT
         docker(*bundle, "manage", "DELETE", "/models/mnist/1.1")
         docker("exec", second, "rm", "model_store/taken.mar")
 
-        rolled = replicas.roll_out("mnist", new)
-        assert rolled.returncode == 0, rolled.stdout + rolled.stderr
-        assert versions(replicas) == [["1.1"]] * COUNT
+        rolling = pool.submit(replicas.roll_out, "mnist", new)
+        wait_for(lambda: rolling.done() or defaults(replicas) == ["1.1"] * COUNT, 120)
         load.wait_for(50)
     check(load, "rollouts")
+    # without open connections, the old version is idle at once
+    rolled = rolling.result()
+    assert rolled.returncode == 0, rolled.stdout + rolled.stderr
+    assert versions(replicas) == [["1.1"]] * COUNT
     left = docker("exec", second, "sh", "-c", "cd model_store; ls *1.1* taken.mar 2>/dev/null; true")
     assert left == ""
 
 
-def test_replicas_are_replaced_one_after_the_other_and_a_bad_image_costs_one(replicas: Stack, tmp_path: Path):
-    done = manage(replicas, "PUT /models/mnist?min_worker=2&max_worker=2&synchronous=true", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_replicas_are_replaced_one_after_the_other_and_a_bad_image_costs_one(replicas: Stack):
     served = versions(replicas)
     image = replicas.environment["SERVER_IMAGE"]
     first = inspected(containers(replicas)[0], "{{.Image}}")
@@ -241,13 +244,5 @@ def test_replicas_are_replaced_one_after_the_other_and_a_bad_image_costs_one(rep
         assert done.returncode == 0, done.stdout + done.stderr
         assert not set(before) & set(containers(replicas))
         load.wait_for(50)
-        # they have what management has changed in the others
-        assert versions(replicas) == served
-        assert [each.describe("mnist")["minWorkers"] for each in clients(replicas)] == [2] * COUNT
-
-        done = up(replicas, REPLICAS="1")
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert len(containers(replicas)) == 1
-        load.wait_for(50)
     check(load, "replaced")
-    assert requests.put(f"{clients(replicas)[0].management}/models/mnist?min_worker=1", timeout=30).ok
+    assert versions(replicas) == served  # not that of the image: the rollout reached those that were replaced
