@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.proxy import Proxy, Upstream, check_error, eventually, used_servers
+from tests.docker.proxy import Proxy, Upstream, check_error, docker, eventually, used_servers
 
 pytestmark = pytest.mark.usefixtures("fresh")
 FIRST, SECOND = "127.0.0.1", "127.0.0.2"
@@ -92,7 +92,7 @@ def test_request_whose_server_ends_without_an_answer_goes_to_the_other_one(scale
 
 def test_all_servers_are_found_where_getent_shows_one_address_of_a_host(five):
     assert docker("exec", five.container, "getent", "hosts", "served").stdout.count("\n") == 1
-    assert used(five) == {FIRST, SECOND, *OTHERS}
+    assert used_servers(five.container) == {FIRST, SECOND, *OTHERS}
 
 
 def test_request_that_ends_every_server_is_sent_to_each_once(five, upstream, second, others):
