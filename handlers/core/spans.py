@@ -1,9 +1,9 @@
 """Make the spans of a batch, and export them in the background. Imported only if traces are on.
 
 All spans are made at once, after the answers, from times that were taken: that costs less than spans that are open
-meanwhile. They are made as the messages of OTLP. OpenTelemetry's own spans would be encoded in the thread that exports
-them, which holds Python's lock for that long: with requests as small as those of `text`, this took a tenth of the
-throughput. Everything else is OpenTelemetry's: it reads its variables (OTEL_...), samples, queues and sends.
+meanwhile. They are made as the messages of OTLP, which takes 4 us for a span. OpenTelemetry's own spans take as long,
+and 26 us more to be encoded, in a thread that holds Python's lock meanwhile. Everything else is OpenTelemetry's: it
+reads its variables (OTEL_...), samples, queues and sends.
 """
 
 import functools
