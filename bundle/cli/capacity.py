@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bundle.cli.console import console, errors, note, progress
-from bundle.cli.measure import busy_cores
-from bundle.cli.parameters import duration, model_names
+from bundle.cli.measure import load_of_others
+from bundle.cli.parameters import Folder, Inputs, Target
 from bundle.cli.parameters import rate as rate_of
 from bundle.errors import BundleError
 
@@ -24,14 +24,11 @@ app = typer.Typer()
     " --spare 2 --json` · `bundle capacity image --rate 200 --p99 1s --input photo.jpg --again`"
 )
 def capacity(
-    model: Annotated[str, typer.Argument(metavar="MODEL", autocompletion=model_names, help="A folder in models/.")],
+    model: Folder,
     rate: Annotated[
         float, typer.Option(parser=rate_of, metavar="NUMBER", help="Requests a second, for all replicas together.")
     ],
-    p99: Annotated[
-        float,
-        typer.Option(parser=duration, metavar="DURATION", help="Latency that 99 % of the answers must keep."),
-    ],
+    p99: Target,
     spare: Annotated[int, typer.Option(min=0, help="How many replicas may be missing.")] = 1,
     balance: Annotated[
         Literal["least", "random"],
@@ -40,13 +37,7 @@ def capacity(
             "a random one, as behind several proxies or a Service of Kubernetes."
         ),
     ] = "least",
-    inputs: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--input", "-i", exists=True, dir_okay=False,
-            help="An input to send; several take turns. By default, the model's sample.",
-        ),
-    ] = None,
+    inputs: Inputs = None,
     again: Annotated[bool, typer.Option("--again", help="Measure, also if there are figures already.")] = False,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Measure, also while other processes use the machine.")
@@ -135,5 +126,5 @@ def check_idle() -> None:
     Raises:
         BundleError: other processes do.
     """
-    if busy := busy_cores():
+    if busy := load_of_others():
         raise BundleError(f"The figures would be too low: {busy}. End them, or measure nevertheless: --anyway")

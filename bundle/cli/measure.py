@@ -11,7 +11,7 @@ from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextCo
 from rich.text import Text
 
 from bundle.cli.console import console, errors, note, progress
-from bundle.cli.parameters import Model, choice, comma_list, duration, model_names
+from bundle.cli.parameters import Folder, Inputs, Model, Target, choice, comma_list
 from bundle.errors import NotRunning
 
 if TYPE_CHECKING:  # torch comes with them
@@ -34,23 +34,14 @@ def precision(text: str) -> str:
     " · `bundle tune image --p99 50ms --precision float32,bfloat16 --input a.jpg --input b.jpg`"
 )
 def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", autocompletion=model_names, help="A folder in models/.")],
-    p99: Annotated[
-        float,
-        typer.Option(parser=duration, metavar="DURATION", help="Latency that 99 % of the answers must keep."),
-    ],
+    model: Folder,
+    p99: Target,
     minutes: Annotated[float, typer.Option("--minutes", "-m", min=0.5, help="About how long to search.")] = 5,
     patch: Annotated[
         Path | None,
         typer.Option(help="Write a diff to this file, and the evidence beside it; change nothing in models/."),
     ] = None,
-    inputs: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--input", "-i", exists=True, dir_okay=False,
-            help="An input to send; several take turns. By default, the model's sample.",
-        ),
-    ] = None,
+    inputs: Inputs = None,
     precisions: Annotated[
         tuple | None,
         typer.Option(
@@ -92,11 +83,11 @@ def warn_if_busy() -> None:
     running = Server().running()
     if running:
         note(f"Note: TorchServe (PID {running.pid}) is running, too. Requests to it disturb the measurements.")
-    if busy := busy_cores():
+    if busy := load_of_others():
         note(f"Note: {busy}, which makes the measurements less reliable.")
 
 
-def busy_cores() -> str:
+def load_of_others() -> str:
     """Return how much other processes use of the cores that this one can use, in words; "" if it is little."""
     import os
 

@@ -105,6 +105,20 @@ Models = Annotated[
     ),
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=model_names, help="A model that is served.")]
+Folder = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=model_names, help="A folder in models/.")]
+Target = Annotated[
+    float, typer.Option(parser=duration, metavar="DURATION", help="Latency that 99 % of the answers must keep.")
+]
+Inputs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        exists=True,
+        dir_okay=False,
+        help="An input to send; several take turns. By default, the model's sample.",
+    ),
+]
 Patience = typer.Option(
     parser=duration,
     metavar="DURATION",
