@@ -4,13 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
-from bundle.capacity.queueing import HIGHEST, Balance, Latency, Replica, latency
+from bundle.capacity.queueing import HIGHEST_LOAD, Balance, Latency, Replica, latency
 from bundle.errors import BundleError
 from bundle.tuning.search import UTILISATION
 
-MOST_MISSING = (
-    HIGHEST  # load of the replicas that are left: above it, latencies depend on chance more than on the model
-)
 IDLE = 0.01  # load at which hardly any request waits for another
 
 
@@ -52,7 +49,7 @@ class Plan:
 def plan(replica: Replica, rate: float, target: float, spare: int, balance: Balance = "least") -> Plan:
     """Return the smallest number of replicas that is enough.
 
-    With all replicas, the load is at most `UTILISATION` of their capacity, and at most `MOST_MISSING` with `spare` of
+    With all replicas, the load is at most `UTILISATION` of their capacity, and at most `HIGHEST_LOAD` with `spare` of
     them missing. Both keep the target.
 
     Raises:
@@ -66,7 +63,8 @@ def plan(replica: Replica, rate: float, target: float, spare: int, balance: Bala
             "use faster cores, or choose a longer target."
         )
 
-    # so many replicas are as fast as one alone: a simulation that differs by chance must not make the search endless
+    # With this many replicas, requests do not wait for each other, and more replicas change nothing. The search ends
+    # here, even if chance puts a simulated p99 just above the target.
     idle = rate / (IDLE * replica.capacity)
 
     def enough(left: int) -> bool:
@@ -74,7 +72,7 @@ def plan(replica: Replica, rate: float, target: float, spare: int, balance: Bala
 
     # what is left must keep the target; then all together do, too, because each has less to do
     busy = rate / replica.capacity
-    left = smallest(enough, max(1, ceil(busy / MOST_MISSING), ceil(busy / UTILISATION) - spare))
+    left = smallest(enough, max(1, ceil(busy / HIGHEST_LOAD), ceil(busy / UTILISATION) - spare))
     whole = latency(replica, left + spare, rate, balance)
     missing = latency(replica, left, rate, balance)
     return Plan(rate, target, spare, balance, left + spare, replica.capacity, whole, missing)

@@ -9,20 +9,19 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 REQUESTS = 100_000  # of a simulation: 1,000 of them are above the p99
 LOAD = 0.7  # above it, more are simulated: long queues last, so that fewer of their latencies are independent
-HIGHEST = 0.8  # load above which the number of simulated requests does not rise any more
+HIGHEST_LOAD = 0.8  # of a plan: above it, latencies depend on chance more than on the model
 WARM_UP = 0.1  # share of them that finds the queues emptier than later ones do
-SEED = 1  # the same requests for every number of replicas, so that they can be compared
+SEED = 1  # of the random times: every number of replicas gets the same requests, so that only their number differs
 LOOP, EACH = 2000, 10  # answers of a simulated closed loop: the least number of all, and of each client
 MOST_REPLICAS = 16  # simulated; of more, each gets the same share, which is a little worse than what they do together
 
 Balance = Literal["least", "random"]
-BALANCES: tuple[Balance, ...] = get_args(Balance)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def latency(
 
 def enough_requests(load: float) -> int:
     """Return how many requests to simulate: the time in which a queue forgets grows with 1 / (1 - load)^2."""
-    return round(REQUESTS * max(1.0, (1 - LOAD) / (1 - min(load, HIGHEST))) ** 2)
+    return round(REQUESTS * max(1.0, (1 - LOAD) / (1 - min(load, HIGHEST_LOAD))) ** 2)
 
 
 def simulate(replica: Replica, replicas: int, rate: float, requests: int) -> np.ndarray:
