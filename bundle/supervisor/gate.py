@@ -13,7 +13,7 @@ from bundle.server.http import Session
 
 BEAT_SECONDS = 1  # docker/nginx/start.sh leaves out a server without a beat for 5 s, if another one has them
 ANSWER_SECONDS = 2
-BEAT = "/models?limit=1"
+BEAT = "/models?limit=1"  # a small answer
 # 2026-11-23T03:19:19,579 - /127.0.0.1:60990 "GET /models?limit=1 HTTP/1.1" 401 1
 LOGGED_BEAT = re.compile(rf'\S+ - \S+ "GET {re.escape(BEAT)} HTTP/')  # from the line's begin: a path may contain it
 
@@ -42,7 +42,7 @@ class Gate:
             try:
                 file.touch()
             except OSError as exc:
-                raise BundleError(f"{exc.filename} cannot be made: {exc.strerror}. It makes the proxy wait.") from exc
+                raise BundleError(f"{exc.filename} cannot be made: {exc.strerror}. It keeps requests away.") from exc
 
     def open(self) -> None:
         for file in self._files("closed"):

@@ -139,7 +139,7 @@ def test_full_folders_for_temporary_files_are_named(volumes: Path, monkeypatch: 
 def test_gate_that_cannot_be_closed_is_named(volumes: Path):
     (volumes / "gate").rmdir()
     file = volumes / "gate" / f"closed-{own_addresses()[0]}"
-    assert_refused(volumes, f"{file} cannot be made: No such file or directory. It makes the proxy wait.")
+    assert_refused(volumes, f"{file} cannot be made: No such file or directory. It keeps requests away.")
 
 
 def test_full_volume_of_the_state_is_reported_and_the_server_goes_on(volumes: Path):
