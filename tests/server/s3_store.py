@@ -90,8 +90,8 @@ class Relay:
 
     Args:
         store: to which they lead.
-        cut: after so many bytes.
-        times: how many of them end early.
+        cut: number of bytes after which an answer ends early.
+        times: number of answers that end early.
 
     Attributes:
         passed: bytes of all answers.

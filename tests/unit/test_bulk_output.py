@@ -149,7 +149,7 @@ def test_output_that_another_command_writes_is_rejected(output: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_is_continued_without_loss(echo: Echo, tmp_path: Path, output: Path, number: int):
-    texts, count = tmp_path / "texts.txt", 999  # so many that a busy machine interrupts them in time
+    texts, count = tmp_path / "texts.txt", 999  # the run must last longer than this test needs to send the signal
     texts.write_text("".join(f"text {number}\n" for number in range(count)))
     arguments = (texts, "--lines", "--output", output, "--concurrency", 8)
     with echo.start(*arguments) as run:
