@@ -56,6 +56,8 @@ BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
 # installs packages: the names of files in requirements/; no progress bars in a log
 SETUP := $(BIN)/python -m bundle.setup $(if $(CI),--quiet) $(if $(filter pip,$(INSTALLER)),--pip)
+# tests run make themselves, without the options and variables of this one
+PYTEST := env --unset=MAKEFLAGS --unset=MAKELEVEL $(BIN)/python -m pytest
 # where NVIDIA's driver shows itself, as in bundle/setup/torch_source.py
 DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /usr/lib/wsl/lib/libcuda.so.1)
 STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/compose.gpu.yaml) \
@@ -169,7 +171,7 @@ profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mni
 test:  ## lint; test units and a real TorchServe (TESTS="tests/unit -k mnist")
 ifdef TESTS
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 else
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-o slow-units-p-z
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 servers-a-f servers-g-o servers-p-r servers-s-z
@@ -183,7 +185,7 @@ fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guide
 	@$(BIN)/python -m tests.trials.fuzz atheris $(call options,MODEL SECONDS)
 
 test-docker: dev  ## build the image and test the stack; needs a Docker engine
-	$(BIN)/python -m pytest -m docker $(or $(TESTS),tests/docker)
+	$(PYTEST) -m docker $(or $(TESTS),tests/docker)
 
 test-faults: dev  ## inject faults into a Docker stack and count failed requests (FAULTS="kill-one overload" SECONDS=3 REPORT=1)
 	@$(BIN)/python -m tests.trials.faults $(FAULTS) $(call options,SECONDS) $(if $(REPORT),--write)
@@ -201,15 +203,15 @@ check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
 fast-units: dev .venv/loadtest.done
-	$(BIN)/python -m pytest tests/unit -m "not slow and not docker"
+	$(PYTEST) tests/unit -m "not slow and not docker"
 
 # in parts, for two cores; with pytest-xdist instead, a worker died, and the run did not end
 slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.done
-	$(BIN)/python -m pytest tests/unit/test_[$*]*.py -m slow
+	$(PYTEST) tests/unit/test_[$*]*.py -m slow
 
 # in parts, two at a time: the servers of three need more than 24 GB
 servers-a-f servers-g-o servers-p-r servers-s-z: servers-%: dev .venv/loadtest.done
-	$(BIN)/python -m pytest tests/server/test_[$*]*.py
+	$(PYTEST) tests/server/test_[$*]*.py
 
 lock: dev  ## update requirements/*.txt to the newest versions
 	cd requirements && set -e && for set in serve dev loadtest kserve s3 page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
