@@ -7,9 +7,11 @@ import threading
 import time
 
 import pytest
+from opentelemetry.context import Context
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
 from opentelemetry.proto.trace.v1.trace_pb2 import SpanFlags
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -24,6 +26,7 @@ from tests.receiver import Receiver, span
 from tests.unit.numbered import row
 
 TRACE, SPAN, OWN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "b7ad6b7169203331"
+NEW = "0af7651916cd43dd8448eb211c80319c"
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
 ROW = row(1)
 
@@ -115,11 +118,11 @@ def test_unsampled_requests_have_no_spans(worker: DryRun, exported):
     ],
 )
 def test_traceparent(worker: DryRun, exported, sent: str, found: tuple[str, str, bool] | None):
-    traced = worker.handler.tracing.trace({"traceparent": sent})
+    traced = worker.handler.tracing.trace({"traceparent": sent}, NEW, OWN)
     if found:
         assert (traced.trace, traced.parent, traced.sampled) == found
     else:
-        assert (traced.trace == TRACE, traced.parent, traced.sampled) == (False, "", False)
+        assert traced == (NEW, OWN, "", False)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,32 @@ def test_attempt_that_is_repeated_is_no_loss(worker: DryRun, exported, monkeypat
         exporter.shutdown()
 
 
+def test_spans_that_a_full_queue_drops_are_reported_once(monkeypatch: pytest.MonkeyPatch, caplog):
+    """The SDK would log every one, and a worker has thousands in a second."""
+    from handlers.core.spans import SDK_QUEUE, Ended, Spans
+
+    receiver = Receiver()
+    receiver.start()
+    receiver.answers.clear()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")
+    spans = Spans(receiver.url)
+    try:
+        for _ in range(20):
+            spans.processor.on_end(Ended(Message(name="request")))
+        assert not SDK_QUEUE.isEnabledFor(logging.WARNING)
+        receiver.answers.set()
+        assert spans.processor.force_flush()
+        assert SDK_QUEUE.isEnabledFor(logging.WARNING)
+        lost, sent = [record.getMessage() for record in caplog.records]
+        assert lost.startswith(f"Traces cannot be sent to {receiver.url}, and are dropped: Queue full")
+        assert sent == f"Traces are sent to {receiver.url} again."
+    finally:
+        spans.processor.shutdown()
+        receiver.stop()
+
+
 def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
     slots = [Slot(trace=tracing.Traced(f"{index:032x}", SPAN, "", False)) for index in range(30)]
     slots[3].samples = [sample := Sample(None)]
@@ -203,7 +232,6 @@ def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
         ("OTEL_TRACES_EXPORTER", "zipkin", "otlp or none"),
         ("OTEL_SDK_DISABLED", "yes", "true or false"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "none", "gzip"),
-        ("OTEL_SPAN_LINK_COUNT_LIMIT", "many", "a whole number"),
         ("OTEL_BSP_SCHEDULE_DELAY", "soon", "a whole number of milliseconds"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "at most OTEL_BSP_MAX_QUEUE_SIZE, which is 2048"),
         ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nonesuch.pem", "a file"),
@@ -278,8 +306,24 @@ def test_accepted_setting_is_valid_for_the_sdk_too(
     assert isinstance(started, tracing.Tracing) == bool(tracing.endpoint(given))
     if isinstance(started, tracing.Tracing):
         started.spans.processor.shutdown()
-        assert started.follows_parent == ("ParentBased" in started.spans.sampler.get_description())
     assert not caplog.records
+
+
+@pytest.mark.parametrize("ratio", ["", "0", "0.1", "0.25", "1.0"])
+@pytest.mark.parametrize("name", ["", *tracing.CHOICES[tracing.SAMPLER], "Always_Off"])
+def test_sampler_decides_as_the_one_of_the_sdk(worker: DryRun, monkeypatch: pytest.MonkeyPatch, name: str, ratio: str):
+    for each, value in {**ENDPOINT, tracing.SAMPLER: name, tracing.RATIO: ratio}.items():
+        monkeypatch.setenv(each, value)
+    started = tracing.start(worker.handler)  # it deletes empty variables
+    assert isinstance(started, tracing.Tracing)
+    started.spans.processor.shutdown()
+    sampler = TracerProvider(shutdown_on_exit=False).sampler
+    assert started.follows_parent == sampler.get_description().startswith("ParentBased")
+    edges = [round(part * 2**64) + near for part in (0, 0.1, 0.25, 1) for near in (-1, 0)]
+    for last in edges[1:-1]:  # 0 to 2**64 - 1
+        trace = f"{TRACE[:16]}{last:016x}"
+        expected = sampler.should_sample(Context(), int(trace, 16), "request").decision.is_sampled()
+        assert started.samples(trace) == expected, f"{last:x}"
 
 
 def test_settings_are_passed_to_workers_and_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch):
@@ -300,6 +344,6 @@ def test_without_opentelemetry_a_worker_serves_without_traces(worker: DryRun, mo
     """Some clusters set the endpoint in every container."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", ENDPOINT["OTEL_EXPORTER_OTLP_ENDPOINT"])
     monkeypatch.delitem(sys.modules, "handlers.core.spans", raising=False)
-    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc", None)  # as if it were not installed
     assert type(tracing.start(worker.handler)) is tracing.Off
     assert "No traces are sent to http://127.0.0.1:9" in caplog.text
