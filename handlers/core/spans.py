@@ -67,7 +67,7 @@ class Identity(NamedTuple):
 
     def child(self) -> "Identity":
         """Return the identity of a new span in the same trace."""
-        return self._replace(span=os.urandom(8))
+        return Identity(self.trace, os.urandom(8), self.state)
 
     def link(self) -> Span.Link:
         return Span.Link(trace_id=self.trace, span_id=self.span, trace_state=self.state, flags=LOCAL)
