@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms._presets import ImageClassification, ObjectDetection
 from ts.torch_handler.base_handler import BaseHandler
 
-from bundle.build import torchvision_source
+from bundle.build import torchscript, torchvision_source
 from bundle.build.file_kinds import identify
 from bundle.build.grad_cam import add_activations, check_activations, check_images
 from bundle.build.handler import labels
@@ -97,7 +97,7 @@ def export(folder: ModelFolder, handler: BaseHandler | None, target: Path) -> No
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", "Scripted .* always returns")  # GoogLeNet and Inception: see `main_output`
-        torch.jit.script(eager).save(target)
+        torchscript.save(torch.jit.script(eager), target)
         exported = torch.jit.load(target)
         compare(folder.name, eager, exported, inputs, served)
         if has_activations(exported, handler):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver, PerChannelMinMaxObserver, QConfig
 from torch.ao.quantization.quantize_jit import convert_jit, prepare_jit
 
+from bundle.build import torchscript
 from bundle.errors import BundleError
 from handlers.core.outputs import main_output
 
@@ -75,7 +76,7 @@ def convert(file: Path, target: Path, calibration: list[Batch], in_float32: list
         for batch in calibration:
             module(*batch)
         torch.backends.quantized.engine = ENGINE
-        convert_jit(module).save(target)
+        torchscript.save(convert_jit(module), target)
 
 
 def by_sensitivity(file: Path, scratch: Path, calibration: list[Batch], names: list[str]) -> list[str]:

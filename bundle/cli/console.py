@@ -7,6 +7,7 @@ Exit status: 0 for success; 1 for a failure, a bug's traceback included; 2 for a
 runs, or none that serves the model; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 DEBUG = "BUNDLE_DEBUG"  # an environment variable, so that it works through make, too
+FULL = (errno.ENOSPC, errno.EDQUOT)
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -100,7 +102,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     except BundleError as error:
         status = fail(str(error), error.status, error.details)
     except OSError as error:
-        status = fail_request(error)
+        status = fail_outside(error)
     except KeyboardInterrupt:  # between two commands' own handlers
         status = 128 + signal.SIGINT
     if received and status == 128 + signal.SIGINT:
@@ -141,12 +143,20 @@ def fail_usage(error: typer.TyperException) -> int:
     return status
 
 
-def fail_request(error: OSError) -> int:
-    """Report a request that failed; every other OSError is a bug.
+def fail_outside(error: OSError) -> int:
+    """Report a request that failed or a disk that is full, wherever that happens; every other OSError is a bug.
 
     Raises:
         OSError: the bug.
     """
+    if error.errno in FULL:
+        file = error.filename2 or error.filename  # the second one is a copy's target; a write names none
+        place = f": {file}" if file else ""
+        return fail(
+            f"{error.strerror}{place}. Free some space, or set TMPDIR, RUN_DIR or TS_MODEL_STORE to a folder that has "
+            "some."
+        )
+
     import requests  # a subclass of OSError is its exceptions' base
 
     if isinstance(error, requests.ConnectionError):

@@ -260,10 +260,15 @@ def check(environment: Mapping[str, str]) -> None:
     check_each(NUMBERS, lambda name, given: bool(re.fullmatch(NUMBERS[name][0], given)), lambda name: NUMBERS[name][1])
     check_each(HEADERS, lambda _, given: are_headers(given), lambda _: "like name=value,other=value")
     files = [name.replace("HEADERS", file) for name in HEADERS for file in FILES]
-    check_each(files, lambda _, given: Path(given).is_file(), lambda _: "a file")
+    check_each(files, lambda _, given: is_readable(Path(given)), lambda _: "a file that can be read")
     queue, batch = int(environment.get(QUEUE) or 2048), int(environment.get(BATCH) or 512)
     if batch > queue:
         raise ValueError(f"{BATCH} is {batch}, and must be at most {QUEUE}, which is {queue}.")
+
+
+def is_readable(file: Path) -> bool:
+    """Return whether there is a file that this user can read."""
+    return file.is_file() and os.access(file, os.R_OK)
 
 
 def is_address(text: str) -> bool:

@@ -1,5 +1,6 @@
 """The conventions of every program: exit statuses, -h, --version, --debug, and the streams."""
 
+import errno
 import json
 import os
 import re
@@ -255,6 +256,22 @@ def failing(error: Exception) -> typer.Typer:
 def test_each_error_has_its_status_and_shows_its_details(kind: type[BundleError], status: int):
     ended = programs.run(failing(kind("It failed.", "because\n")))
     assert ended == programs.Ended(status, "", "because\nerror: It failed.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ""),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), ": a"),
+        (OSError(errno.ENOSPC, "No space left on device", "a", None, "b"), ": b"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a"), ": a"),
+    ],
+)
+def test_full_disk_is_one_line(error: OSError, named: str):
+    ended = programs.run(failing(error))
+    assert (ended.status, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"error: {error.strerror}{named}. Free some space, or set TMPDIR, ")
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("bug", [OSError(2, "No such file", "x"), FileNotFoundError("x"), KeyError("x")])

@@ -234,7 +234,7 @@ def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "none", "gzip"),
         ("OTEL_BSP_SCHEDULE_DELAY", "soon", "a whole number of milliseconds"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "at most OTEL_BSP_MAX_QUEUE_SIZE, which is 2048"),
-        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nonesuch.pem", "a file"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nonesuch.pem", "a file that can be read"),
     ],
 )
 def test_invalid_setting_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str):
