@@ -2,8 +2,8 @@
 
 All spans are made at once, after the answers, from times that were taken: that costs less than spans that are open
 meanwhile. They are made as the messages of OTLP, which takes 4 us for a span. OpenTelemetry's own spans take as long,
-and 26 us more to be encoded, in a thread that holds Python's lock meanwhile. Everything else is OpenTelemetry's: it
-reads its variables (OTEL_...), samples, queues and sends.
+and 26 us more to be encoded, in a thread that holds Python's lock meanwhile. Queue and exporter are OpenTelemetry's,
+with the variables that they read (OTEL_BSP_..., OTEL_EXPORTER_...).
 """
 
 import functools
