@@ -143,6 +143,13 @@ def test_traces_are_off_unless_there_is_an_endpoint_and_both_know_it():
     assert server["OTEL_TRACES_SAMPLER_ARG"] == proxy["TRACE_RATIO"] == "${TRACE_RATIO:-0.1}"
 
 
+def test_attributes_of_spans_come_from_a_variable_that_the_docker_command_does_not_set():
+    """`docker compose` has its own OTEL_RESOURCE_ATTRIBUTES, in place of the user's or after it."""
+    assert SERVICES["torchserve"]["environment"]["OTEL_RESOURCE_ATTRIBUTES"] == "${TRACE_ATTRIBUTES:-}"
+    files = [file.read_text() for file in (ROOT / "docker").glob("compose*.yaml")]
+    assert not [text for text in files if "${OTEL_RESOURCE_ATTRIBUTES" in text]
+
+
 def test_jaeger_is_reached_by_torchserve_and_grafana_which_finds_its_traces():
     jaeger, more = SERVICES["jaeger"], yaml.safe_load((ROOT / "docker" / "compose.tracing.yaml").read_text())
     assert jaeger["profiles"] == ["tracing"]
