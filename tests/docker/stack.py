@@ -71,8 +71,16 @@ class Stack:
         """A client that predicts through the proxy, and manages on loopback."""
         return Client(self.url("PORT"), self.url("MANAGEMENT_PORT"))
 
+    def containers(self, service: str = "torchserve") -> list[str]:
+        """Return the ids of a service's containers. (`compose ps` takes a second for it, and waits repeat it.)"""
+        labels = {"project": self.project, "service": service, "oneoff": "False"}
+        filters = [f"--filter=label=com.docker.compose.{name}={value}" for name, value in labels.items()]
+        return docker("ps", "--all", "--quiet", "--no-trunc", *filters).split()
+
     def container(self, service: str = "torchserve") -> str:
-        return self.compose("ps", "-a", "-q", service).stdout.strip()
+        """Return the id of a service's only container."""
+        [found] = self.containers(service)
+        return found
 
     def inspect(self, service: str = "torchserve") -> dict:
         return json.loads(docker("inspect", self.container(service)))[0]

@@ -57,7 +57,7 @@ def replicas() -> Iterator[Stack]:
 
 
 def containers(stack: Stack) -> list[str]:
-    return sorted(stack.compose("ps", "-a", "-q", "torchserve").stdout.split())
+    return sorted(stack.containers())
 
 
 def inspected(container: str, template: str) -> str:
