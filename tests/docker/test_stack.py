@@ -6,9 +6,11 @@ traffic and the faults that it needs.
 
 import base64
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -17,14 +19,15 @@ import requests
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from bundle.catalog import select
+from bundle import mar
+from bundle.catalog import CONFIG_NAME, select
 from bundle.paths import ROOT
 from bundle.samples import first
 from bundle.server.client import check_sample
 from tests import queries
 from tests.docker.stack import SERVICES, Stack, build_archive, docker
 from tests.shipped import SHIPPED
-from tests.support import Traffic, reversioned, wait_for
+from tests.support import Traffic, altered, reversioned, wait_for
 from tests.trials.faults.archives import copy_from_image
 
 FOLDERS = select(list(SHIPPED))
@@ -230,17 +233,35 @@ def test_every_metric_that_a_panel_or_a_rule_names_has_samples(stack: Stack):
 
 
 def test_rollouts_forward_and_back_lose_no_request(stack: Stack, tmp_path: Path):
+    """On the way back, clients go on until the replaced version is removed: after its responseTimeout, short here."""
     old = copy_from_image(stack, "mnist", tmp_path)
-    new = reversioned(old, "1.1", tmp_path / "new.mar")
-    for archive, version in ((new, "1.1"), (old, "1.0")):
-        with traffic(stack) as load:
-            load.wait_for(50)
-            rolled = stack.roll_out("mnist", archive)
-            load.wait_for(50)
-        print("rollout:", dict(load.counts))
-        assert rolled.returncode == 0, rolled.stdout + rolled.stderr
-        assert set(load.counts) == {200}, load.counts
-        assert [described["modelVersion"] for described in stack.client.versions("mnist")] == [version]
+    new = with_response_timeout(10, reversioned(old, "1.1", tmp_path / "new.mar"))
+    with ThreadPoolExecutor(1) as pool, traffic(stack) as load:
+        load.wait_for(50)
+        rolling = pool.submit(stack.roll_out, "mnist", new)
+        wait_for(lambda: rolling.done() or stack.client.describe("mnist")["modelVersion"] == "1.1", 120)
+        load.wait_for(50)
+    check_rollout(stack, rolling.result(), load, "1.1")
+
+    with traffic(stack) as load:
+        load.wait_for(50)
+        rolled = stack.roll_out("mnist", old)
+        load.wait_for(50)
+    check_rollout(stack, rolled, load, "1.0")
+
+
+def with_response_timeout(seconds: int, archive: Path) -> Path:
+    given = mar.read(archive, CONFIG_NAME)
+    config, changes = re.subn(rb"(?m)^responseTimeout: \d+", b"responseTimeout: %d" % seconds, given)
+    assert changes == 1
+    return altered(archive, archive.with_name("timeout.mar"), {CONFIG_NAME: config})
+
+
+def check_rollout(stack: Stack, rolled: subprocess.CompletedProcess, load: Traffic, version: str) -> None:
+    print("rollout:", dict(load.counts))
+    assert rolled.returncode == 0, rolled.stdout + rolled.stderr
+    assert set(load.counts) == {200}, load.counts
+    assert [described["modelVersion"] for described in stack.client.versions("mnist")] == [version]
 
 
 def test_stop_answers_all_accepted_requests_and_start_restores_the_state(stack: Stack):
