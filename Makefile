@@ -185,7 +185,11 @@ fuzz-decoder: dev .venv/fuzz.done  ## fuzz a model's decoder with atheris, guide
 	@$(BIN)/python -m tests.trials.fuzz atheris $(call options,MODEL SECONDS)
 
 test-docker: dev  ## build the image and test the stack; needs a Docker engine
-	$(PYTEST) -m docker $(or $(TESTS),tests/docker)
+ifdef TESTS
+	$(PYTEST) -m docker $(TESTS)
+else
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 docker-stack docker-others
+endif
 
 test-faults: dev  ## inject faults into a Docker stack and count failed requests (FAULTS="kill-one overload" SECONDS=3 REPORT=1)
 	@$(BIN)/python -m tests.trials.faults $(FAULTS) $(call options,SECONDS) $(if $(REPORT),--write)
@@ -198,7 +202,8 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units slow-units-a-d slow-units-e-o slow-units-p-z servers-a-f servers-g-o servers-p-r servers-s-z
+.PHONY: check fast-units slow-units-a-d slow-units-e-o slow-units-p-z servers-a-f servers-g-o servers-p-r servers-s-z \
+  docker-stack docker-others
 check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
 
@@ -212,6 +217,14 @@ slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.d
 # in parts, two at a time: the servers of three need more than 24 GB
 servers-a-f servers-g-o servers-p-r servers-s-z: servers-%: dev .venv/loadtest.done
 	$(PYTEST) tests/server/test_[$*]*.py
+
+# in parts, because most tests wait for containers. The proxy's are the first of theirs, because they need no image: the other
+# part builds it meanwhile.
+docker-stack: dev
+	$(PYTEST) -m docker tests/docker/test_s*.py
+
+docker-others: dev
+	$(PYTEST) -m docker tests/docker/test_proxy*.py tests/docker/test_[!s]*.py
 
 lock: dev  ## update requirements/*.txt to the newest versions
 	cd requirements && set -e && for set in serve dev loadtest kserve s3 page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \

@@ -1,5 +1,6 @@
 """A Docker stack with its own project name and free ports, for the tests and for the fault trials."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -144,9 +145,12 @@ def build_image() -> str:
         BundleError: no Docker engine answers.
     """
     check_engine()
-    Stack([*compose_command(), "-p", "torchserve-test-image", "-f", "docker/compose.yaml"], dict(os.environ)).make(
-        "image"
-    )
+    command = [*compose_command(), "-p", "torchserve-test-image", "-f", "docker/compose.yaml"]
+    lock = ROOT / "build" / "image.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # of two builds at once, neither finds the layers of the other
+        Stack(command, dict(os.environ)).make("image")
     return os.environ.get("SERVER_IMAGE", "torchserve-bundle:latest")
 
 
@@ -165,13 +169,14 @@ def running(services: tuple[str, ...], **settings: str) -> Iterator[Stack]:
     Raises:
         BundleError: no Docker engine answers.
     """
-    check_engine()
+    if "SERVER_IMAGE" in settings:
+        check_engine()
+    else:
+        build_image()
     ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     project = f"torchserve-test-{os.getpid()}-{ports['PORT']}"
     environment = {**os.environ, **ports, **settings}
     stack = Stack([*compose_command(), "-p", project, "-f", "docker/compose.yaml"], environment)
-    if "SERVER_IMAGE" not in settings:
-        stack.make("image")
     try:
         print(stack.make("up", f"SERVICES={' '.join(services)}"))
         yield stack
