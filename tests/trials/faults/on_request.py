@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from bundle.catalog import select
@@ -19,6 +20,14 @@ EXPECTED = '"label": "RBC"'
 DETECTIONS = 8.0  # requests per second, fewer than one worker answers, in float32 as well
 
 
+@cache
+def store() -> tempfile.TemporaryDirectory:
+    """Build the archive, once for all trials, into a folder that is removed when this program ends."""
+    folder = tempfile.TemporaryDirectory()
+    build_archive(CELLS.name, Path(folder.name))
+    return folder
+
+
 @contextmanager
 def detector(stack: Stack) -> Iterator[str]:
     """Serve the model `cells`, which the image does not have, with one worker while the block runs.
@@ -26,9 +35,7 @@ def detector(stack: Stack) -> Iterator[str]:
     Yields:
         the URL for its predictions.
     """
-    with tempfile.TemporaryDirectory() as store:
-        build_archive(CELLS.name, Path(store))
-        put(stack, Path(store) / f"{CELLS.name}.mar")
+    put(stack, Path(store().name) / f"{CELLS.name}.mar")
     try:
         stack.client.register(f"{CELLS.name}.mar", CELLS.name)
         scale(stack, CELLS.name, 1)
