@@ -104,7 +104,7 @@ add() {
   "$@" up --detach --no-deps --no-recreate --scale "torchserve=$total" torchserve
   if [ "$(of 0 | count)" -le "$before" ]; then
     fail "The new replica has another hash of its settings than '$* config --hash torchserve' prints, so it is unknown which" \
-      "replicas are outdated. This release of compose cannot replace replicas: use docker-compose 1.29, or make down and up."
+      "replicas are outdated. This release of compose cannot replace replicas: use another one, or make down and up."
   fi
   ready
 }

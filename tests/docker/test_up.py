@@ -175,7 +175,7 @@ def test_service_that_depends_on_torchserve_keeps_all_replicas(containers: Conta
 def test_hash_that_compose_does_not_know_replaces_no_second_replica(
     containers: Containers, tmp_path: Path, prints: str, message: str, serving: int
 ):
-    """Some releases of compose v2 print another hash than they write to the label."""
+    """A release of compose may print another hash than it writes to the label."""
     before = set(containers.healthy())
     compose = tmp_path / "compose"
     case = f'case "$*" in *"config --hash"*) {prints} ;; esac'
