@@ -25,7 +25,8 @@ from tests.docker.pod import http as session
 from tests.docker.proxy import IMAGE as NGINX
 from tests.docker.stack import build_archive, build_image, docker
 from tests.helm import CHART, needs_helm, render
-from tests.support import is_closed, models_expecting_four, wait_for
+from tests.support import models_expecting_four, wait_for
+from tests.traffic import is_closed
 
 pytestmark = needs_helm
 [MNIST] = select_folders(["mnist"])

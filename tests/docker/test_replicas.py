@@ -20,7 +20,8 @@ from bundle.server.client import Client
 from bundle.server.ports import free_ports
 from tests.docker.proxy import used_servers
 from tests.docker.stack import SERVICES, UNLIMITED, Stack, build_image, docker, running
-from tests.support import Traffic, reversioned, wait_for
+from tests.support import reversioned, wait_for
+from tests.traffic import Traffic
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()

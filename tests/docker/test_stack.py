@@ -27,7 +27,8 @@ from bundle.server.client import check_sample
 from tests import queries
 from tests.docker.stack import SERVICES, Stack, build_archive, docker
 from tests.shipped import SHIPPED
-from tests.support import Traffic, altered, reversioned, wait_for
+from tests.support import altered, reversioned, wait_for
+from tests.traffic import Traffic
 from tests.trials.faults.archives import copy_from_image
 
 FOLDERS = select(list(SHIPPED))

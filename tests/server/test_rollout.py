@@ -8,7 +8,8 @@ import pytest
 from bundle.catalog import select
 from bundle.paths import ROOT
 from tests.server.place import Place
-from tests.support import Traffic, models_expecting_four, reversioned
+from tests.support import models_expecting_four, reversioned
+from tests.traffic import Traffic
 
 [MNIST] = select(["mnist"])
 

@@ -15,7 +15,8 @@ from bundle.paths import MODELS
 from bundle.samples import first
 from tests.server.place import Place
 from tests.shipped import SHIPPED
-from tests.support import Traffic, wait_for
+from tests.support import wait_for
+from tests.traffic import Traffic
 
 [MNIST] = select(["mnist"])
 WORKERS = MNIST.config["minWorkers"]

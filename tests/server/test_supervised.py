@@ -16,7 +16,8 @@ from bundle.server.client import WorkerCount
 from bundle.server.drain import connections
 from tests.server.place import Place
 from tests.server.supervised import Supervised
-from tests.support import Traffic, altered, models_expecting_four, reversioned, wait_for
+from tests.support import altered, models_expecting_four, reversioned, wait_for
+from tests.traffic import Traffic
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support import Traffic, wait_for
+from tests.support import wait_for
+from tests.traffic import Traffic
 
 BODY = b"input"
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
