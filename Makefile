@@ -66,7 +66,7 @@ STACK := $(COMPOSE) -p $(PROJECT) -f docker/compose.yaml $(if $(GPU),-f docker/c
 
 .DEFAULT_GOAL := help
 .PHONY: help made setup dev serve page stop status logs predict archive keygen rollout manage train add-model image up down loadtest loadtest-ui bench bench-gpu \
-  gpu-check tune capacity profile test fuzz fuzz-decoder test-docker test-faults soak lint lock frontend helm sbom clean
+  gpu-check tune capacity profile test fuzz fuzz-decoder test-docker test-cluster test-faults soak lint lock frontend helm sbom clean
 
 help:  ## show the commands
 	@echo "usage: make COMMAND [VARIABLE=value ...]"
@@ -190,6 +190,9 @@ ifdef TESTS
 else
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 docker-stack docker-others
 endif
+
+test-cluster: dev  ## test the chart on the cluster of the current kubectl context (IMAGE=torchserve-bundle:latest)
+	@IMAGE="$(IMAGE)" $(PYTEST) -m cluster $(or $(TESTS),tests/cluster)
 
 test-faults: dev  ## inject faults into a Docker stack and count failed requests (FAULTS="kill-one overload" SECONDS=3 REPORT=1)
 	@$(BIN)/python -m tests.trials.faults $(FAULTS) $(call options,SECONDS) $(if $(REPORT),--write)

@@ -1,8 +1,8 @@
 """Runs a pod of the chart with the Docker engine, field for field, as Kubernetes' kubelet would.
 
-No cluster can run where these tests do. This shows that the image, the arguments, the variables, the mounts, the users,
-the probes and the order of the end fit together. It does not show what Kubernetes itself does: Services, scheduling,
-rollouts, network policies. A field that is not known here is an error.
+CI has no cluster, which `tests/cluster` needs. This shows that the image, the arguments, the variables, the mounts, the
+users, the probes and the order of the end fit together. It does not show what Kubernetes itself does: Services,
+scheduling, rollouts, network policies. A field that is not known here is an error.
 """
 
 import json
