@@ -36,7 +36,7 @@ def image_to_test() -> str:
     """Return the name of the image.
 
     Raises:
-        BundleError: it is not named, a program is missing, or no cluster answers.
+        BundleError: it is not named by a tag, a program is missing, or no cluster answers.
     """
     image = os.environ.get("IMAGE", "")
     if not image:
@@ -44,6 +44,8 @@ def image_to_test() -> str:
             "No image is named. Load it into the cluster's nodes (kubernetes/README.md), and name it: "
             "make test-cluster IMAGE=torchserve-bundle:latest"
         )
+    if ":" not in image.rpartition("/")[2] or "@" in image:
+        raise BundleError(f"IMAGE={image} has no tag, such as in IMAGE=torchserve-bundle:latest")
     if HELM is None:
         raise BundleError("Helm is missing: make helm")
     if KUBECTL is None:

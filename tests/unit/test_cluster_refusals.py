@@ -38,6 +38,15 @@ def test_missing_program_or_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, 
         release.image_to_test()
 
 
+@pytest.mark.parametrize(
+    "image", ["torchserve-bundle", "registry:5000/torchserve-bundle", f"torchserve-bundle@sha256:{'a' * 64}"]
+)
+def test_image_without_a_tag_is_refused(monkeypatch: pytest.MonkeyPatch, image: str):
+    monkeypatch.setenv("IMAGE", image)
+    with pytest.raises(BundleError, match="has no tag"):
+        release.image_to_test()
+
+
 @pytest.mark.slow
 def test_no_test_begins_without_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("IMAGE")
