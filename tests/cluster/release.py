@@ -76,7 +76,7 @@ class Release:
     Attributes:
         namespace: its namespace.
         image: the server's image.
-        values: its values (YAML); further ones are added to them.
+        values: its values (YAML).
     """
 
     namespace: str
@@ -91,11 +91,11 @@ class Release:
     def helm(self, *arguments: str, given: str | None = None) -> str:
         return run(str(HELM), *arguments, "--namespace", self.namespace, given=given).stdout
 
-    def upgrade(self, *options: str, wait: bool = True, **changes: object) -> None:
+    def upgrade(self, wait: bool = True, **changes: object) -> None:
         """Install or upgrade the release with its values, and these changes to them at the top."""
         values = yaml.safe_dump(yaml.safe_load(self.values) | changes)
         waiting = ["--wait", f"--timeout={START_SECONDS}s"] if wait else []
-        self.helm("upgrade", "--install", RELEASE, str(CHART), *waiting, *options, "--values", "-", given=values)
+        self.helm("upgrade", "--install", RELEASE, str(CHART), *waiting, "--values", "-", given=values)
 
     def list_pods(self) -> list[dict]:
         selector = f"--selector=app.kubernetes.io/instance={RELEASE},bundle/group=digits"
