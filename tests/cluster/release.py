@@ -52,7 +52,9 @@ def image_to_test() -> str:
         raise BundleError("kubectl is missing. Install it, and choose a cluster: kubectl config use-context NAME")
     asked = subprocess.run([KUBECTL, "get", "nodes", "--request-timeout=20s"], capture_output=True, text=True)
     if asked.returncode:
-        raise BundleError("No cluster answers. `kubectl get nodes` shows the reason.", asked.stderr.strip())
+        raise BundleError(
+            "No cluster answers. `kubectl get nodes` shows the reason.", asked.stderr.strip().rpartition("\n")[2]
+        )
     return image
 
 
