@@ -5,6 +5,13 @@ BundleError (1)          the command failed
 └── NotRunning (3)       the server that the command needs is not running, or does not serve the model
 """
 
+import errno
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an exception tells of a full disk or the end of a quota, which no file is to blame for."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
 
 class BundleError(Exception):
     """A failure that the user can fix: a command prints it as one line, without a traceback.

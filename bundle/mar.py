@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, is_full
 from bundle.paths import relative
 from bundle.versions import VERSION
 
@@ -106,11 +106,13 @@ def contents(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 @contextmanager
 def opened(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the archive for reading; every exception in the block becomes an error of the archive."""
+    """Open the archive for reading; every exception in the block but a full disk becomes an error of the archive."""
     try:
         with zipfile.ZipFile(archive) as file:
             yield file
     except BundleError:
         raise
     except Exception as exc:  # zipfile raises many kinds for damaged archives
+        if is_full(exc):
+            raise
         raise BundleError(f"{relative(archive)} is not a model archive: {exc}") from exc

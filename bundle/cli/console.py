@@ -7,7 +7,6 @@ Exit status: 0 for success; 1 for a failure, a bug's traceback included; 2 for a
 runs, or none that serves the model; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
-import errno
 import logging
 import os
 import signal
@@ -22,13 +21,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, is_full
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 DEBUG = "BUNDLE_DEBUG"  # an environment variable, so that it works through make, too
-FULL = (errno.ENOSPC, errno.EDQUOT)
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -149,7 +147,7 @@ def fail_outside(error: OSError) -> int:
     Raises:
         OSError: the bug.
     """
-    if error.errno in FULL:
+    if is_full(error):
         file = error.filename2 or error.filename  # the second one is a copy's target; a write names none
         place = f": {file}" if file else ""
         return fail(

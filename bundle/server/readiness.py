@@ -1,5 +1,6 @@
 """Wait until a server that was just started serves, or find out why it does not."""
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from bundle.server.tracebacks import WORKER_DIED, explain
 
 POLL_SECONDS = 0.3
 WORKER_RETRIED = "Retry worker"
+WORKER_TIMED_OUT = ("Backend worker startup time out", "Backend worker did not respond in given time")
 TRACE_PAUSES = 10  # at most, of POLL_SECONDS, for a traceback that is being logged
 RETRIES = 3  # TorchServe restarts killed workers; one that was killed this often will not start
 LOG_PREFIX = re.compile(r"^\S+ \[\w+ *\] (\S+) (\S+ )?- ")
@@ -140,6 +142,12 @@ def worker_failure(
     if sum(WORKER_RETRIED in line for lines in told.values() for line in lines) >= RETRIES:
         free = psutil.virtual_memory().available / 2**30
         last = [line for lines in (*told.values(), *said.values()) for line in lines[-10:]]
+        if timed_out(logs / "ts_log.log", since):
+            return BundleError(
+                f"Workers of {model} do not start within the startupTimeout of its model-config.yaml: the machine is "
+                "busy, or the model takes longer to load. Wait and try again, or set a longer one.",
+                "\n".join(last),
+            )
         return BundleError(
             f"Workers of {model} end before they are READY, without an exception: their code ended the process, or it "
             f"was killed, for example for lack of memory. {free:.1f} GiB are free.",
@@ -148,11 +156,24 @@ def worker_failure(
     return None
 
 
+def timed_out(log: Path, since: datetime) -> bool:
+    """Return whether TorchServe ended a worker that started too slowly: a Java exception says so, without a prefix."""
+    lines = iter(log.read_text(errors="replace").splitlines() if log.is_file() else [])
+    earliest = logged(since)
+    recent = itertools.dropwhile(lambda line: not (LOG_PREFIX.match(line) and line >= earliest), lines)
+    return any(said in line for line in recent for said in WORKER_TIMED_OUT)
+
+
+def logged(time: datetime) -> str:
+    """Return a time as the logs have it."""
+    return time.isoformat(timespec="milliseconds").replace(".", ",")
+
+
 def lines_by_worker(log: Path, model: str, version: str | None, since: datetime) -> dict[str, list[str]]:
     """Return the lines of a log that are from each of the workers of `model`, without the log's prefix."""
     any_version = r"[^_]+?"
     thread = re.compile(rf"(W-\d+)-{re.escape(model)}_{re.escape(version) if version else any_version}(-std|$)")
-    earliest = since.isoformat(timespec="milliseconds").replace(".", ",")
+    earliest = logged(since)
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     found: dict[str, list[str]] = {}
     for line in lines:

@@ -308,6 +308,17 @@ def test_serve_whose_workers_are_killed_reports_the_free_memory(place: Place):
     assert not place.processes()
 
 
+def test_serve_whose_workers_start_too_slowly_names_the_timeout(place, elsewhere: Path):
+    config = elsewhere / "digits" / "model-config.yaml"
+    config.write_text(re.sub(r"(?m)^startupTimeout: \d+", "startupTimeout: 1", config.read_text()))
+    failed = place.bundle("serve", "digits")
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert "Workers of digits do not start within the startupTimeout" in last
+    assert "GiB" not in last
+    assert not place.processes()
+
+
 def command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()

@@ -29,12 +29,12 @@ from tests.helm import (
     render,
 )
 from tests.queries import metric_names
+from tests.shipped import SHIPPED
 
 pytestmark = needs_helm
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 COMMANDS = typer.main.get_command(app).commands
-ALWAYS = [folder.name for folder in select([])]
 
 
 def only(values: str, name: str = "bundle-main") -> dict[str, dict]:
@@ -208,7 +208,7 @@ def test_schema_has_every_value_and_no_other():
 
 
 def test_default_group_has_the_models_that_are_always_served():
-    assert only("")["torchserve"]["args"] == ["run", *sorted(ALWAYS)]
+    assert only("")["torchserve"]["args"] == ["run", *sorted(SHIPPED)]
 
 
 # --- what the image's programs read ----------------------------------------------------------------------------------

@@ -22,6 +22,12 @@ def write_archive(file: Path, manifest: object = MANIFEST, **members: str) -> Pa
     return file
 
 
+def test_disk_that_is_full_is_not_the_archives_fault(tmp_path: Path):
+    archive = write_archive(tmp_path / "m.mar")
+    with pytest.raises(OSError, match="No space left"), mar.opened(archive) as file:
+        Path("/dev/full").write_bytes(file.read("h.py"))
+
+
 def test_archive_is_read(tmp_path: Path):
     archive = write_archive(tmp_path / "m.mar")
     assert mar.manifest(archive) == MANIFEST
