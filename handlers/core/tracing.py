@@ -50,6 +50,7 @@ NUMBERS = {  # the patterns of valid ones, and what they are
     "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": (r"[1-9]\d{0,8}", "a whole number of spans"),
 }
 FILES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")  # OTEL_EXPORTER_OTLP_CERTIFICATE, for example
+RESOURCE = "OTEL_RESOURCE_ATTRIBUTES"
 HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
 # a name that gRPC sends with a text, and a value that opentelemetry.util.re reads
 HEADER = re.compile(r"[a-z0-9._-]+(?<!-bin)[ \t]*=(?=.*\S)([ !#-+\--:<-\[\]-~]*)", re.ASCII | re.IGNORECASE)
@@ -258,6 +259,7 @@ def check(environment: Mapping[str, str]) -> None:
     check_each(ENDPOINTS, lambda _, given: is_address(given), lambda _: "like http://collector:4317 (OTLP over gRPC)")
     check_each(CHOICES, lambda name, given: given.lower() in CHOICES[name], lambda name: " or ".join(CHOICES[name]))
     check_each(NUMBERS, lambda name, given: bool(re.fullmatch(NUMBERS[name][0], given)), lambda name: NUMBERS[name][1])
+    check_each([RESOURCE], lambda _, given: are_pairs(given), lambda _: "like name=value,other=value")
     check_each(HEADERS, lambda _, given: are_headers(given), lambda _: "like name=value,other=value")
     files = [name.replace("HEADERS", file) for name in HEADERS for file in FILES]
     check_each(files, lambda _, given: is_readable(Path(given)), lambda _: "a file that can be read")
@@ -278,6 +280,11 @@ def is_address(text: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname and parts.port) and parts.path in ("", "/")
     except ValueError:  # a port beyond 65535
         return False
+
+
+def are_pairs(text: str) -> bool:
+    """Return whether OpenTelemetry reads all of these attributes. It would drop the others with a warning."""
+    return all(re.fullmatch(r"\s*[^=\s][^=]*=.*", each) for each in text.split(","))
 
 
 def are_headers(text: str) -> bool:
