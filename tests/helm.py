@@ -135,6 +135,11 @@ def render(values: str = "") -> tuple[dict, ...]:
     return tuple(filter(None, yaml.safe_load_all(done.stdout)))
 
 
+def many_models(number: int) -> str:
+    """Return the models of a group, as YAML."""
+    return ", ".join(f"m{i}: {{}}" for i in range(number))
+
+
 def of_kind(objects: tuple[dict, ...], kind: str) -> dict[str, dict]:
     """Return the objects of a kind by name."""
     return {found["metadata"]["name"]: found for found in objects if found["kind"] == kind}
