@@ -1,9 +1,12 @@
-"""The chart's wrong values: each is refused with its place and the reason."""
+"""The chart's wrong values: each is refused with its place and the reason, and no refusal prints a secret."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from bundle.paths import ROOT
+from bundle.signing import make_keys
 from tests.helm import CHART, DIGEST, PEM, helm, many_models, needs_helm
 
 pytestmark = needs_helm
@@ -27,7 +30,10 @@ pytestmark = needs_helm
         ("image: {digest: latest}", "at '/image/digest': 'latest' does not match pattern"),
         ("proxy: {rate: fast}", "at '/proxy/rate': 'fast' does not match pattern"),
         ("proxy: {maxBody: 16MiB}", "at '/proxy/maxBody': '16MiB' does not match pattern"),
-        ("tracing: {endpoint: 'collector:4317'}", "at '/tracing/endpoint': 'collector:4317' does not match pattern"),
+        (
+            "tracing: {endpoint: 'collector:4317'}",
+            "tracing.endpoint: it must be http:// or https:// with a host and a port",
+        ),
         ("tracing: {ratio: 10}", "at '/tracing/ratio': maximum"),
         *(
             (f"tracing: {{ratio: {given}}}", f"tracing.ratio: {given} must be a number from 0 to 1 with at most four")
@@ -47,8 +53,11 @@ pytestmark = needs_helm
             f"groups: {{main: {{models: {{mnist: {{url: 'https://a/b', sha256: {DIGEST}}}}}}}}}",
             "groups.main.models.mnist: url and sha256 need archives.source=url",
         ),
-        ("groups: {main: {models: {mnist: {url: 's3://mnist.mar'}}}}", "does not match pattern '^(https?://"),
-        ("archives: {source: url, s3: {endpoint: minio:9000}}", "'minio:9000' does not match pattern"),
+        (
+            "groups: {main: {models: {mnist: {url: 's3://mnist.mar'}}}}",
+            "groups.main.models.mnist.url: it must begin with",
+        ),
+        ("archives: {source: url, s3: {endpoint: minio:9000}}", "archives.s3.endpoint: it must be http:// or https://"),
         ("archives: {s3: {region: eu-central-1}}", "archives: s3 and downloader need archives.source=url"),
         ("archives: {netrcSecret: passwords}", "archives.netrcSecret: it needs archives.source=url"),
         (
@@ -60,7 +69,7 @@ pytestmark = needs_helm
             "archives: {source: url, downloader: {image: amazon/aws-cli}}",
             "groups.a.models.mnist: archives.downloader gets it, so it needs no url",
         ),
-        ("trustedKey: {pem: ssh-ed25519 AAAA}", "at '/trustedKey/pem': 'ssh-ed25519 AAAA' does not match pattern"),
+        ("trustedKey: {pem: ssh-ed25519 AAAA}", "trustedKey.pem: this is not a public key (PEM). Give the .pub file"),
         (f"trustedKey: {{pem: {json.dumps(PEM)}, secret: key}}", "at '/trustedKey/secret': maxLength"),
         (
             "groups: {main: {autoscaling: {enabled: true, min: 0}}}",
@@ -126,3 +135,94 @@ def test_release_whose_services_would_have_invalid_names_is_refused(name: str):
     refused = helm("template", name, str(CHART))
     assert refused.returncode == 1
     assert f"release {name}: names of Services begin with it" in refused.stderr
+
+
+# --- secrets: what Helm prints is in the log of a pipeline -----------------------------------------------------------
+
+SECRET = "hunter2"
+
+
+def refusal_of(place: str, file: Path) -> str:
+    """Return what Helm prints when it refuses a file as a value, without the files that it finds linked."""
+    refused = helm("template", "bundle", str(CHART), "--set-file", f"{place}={file}")
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    return "".join(line for line in refused.stderr.splitlines(True) if "found symbolic link" not in line)
+
+
+def test_private_key_as_the_trusted_key_is_refused_and_not_printed(tmp_path: Path):
+    private = tmp_path / "signing.key"
+    public = make_keys(private)
+    said = refusal_of("trustedKey.pem", private)
+    assert "trustedKey.pem: this is a private key" in said
+    assert [line for line in private.read_text().splitlines() if line in said] == []
+    accepted = helm("template", "bundle", str(CHART), "--set-file", f"trustedKey.pem={public}")
+    assert accepted.returncode == 0, accepted.stderr
+
+
+def test_key_of_openssh_and_another_file_as_the_trusted_key_are_refused_and_not_printed(tmp_path: Path):
+    key = tmp_path / "id_ed25519"
+    key.write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{SECRET}\n-----END OPENSSH PRIVATE KEY-----\n")
+    said = refusal_of("trustedKey.pem", key)
+    assert "trustedKey.pem: this is a private key" in said
+    assert SECRET not in said
+    said = refusal_of("trustedKey.pem", ROOT / "README.md")
+    assert "trustedKey.pem: this is not a public key (PEM). Give the .pub file" in said
+    assert len(said) < 400
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "archives.netrcSecret",
+        "archives.caSecret",
+        "archives.s3.credentialsSecret",
+        "trustedKey.secret",
+        "ingress.tlsSecret",
+        "tracing.headersSecret",
+        "pullSecrets[0]",
+    ],
+)
+def test_content_in_place_of_the_name_of_a_secret_is_refused_and_not_printed(tmp_path: Path, place: str):
+    """Otherwise, it would be in the Deployment, which more people can read than Secrets."""
+    content = tmp_path / "content"
+    content.write_text(f"machine models.example login me password {SECRET}\n")
+    said = refusal_of(place, content)
+    assert f"{place}: this is not the name of a Secret" in said
+    assert SECRET not in said
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        (f"groups: {{main: {{models: {{mnist: {{url: 'ftp://me:{SECRET}@a/b'}}}}}}}}", "groups.main.models.mnist.url"),
+        (
+            f"groups: {{main: {{models: {{mnist: {{url: 'https://a/b?X-Amz-Signature={SECRET} '}}}}}}}}",
+            "groups.main.models.mnist.url",
+        ),
+        (
+            f"groups: {{main: {{canary: {{weight: 1, models: {{mnist: {{url: 'me:{SECRET}@a/b'}}}}}}}}}}",
+            "groups.main.models.mnist.url",
+        ),
+        (f"archives: {{source: url, s3: {{endpoint: 'http://me:{SECRET}@minio:9000'}}}}", "archives.s3.endpoint"),
+        (f"tracing: {{endpoint: 'http://me:{SECRET}@collector:4317'}}", "tracing.endpoint"),
+        (f"tracing: {{endpoint: 'http://me:{SECRET}@collector:99999'}}", "tracing.endpoint"),
+        (f"defaults: {{autoscaling: {{prometheus: 'me:{SECRET}@a:9090'}}}}", "groups.main.autoscaling.prometheus"),
+        (f"defaults: {{env: {{TOKEN: [{SECRET}]}}}}", "at '/defaults/env/TOKEN'"),
+        (f"groups: {{main: {{env: {{TOKEN: {{a: {SECRET}}}}}}}}}", "at '/groups/main/env/TOKEN'"),
+        (f"groups: {{main: {{env: {{TRUSTED_KEY: {SECRET}}}}}}}", "groups.main.env.TRUSTED_KEY"),
+        (f"defaults: {{env: TOKEN={SECRET}}}", "at '/defaults/env'"),
+        (f"defaults: {{settings: {{management_address: {SECRET}}}}}", "groups.main.settings.management_address"),
+        (f"archives: {{downloader: {{env: {{TOKEN: [{SECRET}]}}}}}}", "at '/archives/downloader/env/TOKEN'"),
+        (f"archives: {{downloader: {{args: {SECRET}}}}}", "at '/archives/downloader/args'"),
+        (f"archives: {{s3: {{secretAccessKey: {SECRET}}}}}", "at '/archives/s3'"),
+        (f"tracing: {{headers: authorization={SECRET}}}", "at '/tracing'"),
+        (f"configProperties: keystore_pass={SECRET}", "configProperties"),
+        (f"ingress: {{annotations: {{auth: [{SECRET}]}}}}", "at '/ingress/annotations/auth'"),
+    ],
+)
+def test_refusal_names_the_place_and_does_not_print_the_secret(values: str, place: str):
+    refused = helm("template", "bundle", str(CHART), values=values)
+    assert refused.returncode == 1
+    assert place in refused.stderr
+    assert SECRET not in refused.stdout + refused.stderr

@@ -141,8 +141,54 @@ The paths of a group, as a JSON list of {type, path}. With one group, these are 
 {{- toJson $paths -}}
 {{- end -}}
 
+{{/*
+Checks values that may contain a secret. The schema only has their types: its refusal of a pattern would print the value.
+*/}}
+{{- define "bundle.validate.secretive" -}}
+{{- $pem := .Values.trustedKey.pem | default "" -}}
+{{- if contains "PRIVATE KEY" $pem -}}
+  {{- fail "trustedKey.pem: this is a private key, which must stay where archives are signed. Give the public key: the .pub file that make keygen wrote" -}}
+{{- else if not (regexMatch "^(-----BEGIN PUBLIC KEY-----[^-]+-----END PUBLIC KEY-----\\s*)?$" $pem) -}}
+  {{- fail "trustedKey.pem: this is not a public key (PEM). Give the .pub file that make keygen wrote" -}}
+{{- end -}}
+{{- $names := dict
+  "archives.netrcSecret" .Values.archives.netrcSecret
+  "archives.caSecret" .Values.archives.caSecret
+  "archives.s3.credentialsSecret" .Values.archives.s3.credentialsSecret
+  "trustedKey.secret" .Values.trustedKey.secret
+  "ingress.tlsSecret" .Values.ingress.tlsSecret
+  "tracing.headersSecret" .Values.tracing.headersSecret
+-}}
+{{- range $index, $name := .Values.pullSecrets -}}
+  {{- $_ := set $names (printf "pullSecrets[%d]" $index) $name -}}
+{{- end -}}
+{{- range $place, $name := $names -}}
+  {{- if not (regexMatch "^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$" ($name | default "")) -}}
+    {{- fail (printf "%s: this is not the name of a Secret, which has only small letters, digits, - and . in it. Make a Secret with the content, and give its name" $place) -}}
+  {{- end -}}
+{{- end -}}
+{{- if not (regexMatch "^(https?://[A-Za-z0-9.-]+(:[0-9]+)?/?)?$" (.Values.archives.s3.endpoint | default "")) -}}
+  {{- fail "archives.s3.endpoint: it must be http:// or https:// with a host and perhaps a port, such as http://minio.storage:9000. Keys belong to the Secret archives.s3.credentialsSecret" -}}
+{{- end -}}
+{{- if not (regexMatch "^(https?://[A-Za-z0-9.-]+:[1-9][0-9]{0,4})?$" (.Values.tracing.endpoint | default "")) -}}
+  {{- fail "tracing.endpoint: it must be http:// or https:// with a host and a port, such as http://otel-collector.monitoring:4317. Keys belong to the Secret tracing.headersSecret" -}}
+{{- end -}}
+{{- range include "bundle.tracks" . | fromJsonArray -}}
+  {{- $group := .group -}}
+  {{- range $model, $set := .values.models -}}
+    {{- if not (regexMatch "^(https?://[^#\\s]+|s3://[a-z0-9][a-z0-9._-]+/[^#\\s]+)?$" ($set.url | default "")) -}}
+      {{- fail (printf "groups.%s.models.%s.url: it must begin with http:// or https://, or be s3://BUCKET/KEY, without # and spaces" $group $model) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- if not (regexMatch "^(https?://.*)?$" (.values.autoscaling.prometheus | default "")) -}}
+    {{- fail (printf "groups.%s.autoscaling.prometheus: it must begin with http:// or https://" $group) -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* What the schema cannot say. */}}
 {{- define "bundle.validate" -}}
+{{- include "bundle.validate.secretive" . -}}
 {{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" .Release.Name) -}}
   {{- fail (printf "release %s: names of Services begin with it, so it must begin with a letter, and contain only small letters, digits and -" .Release.Name) -}}
 {{- end -}}
