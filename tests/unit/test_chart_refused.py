@@ -7,7 +7,7 @@ import pytest
 
 from bundle.paths import ROOT
 from bundle.signing import make_keys
-from tests.helm import CHART, DIGEST, PEM, helm, many_models, needs_helm
+from tests.helm import CHART, DIGEST, PEM, containers, helm, many_models, needs_helm, pods, render
 
 pytestmark = needs_helm
 
@@ -27,7 +27,6 @@ pytestmark = needs_helm
         ("groups: {main: {resources: {limits: {memory: 4GB}}}}", "'4GB' does not match pattern"),
         ("defaults: {resources: {limits: null}}", "at '/defaults/resources': missing property 'limits'"),
         ("defaults: {resources: {limits: {memory: null}}}", "missing property 'memory'"),
-        ("image: {digest: latest}", "at '/image/digest': 'latest' does not match pattern"),
         ("proxy: {rate: fast}", "at '/proxy/rate': 'fast' does not match pattern"),
         ("proxy: {maxBody: 16MiB}", "at '/proxy/maxBody': '16MiB' does not match pattern"),
         (
@@ -135,6 +134,64 @@ def test_release_whose_services_would_have_invalid_names_is_refused(name: str):
     refused = helm("template", name, str(CHART))
     assert refused.returncode == 1
     assert f"release {name}: names of Services begin with it" in refused.stderr
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "reason"),
+    [
+        *(("tag", tag, "must have at most 128") for tag in ("a b", "-a", ".a", "a/b", "v1:2", "a@b", "ä", "a" * 129)),
+        *(
+            ("repository", name, "must be like registry.example:5000/team/name")
+            for name in ("a b", "Name", "a/B", "a//b", "/a", "a/", "a:1.0", "https://a/b", "a..b", "a___b", "-a", "a@b")
+        ),
+        *(
+            ("digest", digest, "must be sha256: and 64 digits from 0-9 and a-f")
+            for digest in ("latest", DIGEST, "sha256:abc", f"sha256:{DIGEST.upper()}", f"sha512:{DIGEST}")
+        ),
+    ],
+)
+def test_part_of_an_image_that_no_registry_accepts_is_refused(part: str, value: str, reason: str):
+    refused = helm("template", "bundle", str(CHART), "--set-string", f"image.{part}={value}")
+    assert refused.returncode == 1
+    assert f"image.{part}: {json.dumps(value, ensure_ascii=False)} {reason}" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ("proxy: {image: {tag: a b}}", 'proxy.image.tag: "a b" must have'),
+        ("defaults: {image: {tag: a b}}", 'defaults.image.tag: "a b" must have'),
+        ("groups: {main: {image: {tag: a b}}}", 'groups.main.image.tag: "a b" must have'),
+        ("groups: {main: {canary: {weight: 1, image: {tag: a b}}}}", 'groups.main.canary.image.tag: "a b" must have'),
+        ("defaults: {canary: {weight: 1, image: {tag: a b}}}", 'defaults.canary.image.tag: "a b" must have'),
+        (
+            "archives: {source: url, downloader: {image: 'a b:1'}}",
+            'archives.downloader.image: "a b:1" must be the name of an image',
+        ),
+    ],
+)
+def test_invalid_image_is_refused_with_its_place(values: str, reason: str):
+    refused = helm("template", "bundle", str(CHART), values=values)
+    assert refused.returncode == 1
+    assert reason in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"repository": "localhost:5000/bundle", "tag": "v1.0_rc.1-2"},
+        {"repository": "europe-docker.pkg.dev/my-project/my_models/bundle", "tag": "_"},
+        {"repository": "123456789012.dkr.ecr.eu-central-1.amazonaws.com/a__b/c--d.e", "tag": "A" * 128},
+        {"repository": "bundle", "digest": f"sha256:{DIGEST}"},
+    ],
+)
+def test_image_that_registries_accept_is_accepted(image: dict):
+    found = containers(dict(pods(render(json.dumps({"image": image}))))["bundle-main"])
+    suffix = f"@{image['digest']}" if "digest" in image else f":{image['tag']}"
+    assert found["torchserve"]["image"] == image["repository"] + suffix
 
 
 # --- secrets: what Helm prints is in the log of a pipeline -----------------------------------------------------------

@@ -186,9 +186,46 @@ Checks values that may contain a secret. The schema only has their types: its re
 {{- end -}}
 {{- end -}}
 
+{{/* Checks the parts of images' names as registries do: {place, image}. */}}
+{{- define "bundle.validate.image" -}}
+{{- $image := .image | default dict -}}
+{{- $repository := "([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*(/[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*)*" -}}
+{{- with $image.repository -}}
+  {{- if not (regexMatch (printf "^%s$" $repository) .) -}}
+    {{- fail (printf "%s.repository: %q must be like registry.example:5000/team/name: small letters, digits, and single dots, underscores or hyphens between them. A tag or a digest has a value of its own" $.place .) -}}
+  {{- end -}}
+{{- end -}}
+{{- with $image.tag -}}
+  {{- if not (regexMatch "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$" .) -}}
+    {{- fail (printf "%s.tag: %q must have at most 128 letters, digits, dots, underscores and hyphens, and must not begin with a dot or a hyphen" $.place .) -}}
+  {{- end -}}
+{{- end -}}
+{{- with $image.digest -}}
+  {{- if not (regexMatch "^sha256:[0-9a-f]{64}$" .) -}}
+    {{- fail (printf "%s.digest: %q must be sha256: and 64 digits from 0-9 and a-f" $.place .) -}}
+  {{- end -}}
+{{- end -}}
+{{- with $image.name -}}
+  {{- if not (regexMatch (printf "^%s(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$" $repository) .) -}}
+    {{- fail (printf "%s: %q must be the name of an image, like registry.example:5000/team/name:tag" $.place .) -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* What the schema cannot say. */}}
 {{- define "bundle.validate" -}}
 {{- include "bundle.validate.secretive" . -}}
+{{- include "bundle.validate.image" (dict "place" "image" "image" .Values.image) -}}
+{{- include "bundle.validate.image" (dict "place" "proxy.image" "image" .Values.proxy.image) -}}
+{{- include "bundle.validate.image" (dict "place" "archives.downloader.image" "image" (dict "name" .Values.archives.downloader.image)) -}}
+{{- $owners := dict "defaults" .Values.defaults -}}
+{{- range $name, $group := .Values.groups -}}
+  {{- $_ := set $owners (print "groups." $name) $group -}}
+{{- end -}}
+{{- range $place, $owner := $owners -}}
+  {{- include "bundle.validate.image" (dict "place" (print $place ".image") "image" $owner.image) -}}
+  {{- include "bundle.validate.image" (dict "place" (print $place ".canary.image") "image" ($owner.canary | default dict).image) -}}
+{{- end -}}
 {{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" .Release.Name) -}}
   {{- fail (printf "release %s: names of Services begin with it, so it must begin with a letter, and contain only small letters, digits and -" .Release.Name) -}}
 {{- end -}}
