@@ -17,6 +17,7 @@ from bundle.paths import ROOT
 CHART = ROOT / "kubernetes" / "chart"
 HELM = shutil.which("helm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 needs_helm = pytest.mark.skipif(HELM is None, reason="Helm is missing: make helm")
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 RELEASE, NAMESPACE = "bundle", "models"
 DIGEST = "a" * 64
 PEM = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEAn0\n-----END PUBLIC KEY-----\n"
@@ -133,6 +134,20 @@ def render(values: str = "") -> tuple[dict, ...]:
     done = helm("template", RELEASE, str(CHART), "--namespace", NAMESPACE, values=values)
     assert done.returncode == 0, done.stderr
     return tuple(filter(None, yaml.safe_load_all(done.stdout)))
+
+
+def resolved(schema: dict) -> dict:
+    """Return a part of the schema with what it refers to."""
+    if "$ref" not in schema:
+        return schema
+    target = SCHEMA
+    for step in schema["$ref"].removeprefix("#/").split("/"):
+        target = target[step]
+    whole = {**(target := resolved(target)), **schema}
+    if "properties" in schema and "properties" in target:
+        own = schema["properties"]
+        whole["properties"] = {name: {**part, **own.get(name, {})} for name, part in target["properties"].items()}
+    return whole
 
 
 def many_models(number: int) -> str:

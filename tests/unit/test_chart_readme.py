@@ -3,7 +3,7 @@
 import re
 
 from bundle.paths import ROOT
-from tests.helm import CHART, DIGEST, RELEASE, containers, helm, needs_helm, of_kind, pods, render
+from tests.helm import CHART, DIGEST, RELEASE, SCHEMA, containers, helm, needs_helm, of_kind, pods, render, resolved
 
 pytestmark = needs_helm
 README = (ROOT / "kubernetes" / "README.md").read_text()
@@ -39,3 +39,37 @@ def test_values_of_the_readme_are_accepted():
     for word in given:
         done = helm("template", RELEASE, str(CHART), "--set", word)
         assert done.returncode == 0, done.stderr
+
+
+def inside(schema: dict) -> dict[str, dict]:
+    """Return what a value may contain, by key; NAME stands for any key."""
+    other = schema.get("additionalProperties")
+    return schema.get("properties", {}) | ({"NAME": other} if isinstance(other, dict) else {})
+
+
+def is_accepted(path: str) -> bool:
+    found = SCHEMA
+    for key in path.split("."):
+        allowed = inside(resolved(found))
+        if (found := allowed.get(key, allowed.get("NAME"))) is None:
+            return False
+    return True
+
+
+def keys(schema: dict) -> set[str]:
+    """Return the names of all values in a part of the schema."""
+    parts = inside(resolved(schema))
+    return set(parts).union(*(keys(part) for part in parts.values()))
+
+
+def test_every_key_in_the_readme_is_a_path_that_the_chart_accepts():
+    """A key without its path, such as `preStopSeconds`, would be refused if a reader gave it to --set."""
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    quoted = re.findall(r"`(?:--set(?:-file)? )?([^`\s]+?)(?:[=:][^`]*)?`", text)
+    files = r".*\.(yaml|py|mar|crt|pkg\.dev)"
+    paths = {each for each in quoted if re.fullmatch(r"\w+(\.\w+)+", each) and not re.fullmatch(files, each)}
+    assert len(paths) >= 20
+    assert {path for path in paths if not is_accepted(path)} == set()
+    long = {key for key in keys(SCHEMA) - SCHEMA["properties"].keys() if re.search("[a-z][A-Z]", key)}
+    assert "preStopSeconds" in long
+    assert long & set(quoted) == set()

@@ -1,6 +1,5 @@
 """The chart's values: the schema has them all, and what they become is what the image's programs read."""
 
-import json
 import re
 
 import pytest
@@ -19,6 +18,7 @@ from tests.helm import (
     DIGEST,
     MATRIX,
     RELEASE,
+    SCHEMA,
     containers,
     environment,
     helm,
@@ -27,13 +27,13 @@ from tests.helm import (
     of_kind,
     pods,
     render,
+    resolved,
 )
 from tests.queries import metric_names
 from tests.shipped import SHIPPED
 
 pytestmark = needs_helm
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
-SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -57,16 +57,6 @@ def test_notes_warn_if_requests_from_outside_would_time_out(values: str, is_warn
     done = helm("install", RELEASE, str(CHART), "--dry-run=client", values=values)
     assert done.returncode == 0, done.stderr
     assert ("WARNING: networkPolicy.clients is empty" in done.stdout) is is_warned
-
-
-def resolved(schema: dict) -> dict:
-    """Return a schema with what it refers to."""
-    if "$ref" not in schema:
-        return schema
-    target = SCHEMA
-    for step in schema["$ref"].removeprefix("#/").split("/"):
-        target = target[step]
-    return {**resolved(target), **schema}
 
 
 def compare(values: dict, schema: dict) -> None:
