@@ -159,10 +159,11 @@ tune: setup .venv/loadtest.done  ## find a model's fastest settings that keep a 
 	@$(if $(filter 1,$(PATCH)),mkdir -p build/tune;) $(BUNDLE) tune "$(MODEL)" $(call options,P99 MINUTES PRECISION) \
 	  $(if $(PATCH),--patch "$(if $(filter 1,$(PATCH)),build/tune/$(MODEL).patch,$(PATCH))") $(foreach file,$(INPUTS),--input "$(file)")
 
-capacity: setup  ## plan the replicas for a rate that keep a latency target (MODEL=image RATE=5000 P99=100ms SPARE=1 BALANCE=random AGAIN=1)
+capacity: setup  ## plan the replicas for a rate that keep a latency target (MODEL=image RATE=5000 P99=100ms SPARE=1 BALANCE=random AGAIN=1 ANYWAY=1)
 	@test -n "$(MODEL)" -a -n "$(RATE)" -a -n "$(P99)" || \
 	  { echo "error: name the model, the rate and the target: make capacity MODEL=image RATE=5000 P99=100ms" >&2; exit 2; }
-	@$(BUNDLE) capacity "$(MODEL)" $(call options,RATE P99 SPARE BALANCE) $(foreach file,$(INPUTS),--input "$(file)") $(if $(AGAIN),--again)
+	@$(BUNDLE) capacity "$(MODEL)" $(call options,RATE P99 SPARE BALANCE) $(foreach file,$(INPUTS),--input "$(file)") \
+	  $(if $(AGAIN),--again) $(if $(ANYWAY),--anyway)
 
 profile: dev  ## show where a request's time goes, with a flame graph (MODEL=mnist CONCURRENCY=64 SECONDS=10)
 	@test -n "$(MODEL)" || { echo "error: name the model: make profile MODEL=mnist" >&2; exit 2; }

@@ -21,6 +21,7 @@ from bundle.tuning.trial_server import Input
 KEPT = ROOT / "build" / "capacity"
 MACHINE = ("cpu", "cores", "gpus", "versions")  # what decides the speed
 QUANTILES = 1000  # of the spread
+DISTURBED = 0.1  # share of the usable cores that other processes may take while figures are measured
 GRID = 40  # times of a batch of one that are tried, twice; the second ones lie between two of the first
 SHORTEST = 0.01  # of them, as a share of the time that one client waits
 HALVINGS = 12  # of the interval in which the time of each further request lies
@@ -98,6 +99,8 @@ class Figures:
         load_cores: processor time of the load generator at full load, in cores; 0 if unknown.
         points: closed loops, by number of clients; the first is of one client.
         check: requests at random times, from which the model of the queue is not made; None if not measured.
+        others: share of the usable cores that other processes took meanwhile; None if unknown.
+        anyway: whether the figures were to count whatever other processes took.
     """
 
     of: Identity
@@ -109,6 +112,13 @@ class Figures:
     load_cores: float
     points: tuple[Point, ...]
     check: Point | None
+    others: float | None
+    anyway: bool
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes took so much that the figures are too low."""
+        return self.others is not None and self.others > DISTURBED
 
     @cached_property
     def replica(self) -> Replica:
@@ -212,6 +222,8 @@ def tuned(folder: ModelFolder) -> Figures | None:
             load_cores=0.0,
             points=tuple(points[clients] for clients in sorted(points)),
             check=checked_by_tuner(found, settings),
+            others=None,
+            anyway=False,
         )
         return figures if figures.replica else None
     except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError):

@@ -21,7 +21,6 @@ from bundle.tuning.search import SHORTEST, medians, shortest
 from bundle.tuning.space import Candidate
 from bundle.tuning.trial_server import Input, Service, TrialServer
 
-DISTURBED = 0.1  # share of the usable cores that other processes may take meanwhile
 ROUNDS = 3  # of the closed loops; the medians count, so that other work on the machine affects all loads alike
 LEAST_SECONDS = 1.5  # of a closed loop
 CHECK_SECONDS = 8.0  # of the open loop
@@ -60,10 +59,12 @@ def measure(
             figures = checked(service, measured(service, now, show), show)
             busy = seconds_of_others(trial.running.pid) - before[0]
             share = busy / (time.monotonic() - before[1]) / len(os.sched_getaffinity(0))
-    if share > DISTURBED and not anyway:
+    # both are of clocks that tick: a share of nearly nothing may come out below it
+    figures = replace(figures, others=round(max(0.0, share), 3), anyway=anyway)
+    if figures.disturbed and not anyway:
         raise BundleError(
             f"Other processes used {share:.0%} of the CPU meanwhile, so the figures are too low, and are not kept. End "
-            "them, or measure nevertheless: --anyway"
+            "them, or measure nevertheless: --anyway, or ANYWAY=1 of make"
         )
     return figures
 
@@ -98,6 +99,8 @@ def measured(service: Service, now: Identity, show: Show) -> Figures:
         load_cores=round(load_cores, 3),
         points=tuple(Point.of(each, load) for each, load in found.items()),
         check=None,
+        others=None,
+        anyway=False,
     )
 
 

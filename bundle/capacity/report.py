@@ -39,7 +39,7 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
         f"a replica: {machine['cores']} cores, {gpus}, {settings}{memory}; it answers up to {replica.capacity:,.4g}/s",
         f"in all: {cores:,} cores, {1000 * cores / plan.rate:.3g} for 1,000 requests/s; "
         f"{8e-6 * plan.rate * (figures.request_bytes + figures.answer_bytes):,.3g} Mbit/s of bodies",
-        f"figures: {figures.source}, {figures.date}, {machine['cpu']}, {machine['cores']} cores",
+        f"figures: {figures.source}, {figures.date}, {machine['cpu']}, {machine['cores']} cores; {others(figures)}",
     ]
     if figures.check:
         rate, seen = figures.check.throughput, figures.check
@@ -55,6 +55,14 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
             "cores for themselves can do more."
         )
     return found
+
+
+def others(figures: Figures) -> str:
+    """Return how much of the CPU other processes used meanwhile, in words."""
+    if figures.others is None:
+        return "how much of the CPU other processes used meanwhile is unknown"
+    accepted = ", accepted with --anyway" if figures.anyway and figures.disturbed else ""
+    return f"other processes used {figures.others:.0%} of the CPU meanwhile{accepted}"
 
 
 def as_dict(plan: Plan, figures: Figures) -> dict:

@@ -40,7 +40,7 @@ def capacity(
     inputs: Inputs = None,
     again: Annotated[bool, typer.Option("--again", help="Measure, also if there are figures already.")] = False,
     anyway: Annotated[
-        bool, typer.Option("--anyway", help="Measure, also while other processes use the machine.")
+        bool, typer.Option("--anyway", help="Measure while other processes use the machine, and use such figures.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:  # fmt: skip
@@ -68,7 +68,7 @@ def capacity(
     with errors.status(f"archive {folder.name}"):
         built = archive(folder, Server().store).path
     now = Identity.of(folder, built, sent)
-    figures = None if again else usable(folder, now)
+    figures = None if again else usable(folder, now, anyway)
     if figures is None:
         figures = measured(folder, built, sent, anyway)
     found = plan(figures.replica, rate, p99, spare, balance)
@@ -80,18 +80,27 @@ def capacity(
         console.print(line, markup=False, soft_wrap=True)
 
 
-def usable(folder: "ModelFolder", now: "Identity") -> "Figures | None":
-    """Return figures of this model as it is now, on this machine; say why earlier ones are not."""
+def usable(folder: "ModelFolder", now: "Identity", anyway: bool) -> "Figures | None":
+    """Return figures of this model as it is now, on this machine; say why earlier ones are not used.
+
+    Args:
+        anyway: whether figures count although other processes used the machine.
+    """
     from bundle.capacity.figures import KEPT, kept, tuned
     from bundle.paths import relative
 
     file = KEPT / f"{folder.name}.json"
     for figures, place in ((kept(folder.name), file), (tuned(folder), folder.path / "tuning.json")):
         if figures:
-            difference = now.difference(figures.of)
-            if not difference:
+            if difference := now.difference(figures.of):
+                note(f"{relative(place)} is not used: it is {difference}.")
+            elif figures.disturbed and not anyway:
+                note(
+                    f"{relative(place)} is not used: other processes used {figures.others:.0%} of the CPU while it was "
+                    "measured. To use it nevertheless: --anyway, or ANYWAY=1 of make"
+                )
+            else:
                 return figures
-            note(f"{relative(place)} is not used: it is {difference}.")
     return None
 
 
@@ -127,4 +136,6 @@ def check_idle() -> None:
         BundleError: other processes do.
     """
     if busy := load_of_others():
-        raise BundleError(f"The figures would be too low: {busy}. End them, or measure nevertheless: --anyway")
+        raise BundleError(
+            f"The figures would be too low: {busy}. End them, or measure nevertheless: --anyway, or ANYWAY=1 of make"
+        )

@@ -77,7 +77,7 @@ def main(
     for folder in select(models or []):
         sent = read_inputs(folder, [generated(SENT[folder.name])] if folder.name in SENT else [])
         built = archive(folder, Server().store).path
-        kept = usable(folder, Identity.of(folder, built, sent))
+        kept = usable(folder, Identity.of(folder, built, sent), anyway)
         figures[folder.name] = kept or measured(folder, built, sent, anyway)
         for line in lines(plan(figures[folder.name].replica, 1000, 1.0, 1), figures[folder.name]):
             note(f"{folder.name}: {line}")

@@ -178,7 +178,9 @@ def figures(replica: Replica, numbers: tuple[int, ...]) -> Figures:
     lone = replica.service[0] + replica.transit
     points = tuple(Point(clients, closed_loop(replica, clients), lone, lone, lone) for clients in numbers)
     settings = replace(SETTINGS, workers=replica.workers, batch_size=len(replica.service))
-    return Figures(replace(OF, settings=settings), "simulated", "today", 5000, 100, 2**30, 0.02, points, None)
+    return Figures(
+        replace(OF, settings=settings), "simulated", "today", 5000, 100, 2**30, 0.02, points, None, 0.01, False
+    )
 
 
 SLOW, FAST = (0.004, 0.001, 8), (0.0005, 0.00005, 64)  # fixed time, time of a request, batch size
@@ -213,7 +215,7 @@ def test_full_batch_that_seems_faster_than_a_single_request_takes_as_long():
     measured = ((1, 90), (2, 100), (8, 800))
     points = tuple(Point(number, rate, 0.01, 0.01, 0.01) for number, rate in measured)
     settings = replace(SETTINGS, workers=1, batch_size=4)
-    found = Figures(replace(OF, settings=settings), "", "", 0, 0, 0, 0.0, points, None).replica
+    found = Figures(replace(OF, settings=settings), "", "", 0, 0, 0, 0.0, points, None, None, False).replica
     assert found.service[-1] == pytest.approx(found.service[0], rel=0.01)
 
 
@@ -229,6 +231,10 @@ def test_kept_figures_are_read_again(tmp_path: Path):
     keep(written, tmp_path)
     assert kept("toy", tmp_path) == written
     assert kept("other", tmp_path) is None
+    without = json.loads((tmp_path / "toy.json").read_text())
+    del without["others"]
+    (tmp_path / "toy.json").write_text(json.dumps(without))
+    assert kept("toy", tmp_path) is None  # nobody knows whether they were disturbed
     (tmp_path / "toy.json").write_text('{"of": 3}')
     assert kept("toy", tmp_path) is None
 
@@ -289,6 +295,7 @@ def test_figures_of_the_tuner_are_those_of_the_models_own_settings(folder: Model
     assert [(point.clients, point.throughput) for point in found.points] == [(1, 100), (4, 300), (24, 600)]
     assert found.check == Point(0, 420, 0.015, 0.015, 0.015)
     assert found.replica.capacity == pytest.approx(600, rel=0.01)
+    assert (found.others, found.disturbed) == (None, False)
 
 
 def test_too_few_figures_of_the_tuner_are_none(folder: ModelFolder):
@@ -330,3 +337,35 @@ def test_busy_machine_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 3})
     with pytest.raises(BundleError, match="The figures would be too low: other processes use 75 % of the CPU"):
         command.check_idle()
+
+
+@pytest.mark.parametrize(("others", "used"), [(0.10, True), (0.34, False), (None, True)])
+def test_figures_of_a_busy_machine_are_used_with_anyway_only(
+    others: float | None, used: bool, folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    monkeypatch.setattr(figures_module, "KEPT", tmp_path / "capacity")
+    written = replace(figures(BATCHES, (1, 3, 24)), others=others, anyway=True)
+    keep(written, tmp_path / "capacity")
+    assert command.usable(folder, written.of, anyway=True) == written
+    assert capsys.readouterr().err == ""
+    assert command.usable(folder, written.of, anyway=False) == (written if used else None)
+    said = capsys.readouterr().err
+    assert (
+        "toy.json is not used: other processes used 34% of the CPU while it was measured. To use it" in said
+    ) != used
+
+
+@pytest.mark.parametrize(
+    ("others", "anyway", "said"),
+    [
+        (0.034, False, "; other processes used 3% of the CPU meanwhile"),
+        (0.034, True, "; other processes used 3% of the CPU meanwhile"),
+        (0.61, True, "; other processes used 61% of the CPU meanwhile, accepted with --anyway"),
+        (None, False, "; how much of the CPU other processes used meanwhile is unknown"),
+    ],
+)
+def test_figures_are_shown_with_what_other_processes_used(others: float | None, anyway: bool, said: str):
+    seen = replace(figures(BATCHES, (1, 3, 24)), others=others, anyway=anyway)
+    [line] = [line for line in lines(plan(seen.replica, 5000, 0.030, 1), seen) if line.startswith("figures: ")]
+    assert line.endswith(said)
