@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bundle.capacity.queueing import Replica, closed_loop
+from bundle.capacity.queueing import Latency, Replica, closed_loop, latency
 from bundle.catalog import ModelFolder
 from bundle.files import write_atomically
 from bundle.load.generator import LoadResult
@@ -119,6 +119,11 @@ class Figures:
     def disturbed(self) -> bool:
         """Whether other processes took so much that the figures are too low."""
         return self.others is not None and self.others > DISTURBED
+
+    @cached_property
+    def said(self) -> Latency | None:
+        """What the model of the queue says of the check."""
+        return latency(self.replica, 1, self.check.throughput) if self.check else None
 
     @cached_property
     def replica(self) -> Replica:

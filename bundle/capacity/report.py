@@ -7,8 +7,9 @@ from rich.table import Table
 
 from bundle.capacity.figures import Figures
 from bundle.capacity.planning import Plan
-from bundle.capacity.queueing import latency
 
+SEVERAL = 3  # times the p99 that the model says: more than chance
+NEAR = 0.9  # share of the check's rate from which on a replica of the plan has a load like it
 SHARED = 0.05  # share of a machine's cores by which the load generator lowers the figures noticeably
 
 
@@ -30,7 +31,10 @@ def table(plan: Plan, model: str) -> Table:
 
 
 def lines(plan: Plan, figures: Figures) -> list[str]:
-    """Return lines about the size of a replica, the whole, the figures, and how well the model fits them."""
+    """Return lines about the size of a replica, the whole, the figures, and how well the model fits them.
+
+    A warning is the last.
+    """
     settings, machine, replica = figures.of.settings, figures.of.machine, figures.replica
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     memory = f", {figures.memory / 2**30:.1f} GiB of memory for the workers" if figures.memory else ""
@@ -41,20 +45,44 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
         f"{8e-6 * plan.rate * (figures.request_bytes + figures.answer_bytes):,.3g} Mbit/s of bodies",
         f"figures: {figures.source}, {figures.date}, {machine['cpu']}, {machine['cores']} cores; {others(figures)}",
     ]
-    if figures.check:
-        rate, seen = figures.check.throughput, figures.check
-        said = latency(replica, 1, rate)
+    if (seen := figures.check) and (said := figures.said):
+        rate = seen.throughput
         found.append(
             f"check: at {rate:,.4g}/s ({rate / replica.capacity:.0%}), one replica was measured with p50 "
             f"{1000 * seen.p50:.1f} ms, p99 {1000 * seen.p99:.1f} ms; the model says {1000 * said.p50:.1f} and "
             f"{1000 * said.p99:.1f} ms"
         )
+        if plan.balance == "least" and plan.replicas > 1:
+            found.append(
+                "The check is of one replica alone. In the plan, each request goes to the replica with the fewest in "
+                "flight: it waits less, so the p99 at the same load is shorter."
+            )
     if figures.load_cores > SHARED * machine["cores"]:
         found.append(
             f"The load generator took {figures.load_cores:.2f} of the cores while it measured: replicas that have all "
             "cores for themselves can do more."
         )
-    return found
+    return found + warnings(plan, figures)
+
+
+def warnings(plan: Plan, figures: Figures) -> list[str]:
+    """Return a warning if the check contradicts the plan."""
+    seen, said, faults = figures.check, figures.said, []
+    if not seen or not said:
+        return []
+    # the replicas of a plan may have less to do than that of the check, and keep the target because of it
+    if seen.p99 > plan.target and plan.rate >= NEAR * seen.throughput * (plan.replicas - plan.spare):
+        faults.append(f"above the target of {1000 * plan.target:g} ms")
+    if seen.p99 > SEVERAL * said.p99:
+        faults.append(f"{seen.p99 / said.p99:.1f} times what the model says")
+    if not faults:
+        return []
+    return [
+        f"warning: one replica was measured with a p99 of {1000 * seen.p99:.1f} ms, {' and '.join(faults)}. The plan's "
+        "p99 is the model's, and real replicas may exceed it: other programs and Java's garbage collector cause pauses "
+        "that the model does not know. Measure again while nothing else runs: --again, or AGAIN=1 of make. If this "
+        "stays, choose a longer target, or load real replicas and look at their p99 (make loadtest)."
+    ]
 
 
 def others(figures: Figures) -> str:
@@ -79,4 +107,6 @@ def as_dict(plan: Plan, figures: Figures) -> dict:
             "cores": figures.of.machine["cores"],
         },
         "figures": asdict(figures),
+        "check_by_model": asdict(figures.said) if figures.said else None,
+        "warnings": warnings(plan, figures),
     }

@@ -1,6 +1,7 @@
 """The capacity model: the simulated queue against known results, the plan, and the figures that they are made of."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from math import exp, factorial, log
@@ -327,7 +328,9 @@ def test_plan_is_shown_with_its_replica_its_figures_and_a_check():
     assert "204 Mbit/s of bodies" in text
     assert "p50 10.0 ms, p99 20.0 ms; the model says" in text
     assert "The load generator took 0.30 of the cores" in text
+    assert "warning" not in text
     values = json.loads(json.dumps(as_dict(found, seen)))
+    assert values["warnings"] == []
     assert values["replicas"] == found.replicas
     assert values["figures"]["of"]["settings"]["workers"] == 2
 
@@ -337,6 +340,49 @@ def test_busy_machine_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 3})
     with pytest.raises(BundleError, match="The figures would be too low: other processes use 75 % of the CPU"):
         command.check_idle()
+
+
+@pytest.mark.parametrize(
+    ("rate", "target", "p99", "faults"),
+    [
+        (50_000, 0.020, 0.020, ""),
+        (50_000, 0.020, 0.021, "21.0 ms, above the target of 20 ms. The plan's"),
+        (
+            50_000,
+            0.020,
+            0.352,
+            r"352.0 ms, above the target of 20 ms and \d\d\.\d times what the model says. The plan's",
+        ),
+        (50_000, 1, 0.352, r"352.0 ms, \d\d\.\d times what the model says. The plan's"),
+        (100, 0.020, 0.021, ""),  # the two replicas have nearly nothing to do
+    ],
+)
+def test_check_that_contradicts_the_plan_ends_the_answer_with_a_warning(
+    rate: float, target: float, p99: float, faults: str
+):
+    seen = figures(BATCHES, (1, 3, 24))
+    seen = replace(seen, check=Point(0, 0.7 * seen.replica.capacity, 0.01, p99, p99), load_cores=0.3)
+    found = plan(seen.replica, rate, target, 1)
+    last = lines(found, seen)[-1]
+    assert last.startswith("warning: ") == bool(faults)
+    assert as_dict(found, seen)["warnings"] == ([last] if faults else [])
+    if faults:
+        assert re.search(faults, last)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.7])
+def test_check_says_why_its_p99_is_longer_than_the_plans(load: float):
+    """The same replica at the same load of each: only the choice of the fewest in flight makes the difference."""
+    seen = figures(BATCHES, (1, 3, 24))
+    rate = load * seen.replica.capacity
+    seen = replace(seen, check=Point(0, rate, 0.01, 0.02, 0.02))
+    assert seen.said is not None
+    assert latency(seen.replica, 16, 16 * rate, "random") == seen.said
+    assert latency(seen.replica, 16, 16 * rate, "least").p99 < seen.said.p99
+    reason = "The check is of one replica alone."
+    for balance, spare, explained in (("least", 1, True), ("least", 0, False), ("random", 1, False)):
+        text = "\n".join(lines(plan(seen.replica, 10, 1, spare, balance), seen))
+        assert (reason in text) == explained
 
 
 @pytest.mark.parametrize(("others", "used"), [(0.10, True), (0.34, False), (None, True)])
