@@ -41,7 +41,7 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
     cores = plan.replicas * machine["cores"]
     found = [
         f"a replica: {machine['cores']} cores, {gpus}, {settings}{memory}; it answers up to {replica.capacity:,.4g}/s",
-        f"in all: {cores:,} cores, {1000 * cores / plan.rate:.3g} for 1,000 requests/s; "
+        f"in all: {cores:,} cores, which is {1000 * cores / plan.rate:.3g} for each 1,000 requests/s; "
         f"{8e-6 * plan.rate * (figures.request_bytes + figures.answer_bytes):,.3g} Mbit/s of bodies",
         f"figures: {figures.source}, {figures.date}, {machine['cpu']}, {machine['cores']} cores; {others(figures)}",
     ]

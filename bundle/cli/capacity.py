@@ -7,7 +7,7 @@ import typer
 
 from bundle.cli.console import console, errors, note, progress
 from bundle.cli.measure import load_of_others
-from bundle.cli.parameters import Folder, Inputs, Target
+from bundle.cli.parameters import Folder, Inputs, Target, replicas
 from bundle.cli.parameters import rate as rate_of
 from bundle.errors import BundleError
 
@@ -29,7 +29,9 @@ def capacity(
         float, typer.Option(parser=rate_of, metavar="NUMBER", help="Requests a second, for all replicas together.")
     ],
     p99: Target,
-    spare: Annotated[int, typer.Option(min=0, help="How many replicas may be missing.")] = 1,
+    spare: Annotated[
+        int, typer.Option(parser=replicas, metavar="NUMBER", help="How many replicas may be missing.")
+    ] = "1",  # type: ignore[assignment]  # Typer parses the default, too
     balance: Annotated[
         Literal["least", "random"],
         typer.Option(

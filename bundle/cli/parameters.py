@@ -30,6 +30,13 @@ def rate(text: str) -> float:
     return value
 
 
+def replicas(text: str) -> int:
+    """Parse a number of replicas, which may be 0."""
+    if not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is not a number of replicas, such as 0 or 2.")
+    return int(text)
+
+
 def comma_list(parse: Callable[[str], Any], what: str) -> Callable[[str], tuple]:
     """Return a parser of values with commas or spaces between them.
 

@@ -29,15 +29,14 @@ class Candidate:
     precision: str = "auto"
 
     def __str__(self) -> str:
-        return f"workers {self.workers}, threads {self.threads}, {self._rest()}"
+        delay = f", batch delay {self.delay} ms" if self.batch_size > 1 else ""
+        batch = f"batch {self.batch_size}{delay}, precision {self.precision}"
+        return f"workers {self.workers}, threads {self.threads}, {batch}"
 
     def short(self) -> str:
         """Return the settings in a few words, for a progress bar."""
-        return f"{self.workers} x {self.threads}, {self._rest()}"
-
-    def _rest(self) -> str:
         batch = f"batch {self.batch_size}, {self.delay} ms" if self.batch_size > 1 else "batch 1"
-        return f"{batch}, {self.precision}"
+        return f"{self.workers} x {self.threads}, {batch}, {self.precision}"
 
 
 def space(

@@ -323,8 +323,9 @@ def test_plan_is_shown_with_its_replica_its_figures_and_a_check():
     assert shown.title == f"toy: 5,000 requests/s with a p99 of 30 ms need {found.replicas} replicas"
     assert shown.row_count == 2
     text = "\n".join(lines(found, seen))
-    assert "a replica: 2 cores, no GPU, workers 2, threads 1, batch 8" in text
-    assert f"in all: {2 * found.replicas} cores" in text
+    assert "a replica: 2 cores, no GPU, workers 2, threads 1, batch 8, batch delay 1 ms, precision auto, " in text
+    each = f"{2 * found.replicas / 5:.3g}"
+    assert f"in all: {2 * found.replicas} cores, which is {each} for each 1,000 requests/s; " in text
     assert "204 Mbit/s of bodies" in text
     assert "p50 10.0 ms, p99 20.0 ms; the model says" in text
     assert "The load generator took 0.30 of the cores" in text

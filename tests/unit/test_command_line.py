@@ -141,9 +141,13 @@ def test_rollout_accepts_a_dash_for_standard_input(tmp_path: Path, monkeypatch: 
             for rate in ("0", "inf", "nan", "many")
         ),
         (["capacity", "image", "--rate", "5", "--p99", "1s", "--balance", "most"], "--balance"),
-        (
-            ["capacity", "image", "--rate", "5", "--p99", "1s", "--spare", "-1"],
-            "'--spare': Input should be greater than or equal to 0.",
+        (["capacity", "image", "--rate", "5", "--p99", "0ms"], "'0ms' is too short: a duration must be more than 0"),
+        *(
+            (
+                ["capacity", "image", "--rate", "5", "--p99", "1s", "--spare", spare],
+                f"'--spare': '{spare}' is not a number of replicas, such as 0 or 2.",
+            )
+            for spare in ("-1", "x", "1.5")
         ),
         (["profile", "mnist", "--concurrency", "0"], "--concurrency"),
         (["openapi", "mnist", "--running"], "with --running, the document has all models of the server"),
@@ -374,10 +378,16 @@ def test_duration_is_read_in_seconds(text: str, seconds: float):
 
 
 @pytest.mark.parametrize(
-    "text", ["100", "", "ms", "-1s", "0ms", "1e3ms", "100 msec", "1,5s", "nan s", "5x", "1s1m", "1s2s", "1m 30"]
+    "text", ["100", "", "ms", "-1s", "1e3ms", "100 msec", "1,5s", "nan s", "5x", "1s1m", "1s2s", "1m 30"]
 )
 def test_invalid_duration_is_rejected(text: str):
     with pytest.raises(ValueError, match="is not a duration"):
+        durations.seconds(text)
+
+
+@pytest.mark.parametrize("text", ["0ms", "0h0.0s"])
+def test_duration_of_0_is_rejected(text: str):
+    with pytest.raises(ValueError, match="is too short: a duration must be more than 0"):
         durations.seconds(text)
 
 
