@@ -16,7 +16,8 @@ from bundle.build.archive import archive
 from bundle.catalog import ModelFolder, select
 from bundle.server.client import check_sample
 from tests.server.place import Place, new_place
-from tests.support import Traffic, batches, wait_for
+from tests.support import batches, wait_for
+from tests.traffic import Traffic
 from tests.trials.gpu.record import Checks
 
 MODELS = ("mnist", "text", "cells")
