@@ -4,16 +4,19 @@ import json
 import os
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from bundle.errors import BundleError, NotRunning
 from bundle.server.rollout import PreparedNevertheless, Rollout
 
 BUNDLE = (".venv/bin/python", "-m", "bundle")
-INSPECTED = "{{.State.Running}} {{if .State.Health}}{{.State.Health.Status}}{{else}}none{{end}} {{.Id}} {{.Name}}"
+INSPECTED = '{{index .Config.Labels "com.docker.compose.project"}} {{.State.Running}} '
+INSPECTED += "{{if .State.Health}}{{.State.Health.Status}}{{else}}none{{end}} {{.Id}} {{.Name}}"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,27 +44,21 @@ class Container:
     name: str
     report: Callable[[str], object]
 
-    def run(self, *arguments: str, content: Path | None = None, captured: bool = False) -> str:
-        """Run a command of the bundle in the container, and return its standard output if that is captured.
+    def run(self, *arguments: str, content: Path | None = None) -> str:
+        """Run a command of the bundle in the container, report its standard error, and return its standard output.
 
         Args:
             content: a file for the command's standard input.
 
         Raises:
             NotRunning: it failed because TorchServe is not running, or does not serve the model.
-            BundleError: it failed for another reason; its standard error, which is that of this process, says why.
+            BundleError: it failed for another reason; its standard error says why.
             Interrupted: Ctrl-C came meanwhile. Docker does not pass it on, so that the command ran to its end.
         """
         interrupt = None
         with (content or Path(os.devnull)).open("rb") as stream, ThreadPoolExecutor(1) as pool:
-            ending = pool.submit(  # in a thread, because Ctrl-C interrupts the main thread alone
-                subprocess.run,
-                ["docker", "exec", "--interactive", self.id, *BUNDLE, *arguments],
-                stdin=stream,
-                stdout=subprocess.PIPE if captured else None,
-                text=True,
-                start_new_session=True,  # the terminal sends Ctrl-C to the whole session
-            )
+            # in a thread, because Ctrl-C interrupts the main thread alone
+            ending = pool.submit(self._run, ["docker", "exec", "--interactive", self.id, *BUNDLE, *arguments], stream)
             while not ending.done():
                 try:
                     wait([ending])
@@ -76,39 +73,110 @@ class Container:
             raise Interrupted(done, failure) from interrupt
         if failure:
             raise failure
-        return done.stdout or ""
+        return done.stdout
+
+    def _run(self, command: list[str], stream: IO) -> subprocess.CompletedProcess:
+        """Run a command to its end, and report each line of its standard error with the name of the container."""
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            with subprocess.Popen(
+                command,
+                stdin=stream,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # the terminal sends Ctrl-C to the whole session
+            ) as process:
+                for line in process.stderr or ():
+                    self.report(f"{self.name}: {line.rstrip()}")
+            output.seek(0)
+            return subprocess.CompletedProcess(command, process.returncode, output.read())
 
 
-def containers(report: Callable[[str], object]) -> list[Container]:
-    """Return the TorchServe containers of the stack ($COMPOSE is its compose command; make sets it); [] if none runs.
+@dataclass(frozen=True)
+class Stack:
+    """A Docker stack that runs, perhaps in part.
+
+    Args:
+        project: its name.
+        running: the TorchServe containers that run, also unhealthy ones: a change may mend them.
+        stopped: the names of those that do not run.
+        starting: the names of those that run, and are not ready yet.
+    """
+
+    project: str
+    running: list[Container]
+    stopped: list[str]
+    starting: list[str]
+
+    @property
+    def replicas(self) -> int:
+        return len(self.running) + len(self.stopped)
+
+    def check_change(self) -> None:
+        """Check that a change reaches all replicas, and stays.
+
+        Raises:
+            BundleError: a container does not run, or is starting.
+        """
+        if self.stopped:
+            raise BundleError(f"{self.why_stopped()}, so not all replicas would change. {self.how_to_start()}")
+        if self.starting:
+            them, they = ("them", "they restore") if len(self.starting) > 1 else ("it", "it restores")
+            raise BundleError(
+                f"{are(self.starting)} still starting, and would undo a change when {they} the state of before. "
+                f"Wait until `docker ps` shows {them} as healthy, and try again."
+            )
+
+    def why_stopped(self) -> str:
+        return f"{are(self.stopped)} not running"
+
+    def how_to_start(self) -> str:
+        return f"Start {'them' if len(self.stopped) > 1 else 'it'}: {start_command(self.replicas)}"
+
+
+def are(names: list[str]) -> str:
+    return f"{', '.join(names)} {'are' if len(names) > 1 else 'is'}"
+
+
+def start_command(replicas: int = 1) -> str:
+    """Return the command that starts the stack with this number of replicas; fewer would remove some."""
+    count = f" REPLICAS={replicas}" if replicas > 1 else ""
+    project = f" PROJECT={os.environ['PROJECT']}" if os.environ.get("PROJECT") else ""
+    return f"make up{count}{project}"
+
+
+def compose() -> list[str]:
+    """Return the stack's compose command, which make sets; [] without it."""
+    return shlex.split(os.environ.get("COMPOSE", ""))
+
+
+def find(report: Callable[[str], object]) -> Stack | None:
+    """Return the stack; None if none of its TorchServe containers runs.
 
     Args:
         report: gets lines for the user.
-
-    Raises:
-        BundleError: only some of them run, or one is starting. An unhealthy one is returned: a change may mend it.
     """
-    command = shlex.split(os.environ.get("COMPOSE", ""))
+    command = compose()
     if not command:
-        return []
+        return None
     try:
         listed = subprocess.run([*command, "ps", "-a", "-q", "torchserve"], capture_output=True, text=True)
         inspect = ["docker", "inspect", "--format", INSPECTED, *listed.stdout.split()]
         inspected = subprocess.run(inspect, capture_output=True, text=True) if listed.stdout.split() else listed
     except OSError:
-        return []
-    found = [line.split() for line in inspected.stdout.splitlines()]
-    stopped = [name.lstrip("/") for running, _, _, name in found if running != "true"]
-    if len(stopped) == len(found):
-        return []
-    if stopped:
-        raise BundleError(f"{', '.join(stopped)} is not running, so not all replicas would change. Start it: make up")
-    if starting := [name.lstrip("/") for _, health, _, name in found if health == "starting"]:
-        raise BundleError(
-            f"{', '.join(starting)} is still starting, and would undo a change when it restores the state of before. "
-            "Wait until `docker ps` shows it as healthy, and try again."
-        )
-    return sorted((Container(id, name.lstrip("/"), report) for _, _, id, name in found), key=lambda each: each.name)
+        return None
+    found = sorted((line.split() for line in inspected.stdout.splitlines()), key=lambda each: each[-1])
+    running, stopped, starting = [], [], []
+    for _, runs, health, identity, slashed in found:
+        name = slashed.lstrip("/")
+        if runs != "true":
+            stopped.append(name)
+            continue
+        running.append(Container(identity, name, report))
+        if health == "starting":
+            starting.append(name)
+    return Stack(found[0][0], running, stopped, starting) if running else None
 
 
 @dataclass(frozen=True)
@@ -129,7 +197,7 @@ class ContainerReplica:
 
     def prepare(self, archive: Path) -> Rollout:
         try:
-            printed = self._run("prepare", content=archive, captured=True)
+            printed = self._run("prepare", content=archive)
         except Interrupted as exc:
             if exc.failure:
                 raise
@@ -152,6 +220,6 @@ class ContainerReplica:
     def _step(self, step: str, rollout: Rollout) -> None:
         self._run(step, "--rollout", json.dumps(asdict(rollout)))
 
-    def _run(self, step: str, *options: str, content: Path | None = None, captured: bool = False) -> str:
+    def _run(self, step: str, *options: str, content: Path | None = None) -> str:
         command = ("rollout-step", step, self.model, "--timeout", str(self.seconds), *options)
-        return self.container.run(*command, content=content, captured=captured)
+        return self.container.run(*command, content=content)

@@ -95,7 +95,12 @@ class Stack:
             return subprocess.run(
                 [sys.executable, "-m", "bundle", "rollout", model, "--archive", str(archive)],
                 cwd=ROOT,
-                env={**self.environment, "COMPOSE": " ".join(self.command), "RUN_DIR": run_dir},
+                env={
+                    **self.environment,
+                    "COMPOSE": " ".join(self.command),
+                    "PROJECT": self.project,
+                    "RUN_DIR": run_dir,
+                },
                 capture_output=True,
                 text=True,
                 timeout=400,

@@ -6,6 +6,7 @@ sends at that moment gets no byte of an answer, opens a new connection, and send
 To save time and memory, the replicas serve MNIST alone, with one worker each.
 """
 
+import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -171,6 +172,11 @@ def test_change_from_outside_is_refused_and_manage_reaches_every_replica(replica
 
     done = manage(replicas, "POST /models?url=mnist.mar&model_name=more", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    names = sorted(inspected(each, "{{.Name}}").lstrip("/") for each in containers(replicas))
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["replica"] for each in answers] == names
+    assert all("registered" in each["answer"]["status"] for each in answers), answers
+    assert f"Changed: {', '.join(names)}" in done.stderr
     assert [each.models() for each in clients(replicas)] == [["mnist", "more"]] * COUNT
 
     # one replica has the change already, as after a call that reached only some
@@ -182,6 +188,23 @@ def test_change_from_outside_is_refused_and_manage_reaches_every_replica(replica
     first, *others = (inspected(each, "{{.Name}}").lstrip("/") for each in (first, *others))
     assert f"The call failed on {first}, as said above, and succeeded on {', '.join(sorted(others))}." in done.stderr
     assert [each.models() for each in clients(replicas)] == [["mnist"]] * COUNT
+
+
+def test_get_is_answered_while_a_replica_is_stopped_and_a_change_is_refused(replicas: Stack, tmp_path: Path):
+    stopped, *_ = containers(replicas)
+    name = inspected(stopped, "{{.Name}}").lstrip("/")
+    docker("stop", "--time", "120", stopped)
+    try:
+        done = manage(replicas, "GET /models", tmp_path)
+        refused = manage(replicas, "PUT /models/mnist?min_worker=1", tmp_path)
+    finally:
+        docker("start", stopped)
+        wait_until_healthy(stopped)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == COUNT - 1
+    start = f"Start it: make up REPLICAS={COUNT} PROJECT={replicas.project}\n"
+    assert f"No answer: {name} is not running. {start}" in done.stderr
+    assert f"error: {name} is not running, so not all replicas would change. {start}" in refused.stderr
 
 
 def versions(stack: Stack) -> list[list[str]]:

@@ -49,9 +49,20 @@ def test_manage_calls_the_management_api_and_shows_its_answer(served):
     shown = served.bundle("manage", "get", "/models/mnist")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)[0]["modelName"] == "mnist"
+    assert shown.stderr == ""
     refused = served.bundle("manage", "DELETE", "/models/nonesuch")
     assert refused.returncode == 1
     assert "TorchServe refused DELETE /models/nonesuch with 404: Model not found: nonesuch" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "done"), [("GET", "/models", "Answered by"), ("PUT", "/models/mnist/1.0/set-default", "Changed")]
+)
+def test_manage_with_make_names_the_server(served, method: str, path: str, done: str):
+    """make sets COMPOSE, so that it might have been a Docker stack."""
+    shown = served.bundle("manage", method, path, COMPOSE="false")
+    assert shown.returncode == 0, shown.stderr
+    assert f"{done}: the server of {served.environment['RUN_DIR']} (PID " in shown.stderr
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_rollout_under_load_replaces_the_version_and_no_request_fails(rolling: P
         rolled = rolling.bundle("rollout", "mnist", "--archive", str(new))
         load.wait_for(50)
     assert rolled.returncode == 0, rolled.stdout + rolled.stderr
+    assert f"Changed: the server of {rolling.environment['RUN_DIR']} (PID " in rolled.stderr
     assert set(load.counts) == {200}, load.counts
     assert versions(rolling) == ["1.1"]
     described = rolling.client.describe("mnist")

@@ -113,7 +113,7 @@ def test_shell_completion_offers_commands_and_models():
 
 def test_rollout_accepts_a_dash_for_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RUN_DIR", str(tmp_path))
-    monkeypatch.setenv("COMPOSE", "false")
+    monkeypatch.delenv("COMPOSE", raising=False)
     ended = programs.run(app, "rollout", "mnist", "--archive", "-")
     assert (ended.status, ended.stderr) == (3, "error: TorchServe is not running. Start it: make serve, or make up\n")
 

@@ -3,6 +3,7 @@
 tests/docker/test_replicas.py has real containers.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,13 @@ import pytest
 
 from bundle.cli.app import app
 from bundle.paths import ROOT
+from bundle.server.identity import start_mark
+from bundle.server.process import Running, Server
 from tests import programs
 
 # files of its folder control it: `containers` has what `docker inspect` prints; `hold-STEP` makes a step wait until the
-# file is removed; `status-NAME-COMMAND` has the exit status of a command in a container, whose id is its name
+# file is removed; `status-NAME-COMMAND` has the exit status of a command in a container, whose id is its name;
+# `answer-NAME` has what a call of management prints
 DOCKER = """#!/bin/sh
 cd "$(dirname "$0")"
 case $1 in
@@ -32,6 +36,8 @@ case $1 in
     cat >/dev/null
     while [ -e "hold-$2" ]; do sleep 0.02; done
     status=$(cat "status-$container-$1" 2>/dev/null || echo 0)
+    [ "$1" != manage ] || cat "answer-$container" 2>/dev/null
+    [ "$1" != rollout-step ] || echo "$2 is done" >&2
     [ "$2" != prepare ] || [ "$status" != 0 ] || echo '{"model": "mnist", "old": "1.0", "new": "1.1"}'
     echo "$container: ended" >>calls
     exit "$status" ;;
@@ -41,7 +47,7 @@ esac
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack with the containers a and b."""
+    """A stack with the containers a and b, of the project `more`, which is chosen."""
 
     folder: Path
 
@@ -51,7 +57,9 @@ class Stack:
         return file
 
     def healths(self, **names: str) -> None:
-        self.control("containers", "".join(f"true {health} {name} /{name}\n" for name, health in names.items()))
+        """Set the containers and their health; one that is `stopped` does not run."""
+        lines = (f"more {str(health != 'stopped').lower()} {health} {name} /{name}\n" for name, health in names.items())
+        self.control("containers", "".join(lines))
 
     def calls(self) -> list[str]:
         """Return the beginnings and ends of commands in containers, without options."""
@@ -68,6 +76,7 @@ def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
     stack.healths(a="healthy", b="healthy")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("COMPOSE", "docker compose")
+    monkeypatch.setenv("PROJECT", "more")
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
     return stack
 
@@ -140,6 +149,137 @@ def test_replica_that_starts_is_not_changed(stack: Stack):
     assert stack.calls() == []
 
 
+@pytest.mark.parametrize(
+    ("healths", "message"),
+    [
+        (("healthy", "stopped", "healthy"), "b is not running, so not all replicas would change. Start it: "),
+        (("stopped", "stopped", "healthy"), "a, b are not running, so not all replicas would change. Start them: "),
+    ],
+)
+def test_replicas_that_are_stopped_are_named_with_the_command_that_starts_them(
+    stack: Stack, healths: tuple[str, ...], message: str
+):
+    """`make up` alone would start another stack, and remove replicas of this one."""
+    stack.healths(**dict(zip("abc", healths, strict=True)))
+    for ended in (roll_out(stack), programs.run(app, "manage", "PUT", "/models/mnist?min_worker=2")):
+        assert ended.status == 1
+        assert f"error: {message}make up REPLICAS=3 PROJECT=more\n" in ended.stderr
+    assert stack.calls() == []
+
+
+def test_message_without_a_project_names_none(stack: Stack, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PROJECT")
+    monkeypatch.delenv("RUN_DIR")
+    stack.healths(a="healthy", b="stopped")
+    assert "Start it: make up REPLICAS=2\n" in programs.run(app, "manage", "PUT", "/models/mnist").stderr
+
+
+def test_replicas_that_start_are_named(stack: Stack):
+    stack.healths(a="starting", b="starting")
+    ended = programs.run(app, "manage", "DELETE", "/models/mnist")
+    assert "a, b are still starting, and would undo a change when they restore the state of before." in ended.stderr
+    assert "shows them as healthy" in ended.stderr
+
+
+def test_get_is_answered_by_the_replicas_that_run(stack: Stack):
+    stack.healths(a="healthy", b="stopped", c="starting")
+    ended = programs.run(app, "manage", "get", "/models")
+    assert ended.status == 0
+    assert ended.stderr == (
+        "No answer: b is not running. Start it: make up REPLICAS=3 PROJECT=more\nAnswered by: a, c\n"
+    )
+    assert stack.calls() == ran("a: manage GET /models", "c: manage GET /models")
+
+
+def test_get_that_fails_on_one_replica_leaves_them_the_same(stack: Stack):
+    stack.control("status-a-manage", 1)
+    ended = programs.run(app, "manage", "GET", "/models/more")
+    assert (ended.status, ended.stderr) == (
+        1,
+        "error: The call failed on a, as said above, and succeeded on b.\n",
+    )
+
+
+def test_answers_of_several_replicas_are_lines_of_json_with_their_names(stack: Stack):
+    stack.control("answer-a", '{\n  "models": []\n}\n')
+    stack.control("answer-b", "not JSON\n")
+    ended = programs.run(app, "manage", "PUT", "/models/mnist?min_worker=2")
+    assert [json.loads(line) for line in ended.stdout.splitlines()] == [
+        {"replica": "a", "answer": {"models": []}},
+        {"replica": "b", "answer": "not JSON\n"},
+    ]
+    assert (ended.status, ended.stderr) == (0, "Changed: a, b\n")
+
+
+def test_answer_of_a_single_container_is_printed_as_it_is(stack: Stack):
+    stack.healths(a="healthy")
+    stack.control("answer-a", '{\n  "models": []\n}\n')
+    ended = programs.run(app, "manage", "GET", "/models")
+    assert ended == programs.Ended(0, '{\n  "models": []\n}\n', "Answered by: a\n")
+
+
+def test_rollout_names_the_replica_in_each_line(stack: Stack):
+    lines = roll_out(stack).stderr.splitlines()
+    assert sorted(lines) == sorted(
+        [f"{name}: {step} is done" for name in "ab" for step in ("prepare", "switch", "finish")] + ["Changed: a, b"]
+    )
+
+
+# --- a server beside the stack --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path: Path, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server of the run folder whose process is this one, and that no request reaches."""
+    monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path / "store"))
+    server = Server(tmp_path / "run")
+    server.run_dir.mkdir()
+    pid, nowhere = os.getpid(), "http://127.0.0.1:9"
+    server.write_record(Running(pid, start_mark(pid), str(tmp_path), {}, {}, nowhere, nowhere, "127.0.0.1:9"))
+    return server
+
+
+def changes(stack: Stack) -> list[programs.Ended]:
+    return [roll_out(stack), programs.run(app, "manage", "PUT", "/models/mnist?min_worker=2")]
+
+
+def test_server_and_stack_that_both_run_are_not_changed_before_one_is_chosen(stack: Stack, server: Server):
+    """Both PROJECT and RUN_DIR are set here, which chooses neither."""
+    for ended in changes(stack):
+        assert ended == programs.Ended(
+            2,
+            "",
+            f"error: Both run: the server of {server.run_dir} (PID {os.getpid()}), and the Docker stack more. "
+            f"Name one of them alone: RUN_DIR={server.run_dir} or PROJECT=more\n",
+        )
+    assert stack.calls() == []
+
+
+def test_project_chooses_the_stack(stack: Stack, server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RUN_DIR")
+    for ended in changes(stack):
+        assert (ended.status, ended.stderr.splitlines()[-1]) == (0, "Changed: a, b")
+    stack.healths(a="stopped", b="stopped")
+    for ended in changes(stack):
+        assert (ended.status, ended.stderr) == (
+            3,
+            "error: The Docker stack more is not running. Start it: make up PROJECT=more\n",
+        )
+
+
+def test_run_dir_chooses_the_server(stack: Stack, server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PROJECT")
+    rolled_out, managed = changes(stack)
+    assert (rolled_out.status, managed.status) == (1, 1)
+    assert "is not a model archive" in rolled_out.stderr  # which a container would say, if it were asked
+    assert "No server answers at http://127.0.0.1:9/models/mnist?min_worker=2" in managed.stderr
+    server.record.unlink()
+    for ended in changes(stack):
+        assert ended.status == 3
+        assert f"The server of RUN_DIR={server.run_dir} is not running. Start it: make serve." in ended.stderr
+    assert stack.calls() == []
+
+
 @pytest.mark.parametrize("health", ["unhealthy", "none"])
 def test_replica_that_is_unhealthy_or_has_no_check_is_changed(stack: Stack, health: str):
     """Management may be what mends it."""
@@ -155,6 +295,7 @@ def test_manage_calls_every_replica_and_names_those_that_failed(stack: Stack, fa
     ended = programs.run(app, "manage", "DELETE", "/models/more")
     assert ended.status == 1
     assert f"The call failed on {failed}, as said above, and succeeded on {done}." in ended.stderr
+    assert "Changed" not in ended.stderr
     assert ("The replicas may now differ" in ended.stderr) == (done != "none")
     assert stack.calls() == ran("a: manage DELETE /models/more", "b: manage DELETE /models/more")
 
