@@ -342,7 +342,7 @@ Checks values that may contain a secret. The schema only has their types: its re
   | replace (print $stack " logs --tail 100 torchserve") (print $logs " --tail=100 --previous")
   | replace (print $stack " logs torchserve") (print $logs " --tail=-1")
   | replace (print $stack " restart torchserve") (print $kubectl " rollout restart deployment " $pods)
-  | replace "`make up` starts it" "Kubernetes starts it again"
+  | replace "With the same REPLICAS, `make up` starts it" "Kubernetes starts it again"
   | replace "`make manage CALL=\"PUT /models/{{ $labels.model_name }}?min_worker=2&max_worker=2\"`" "`workers` of the model in the chart's values"
 -}}
 {{- end -}}
