@@ -16,7 +16,8 @@ from bundle.server.rollout import PreparedNevertheless, Rollout
 
 BUNDLE = (".venv/bin/python", "-m", "bundle")
 INSPECTED = '{{index .Config.Labels "com.docker.compose.project"}} {{.State.Running}} '
-INSPECTED += "{{if .State.Health}}{{.State.Health.Status}}{{else}}none{{end}} {{.Id}} {{.Name}}"
+# a container that was never started, or has no check, has no field Health
+INSPECTED += '{{with index .State "Health"}}{{.Status}}{{else}}none{{end}} {{.Id}} {{.Name}}'
 
 
 class Interrupted(KeyboardInterrupt):
