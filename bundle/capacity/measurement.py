@@ -16,6 +16,7 @@ from bundle.capacity.figures import Figures, Identity, Point
 from bundle.catalog import ModelFolder
 from bundle.errors import BundleError
 from bundle.load.generator import LoadResult
+from bundle.paths import relative
 from bundle.server.process import Server
 from bundle.tuning.search import SHORTEST, medians, shortest
 from bundle.tuning.space import Candidate
@@ -75,7 +76,7 @@ def measured(service: Service, now: Identity, show: Show) -> Figures:
     full = numbers[-1]
     show("warm-up", 0.0)
     warm_up(service, full)
-    alone = whole(service.load(1, SHORTEST, TIMEOUT), now)
+    alone = whole(service.load(1, SHORTEST, TIMEOUT), service)
     seconds = max(LEAST_SECONDS, shortest(alone.p50, len(service.inputs)))
     timeout = max(TIMEOUT, 100 * alone.p50)
     rounds: list[dict[int, LoadResult]] = []
@@ -88,7 +89,7 @@ def measured(service: Service, now: Identity, show: Show) -> Figures:
             rounds[-1][number] = service.load(number, seconds, timeout)
             if number == full:
                 load_cores = max(load_cores, (load_seconds() - spent) / (time.monotonic() - began))
-    found = {number: whole(load, now) for number, load in medians(rounds).items()}
+    found = {number: whole(load, service) for number, load in medians(rounds).items()}
     return Figures(
         of=now,
         source="measured by bundle capacity",
@@ -110,20 +111,21 @@ def checked(service: Service, figures: Figures, show: Show) -> Figures:
     show(f"check: {rate:.0f} requests/s at random times", ROUNDS / (ROUNDS + 1))
     alone = figures.points[0].p50
     lasts, timeout = max(CHECK_SECONDS, shortest(alone, len(service.inputs))), max(TIMEOUT, 100 * alone)
-    load = whole(service.random_arrivals(rate, lasts, timeout), figures.of)
+    load = whole(service.random_arrivals(rate, lasts, timeout), service)
     return replace(figures, check=replace(Point.of(0, load), throughput=rate))
 
 
-def whole(load: LoadResult, now: Identity) -> LoadResult:
-    """Return the load.
+def whole(load: LoadResult, service: Service) -> LoadResult:
+    """Return the load, if the service answered all of it.
 
     Raises:
         BundleError: requests failed.
     """
     if load.failed or not load.answered:
         raise BundleError(
-            f"{load.failed} requests failed while {now.model} was measured: it answered with an error, or too "
-            f"late ({TIMEOUT:g} s or more). See the log: make logs"
+            f"{load.failed} requests failed while the model was measured: it answered with an error, or too late "
+            f"({TIMEOUT:g} s or more). See access_log.log (each answer with an error) and model_log.log (the workers' "
+            f"output), which are kept until the next measurement, in {relative(service.logs)}"
         )
     return load
 

@@ -68,6 +68,7 @@ class Service:
         memory: resident memory of its workers, in bytes.
         precision: the precision that the workers compute in; "" if the handler does not describe it.
         answer_bytes: length of its longest answer.
+        logs: the folder of the server's logs.
     """
 
     candidate: Candidate
@@ -77,6 +78,7 @@ class Service:
     memory: int
     precision: str
     answer_bytes: int
+    logs: Path
 
     def load(self, concurrency: int, seconds: float, timeout: float) -> LoadResult:
         """Load the candidate in a closed loop; several inputs share the time.
@@ -199,7 +201,7 @@ class TrialServer:
             closed_loop(url, self.inputs[0].body, self.inputs[0].headers, load, WARM_UP_SECONDS)
             seconds = time.monotonic() - start
             memory, precision = resident(self.client.describe(name) or {}), self.precision(name)
-            yield Service(candidate, url, self.inputs, seconds, memory, precision, answer_bytes)
+            yield Service(candidate, url, self.inputs, seconds, memory, precision, answer_bytes, self.server.logs)
         finally:
             file.unlink(missing_ok=True)
             if self.lives():

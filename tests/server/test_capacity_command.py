@@ -48,6 +48,9 @@ def test_capacity_is_measured_once_and_answers_several_questions(kept: Path, mon
     assert plan["figures"]["check"]["throughput"] == pytest.approx(0.7 * replica["capacity"])
     assert plan["figures"]["memory"] > 50e6
     assert (kept / "mnist.json").exists()
+    logs = kept.parent / "run" / "capacity" / "logs"  # of the measured server, which an error names
+    assert "tune-1" in (logs / "model_log.log").read_text()
+    assert (logs / "access_log.log").exists()
 
     def no_measurement(*_: object, **__: object) -> None:
         raise BundleError("It measures.")

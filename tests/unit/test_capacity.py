@@ -13,7 +13,7 @@ import pytest
 from bundle.capacity import figures as figures_module
 from bundle.capacity import queueing
 from bundle.capacity.figures import Figures, Identity, Point, keep, kept, tuned
-from bundle.capacity.measurement import clients
+from bundle.capacity.measurement import clients, whole
 from bundle.capacity.planning import plan, smallest
 from bundle.capacity.queueing import HIGHEST_LOAD, MOST_REPLICAS, Replica, closed_loop, latency
 from bundle.capacity.report import as_dict, lines, table
@@ -21,10 +21,12 @@ from bundle.catalog import ModelFolder
 from bundle.cli import capacity as command
 from bundle.errors import BundleError
 from bundle.load.generator import LoadResult
+from bundle.paths import ROOT
 from bundle.tuning import report
 from bundle.tuning.search import UTILISATION, Arrivals, Score, Verdict
 from bundle.tuning.search import Point as TunerPoint
 from bundle.tuning.space import Candidate
+from bundle.tuning.trial_server import Service
 
 LONE = Replica(service=(0.010,), workers=1)  # one request at a time, 100/s
 BATCHES = Replica(service=tuple(0.004 + 0.001 * size for size in range(1, 9)), workers=2)
@@ -311,6 +313,14 @@ def test_shipped_evidence_without_a_digest_of_its_archive_is_not_used():
     from bundle.catalog import select
 
     assert tuned(select(["image"])[0]) is None
+
+
+def test_failed_requests_are_an_error_that_names_the_logs_of_the_measured_server():
+    service = Service(SETTINGS, "", [], 0.0, 0, "", 0, ROOT / "build" / "run" / "capacity" / "logs")
+    complete = load(100, 0.010)
+    assert whole(complete, service) == complete
+    with pytest.raises(BundleError, match=r"^11 requests failed .* model_log.log .* in build/run/capacity/logs$"):
+        whole(replace(complete, failed=11), service)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
