@@ -51,7 +51,7 @@ def headers(parent: str = SPAN, flags: str = "01", **others: str) -> dict[str, s
 
 def messages(exported: InMemorySpanExporter) -> list[Message]:
     """Return the spans as they are sent."""
-    return [span.message for span in exported.get_finished_spans()]
+    return [span.write(Message()) for span in exported.get_finished_spans()]
 
 
 def test_request_behind_the_proxy_has_its_span_and_the_time_in_the_queue(worker: DryRun, exported):
@@ -91,7 +91,7 @@ def test_batch_that_failed_as_a_whole_is_an_error(worker: DryRun, exported, monk
 
 
 def test_bug_in_the_tracing_fails_no_request(worker: DryRun, exported, monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(worker.handler.tracing.spans, "add", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(worker.handler.tracing.spans, "end", lambda *_, **__: 1 / 0)
     assert worker.predict([ROW], [headers()])[0][0] == 200
     assert "a bug lost the trace of a batch of numbers" in caplog.text
 
@@ -186,7 +186,7 @@ def test_attempt_that_is_repeated_is_no_loss(worker: DryRun, exported, monkeypat
 
 def test_spans_that_a_full_queue_drops_are_reported_once(monkeypatch: pytest.MonkeyPatch, caplog):
     """The SDK would log every one, and a worker has thousands in a second."""
-    from handlers.core.spans import SDK_QUEUE, Ended, Spans
+    from handlers.core.spans import SDK_QUEUE, Ended, Identity, Spans
 
     receiver = Receiver()
     receiver.start()
@@ -197,7 +197,7 @@ def test_spans_that_a_full_queue_drops_are_reported_once(monkeypatch: pytest.Mon
     spans = Spans(receiver.url)
     try:
         for _ in range(20):
-            spans.processor.on_end(Ended(Message(name="request")))
+            spans.processor.on_end(Ended(b"", Identity(b"1" * 16, b"2" * 8, ""), b"", (1, 2)))
         assert not SDK_QUEUE.isEnabledFor(logging.WARNING)
         receiver.answers.set()
         assert spans.processor.force_flush()
