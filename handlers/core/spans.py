@@ -111,8 +111,9 @@ class Spans:
     """
 
     def __init__(self, endpoint: str):
-        named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-        resource = Resource.create({} if named else {SERVICE_NAME: "torchserve"})
+        resource = Resource.create()
+        if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # the SDK's default
+            resource = resource.merge(Resource({SERVICE_NAME: "torchserve"}))
         # nothing is flushed at the worker's end, because TorchServe does not wait for it
         self.processor = BatchSpanProcessor(Exporter(endpoint, resource))
         self.started = self.clock = 0
@@ -158,12 +159,14 @@ class Spans:
             ]
             others: dict[str, Any] = {}
             if error:
+                # what the client gets, not the text of a bug's exception, which may quote the input; escaped, because
+                # the name of a field may be no valid text
+                told = str(error).encode(errors="backslashreplace").decode()
                 attributes.append((ERROR_TYPE, type(error).__name__))
-                # what the client gets, not the text of a bug's exception, which may quote the input
-                said = attribute(EXCEPTION_TYPE, type(error).__name__), attribute(EXCEPTION_MESSAGE, str(error))
+                said = attribute(EXCEPTION_TYPE, type(error).__name__), attribute(EXCEPTION_MESSAGE, told)
                 others["events"] = [Span.Event(name="exception", time_unix_nano=ended, attributes=said)]
                 if error.code >= 500:
-                    others["status"] = Status(code=Status.STATUS_CODE_ERROR, message=str(error))
+                    others["status"] = Status(code=Status.STATUS_CODE_ERROR, message=told)
             elif slot.key and not slot.samples:
                 attributes.append(("bundle.cached", True))
             request = encoded("request", Span.SPAN_KIND_SERVER, *attributes)
@@ -220,13 +223,15 @@ class Exporter(trace_exporter.OTLPSpanExporter):
         super().__init__()
         attributes = [attribute(key, value) for key, value in resource.attributes.items()]
         self.resource = resource_pb2.Resource(attributes=attributes)
-        self.named, self.down, self.reported = endpoint, False, -math.inf
+        self.named, self.down, self.quiet, self.reported = endpoint, False, False, -math.inf
         for each in SDK_LOGGERS:
             each.addFilter(self.report)
 
     def export(self, spans: Sequence[Any]) -> SpanExportResult:
+        if self.quiet:
+            self.quiet = False
+            SDK_QUEUE.setLevel(logging.NOTSET)
         result = super().export(spans)
-        SDK_QUEUE.setLevel(logging.NOTSET)
         if result is SpanExportResult.SUCCESS and self.down:
             self.down = False
             logger.warning("Traces are sent to %s again.", self.named)
@@ -241,7 +246,11 @@ class Exporter(trace_exporter.OTLPSpanExporter):
         request = ExportTraceServiceRequest()
         spans = request.resource_spans.add(resource=self.resource).scope_spans.add(scope=SCOPE).spans
         for span in data:
-            span.write(spans.add())  # in its place: a message that is put into another one is copied
+            try:
+                span.write(spans.add())  # in its place: a message that is put into another one is copied
+            except Exception:
+                del spans[-1]
+                logger.exception("a bug lost a span")
         return request
 
     def report(self, record: logging.LogRecord) -> bool:
@@ -249,6 +258,7 @@ class Exporter(trace_exporter.OTLPSpanExporter):
         message = record.getMessage()
         full = message.startswith("Queue full")
         if full:
+            self.quiet = True
             SDK_QUEUE.setLevel(logging.ERROR)  # until the next export: a message for each lost span takes 20 us
         lost = record.levelno >= logging.ERROR or full
         if lost and not self.down and time.monotonic() - self.reported > QUIET_SECONDS:

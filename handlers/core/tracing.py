@@ -132,9 +132,8 @@ class Tracing(Off):
 
     def begin(self, slots: list[Slot], headers: list[Mapping]) -> None:
         self.spans.begin()
-        drawn = secrets.token_hex(
-            ID_BYTES * len(slots)
-        )  # at once: a system call takes as long as the rest of a request
+        # at once: a system call for each would take as long as the rest
+        drawn = secrets.token_hex(ID_BYTES * len(slots))
         for index, (slot, own) in enumerate(zip(slots, headers, strict=True)):
             new = drawn[2 * ID_BYTES * index : 2 * ID_BYTES * (index + 1)]
             slot.trace = traced = self.trace(own, new[:32], new[32:])
@@ -284,7 +283,7 @@ def is_address(text: str) -> bool:
 
 def are_pairs(text: str) -> bool:
     """Return whether OpenTelemetry reads all of these attributes. It would drop the others with a warning."""
-    return all(re.fullmatch(r"\s*[^=\s][^=]*=.*", each) for each in text.split(","))
+    return all(re.fullmatch(r"\s*[^=\s][^=]*=[^\udc80-\udcff]*", each) for each in text.split(","))
 
 
 def are_headers(text: str) -> bool:

@@ -210,6 +210,52 @@ def test_spans_that_a_full_queue_drops_are_reported_once(monkeypatch: pytest.Mon
         receiver.stop()
 
 
+def test_name_of_a_field_that_is_no_text_harms_no_span(worker: DryRun, exported, caplog):
+    answers = worker.predict([{"body": {"\ud800": 1}}, ROW], [headers(), headers()])
+    assert [status for status, _ in answers] == [400, 200]
+    refused, _ = [span(message, {}) for message in messages(exported) if message.name == "request"]
+    [(_, event)] = refused.events
+    assert "\\ud800" in event["exception.message"]
+    assert "a bug" not in caplog.text
+
+
+def test_bug_in_one_span_loses_no_other(monkeypatch: pytest.MonkeyPatch, caplog):
+    from handlers.core.spans import Ended, Exporter, Identity
+
+    receiver = Receiver()
+    receiver.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+    exporter = Exporter(receiver.url, Resource({}))
+    identity = Identity(bytes.fromhex(TRACE), bytes.fromhex(SPAN), "")
+    try:
+        good, bad = (Ended(common, identity, b"", (1, 2)) for common in (b"", b"no message"))
+        assert exporter.export([good, bad, good]) is SpanExportResult.SUCCESS
+        assert [each.id for each in receiver.spans] == [SPAN, SPAN]
+        assert [record.getMessage() for record in caplog.records] == ["a bug lost a span"]
+    finally:
+        exporter.shutdown()
+        receiver.stop()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "name"),
+    [
+        ("", "torchserve"),
+        ("peer.service.name=x", "torchserve"),
+        ("service.name=", "torchserve"),
+        (" service.name = mine", "mine"),
+    ],
+)
+def test_name_of_the_service(monkeypatch: pytest.MonkeyPatch, attributes: str, name: str):
+    from handlers.core.spans import Spans
+
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", attributes)
+    spans = Spans(ENDPOINT["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    exporter = spans.processor.span_exporter
+    spans.processor.shutdown()
+    assert {each.key: each.value.string_value for each in exporter.resource.attributes}["service.name"] == name
+
+
 def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
     slots = [Slot(trace=tracing.Traced(f"{index:032x}", SPAN, "", False)) for index in range(30)]
     slots[3].samples = [sample := Sample(None)]
@@ -231,6 +277,7 @@ def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
         ("OTEL_TRACES_SAMPLER_ARG", "10%", "a number from 0 to 1"),
         ("OTEL_TRACES_EXPORTER", "zipkin", "otlp or none"),
         ("OTEL_RESOURCE_ATTRIBUTES", "team=a,test", "like name=value,other=value"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "team=\udcff", "like name=value,other=value"),
         ("OTEL_SDK_DISABLED", "yes", "true or false"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "none", "gzip"),
         ("OTEL_BSP_SCHEDULE_DELAY", "soon", "a whole number of milliseconds"),
