@@ -56,7 +56,7 @@ BIN := .venv/bin
 BUNDLE := $(BIN)/python -m bundle
 # installs packages: the names of files in requirements/; no progress bars in a log
 SETUP := $(BIN)/python -m bundle.setup $(if $(CI),--quiet) $(if $(filter pip,$(INSTALLER)),--pip)
-# tests run make themselves, without the options and variables of this one
+# tests run make themselves, without the options of this one
 PYTEST := env --unset=MAKEFLAGS --unset=MAKELEVEL $(BIN)/python -m pytest
 # where NVIDIA's driver shows itself, as in bundle/setup/torch_source.py
 DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /usr/lib/wsl/lib/libcuda.so.1)

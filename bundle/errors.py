@@ -9,8 +9,11 @@ import errno
 
 
 def is_full(error: BaseException) -> bool:
-    """Return whether an exception tells of a full disk or the end of a quota, which no file is to blame for."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Return whether an exception tells of a full disk or the end of a quota: then no file is the cause."""
+    return isinstance(error, OSError) and (
+        error.errno in (errno.ENOSPC, errno.EDQUOT)
+        or str(error.strerror).startswith("No usable temporary directory")  # tempfile has tried to write in each
+    )
 
 
 class BundleError(Exception):

@@ -77,7 +77,7 @@ port_is_free() {
 ready() {
   if ! CONTAINERS=$(of 0 | ids) sh "$here/wait.sh" >/dev/null; then
     echo "error: The new replica does not become ready; its log is above. $(of 1 | count '^1 ') with the images and settings" \
-      "of before still serve. Correct the cause and repeat this command, which replaces this replica first." >&2
+      "of before still serve. Correct the cause and repeat the same \`make up\`, which replaces this replica first." >&2
     exit 1
   fi
 }

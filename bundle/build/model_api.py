@@ -16,7 +16,7 @@ from bundle.build.handler import labels
 from bundle.build.imports import importable
 from bundle.build.open_inference_api import OpenInferenceAPI
 from bundle.catalog import ModelFolder
-from bundle.errors import BundleError
+from bundle.errors import BundleError, is_full
 from bundle.openapi import FILE, JSON, MULTIPART, OCTETS
 from bundle.paths import relative
 from handlers.core import inputs
@@ -337,6 +337,8 @@ def answer_of(archive: Path, folder: ModelFolder) -> object:
         with DryRun(archive, batch_size=1, settings=QUICK) as dry_run:
             [(status, body)] = dry_run.predict([row], [sent])
     except Exception as exc:  # a user's handler can raise anything
+        if is_full(exc):
+            raise
         raise BundleError(f"The model fails on its sample: {type(exc).__name__}: {exc}") from exc
     if status != 200:
         raise BundleError(f"The answer to {folder.bundle.sample} is {status}.")

@@ -8,7 +8,8 @@ import torch
 def save(module: torch.jit.ScriptModule, target: Path) -> None:
     """Write a module.
 
-    PyTorch's own writer ends the whole process if the disk is full, so the file is made in memory.
+    PyTorch's own writer ends the whole process if the disk is full, so the file is made in memory, as a second copy of
+    the module.
 
     Raises:
         OSError: the file cannot be written.

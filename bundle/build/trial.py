@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from bundle.build.dryrun import DryRun
 from bundle.build.inspect_model import Report
-from bundle.errors import BundleError
+from bundle.errors import BundleError, is_full
 from bundle.samples import ranking
 
 SHOWN = 5  # classes or detections in the report
@@ -29,6 +29,8 @@ def try_out(mar: Path, content: bytes, report: Report) -> str | None:
         with DryRun(mar, batch_size=1) as dry_run:
             [(status, body)] = dry_run.predict([{"body": content}])
     except Exception as exc:  # the user's model and files can raise anything
+        if is_full(exc):
+            raise
         raise BundleError(f"The handler cannot load the model: {type(exc).__name__}.", str(exc)) from exc
     if status != 200:
         message = body["message"] if isinstance(body, dict) else body

@@ -52,7 +52,7 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
             f"{1000 * seen.p50:.1f} ms, p99 {1000 * seen.p99:.1f} ms; the model says {1000 * said.p50:.1f} and "
             f"{1000 * said.p99:.1f} ms"
         )
-        if plan.balance == "least" and plan.replicas > 1:
+        if plan.balance == "least" and plan.replicas - plan.spare > 1:
             found.append(
                 "The check is of one replica alone. In the plan, each request goes to the replica with the fewest in "
                 "flight: it waits less, so the p99 at the same load is shorter."

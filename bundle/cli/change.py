@@ -50,7 +50,8 @@ def rollout(
 
     If anything fails, the old version keeps serving; in the Docker stack, on all replicas.
 
-    If both a server and a Docker stack run, PROJECT or RUN_DIR in the environment chooses one.
+    If both a server and a Docker stack run, PROJECT=... or RUN_DIR=... of make chooses one. Without make,
+    COMPOSE is not set, and the stack is not looked for.
 
     Exit with 3 if no server is running or it does not serve the model.
     """
@@ -113,12 +114,13 @@ def target(server: "Server") -> "tuple[Running, None] | tuple[None, Stack]":
         return None, stack
     if given == ["PROJECT"]:
         raise NotRunning(
-            f"The Docker stack {os.environ['PROJECT']} is not running. Start it: {docker_stack.start_command()}"
+            f"The Docker stack {os.environ['PROJECT']} is not running. Start it, with its other variables: "
+            f"make up PROJECT={os.environ['PROJECT']}"
         )
     if given == ["RUN_DIR"]:
         raise NotRunning(
-            f"The server of RUN_DIR={relative(server.run_dir)} is not running. Start it: make serve. If you mean a "
-            "Docker stack, name it: PROJECT=torchserve-bundle"
+            f"The server of RUN_DIR={relative(server.run_dir)} is not running. Start it: make serve "
+            f"RUN_DIR={relative(server.run_dir)}. If you mean a Docker stack, name it: PROJECT=torchserve-bundle"
         )
     raise NotRunning(NOTHING_RUNS)
 
@@ -178,7 +180,8 @@ def manage(
     It calls every replica, also after one has refused, and says which replicas have the change. It prints
     the answers of several replicas as lines of JSON: {"replica": NAME, "answer": ANSWER}.
 
-    If both a server and a Docker stack run, PROJECT or RUN_DIR in the environment chooses one.
+    If both a server and a Docker stack run, PROJECT=... or RUN_DIR=... of make chooses one. Without make,
+    COMPOSE is not set, and the stack is not looked for.
 
     Exit with 3 if no server is running.
     """
@@ -211,6 +214,8 @@ def call_replicas(stack: "Stack", method: str, path: str) -> None:
     Raises:
         BundleError: a call failed on one, or would leave one unchanged.
     """
+    from bundle.server.docker_stack import Interrupted
+
     changes = method != "GET"
     if changes:
         stack.check_change()
@@ -219,6 +224,14 @@ def call_replicas(stack: "Stack", method: str, path: str) -> None:
     for container in stack.running:
         try:
             answer = container.run("manage", method, path)
+        except Interrupted as exc:
+            if not exc.failure:
+                done.append(container.name)
+            others = [each.name for each in stack.running if each.name not in done]
+            note(
+                f"The call succeeded on {', '.join(done) or 'none'}, and failed or was not made on {', '.join(others)}."
+            )
+            raise
         except BundleError as exc:
             failures[container.name] = exc
             continue
@@ -233,7 +246,7 @@ def call_replicas(stack: "Stack", method: str, path: str) -> None:
 
 
 def show(answer: str) -> None:
-    console.print(answer.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+    console.print(answer.rstrip("\n"), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def parsed(answer: str) -> object:

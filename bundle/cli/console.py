@@ -100,7 +100,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> 
     except BundleError as error:
         status = fail(str(error), error.status, error.details)
     except OSError as error:
-        status = fail_outside(error)
+        status = fail_system(error)
     except KeyboardInterrupt:  # between two commands' own handlers
         status = 128 + signal.SIGINT
     if received and status == 128 + signal.SIGINT:
@@ -141,7 +141,7 @@ def fail_usage(error: typer.TyperException) -> int:
     return status
 
 
-def fail_outside(error: OSError) -> int:
+def fail_system(error: OSError) -> int:
     """Report a request that failed or a disk that is full, wherever that happens; every other OSError is a bug.
 
     Raises:

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from bundle.errors import BundleError, NotRunning
 from bundle.server.rollout import PreparedNevertheless, Rollout
 
 BUNDLE = (".venv/bin/python", "-m", "bundle")
-INSPECTED = '{{index .Config.Labels "com.docker.compose.project"}} {{.State.Running}} '
+INSPECTED = '{{index .Config.Labels "com.docker.compose.project"}} {{.State.Status}} '
 # a container that was never started, or has no check, has no field Health
 INSPECTED += '{{with index .State "Health"}}{{.Status}}{{else}}none{{end}} {{.Id}} {{.Name}}'
 
@@ -78,20 +77,24 @@ class Container:
 
     def _run(self, command: list[str], stream: IO) -> subprocess.CompletedProcess:
         """Run a command to its end, and report each line of its standard error with the name of the container."""
-        with tempfile.TemporaryFile("w+", errors="replace") as output:
-            with subprocess.Popen(
+        with (
+            subprocess.Popen(
                 command,
                 stdin=stream,
-                stdout=output,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
                 start_new_session=True,  # the terminal sends Ctrl-C to the whole session
-            ) as process:
-                for line in process.stderr or ():
-                    self.report(f"{self.name}: {line.rstrip()}")
-            output.seek(0)
-            return subprocess.CompletedProcess(command, process.returncode, output.read())
+            ) as process,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            assert process.stdout
+            assert process.stderr
+            printed = pool.submit(process.stdout.read)
+            for line in process.stderr:
+                self.report(f"{self.name}: {line.rstrip()}")
+        return subprocess.CompletedProcess(command, process.returncode, printed.result())
 
 
 @dataclass(frozen=True)
@@ -133,18 +136,11 @@ class Stack:
         return f"{are(self.stopped)} not running"
 
     def how_to_start(self) -> str:
-        return f"Start {'them' if len(self.stopped) > 1 else 'it'}: {start_command(self.replicas)}"
+        return f"Start {'them' if len(self.stopped) > 1 else 'it'}: docker start {' '.join(self.stopped)}"
 
 
 def are(names: list[str]) -> str:
     return f"{', '.join(names)} {'are' if len(names) > 1 else 'is'}"
-
-
-def start_command(replicas: int = 1) -> str:
-    """Return the command that starts the stack with this number of replicas; fewer would remove some."""
-    count = f" REPLICAS={replicas}" if replicas > 1 else ""
-    project = f" PROJECT={os.environ['PROJECT']}" if os.environ.get("PROJECT") else ""
-    return f"make up{count}{project}"
 
 
 def compose() -> list[str]:
@@ -169,9 +165,9 @@ def find(report: Callable[[str], object]) -> Stack | None:
         return None
     found = sorted((line.split() for line in inspected.stdout.splitlines()), key=lambda each: each[-1])
     running, stopped, starting = [], [], []
-    for _, runs, health, identity, slashed in found:
+    for _, state, health, identity, slashed in found:
         name = slashed.lstrip("/")
-        if runs != "true":
+        if state != "running":  # restarting, paused, exited or created
             stopped.append(name)
             continue
         running.append(Container(identity, name, report))

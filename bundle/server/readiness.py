@@ -1,6 +1,5 @@
 """Wait until a server that was just started serves, or find out why it does not."""
 
-import itertools
 import re
 import time
 from collections.abc import Callable
@@ -141,8 +140,8 @@ def worker_failure(
     told = lines_by_worker(logs / "ts_log.log", model, version, since)
     if sum(WORKER_RETRIED in line for lines in told.values() for line in lines) >= RETRIES:
         free = psutil.virtual_memory().available / 2**30
-        last = [line for lines in (*told.values(), *said.values()) for line in lines[-10:]]
-        if timed_out(logs / "ts_log.log", since):
+        last = [line for lines in (*told.values(), *said.values()) for line in lines[-10:] if line[:1] != "\t"]
+        if any(each in line for lines in told.values() for line in lines for each in WORKER_TIMED_OUT):
             return BundleError(
                 f"Workers of {model} do not start within the startupTimeout of its model-config.yaml: the machine is "
                 "busy, or the model takes longer to load. Wait and try again, or set a longer one.",
@@ -156,29 +155,22 @@ def worker_failure(
     return None
 
 
-def timed_out(log: Path, since: datetime) -> bool:
-    """Return whether TorchServe ended a worker that started too slowly: a Java exception says so, without a prefix."""
-    lines = iter(log.read_text(errors="replace").splitlines() if log.is_file() else [])
-    earliest = logged(since)
-    recent = itertools.dropwhile(lambda line: not (LOG_PREFIX.match(line) and line >= earliest), lines)
-    return any(said in line for line in recent for said in WORKER_TIMED_OUT)
-
-
-def logged(time: datetime) -> str:
-    """Return a time as the logs have it."""
-    return time.isoformat(timespec="milliseconds").replace(".", ",")
-
-
 def lines_by_worker(log: Path, model: str, version: str | None, since: datetime) -> dict[str, list[str]]:
-    """Return the lines of a log that are from each of the workers of `model`, without the log's prefix."""
+    """Return the lines of a log that are from each of the workers of `model`, without the log's prefix.
+
+    A line without a prefix, such as a Java exception's, belongs to the one before it.
+    """
     any_version = r"[^_]+?"
     thread = re.compile(rf"(W-\d+)-{re.escape(model)}_{re.escape(version) if version else any_version}(-std|$)")
-    earliest = logged(since)
+    earliest = since.isoformat(timespec="milliseconds").replace(".", ",")
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     found: dict[str, list[str]] = {}
+    worker = None
     for line in lines:
-        if line >= earliest and (match := LOG_PREFIX.match(line)) and (worker := thread.match(match[1])):
-            found.setdefault(worker[1], []).append(line[match.end() :])
+        if match := LOG_PREFIX.match(line):
+            worker = thread.match(match[1]) if line >= earliest else None
+        if worker:
+            found.setdefault(worker[1], []).append(line[match.end() :] if match else line)
     return found
 
 

@@ -100,7 +100,7 @@ def roll_out(replicas: Sequence[Replica], archive: Path, report: Callable[[str],
         for replica, rollout in reversed(prepared):
             try:
                 replica.undo(rollout)
-            except (BundleError, requests.RequestException) as exc:
+            except (BundleError, OSError) as exc:  # a request that failed is an OSError, too
                 report(f"{rollout.model} {rollout.new} could not be removed from {replica.name}: {exc}")
         raise
     with ThreadPoolExecutor(len(prepared)) as pool:  # each may wait for its clients

@@ -202,7 +202,8 @@ def test_get_is_answered_while_a_replica_is_stopped_and_a_change_is_refused(repl
         wait_until_healthy(stopped)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == COUNT - 1
-    start = f"Start it: make up REPLICAS={COUNT} PROJECT={replicas.project}\n"
+    start = f"Start it: docker start {name}\n"
+    assert refused.returncode == 2, refused.stdout + refused.stderr  # of make
     assert f"No answer: {name} is not running. {start}" in done.stderr
     assert f"error: {name} is not running, so not all replicas would change. {start}" in refused.stderr
 

@@ -161,7 +161,10 @@ def test_round_measures_every_system_and_ends_its_server(tmp_path: Path):
     ]
     assert rates.keys() == {("bundle", "bundle"), ("peer", "peer"), ("bundle", "peer")}
     assert rates["bundle", "peer"] == rates["peer", "peer"] == pytest.approx(0.7 * best_of_peer)
-    assert all(one.load.answered > 0 and one.load.failed == 0 for one in seen), [one.load for one in seen]
+    assert all(one.load.answered > 0 for one in seen), [one.load for one in seen]
+    assert all(one.load.failed == 0 for one in seen if one.clients), [
+        one.load for one in seen
+    ]  # a rate may be too high
     assert all(0 < one.cpu_seconds < 10 and 0 <= one.others < 1 and 5e6 < one.memory < 500e6 for one in seen)
     assert all(answer.is_right for answer in run.results.answers)
     assert Results.read(run.file) == run.results

@@ -293,8 +293,9 @@ def test_check_says_why_its_p99_is_longer_than_the_plans(load: float):
     assert latency(seen.replica, 16, 16 * rate, "random") == seen.said
     assert latency(seen.replica, 16, 16 * rate, "least").p99 < seen.said.p99
     reason = "The check is of one replica alone."
-    for balance, spare, explained in (("least", 1, True), ("least", 0, False), ("random", 1, False)):
-        text = "\n".join(lines(plan(seen.replica, 10, 1, spare, balance), seen))
+    many = 3 * seen.replica.capacity
+    for planned, balance, explained in ((many, "least", True), (10, "least", False), (many, "random", False)):
+        text = "\n".join(lines(plan(seen.replica, planned, 1, 1, balance), seen))
         assert (reason in text) == explained
 
 

@@ -269,6 +269,7 @@ def test_each_error_has_its_status_and_shows_its_details(kind: type[BundleError]
         (OSError(errno.ENOSPC, "No space left on device", "a"), ": a"),
         (OSError(errno.ENOSPC, "No space left on device", "a", None, "b"), ": b"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a"), ": a"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), ""),
     ],
 )
 def test_full_disk_is_one_line(error: OSError, named: str):

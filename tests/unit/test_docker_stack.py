@@ -58,7 +58,10 @@ class Stack:
 
     def healths(self, **names: str) -> None:
         """Set the containers and their health; one that is `stopped` does not run."""
-        lines = (f"more {str(health != 'stopped').lower()} {health} {name} /{name}\n" for name, health in names.items())
+        lines = (
+            f"more {'exited' if health == 'stopped' else 'running'} {health} {name} /{name}\n"
+            for name, health in names.items()
+        )
         self.control("containers", "".join(lines))
 
     def calls(self) -> list[str]:
@@ -159,19 +162,13 @@ def test_replica_that_starts_is_not_changed(stack: Stack):
 def test_replicas_that_are_stopped_are_named_with_the_command_that_starts_them(
     stack: Stack, healths: tuple[str, ...], message: str
 ):
-    """`make up` alone would start another stack, and remove replicas of this one."""
+    """`make up` with other variables than at the start would replace the others, or remove some."""
     stack.healths(**dict(zip("abc", healths, strict=True)))
     for ended in (roll_out(stack), programs.run(app, "manage", "PUT", "/models/mnist?min_worker=2")):
         assert ended.status == 1
-        assert f"error: {message}make up REPLICAS=3 PROJECT=more\n" in ended.stderr
+        names = [name for name, health in zip("abc", healths, strict=True) if health == "stopped"]
+        assert f"error: {message}docker start {' '.join(names)}\n" in ended.stderr
     assert stack.calls() == []
-
-
-def test_message_without_a_project_names_none(stack: Stack, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("PROJECT")
-    monkeypatch.delenv("RUN_DIR")
-    stack.healths(a="healthy", b="stopped")
-    assert "Start it: make up REPLICAS=2\n" in programs.run(app, "manage", "PUT", "/models/mnist").stderr
 
 
 def test_replicas_that_start_are_named(stack: Stack):
@@ -185,9 +182,7 @@ def test_get_is_answered_by_the_replicas_that_run(stack: Stack):
     stack.healths(a="healthy", b="stopped", c="starting")
     ended = programs.run(app, "manage", "get", "/models")
     assert ended.status == 0
-    assert ended.stderr == (
-        "No answer: b is not running. Start it: make up REPLICAS=3 PROJECT=more\nAnswered by: a, c\n"
-    )
+    assert ended.stderr == ("No answer: b is not running. Start it: docker start b\nAnswered by: a, c\n")
     assert stack.calls() == ran("a: manage GET /models", "c: manage GET /models")
 
 
@@ -263,7 +258,7 @@ def test_project_chooses_the_stack(stack: Stack, server: Server, monkeypatch: py
     for ended in changes(stack):
         assert (ended.status, ended.stderr) == (
             3,
-            "error: The Docker stack more is not running. Start it: make up PROJECT=more\n",
+            "error: The Docker stack more is not running. Start it, with its other variables: make up PROJECT=more\n",
         )
 
 
@@ -276,7 +271,7 @@ def test_run_dir_chooses_the_server(stack: Stack, server: Server, monkeypatch: p
     server.record.unlink()
     for ended in changes(stack):
         assert ended.status == 3
-        assert f"The server of RUN_DIR={server.run_dir} is not running. Start it: make serve." in ended.stderr
+        assert f"The server of RUN_DIR={server.run_dir} is not running. Start it: make serve RUN_DIR=" in ended.stderr
     assert stack.calls() == []
 
 
