@@ -118,7 +118,7 @@ def main(url: str, file: str, expected: str) -> None:
     ):
         while True:
             time.sleep(1)
-            counts = kept.counts + fresh.counts
+            counts = kept.counts.copy() + fresh.counts.copy()  # clients count on meanwhile
             longest = max(kept.longest, fresh.longest)
             print(json.dumps({"counts": counts, "resent": kept.resent, "longest": longest}), flush=True)
 

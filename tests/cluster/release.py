@@ -135,6 +135,7 @@ class Release:
             "containers": [container],
             "volumes": [{"name": "temporary", "emptyDir": {}}],
             "automountServiceAccountToken": False,
+            "restartPolicy": "Never",  # a second start would count from zero
             "terminationGracePeriodSeconds": 1,
         }
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"run": name}}, "spec": spec}
@@ -146,8 +147,8 @@ class Release:
         """Send requests to the Service from a pod until the block ends; none may fail."""
         program = Path(traffic.__file__).read_text()
         url = f"http://{DEPLOYMENT}/predictions/mnist"
-        self.run_pod("load", "/opt/bundle/.venv/bin/python", "-c", program, url, SAMPLE, EXPECTED)
         try:
+            self.run_pod("load", "/opt/bundle/.venv/bin/python", "-c", program, url, SAMPLE, EXPECTED)
             wait_for(lambda: self.sent().get("200", 0) > 100)
             yield
             before = self.sent()["200"]

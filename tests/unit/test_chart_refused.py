@@ -145,7 +145,23 @@ def test_release_whose_services_would_have_invalid_names_is_refused(name: str):
         *(("tag", tag, "must have at most 128") for tag in ("a b", "-a", ".a", "a/b", "v1:2", "a@b", "ä", "a" * 129)),
         *(
             ("repository", name, "must be like registry.example:5000/team/name")
-            for name in ("a b", "Name", "a/B", "a//b", "/a", "a/", "a:1.0", "https://a/b", "a..b", "a___b", "-a", "a@b")
+            for name in (
+                "a b",
+                "Name",
+                "a/B",
+                "a//b",
+                "/a",
+                "a/",
+                "a:1.0",
+                "https://a/b",
+                "a..b",
+                "a___b",
+                "-a",
+                "a@b",
+                "./a",
+                "-/a",
+                "a..b/c",
+            )
         ),
         *(
             ("digest", digest, "must be sha256: and 64 digits from 0-9 and a-f")
@@ -156,20 +172,20 @@ def test_release_whose_services_would_have_invalid_names_is_refused(name: str):
 def test_part_of_an_image_that_no_registry_accepts_is_refused(part: str, value: str, reason: str):
     refused = helm("template", "bundle", str(CHART), "--set-string", f"image.{part}={value}")
     assert refused.returncode == 1
-    assert f"image.{part}: {json.dumps(value, ensure_ascii=False)} {reason}" in refused.stderr
+    assert f"image.{part}: it {reason}" in refused.stderr
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ("proxy: {image: {tag: a b}}", 'proxy.image.tag: "a b" must have'),
-        ("defaults: {image: {tag: a b}}", 'defaults.image.tag: "a b" must have'),
-        ("groups: {main: {image: {tag: a b}}}", 'groups.main.image.tag: "a b" must have'),
-        ("groups: {main: {canary: {weight: 1, image: {tag: a b}}}}", 'groups.main.canary.image.tag: "a b" must have'),
-        ("defaults: {canary: {weight: 1, image: {tag: a b}}}", 'defaults.canary.image.tag: "a b" must have'),
+        ("proxy: {image: {tag: a b}}", "proxy.image.tag: it must have"),
+        ("defaults: {image: {tag: a b}}", "defaults.image.tag: it must have"),
+        ("groups: {main: {image: {tag: a b}}}", "groups.main.image.tag: it must have"),
+        ("groups: {main: {canary: {weight: 1, image: {tag: a b}}}}", "groups.main.canary.image.tag: it must have"),
+        ("defaults: {canary: {weight: 1, image: {tag: a b}}}", "defaults.canary.image.tag: it must have"),
         (
             "archives: {source: url, downloader: {image: 'a b:1'}}",
-            'archives.downloader.image: "a b:1" must be the name of an image',
+            "archives.downloader.image: it must be the name of an image",
         ),
     ],
 )
@@ -215,6 +231,14 @@ def test_private_key_as_the_trusted_key_is_refused_and_not_printed(tmp_path: Pat
     assert [line for line in private.read_text().splitlines() if line in said] == []
     accepted = helm("template", "bundle", str(CHART), "--set-file", f"trustedKey.pem={public}")
     assert accepted.returncode == 0, accepted.stderr
+
+
+@pytest.mark.parametrize("values", ["image: {repository: %s}", "archives: {source: url, downloader: {image: %s}}"])
+def test_password_in_the_name_of_an_image_is_not_printed(values: str):
+    refused = helm("template", "bundle", str(CHART), values=values % f"https://me:{SECRET}@registry.example/a")
+    assert refused.returncode == 1
+    assert ": it must be" in refused.stderr
+    assert SECRET not in refused.stderr
 
 
 def test_key_of_openssh_and_another_file_as_the_trusted_key_are_refused_and_not_printed(tmp_path: Path):

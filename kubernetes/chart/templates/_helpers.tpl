@@ -186,28 +186,28 @@ Checks values that may contain a secret. The schema only has their types: its re
 {{- end -}}
 {{- end -}}
 
-{{/* Checks the parts of images' names as registries do: {place, image}. */}}
+{{/* Checks the parts of images' names as registries do: {place, image}. A name may have a password: none is quoted. */}}
 {{- define "bundle.validate.image" -}}
 {{- $image := .image | default dict -}}
-{{- $repository := "([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*(/[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*)*" -}}
+{{- $repository := "([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*(:[0-9]+)?/)?[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*(/[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*)*" -}}
 {{- with $image.repository -}}
   {{- if not (regexMatch (printf "^%s$" $repository) .) -}}
-    {{- fail (printf "%s.repository: %q must be like registry.example:5000/team/name: small letters, digits, and single dots, underscores or hyphens between them. A tag or a digest has a value of its own" $.place .) -}}
+    {{- fail (printf "%s.repository: it must be like registry.example:5000/team/name: small letters, digits, and single dots, underscores or hyphens between them. A tag or a digest has a value of its own" $.place) -}}
   {{- end -}}
 {{- end -}}
 {{- with $image.tag -}}
   {{- if not (regexMatch "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$" .) -}}
-    {{- fail (printf "%s.tag: %q must have at most 128 letters, digits, dots, underscores and hyphens, and must not begin with a dot or a hyphen" $.place .) -}}
+    {{- fail (printf "%s.tag: it must have at most 128 letters, digits, dots, underscores and hyphens, and must not begin with a dot or a hyphen" $.place) -}}
   {{- end -}}
 {{- end -}}
 {{- with $image.digest -}}
   {{- if not (regexMatch "^sha256:[0-9a-f]{64}$" .) -}}
-    {{- fail (printf "%s.digest: %q must be sha256: and 64 digits from 0-9 and a-f" $.place .) -}}
+    {{- fail (printf "%s.digest: it must be sha256: and 64 digits from 0-9 and a-f" $.place) -}}
   {{- end -}}
 {{- end -}}
 {{- with $image.name -}}
   {{- if not (regexMatch (printf "^%s(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$" $repository) .) -}}
-    {{- fail (printf "%s: %q must be the name of an image, like registry.example:5000/team/name:tag" $.place .) -}}
+    {{- fail (printf "%s: it must be the name of an image, like registry.example:5000/team/name:tag" $.place) -}}
   {{- end -}}
 {{- end -}}
 {{- end -}}
