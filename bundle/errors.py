@@ -6,6 +6,8 @@ BundleError (1)          the command failed
 """
 
 import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def is_full(error: BaseException) -> bool:
@@ -44,3 +46,18 @@ class NotRunning(BundleError):
     """The server that the command needs is not running, or does not serve the model."""
 
     status = 3
+
+
+@contextmanager
+def blaming(blame: Callable[[Exception], BundleError]) -> Iterator[None]:
+    """Turn an exception of the block, in which a user's code runs, into an error of this code; but not a full disk.
+
+    Args:
+        blame: makes the error.
+    """
+    try:
+        yield
+    except Exception as exc:
+        if is_full(exc):
+            raise
+        raise blame(exc) from exc

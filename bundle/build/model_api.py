@@ -16,7 +16,7 @@ from bundle.build.handler import labels
 from bundle.build.imports import importable
 from bundle.build.open_inference_api import OpenInferenceAPI
 from bundle.catalog import ModelFolder
-from bundle.errors import BundleError, is_full
+from bundle.errors import BundleError, blaming
 from bundle.openapi import FILE, JSON, MULTIPART, OCTETS
 from bundle.paths import relative
 from handlers.core import inputs
@@ -332,14 +332,10 @@ def answer_of(archive: Path, folder: ModelFolder) -> object:
         raise BundleError("The folder has no `sample`.")
     sample = folder.existing(folder.bundle.sample)
     sent, content = samples.headers(sample), sample.read_bytes()
-    try:
+    with blaming(lambda exc: BundleError(f"The model fails on its sample: {type(exc).__name__}: {exc}")):
         row = {"body": json.loads(content) if sent else content}
         with DryRun(archive, batch_size=1, settings=QUICK) as dry_run:
             [(status, body)] = dry_run.predict([row], [sent])
-    except Exception as exc:  # a user's handler can raise anything
-        if is_full(exc):
-            raise
-        raise BundleError(f"The model fails on its sample: {type(exc).__name__}: {exc}") from exc
     if status != 200:
         raise BundleError(f"The answer to {folder.bundle.sample} is {status}.")
     return body

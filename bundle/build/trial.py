@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from bundle.build.dryrun import DryRun
 from bundle.build.inspect_model import Report
-from bundle.errors import BundleError, is_full
+from bundle.errors import BundleError, blaming
 from bundle.samples import ranking
 
 SHOWN = 5  # classes or detections in the report
@@ -24,14 +24,12 @@ def try_out(mar: Path, content: bytes, report: Report) -> str | None:
     Raises:
         BundleError: the handler does not load the model, or the status is not 200.
     """
-    try:
-        # the inspection has run a batch, and has reported if the model takes none: the handler would log that again
-        with DryRun(mar, batch_size=1) as dry_run:
-            [(status, body)] = dry_run.predict([{"body": content}])
-    except Exception as exc:  # the user's model and files can raise anything
-        if is_full(exc):
-            raise
-        raise BundleError(f"The handler cannot load the model: {type(exc).__name__}.", str(exc)) from exc
+    # the inspection has run a batch, and has reported if the model takes none: the handler would log that again
+    with (
+        blaming(lambda exc: BundleError(f"The handler cannot load the model: {type(exc).__name__}.", str(exc))),
+        DryRun(mar, batch_size=1) as dry_run,
+    ):
+        [(status, body)] = dry_run.predict([{"body": content}])
     if status != 200:
         message = body["message"] if isinstance(body, dict) else body
         raise BundleError(f"The handler answered {status} to the trial input: {message}")

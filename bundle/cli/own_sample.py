@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bundle.build.dryrun import DryRun
 from bundle.catalog import ModelFolder
-from bundle.errors import BundleError, is_full
+from bundle.errors import BundleError, blaming
 from bundle.samples import headers
 from bundle.server.client import judge
 
@@ -22,14 +22,10 @@ def try_own_sample(archive: Path, folder: ModelFolder) -> None:
         return
     sample = folder.existing(folder.bundle.sample)
     sent, content = headers(sample), sample.read_bytes()
-    try:
+    with blaming(lambda exc: BundleError(f"{folder.name} does not load: {type(exc).__name__}: {exc} {UNTOUCHED}")):
         row = {"body": json.loads(content) if sent else content}
         with DryRun(archive) as dry_run:
             [(status, body)] = dry_run.predict([row], [sent])
-    except Exception as exc:  # a user's handler can raise anything
-        if is_full(exc):
-            raise
-        raise BundleError(f"{folder.name} does not load: {type(exc).__name__}: {exc} {UNTOUCHED}") from exc
     try:
         judge(folder, status, body)
     except BundleError as exc:

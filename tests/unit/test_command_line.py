@@ -20,7 +20,7 @@ from bundle import durations
 from bundle.cli import console
 from bundle.cli.app import app
 from bundle.cli.parameters import address, comma_list
-from bundle.errors import BundleError, NotRunning, UsageError
+from bundle.errors import BundleError, NotRunning, UsageError, blaming
 from bundle.paths import MODELS, ROOT
 from loadtest.bench.__main__ import app as bench
 from loadtest.cli import app as loadtest
@@ -277,6 +277,16 @@ def test_full_disk_is_one_line(error: OSError, named: str):
     assert (ended.status, ended.stdout) == (1, "")
     assert ended.stderr.startswith(f"error: {error.strerror}{named}. Free some space, or set TMPDIR, ")
     assert ended.stderr.count("\n") == 1
+
+
+def test_code_of_a_user_is_blamed_for_all_but_a_full_disk():
+    def blame(exc: Exception) -> BundleError:
+        return BundleError(f"The model fails: {exc}")
+
+    with pytest.raises(BundleError, match="The model fails: x"), blaming(blame):
+        raise OSError("x")
+    with pytest.raises(OSError, match="No space left"), blaming(blame):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("bug", [OSError(2, "No such file", "x"), FileNotFoundError("x"), KeyError("x")])
