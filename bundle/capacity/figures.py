@@ -100,7 +100,6 @@ class Figures:
         points: closed loops, by number of clients; the first is of one client.
         check: requests at random times, from which the model of the queue is not made; None if not measured.
         others: share of the usable cores that other processes took meanwhile; None if unknown.
-        anyway: whether the figures were to count whatever other processes took.
     """
 
     of: Identity
@@ -113,16 +112,15 @@ class Figures:
     points: tuple[Point, ...]
     check: Point | None
     others: float | None
-    anyway: bool
 
     @property
     def disturbed(self) -> bool:
-        """Whether other processes took so much that the figures are too low."""
+        """Whether other processes took so much that the figures are too low: they are kept with --anyway only."""
         return self.others is not None and self.others > DISTURBED
 
     @cached_property
-    def said(self) -> Latency | None:
-        """What the model of the queue says of the check."""
+    def predicted(self) -> Latency | None:
+        """What the model of the queue predicts for the load of the check."""
         return latency(self.replica, 1, self.check.throughput) if self.check else None
 
     @cached_property
@@ -228,7 +226,6 @@ def tuned(folder: ModelFolder) -> Figures | None:
             points=tuple(points[clients] for clients in sorted(points)),
             check=checked_by_tuner(found, settings),
             others=None,
-            anyway=False,
         )
         return figures if figures.replica else None
     except (OSError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError):

@@ -60,8 +60,8 @@ def measure(
             figures = checked(service, measured(service, now, show), show)
             busy = seconds_of_others(trial.running.pid) - before[0]
             share = busy / (time.monotonic() - before[1]) / len(os.sched_getaffinity(0))
-    # both are of clocks that tick: a share of nearly nothing may come out below it
-    figures = replace(figures, others=round(max(0.0, share), 3), anyway=anyway)
+    # the clocks are coarse, so that the difference may be a little below 0
+    figures = replace(figures, others=round(max(0.0, share), 3))
     if figures.disturbed and not anyway:
         raise BundleError(
             f"Other processes used {share:.0%} of the CPU meanwhile, so the figures are too low, and are not kept. End "
@@ -101,7 +101,6 @@ def measured(service: Service, now: Identity, show: Show) -> Figures:
         points=tuple(Point.of(each, load) for each, load in found.items()),
         check=None,
         others=None,
-        anyway=False,
     )
 
 

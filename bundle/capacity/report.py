@@ -45,12 +45,12 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
         f"{8e-6 * plan.rate * (figures.request_bytes + figures.answer_bytes):,.3g} Mbit/s of bodies",
         f"figures: {figures.source}, {figures.date}, {machine['cpu']}, {machine['cores']} cores; {others(figures)}",
     ]
-    if (seen := figures.check) and (said := figures.said):
+    if (seen := figures.check) and (predicted := figures.predicted):
         rate = seen.throughput
         found.append(
             f"check: at {rate:,.4g}/s ({rate / replica.capacity:.0%}), one replica was measured with p50 "
-            f"{1000 * seen.p50:.1f} ms, p99 {1000 * seen.p99:.1f} ms; the model says {1000 * said.p50:.1f} and "
-            f"{1000 * said.p99:.1f} ms"
+            f"{1000 * seen.p50:.1f} ms, p99 {1000 * seen.p99:.1f} ms; the model says {1000 * predicted.p50:.1f} and "
+            f"{1000 * predicted.p99:.1f} ms"
         )
         if plan.balance == "least" and plan.replicas - plan.spare > 1:
             found.append(
@@ -67,14 +67,14 @@ def lines(plan: Plan, figures: Figures) -> list[str]:
 
 def warnings(plan: Plan, figures: Figures) -> list[str]:
     """Return a warning if the check contradicts the plan."""
-    seen, said, faults = figures.check, figures.said, []
-    if not seen or not said:
+    seen, predicted, faults = figures.check, figures.predicted, []
+    if not seen or not predicted:
         return []
     # the replicas of a plan may have less to do than that of the check, and keep the target because of it
     if seen.p99 > plan.target and plan.rate >= NEAR * seen.throughput * (plan.replicas - plan.spare):
         faults.append(f"above the target of {1000 * plan.target:g} ms")
-    if seen.p99 > SEVERAL * said.p99:
-        faults.append(f"{seen.p99 / said.p99:.1f} times what the model says")
+    if seen.p99 > SEVERAL * predicted.p99:
+        faults.append(f"{seen.p99 / predicted.p99:.1f} times what the model says")
     if not faults:
         return []
     return [
@@ -89,7 +89,7 @@ def others(figures: Figures) -> str:
     """Return how much of the CPU other processes used meanwhile, in words."""
     if figures.others is None:
         return "how much of the CPU other processes used meanwhile is unknown"
-    accepted = ", accepted with --anyway" if figures.anyway and figures.disturbed else ""
+    accepted = ", accepted with --anyway" if figures.disturbed else ""
     return f"other processes used {figures.others:.0%} of the CPU meanwhile{accepted}"
 
 
@@ -107,6 +107,6 @@ def as_dict(plan: Plan, figures: Figures) -> dict:
             "cores": figures.of.machine["cores"],
         },
         "figures": asdict(figures),
-        "check_by_model": asdict(figures.said) if figures.said else None,
+        "check_by_model": asdict(figures.predicted) if figures.predicted else None,
         "warnings": warnings(plan, figures),
     }

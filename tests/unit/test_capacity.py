@@ -83,9 +83,7 @@ def figures(replica: Replica, numbers: tuple[int, ...]) -> Figures:
     lone = replica.service[0] + replica.transit
     points = tuple(Point(clients, closed_loop(replica, clients), lone, lone, lone) for clients in numbers)
     settings = replace(SETTINGS, workers=replica.workers, batch_size=len(replica.service))
-    return Figures(
-        replace(OF, settings=settings), "simulated", "today", 5000, 100, 2**30, 0.02, points, None, 0.01, False
-    )
+    return Figures(replace(OF, settings=settings), "simulated", "today", 5000, 100, 2**30, 0.02, points, None, 0.01)
 
 
 SLOW, FAST = (0.004, 0.001, 8), (0.0005, 0.00005, 64)  # fixed time, time of a request, batch size
@@ -120,7 +118,7 @@ def test_full_batch_that_seems_faster_than_a_single_request_takes_as_long():
     measured = ((1, 90), (2, 100), (8, 800))
     points = tuple(Point(number, rate, 0.01, 0.01, 0.01) for number, rate in measured)
     settings = replace(SETTINGS, workers=1, batch_size=4)
-    found = Figures(replace(OF, settings=settings), "", "", 0, 0, 0, 0.0, points, None, None, False).replica
+    found = Figures(replace(OF, settings=settings), "", "", 0, 0, 0, 0.0, points, None, None).replica
     assert found.service[-1] == pytest.approx(found.service[0], rel=0.01)
 
 
@@ -289,9 +287,9 @@ def test_check_says_why_its_p99_is_longer_than_the_plans(load: float):
     seen = figures(BATCHES, (1, 3, 24))
     rate = load * seen.replica.capacity
     seen = replace(seen, check=Point(0, rate, 0.01, 0.02, 0.02))
-    assert seen.said is not None
-    assert latency(seen.replica, 16, 16 * rate, "random") == seen.said
-    assert latency(seen.replica, 16, 16 * rate, "least").p99 < seen.said.p99
+    assert seen.predicted is not None
+    assert latency(seen.replica, 16, 16 * rate, "random") == seen.predicted
+    assert latency(seen.replica, 16, 16 * rate, "least").p99 < seen.predicted.p99
     reason = "The check is of one replica alone."
     many = 3 * seen.replica.capacity
     for planned, balance, explained in ((many, "least", True), (10, "least", False), (many, "random", False)):
@@ -305,7 +303,7 @@ def test_figures_of_a_busy_machine_are_used_with_anyway_only(
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     monkeypatch.setattr(figures_module, "KEPT", tmp_path / "capacity")
-    written = replace(figures(BATCHES, (1, 3, 24)), others=others, anyway=True)
+    written = replace(figures(BATCHES, (1, 3, 24)), others=others)
     keep(written, tmp_path / "capacity")
     assert command.usable(folder, written.of, anyway=True) == written
     assert capsys.readouterr().err == ""
@@ -317,15 +315,14 @@ def test_figures_of_a_busy_machine_are_used_with_anyway_only(
 
 
 @pytest.mark.parametrize(
-    ("others", "anyway", "said"),
+    ("others", "said"),
     [
-        (0.034, False, "; other processes used 3% of the CPU meanwhile"),
-        (0.034, True, "; other processes used 3% of the CPU meanwhile"),
-        (0.61, True, "; other processes used 61% of the CPU meanwhile, accepted with --anyway"),
-        (None, False, "; how much of the CPU other processes used meanwhile is unknown"),
+        (0.034, "; other processes used 3% of the CPU meanwhile"),
+        (0.61, "; other processes used 61% of the CPU meanwhile, accepted with --anyway"),
+        (None, "; how much of the CPU other processes used meanwhile is unknown"),
     ],
 )
-def test_figures_are_shown_with_what_other_processes_used(others: float | None, anyway: bool, said: str):
-    seen = replace(figures(BATCHES, (1, 3, 24)), others=others, anyway=anyway)
+def test_figures_are_shown_with_what_other_processes_used(others: float | None, said: str):
+    seen = replace(figures(BATCHES, (1, 3, 24)), others=others)
     [line] = [line for line in lines(plan(seen.replica, 5000, 0.030, 1), seen) if line.startswith("figures: ")]
     assert line.endswith(said)
