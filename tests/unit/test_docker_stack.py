@@ -100,6 +100,26 @@ def ran(*steps: str) -> list[str]:
     return [line for step in steps for line in (step, f"{step.split(':')[0]}: ended")]
 
 
+def interrupted(stack: Stack, held: str, *command: str) -> tuple[int, str]:
+    """Interrupt a command while its call in the container a is held; return its exit status and standard error."""
+    hold = stack.control(f"hold-{held}")
+    said = stack.folder / "said"
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            ["env", "--default-signal=INT", sys.executable, "-m", "bundle", *command],
+            cwd=ROOT, stderr=stderr, start_new_session=True,
+        )  # fmt: skip
+    try:
+        within(30, lambda: any(held in call for call in stack.calls()))
+        os.killpg(process.pid, signal.SIGINT)
+        within(10, lambda: " has ended in a." in said.read_text())
+        hold.unlink()
+        return process.wait(20), said.read_text()
+    finally:
+        hold.unlink(missing_ok=True)
+        process.kill()
+
+
 @pytest.mark.parametrize(
     ("held", "steps"),
     [
@@ -109,23 +129,20 @@ def ran(*steps: str) -> list[str]:
 )
 def test_interrupted_rollout_waits_for_its_step_and_undoes_it(stack: Stack, held: str, steps: list[str]):
     """A terminal sends Ctrl-C to all programs of its session; in a container, the step goes on."""
-    hold = stack.control(f"hold-{held}")
-    command = [sys.executable, "-m", "bundle", "rollout", "mnist", "--archive", str(stack.folder / "new.mar")]
-    said = stack.folder / "said"
-    with said.open("w") as stderr:
-        process = subprocess.Popen(
-            ["env", "--default-signal=INT", *command], cwd=ROOT, stderr=stderr, start_new_session=True
-        )
-    try:
-        within(30, lambda: f"a: {held}" in stack.calls())
-        os.killpg(process.pid, signal.SIGINT)
-        within(10, lambda: "Waiting until `bundle rollout-step` has ended in a." in said.read_text())
-        hold.unlink()
-        assert process.wait(20) == 128 + signal.SIGINT
-    finally:
-        hold.unlink(missing_ok=True)
-        process.kill()
+    archive = str(stack.folder / "new.mar")
+    ended, said = interrupted(stack, held, "rollout", "mnist", "--archive", archive)
+    assert ended == 128 + signal.SIGINT
+    assert "Waiting until `bundle rollout-step` has ended in a." in said
     assert stack.calls() == ran(*steps)
+
+
+@pytest.mark.parametrize(("status", "done", "others"), [(0, "a", "b"), (1, "none", "a, b")])
+def test_interrupted_call_says_where_it_was_made(stack: Stack, status: int, done: str, others: str):
+    stack.control("status-a-manage", status)
+    ended, said = interrupted(stack, "PUT", "manage", "PUT", "/models/mnist")
+    assert ended == 128 + signal.SIGINT
+    assert said.endswith(f"The call succeeded on {done}, and failed or was not made on {others}.\n")
+    assert stack.calls() == ran("a: manage PUT /models/mnist")
 
 
 def test_rollout_of_a_model_that_is_not_served_exits_with_3(stack: Stack):

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import requests
 
 from bundle.catalog import select
 from bundle.errors import BundleError
@@ -22,11 +24,12 @@ class Recorded:
     name: str
     steps: list[str]
     fails: tuple[str, ...] = ()
+    undo_error: ClassVar[type[Exception]] = BundleError
 
     def _do(self, step: str) -> None:
         self.steps.append(f"{step} {self.name}")
         if step in self.fails:
-            raise BundleError(f"{step} failed on {self.name}")
+            raise (self.undo_error if step == "undo" else BundleError)(f"{step} failed on {self.name}")
 
     def prepare(self, archive: Path) -> Rollout:
         self._do("prepare")
@@ -81,9 +84,11 @@ def test_failure_before_all_have_switched_is_undone_everywhere(fails: dict, step
     assert rolled_out(**fails) == (f"{step} failed on {name}", steps, [])
 
 
-def test_replica_that_cannot_undo_is_named_and_the_others_undo():
-    error, steps, reported = rolled_out(c=("switch",), b=("undo",))
-    assert error == "switch failed on c"
+@pytest.mark.parametrize("error", [BundleError, OSError, requests.ConnectionError])
+def test_replica_that_cannot_undo_is_named_and_the_others_undo(monkeypatch: pytest.MonkeyPatch, error: type[Exception]):
+    monkeypatch.setattr(Recorded, "undo_error", error)
+    said, steps, reported = rolled_out(c=("switch",), b=("undo",))
+    assert said == "switch failed on c"
     assert steps == [*PREPARED, *SWITCHED, "undo c", "undo b", "undo a"]
     assert reported == ["mnist 1.1 could not be removed from b: undo failed on b"]
 
