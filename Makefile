@@ -222,8 +222,8 @@ slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.d
 servers-a-f servers-g-o servers-p-r servers-s-z: servers-%: dev .venv/loadtest.done
 	$(PYTEST) tests/server/test_[$*]*.py
 
-# in parts, because most tests wait for containers. The proxy's are the first of theirs, because they need no image: the other
-# part builds it meanwhile.
+# in two parts, because most tests wait for containers. docker-others begins with the tests of the proxy, which need no
+# image: docker-stack builds it meanwhile.
 docker-stack: dev
 	$(PYTEST) -m docker tests/docker/test_s*.py
 

@@ -233,7 +233,8 @@ def endpoint(environment: Mapping[str, str]) -> str:
 def sampling_bound(environment: Mapping[str, str]) -> int:
     """Return what the last 64 bits of a trace's id are below if the trace is sampled.
 
-    OpenTelemetry's samplers decide the same (`TraceIdRatioBased`), ten times as slowly, and for every request.
+    It is the rule of OpenTelemetry's sampler `TraceIdRatioBased`. The sampler itself takes ten times as long, and every
+    request would wait for it.
     """
     name = environment.get(SAMPLER, "").lower().removeprefix(PARENT_BASED)
     ratio = float(environment.get(RATIO) or 1) if name == "traceidratio" else float(name != "always_off")
