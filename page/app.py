@@ -18,6 +18,7 @@ from page.served import Connection, KeyRequired, Served
 
 EXPLANATION = "explanation.png"
 CLEANING = 10 * 60  # s between two searches for files that are too old
+NOTHING = "There is nothing to send. Fill in the input; if it is there, it is still on its way: press Ask again."
 HIDDEN = gradio.update(value=None, visible=False)
 CSS = """
 .failed {color: var(--error-text-color); font-weight: 600}
@@ -199,7 +200,11 @@ class Form:
         return {self.curl: "\n\n".join(curl), self.python: "\n\n".join(python)}
 
     def call(self, connection: Connection, values: tuple) -> tuple[Call, dict]:
-        """Return the request for an answer, and the options of its explanation."""
+        """Return the request for an answer, and the options of its explanation.
+
+        Raises:
+            BundleError: no input is filled in, or one is not what it should be.
+        """
         rest = iter(values)
 
         def read(controls: list[Control]) -> dict[str, Any]:
@@ -207,6 +212,8 @@ class Form:
             return {name: value for name, value in found.items() if value is not None}
 
         inputs, options, explained = read(self.inputs), read(self.options), read(self.explain_options)
+        if not inputs:  # the server's error speaks of fields, which a person does not see
+            raise BundleError(NOTHING)
         files = {name: value for name, value in inputs.items() if isinstance(value, Path)}
         texts = {name: value for name, value in inputs.items() if name not in files}
         url, keyed = connection.url + self.model.predict.path, connection.auth is not None

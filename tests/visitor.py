@@ -58,6 +58,24 @@ class Visitor:
         """Return a part of the model's form."""
         return self.tab.locator(f"#{self.model}-{name}")
 
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Wait at the end of the block until the page's server has the file that the block gives to the page."""
+        with self.tab.expect_response(
+            lambda answer: "/gradio_api/upload" in answer.url and answer.request.method == "POST"
+        ):
+            yield
+
+    def choose_file(self, file: Path) -> None:
+        with self.sending():
+            self.part("data").locator("input[type=file]").set_input_files(file)
+
+    def width(self, name: str) -> int:
+        """Return the width in pixels of a part's picture, once the browser has loaded it."""
+        picture = self.part(name).locator("img")
+        picture.wait_for()
+        return picture.evaluate("image => image.decode().then(() => image.naturalWidth)")
+
     def ask(self) -> str:
         """Press the button; return what the page says in the end. On a busy machine, an explanation is repeated."""
         said = ""

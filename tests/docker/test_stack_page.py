@@ -83,7 +83,7 @@ def test_models_are_tried_through_the_proxy_and_the_snippets_answer_the_same(pag
         assert TEXT.bundle.expect in repeated.stdout, repeated.stderr
         visitor.choose("mnist")
         visitor.part("data").get_by_label("Remove Image").click()
-        visitor.part("data").locator("input[type=file]").set_input_files(MNIST.sample_file)
+        visitor.choose_file(MNIST.sample_file)
         visitor.part("data").locator("img").wait_for()
         ask(visitor, "mnist")
         assert f"-F data=@{MNIST.sample_file.name} " in visitor.snippet("curl")  # a file of the person, not of the page

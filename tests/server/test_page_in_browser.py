@@ -79,7 +79,7 @@ def test_every_model_answers_its_example_and_the_snippets_answer_the_same(served
         visitor.shoot(name)
         expected = select([name])[0].bundle.expect
         assert expected in visitor.bars()[0]
-        assert visitor.part("explanation").locator("img").evaluate("image => image.naturalWidth") > 50
+        assert visitor.width("explanation") > 50
         shown = json.loads(visitor.snippet("JSON"))
         assert first(shown).label == expected
         curl, _ = visitor.snippet("curl").split("\n\n")
@@ -120,7 +120,8 @@ def test_camera_and_microphone_are_answered(visit):
     camera.locator("video").wait_for()
     # without a picture of the camera, a click has no effect
     visitor.tab.wait_for_function("document.querySelector('#image-data video').videoWidth > 0")
-    camera.get_by_label("capture photo").click()
+    with visitor.sending():
+        camera.get_by_label("capture photo").click()
     camera.locator("img").wait_for()
     assert "Explained in" in visitor.ask()
     visitor.choose("audio")
@@ -129,7 +130,8 @@ def test_camera_and_microphone_are_answered(visit):
     microphone.get_by_label("Record audio").click()
     microphone.get_by_role("button", name="Record", exact=True).click()
     visitor.tab.wait_for_timeout(1500)
-    microphone.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    with visitor.sending():
+        microphone.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
     microphone.get_by_label("Play", exact=True).wait_for()
     assert "Explained in" in visitor.ask()
     visitor.shoot("recorded")
@@ -146,8 +148,9 @@ def test_error_of_the_server_is_shown_with_its_text(visit, tmp_path: Path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     visitor.part("data").get_by_label("Remove Image").click()
-    visitor.part("data").locator("input[type=file]").set_input_files(broken)
-    visitor.tab.wait_for_timeout(500)
+    visitor.part("ask").click()
+    visitor.said(expected="There is nothing to send")
+    visitor.choose_file(broken)
     assert visitor.ask().startswith("400 UndecodableImage: The input is not an image")
 
 
@@ -194,8 +197,7 @@ def test_page_of_models_with_other_inputs_and_answers(served_on_request: Place, 
                 visitor.choose(name)
                 if name == "membrane":  # its sample is too large for the schema
                     sample = select([name])[0].sample_file
-                    visitor.part("data").locator("input[type=file]").set_input_files(sample)
-                    visitor.tab.wait_for_timeout(500)
+                    visitor.choose_file(sample)
                 if name in ("cells", "membrane"):  # their explanations take many seconds
                     visitor.part("explain").get_by_role("checkbox").uncheck()
                     visitor.part("ask").click()
