@@ -84,7 +84,7 @@ class Slot:
         key: the key of the answers in the cache; None if the cache is off.
         response: empty until the request is answered.
         error: the error to respond with instead.
-        trace: its `tracing.Traced`; None if traces are off.
+        trace: its `tracing.Traced`; None if traces are off, or if neither a client nor the sampler has asked for one.
     """
 
     open_inference: bool = False

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -61,6 +61,9 @@ TRACEPARENT = re.compile(
 )
 SPAN = re.compile(r"(?!0{16})[0-9a-f]{16}", re.ASCII)
 RESPONSE = "traceresponse"
+# not the system's own numbers, for which a batch would wait longer than for the rest; apart from `random`'s functions,
+# whose seed a handler may set, the same one in every worker
+draw = random.Random().randbytes
 ID_BYTES = 16 + 8  # of a trace and of a span
 MAX_NAMED = 8  # trace ids in one line of the log
 
@@ -117,6 +120,7 @@ class Tracing(Off):
         self.follows_parent = os.environ.get(SAMPLER, PARENT_BASED).lower().startswith(PARENT_BASED)
         self.bound = sampling_bound(os.environ)
         self.slots: list[Slot] = []
+        self.drawn = b""
 
     @contextmanager
     def batch(
@@ -128,58 +132,81 @@ class Tracing(Off):
             yield
             self.end(slots, data, headers, arrivals, stages)
         finally:
-            self.slots = []  # they refer to the inputs
+            self.slots, self.drawn = [], b""  # the slots refer to the inputs
 
     def begin(self, slots: list[Slot], headers: list[Mapping]) -> None:
         self.spans.begin()
-        # at once: a system call for each would take as long as the rest
-        drawn = secrets.token_hex(ID_BYTES * len(slots))
+        self.drawn = draw(ID_BYTES * len(slots))
         for index, (slot, own) in enumerate(zip(slots, headers, strict=True)):
-            new = drawn[2 * ID_BYTES * index : 2 * ID_BYTES * (index + 1)]
-            slot.trace = traced = self.trace(own, new[:32], new[32:])
-            if not self.trusted:  # the proxy itself answers with this header
-                answered = f"00-{traced.trace}-{traced.span}-{'01' if traced.sampled else '00'}"
-                self.handler.context.set_response_header(index, RESPONSE, answered)
+            sent = own_header(own, "traceparent") if self.trusted else header(own, "traceparent")
+            if sent or self.samples(self.drawn[ID_BYTES * index : ID_BYTES * index + 16]):
+                slot.trace = self.trace(sent, own, self.new(index))
+                if slot.trace.sampled:
+                    self.name(index)
 
-    def trace(self, headers: Mapping, new_trace: str, new_span: str) -> Traced:
+    def name(self, index: int) -> None:
+        """Name the trace in the answer to a request, unless the proxy does."""
+        if not self.trusted:
+            trace, span, _, sampled = self.traced(index)
+            sent = f"00-{trace}-{span}-{'01' if sampled else '00'}"
+            self.handler.context.set_response_header(index, RESPONSE, sent)
+
+    def traced(self, index: int) -> Traced:
+        """Return the trace of a request of this batch; one without a trace yet would not be sampled."""
+        return self.slots[index].trace or self.new(index)
+
+    def new(self, index: int) -> Traced:
+        """Return the trace that a request of this batch begins, with the ids that were drawn for it."""
+        drawn = self.drawn[ID_BYTES * index :][:ID_BYTES]
+        return Traced(drawn[:16].hex(), drawn[16:].hex(), "", self.samples(drawn[:16]))
+
+    def trace(self, sent: str, headers: Mapping, new: Traced) -> Traced:
         """Return the trace of a request: the one that its client or the proxy began, or a new one.
 
         The proxy chooses the id of the request's span (`bundle-span`), so that it can answer with it. If it began the
         trace, too, the span is the trace's first one, and `traceparent` names it. A request through gRPC has neither.
 
         Args:
-            headers: of the request.
-            new_trace, new_span: ids in place of those that are missing.
+            sent: its `traceparent`; "" if it has none.
+            headers: its headers.
+            new: the trace that it begins if it is in none.
         """
-        sent = own_header(headers, "traceparent") if self.trusted else header(headers, "traceparent")
         found = TRACEPARENT.match(sent)
         if found is None:
-            return Traced(new_trace, new_span, "", self.samples(new_trace))
+            return new
         trace, parent, sampled = found[2], found[3], bool(int(found[4], 16) & 1)
         span = own_header(headers, "bundle-span") if self.trusted else ""
         if not SPAN.fullmatch(span):
-            span = new_span
+            span = new.span
         if span == parent:
             parent = ""
         if not self.follows_parent:
-            sampled = self.samples(trace)
+            sampled = self.samples(bytes.fromhex(trace))
         return Traced(trace, span, parent, sampled)
 
-    def samples(self, trace: str) -> bool:
+    def samples(self, trace: bytes) -> bool:
         """Return whether the sampler takes a trace, by its id."""
-        return int(trace[16:], 16) < self.bound
+        return int.from_bytes(trace[8:], "big") < self.bound
 
     def end(
         self, slots: list[Slot], data: Sequence[Mapping], headers: list[Mapping], arrivals: list, stages: list
     ) -> None:
-        if any(slot.trace.sampled for slot in slots):
+        sampled = False
+        for index, slot in enumerate(slots):
+            if slot.trace and slot.trace.sampled:
+                sampled = True
+            elif slot.error:  # the log may name its trace
+                self.name(index)
+        if sampled:
             try:
                 self.spans.record(self.handler, slots, data, headers, arrivals, stages)
             except Exception:
                 logger.exception("a bug lost the trace of a batch of %s", self.handler.context.model_name)
 
     def named(self, slots: Iterable[Slot]) -> str:
-        ids = list(dict.fromkeys(slot.trace.trace for slot in slots if slot.trace))
+        asked = set(map(id, slots))
+        found = [index for index, slot in enumerate(self.slots) if id(slot) in asked]
+        ids = list(dict.fromkeys(self.traced(index).trace for index in found))
         if not ids:
             return ""
         more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""

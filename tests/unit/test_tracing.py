@@ -8,8 +8,8 @@ import time
 
 import pytest
 from opentelemetry.context import Context
+from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, SpanFlags
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
-from opentelemetry.proto.trace.v1.trace_pb2 import SpanFlags
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
@@ -51,7 +51,10 @@ def headers(parent: str = SPAN, flags: str = "01", **others: str) -> dict[str, s
 
 def messages(exported: InMemorySpanExporter) -> list[Message]:
     """Return the spans as they are sent."""
-    return [span.write(Message()) for span in exported.get_finished_spans()]
+    sent = ScopeSpans()
+    for each in exported.get_finished_spans():
+        each.write(sent.spans)
+    return list(sent.spans)
 
 
 def test_request_behind_the_proxy_has_its_span_and_the_time_in_the_queue(worker: DryRun, exported):
@@ -118,7 +121,7 @@ def test_unsampled_requests_have_no_spans(worker: DryRun, exported):
     ],
 )
 def test_traceparent(worker: DryRun, exported, sent: str, found: tuple[str, str, bool] | None):
-    traced = worker.handler.tracing.trace({"traceparent": sent}, NEW, OWN)
+    traced = worker.handler.tracing.trace(sent, {}, tracing.Traced(NEW, OWN, "", False))
     if found:
         assert (traced.trace, traced.parent, traced.sampled) == found
     else:
@@ -372,7 +375,7 @@ def test_sampler_decides_as_the_one_of_the_sdk(worker: DryRun, monkeypatch: pyte
     for last in edges[1:-1]:  # 0 to 2**64 - 1
         trace = f"{TRACE[:16]}{last:016x}"
         expected = sampler.should_sample(Context(), int(trace, 16), "request").decision.is_sampled()
-        assert started.samples(trace) == expected, f"{last:x}"
+        assert started.samples(bytes.fromhex(trace)) == expected, f"{last:x}"
 
 
 def test_settings_are_passed_to_workers_and_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch):
