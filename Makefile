@@ -175,7 +175,7 @@ ifdef TESTS
 	$(PYTEST) $(TESTS)
 else
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-o slow-units-p-z
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 servers-a-f servers-g-o servers-p-r servers-s-z
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 servers-s-z servers-g-o servers-p-r servers-a-f
 endif
 
 fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
@@ -218,7 +218,7 @@ fast-units: dev .venv/loadtest.done
 slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.done
 	$(PYTEST) tests/unit/test_[$*]*.py -m slow
 
-# in parts, two at a time: the servers of three need more than 24 GB
+# in parts, two at a time, the longest first: the servers of three need more than 24 GB
 servers-a-f servers-g-o servers-p-r servers-s-z: servers-%: dev .venv/loadtest.done
 	$(PYTEST) tests/server/test_[$*]*.py
 
