@@ -130,7 +130,7 @@ class Proxied(Served):
     """
 
     path = "/page"  # docker/nginx/nginx.conf passes it on unchanged
-    start = "make up"
+    start = "make up PAGE=1"
     kept = HOUR
 
     url: str

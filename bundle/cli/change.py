@@ -102,7 +102,12 @@ def target(server: "Server") -> "tuple[Running, None] | tuple[None, Stack]":
 
     given = [name for name in ("PROJECT", "RUN_DIR") if os.environ.get(name)] if docker_stack.compose() else []
     running = server.running() if given != ["PROJECT"] else None
-    stack = docker_stack.find(note) if given != ["RUN_DIR"] else None
+    stack, unavailable = None, ""
+    if given != ["RUN_DIR"]:
+        try:
+            stack = docker_stack.find(note)
+        except docker_stack.Unavailable as exc:  # no fault if the bare server is meant
+            unavailable = str(exc)
     if running and stack:
         raise UsageError(
             f"Both run: {called(server, running)}, and the Docker stack {stack.project}. Name one of them alone: "
@@ -113,6 +118,8 @@ def target(server: "Server") -> "tuple[Running, None] | tuple[None, Stack]":
     if stack:
         return None, stack
     if given == ["PROJECT"]:
+        if unavailable:
+            raise NotRunning(f"Whether the Docker stack {os.environ['PROJECT']} runs is not known. {unavailable}")
         raise NotRunning(
             f"The Docker stack {os.environ['PROJECT']} is not running. Start it, with its other variables: "
             f"make up PROJECT={os.environ['PROJECT']}"
@@ -122,7 +129,7 @@ def target(server: "Server") -> "tuple[Running, None] | tuple[None, Stack]":
             f"The server of RUN_DIR={relative(server.run_dir)} is not running. Start it: make serve "
             f"RUN_DIR={relative(server.run_dir)}. If you mean a Docker stack, name it: PROJECT=torchserve-bundle"
         )
-    raise NotRunning(NOTHING_RUNS)
+    raise NotRunning(f"{NOTHING_RUNS}. {unavailable}" if unavailable else NOTHING_RUNS)
 
 
 def called(server: "Server", running: "Running") -> str:

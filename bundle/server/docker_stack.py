@@ -19,6 +19,13 @@ INSPECTED = '{{index .Config.Labels "com.docker.compose.project"}} {{.State.Stat
 INSPECTED += '{{with index .State "Health"}}{{.Status}}{{else}}none{{end}} {{.Id}} {{.Name}}'
 
 
+SECONDS = 60  # in which Docker must list containers
+
+
+class Unavailable(BundleError):
+    """Docker does not list the stack's containers."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C came while a command ran in a container, where it could not be stopped. It has ended since.
 
@@ -153,17 +160,16 @@ def find(report: Callable[[str], object]) -> Stack | None:
 
     Args:
         report: gets lines for the user.
+
+    Raises:
+        Unavailable: Docker is not installed, does not run, or refuses this user.
     """
     command = compose()
     if not command:
         return None
-    try:
-        listed = subprocess.run([*command, "ps", "-a", "-q", "torchserve"], capture_output=True, text=True)
-        inspect = ["docker", "inspect", "--format", INSPECTED, *listed.stdout.split()]
-        inspected = subprocess.run(inspect, capture_output=True, text=True) if listed.stdout.split() else listed
-    except OSError:
-        return None
-    found = sorted((line.split() for line in inspected.stdout.splitlines()), key=lambda each: each[-1])
+    names = listed([*command, "ps", "-a", "-q", "torchserve"]).split()
+    inspected = listed(["docker", "inspect", "--format", INSPECTED, *names]) if names else ""
+    found = sorted((line.split() for line in inspected.splitlines()), key=lambda each: each[-1])
     running, stopped, starting = [], [], []
     for _, state, health, identity, slashed in found:
         name = slashed.lstrip("/")
@@ -174,6 +180,23 @@ def find(report: Callable[[str], object]) -> Stack | None:
         if health == "starting":
             starting.append(name)
     return Stack(found[0][0], running, stopped, starting) if running else None
+
+
+def listed(command: list[str]) -> str:
+    """Return what a command of Docker prints.
+
+    Raises:
+        Unavailable: it fails, or takes too long.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+    except subprocess.CalledProcessError as exc:
+        said = exc.stderr.strip().splitlines()[-1:] or [f"exit status {exc.returncode}"]
+        raise Unavailable(f"Docker fails: {said[0]}") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise Unavailable(f"Docker does not answer within {SECONDS} s.") from exc
+    except OSError as exc:
+        raise Unavailable(f"Docker cannot be called: {exc}") from exc
 
 
 @dataclass(frozen=True)

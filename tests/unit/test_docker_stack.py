@@ -279,6 +279,20 @@ def test_project_chooses_the_stack(stack: Stack, server: Server, monkeypatch: py
         )
 
 
+def test_what_docker_says_is_shown_if_nothing_else_runs(stack: Stack, server: Server, monkeypatch: pytest.MonkeyPatch):
+    refusal = "permission denied while trying to connect to the Docker daemon socket"
+    stack.control("docker", f"#!/bin/sh\necho '{refusal}' >&2\nexit 1\n")
+    for ended in changes(stack):  # the server is meant
+        assert "Docker" not in ended.stderr
+    server.record.unlink()
+    for ended in changes(stack):
+        assert (ended.status, ended.stderr.endswith(f"make serve, or make up. Docker fails: {refusal}\n")) == (3, True)
+    monkeypatch.delenv("RUN_DIR")
+    for ended in changes(stack):
+        expected = f"error: Whether the Docker stack more runs is not known. Docker fails: {refusal}\n"
+        assert (ended.status, ended.stderr) == (3, expected)
+
+
 def test_run_dir_chooses_the_server(stack: Stack, server: Server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PROJECT")
     rolled_out, managed = changes(stack)

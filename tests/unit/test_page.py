@@ -280,7 +280,7 @@ def test_server_that_does_not_describe_its_models_is_an_error(served: Served, ht
 
 
 def test_stack_that_does_not_run_is_an_error_that_says_what_to_do():
-    with pytest.raises(NotRunning, match=r"No server answers at http://.*\. Start it: make up"):
+    with pytest.raises(NotRunning, match=r"No server answers at http://.*\. Start it: make up PAGE=1"):
         Proxied(f"http://127.0.0.1:{free_ports(1)[0]}").models()
 
 
