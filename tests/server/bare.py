@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,17 +27,27 @@ import os, time
 
 from ts.handler_utils.utils import send_intermediate_predict_response
 
+
+
+def wait(action):
+    """While there is a file with the name of the action, leave one that says that this process waits for its end."""
+    held = os.path.join(os.environ["TEMP"], f"{action}-NAME")
+    while os.path.exists(held):
+        open(f"{held}-{os.getpid()}", "w").close()
+        time.sleep(0.02)
+
+
 if os.path.exists(os.path.join(os.environ["TEMP"], "break-NAME")):
     raise SystemExit("broken")
-if "NAME" == "slow":
-    time.sleep(SLOW_START)
+wait("start")
 
 
 def handle(data, context):
     """Answer each request with the size of its batch and what arrived.
 
-    The body b'sleep 2' takes 2 seconds; b'raise' fails the batch; b'header' gets an invalid header; b'exit' ends the
-    worker, and leaves a file; b'part' does so after the first part of a streamed answer.
+    The body b'sleep 2' takes 2 seconds; b'hold' waits as `Bare.holding` says; b'raise' fails the batch; b'header' gets
+    an invalid header; b'exit' ends the worker, and leaves a file; b'part' does so after the first part of a streamed
+    answer.
     """
     if data is None or context is None:
         return None
@@ -49,6 +60,8 @@ def handle(data, context):
             body = body[int(json_size) + 4 :]
         if body.startswith("sleep "):
             time.sleep(float(body.split()[1]))
+        if body == "hold":
+            wait("hold")
         if body == "raise":
             raise ValueError("raise")
         if body == "header":
@@ -62,7 +75,6 @@ def handle(data, context):
         answers.append({"batch": len(data), "worker": os.getpid(), "fields": fields})
     return answers
 '''
-SLOW_START = 5  # seconds that the workers of a model with the name `slow` need to start
 PATIENCE = 2  # seconds
 PLAIN = {"batchSize": 1, "maxBatchDelay": 1}
 BATCHES = {"batchSize": 8, "maxBatchDelay": 1000 * PATIENCE}
@@ -73,6 +85,7 @@ MODELS = {
     "batches": BATCHES,
     "patient": {**BATCHES, "patience": "fixed"},
     "late": {**PLAIN, "clientTimeoutInMills": 1000, "jobQueueSize": 2},
+    "later": {**PLAIN, "clientTimeoutInMills": 5000, "jobQueueSize": 2},
     "stuck": {**PLAIN, "responseTimeout": 2},
     "broken": {**PLAIN, "maxRetryTimeoutInSec": 1},
 }
@@ -101,6 +114,41 @@ class Bare:
     def break_workers(self, model: str) -> None:
         """Make each further start of a worker of this model fail."""
         (self.folder / f"break-{model}").touch()
+
+    @contextmanager
+    def holding(self, model: str, action: str = "hold") -> Iterator[None]:
+        """Hold a model's workers while the block runs.
+
+        Args:
+            action: hold, for those that get a request with the body b"hold"; start, for those that start.
+        """
+        file = self.folder / f"{action}-{model}"
+        for old in self.folder.glob(f"{file.name}-*"):
+            old.unlink()
+        file.touch()
+        try:
+            yield
+        finally:
+            file.unlink()
+
+    def held(self, model: str, action: str = "hold") -> set[int]:
+        """Return the process ids of the workers that were held since the block began."""
+        return {int(file.name.rpartition("-")[2]) for file in self.folder.glob(f"{action}-{model}-*")}
+
+    def accepted(self, model: str) -> int:
+        """Return how many requests of a model are in its queue, or held in its workers."""
+        [described] = requests.get(f"{self.management}/models/{model}", timeout=20).json()
+        inside = self.held(model) & {worker["pid"] for worker in described["workers"]}
+        return described["jobQueueStatus"]["pendingRequests"] + len(inside)
+
+    def posted(self, pool: ThreadPoolExecutor, model: str, *bodies: bytes, **options: float) -> list[Future]:
+        """Send requests one after the other while workers are held; return when all are accepted, in this order."""
+        sent = []
+        for body in bodies:
+            count = self.accepted(model)
+            sent.append(pool.submit(self.post, model, body, **options))
+            wait_for(lambda count=count: self.accepted(model) == count + 1)
+        return sent
 
     def exits(self) -> set[int]:
         """Return the process ids of the workers that a request has ended."""
@@ -147,7 +195,7 @@ def archive(store: Path, name: str, **config: object) -> None:
     model = {"modelName": name, "handler": "handler.py", "modelVersion": "1.0", "configFile": "model-config.yaml"}
     with zipfile.ZipFile(store / f"{name}.mar", "w") as file:
         file.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
-        file.writestr("handler.py", HANDLER.replace("NAME", name).replace("SLOW_START", str(SLOW_START)))
+        file.writestr("handler.py", HANDLER.replace("NAME", name))
         file.writestr("model-config.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items()))
 
 

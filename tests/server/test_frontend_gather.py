@@ -20,12 +20,10 @@ def test_lone_request_is_answered_at_once(patched: Bare):
 
 
 def test_requests_that_come_while_the_worker_is_busy_share_its_next_batch(patched: Bare):
-    with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(patched.post, "batches", b"sleep 2")
-        time.sleep(0.3)
-        later = list(pool.map(lambda _: patched.post("batches"), range(6)))
+    with ThreadPoolExecutor(8) as pool, patched.holding("batches"):
+        first, *later = patched.posted(pool, "batches", b"hold", *[b"x"] * 6)
     assert first.result().json()["batch"] == 1
-    assert [answer.json()["batch"] for answer in later] == [6] * 6
+    assert [answer.result().json()["batch"] for answer in later] == [6] * 6
 
 
 def test_model_with_fixed_patience_waits_for_a_batch(patched: Bare):

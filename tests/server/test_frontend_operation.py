@@ -4,9 +4,8 @@ import gzip
 import os
 import signal
 import socket
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,11 +13,13 @@ import grpc
 import psutil
 import pytest
 import requests
+from google.protobuf.empty_pb2 import Empty
 from requests.adapters import HTTPAdapter
 
 from bundle.server import grpc_client
 from bundle.supervisor.gate import own_addresses
-from tests.server.bare import ONE_THREAD, PLAIN, SLOW_START, Bare, archive, bare
+from tests.server.bare import ONE_THREAD, PLAIN, Bare, archive, bare
+from tests.support import wait_for
 
 LARGE = bytes(7 * 2**20)  # TorchServe's default limit is 6.25 MiB
 BODY = 16 << 20
@@ -45,45 +46,51 @@ FORMS = {
 }
 
 
-def longest_during_a_registration(server: Bare) -> float:
-    """Return the longest time that a prediction took while a model that starts slowly was registered."""
+def answers_during_a_registration(server: Bare, seconds: float) -> bool:
+    """Return whether a prediction is answered in time while a registration waits for the worker of its model."""
     archive(server.folder / "store", "slow")
     query = {"url": "slow.mar", "initial_workers": 1, "synchronous": "true"}
-    durations = []
     with ThreadPoolExecutor(1) as pool:
-        registered = pool.submit(requests.post, f"{server.management}/models", params=query, timeout=120)
-        while not registered.done():
-            start = time.monotonic()
-            assert server.post("one").status_code == 200
-            durations.append(time.monotonic() - start)
-    assert registered.result().status_code == 200, registered.result().text
+        with server.holding("slow", "start"):
+            registered = pool.submit(requests.post, f"{server.management}/models", params=query, timeout=120)
+            wait_for(lambda: server.held("slow", "start"))
+            try:
+                answered = server.post("one", timeout=seconds).status_code == 200
+            except requests.ReadTimeout:
+                answered = False
+        assert registered.result().status_code == 200, registered.result().text
     assert requests.delete(f"{server.management}/models/slow", timeout=30).status_code == 200
-    return max(durations)
+    return answered
 
 
 def terminate_while_busy(server: Bare) -> list[int | str]:
     """Send SIGTERM while a request is in the worker and two are in the queue; return what their clients saw."""
 
-    def post(body: bytes) -> int | str:
+    def outcome(sent: Future) -> int | str:
         try:
-            return server.post("one", body).status_code
+            return sent.result().status_code
         except requests.ConnectionError:
             return "no answer"
 
+    def is_closed() -> bool:
+        try:
+            requests.get(f"{server.inference}/ping", timeout=30)
+        except requests.ConnectionError:
+            return True
+        return False
+
     with ThreadPoolExecutor(3) as pool:
-        sent = [pool.submit(post, b"sleep 3")]
-        time.sleep(0.7)
-        sent += [pool.submit(post, b"x") for _ in range(2)]
-        time.sleep(0.7)
-        os.kill(server.process.pid, signal.SIGTERM)
-        time.sleep(0.7)
-        with pytest.raises(requests.ConnectionError):
-            server.post("one")
-        return [future.result() for future in sent]
+        with server.holding("one"):
+            sent = server.posted(pool, "one", b"hold", b"x", b"x")
+            os.kill(server.process.pid, signal.SIGTERM)
+            wait_for(is_closed)
+            with pytest.raises(requests.ConnectionError):
+                server.post("one")
+        return [outcome(each) for each in sent]
 
 
 def test_prediction_does_not_wait_for_a_registration(patched: Bare):
-    assert longest_during_a_registration(patched) < SLOW_START / 2
+    assert answers_during_a_registration(patched, 30)
 
 
 def test_gzip_body_arrives_decompressed(patched: Bare):
@@ -255,7 +262,7 @@ def test_registration_large_and_gzip_bodies_without_the_patches(unpatched: Bare)
     body = gzip.compress(b"a text")
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"}
     assert unpatched.post("one", body, headers=headers).json()["fields"] == {"body": str(body)}
-    assert longest_during_a_registration(unpatched) > SLOW_START / 2
+    assert not answers_during_a_registration(unpatched, 3)
 
 
 def test_sigterm_answers_the_grpc_calls_that_were_accepted_and_no_others(tmp_path: Path):
@@ -266,17 +273,29 @@ def test_sigterm_answers_the_grpc_calls_that_were_accepted_and_no_others(tmp_pat
 
     with bare(tmp_path, {"one": PLAIN}) as server, grpc.insecure_channel(server.grpc) as channel:
         call = services.InferenceAPIsServiceStub(channel).Predictions
-        assert call(request(b"x"), timeout=20).prediction
-        accepted = [call.future(request(body), timeout=20) for body in (b"sleep 3", b"x")]
-        time.sleep(0.7)
-        os.kill(server.process.pid, signal.SIGTERM)
-        time.sleep(0.7)
-        with pytest.raises(grpc.RpcError) as rejected:
-            call(request(b"x"), timeout=20)
+        assert call(request(b"x"), timeout=60).prediction
+        accepted = []
+        with server.holding("one"):
+            for body in (b"hold", b"x"):
+                accepted.append(call.future(request(body), timeout=120))
+                wait_for(lambda: server.accepted("one") == len(accepted))
+            os.kill(server.process.pid, signal.SIGTERM)
+            wait_for(lambda: not answers_ping(channel))
+            with pytest.raises(grpc.RpcError) as rejected:
+                call(request(b"x"), timeout=60)
         assert rejected.value.code() is grpc.StatusCode.UNAVAILABLE
         assert all(future.result().prediction for future in accepted)
         _, alive = psutil.wait_procs([server.process], timeout=60)
     assert alive == []
+
+
+def answers_ping(channel: grpc.Channel) -> bool:
+    _, services = grpc_client._stubs()
+    try:
+        services.InferenceAPIsServiceStub(channel).Ping(Empty(), timeout=30)
+    except grpc.RpcError:
+        return False
+    return True
 
 
 def test_sigterm_answers_what_was_accepted_with_the_patch_only(tmp_path: Path):

@@ -26,12 +26,10 @@ def full_queue(server: Bare) -> Iterator[None]:
     """Keep the queue of the model `one` full while the block runs."""
     predict(server.grpc, "one", b"x")  # its first call compiles the protocol, which takes a while
     with ThreadPoolExecutor(3) as pool:
-        busy = pool.submit(server.post, "one", b"sleep 4")
-        time.sleep(0.5)
-        queued = [pool.submit(server.post, "one") for _ in range(2)]
-        time.sleep(0.5)
-        yield
-        assert [future.result().status_code for future in (busy, *queued)] == [200] * 3
+        with server.holding("one"):
+            sent = server.posted(pool, "one", b"hold", b"x", b"x")
+            yield
+        assert [future.result().status_code for future in sent] == [200] * 3
 
 
 def error(answer: requests.Response) -> tuple[int, str, str | None]:
@@ -62,12 +60,12 @@ def test_request_beyond_the_queue_is_not_counted_as_a_timeout_later(patched: Bar
         return sum(log.read_text().count("Requests5XX.Count:1") for log in patched.folder.rglob("*.log"))
 
     before = failures()
-    with ThreadPoolExecutor(4) as pool:
-        sent = [pool.submit(patched.post, "late", b"sleep 0.8")]
-        time.sleep(0.3)
-        sent += [pool.submit(patched.post, "late") for _ in range(3)]
-        assert sorted(future.result().status_code for future in sent) == [200, 200, 200, 429]
-    time.sleep(1.2)  # longer than clientTimeoutInMills
+    with ThreadPoolExecutor(3) as pool:
+        with patched.holding("later"):
+            sent = patched.posted(pool, "later", b"hold", b"x", b"x")
+            assert patched.post("later").status_code == 429
+        assert [future.result().status_code for future in sent] == [200] * 3
+    time.sleep(5.2)  # longer than clientTimeoutInMills
     assert failures() == before
 
 

@@ -57,14 +57,15 @@ def test_request_beyond_the_queue_is_resource_exhausted(patched: Bare):
 
 
 def test_request_beyond_the_client_timeout_is_deadline_exceeded_at_once(patched: Bare, pool):
-    start = time.monotonic()
-    inside = pool.submit(infer, patched, "late", b"sleep 3")
-    time.sleep(0.3)
-    queued = pool.submit(infer, patched, "late", b"sleep 60")
-    for future in (inside, queued):
-        assert future.result().startswith("DEADLINE_EXCEEDED: There was no answer within the model's clientTimeout")
-    assert 0.9 < time.monotonic() - start < 2.5
-    wait_for(lambda: infer(patched, "late") == ANSWERED, 20)
+    with patched.holding("late"):
+        start = time.monotonic()
+        inside = pool.submit(infer, patched, "late", b"hold")
+        wait_for(lambda: patched.held("late") or inside.done())
+        queued = pool.submit(infer, patched, "late", b"sleep 60")
+        for future in (inside, queued):
+            assert future.result().startswith("DEADLINE_EXCEEDED: There was no answer within the model's clientTimeout")
+        assert time.monotonic() - start > 0.9
+    wait_for(lambda: infer(patched, "late") == ANSWERED, 40)
 
 
 def test_model_that_loses_its_workers_is_not_ready(patched: Bare, client: triton.InferenceServerClient):
@@ -79,11 +80,13 @@ def test_model_that_loses_its_workers_is_not_ready(patched: Bare, client: triton
 def test_request_inside_a_killed_worker_is_answered_by_the_next(
     patched: Bare, client: triton.InferenceServerClient, pool
 ):
-    inside = pool.submit(infer, patched, "one", b"sleep 2")
-    time.sleep(1)
-    [killed] = patched.workers("one")
-    kill(patched, "one")
-    wait_for(lambda: not client.is_server_ready(), 20)
+    with patched.holding("one"):
+        inside = pool.submit(infer, patched, "one", b"hold")
+        wait_for(lambda: patched.held("one"))
+        [killed] = patched.workers("one")
+        with patched.holding("one", "start"):
+            kill(patched, "one")
+            wait_for(lambda: not client.is_server_ready())
     assert inside.result() == ANSWERED
     assert patched.workers("one") != [killed]
 

@@ -52,27 +52,31 @@ def test_model_without_workers_is_not_ready(server: Bare):
 
 
 def test_model_that_is_loading_is_not_ready_and_its_server_stays_ready(server: Bare):
-    wait_for(partial(is_ready, server), 30)
+    wait_for(partial(is_ready, server))
     archive(server.folder / "store", "slow", **PLAIN)
-    register(server, "slow", wait=False)
     try:
-        assert not is_ready(server, "models/slow")
-        assert is_ready(server)
-        wait_for(partial(is_ready, server, "models/slow"), 30)
+        with server.holding("slow", "start"):
+            register(server, "slow", wait=False)
+            assert not is_ready(server, "models/slow")
+            assert is_ready(server)
+        wait_for(partial(is_ready, server, "models/slow"))
     finally:
         requests.delete(f"{server.management}/models/slow", timeout=60)
 
 
 def test_server_is_not_ready_before_the_models_of_its_start(tmp_path: Path):
+    held = tmp_path / "start-slow"
+    held.touch()
     with bare(tmp_path, {"one": PLAIN, "slow": PLAIN}, wait=False) as started:
-        wait_for(partial(started.has_workers, "one", 1), 60)
+        wait_for(partial(started.has_workers, "one", 1), 120)
         assert not is_ready(started)
-        wait_for(partial(is_ready, started), 60)
+        held.unlink()
+        wait_for(partial(is_ready, started))
         assert is_ready(started, "models/slow")
 
 
 def test_model_of_the_start_that_is_registered_again_and_fails_leaves_its_server_ready(server: Bare):
-    wait_for(partial(is_ready, server), 30)
+    wait_for(partial(is_ready, server))
     assert requests.delete(f"{server.management}/models/one", timeout=60).ok
     server.break_workers("one")
     try:
@@ -81,18 +85,18 @@ def test_model_of_the_start_that_is_registered_again_and_fails_leaves_its_server
         assert is_ready(server)
     finally:
         (server.folder / "break-one").unlink()
-    wait_for(partial(is_ready, server, "models/one"), 60)
+    wait_for(partial(is_ready, server, "models/one"), 120)  # TorchServe waits longer after each start that fails
 
 
 def test_model_that_failed_before_anybody_asked_is_missed(server: Bare):
-    wait_for(partial(is_ready, server), 30)
+    wait_for(partial(is_ready, server))
     archive(server.folder / "store", "later", **PLAIN)
     register(server, "later", wait=True)
     try:
         [ready] = server.workers("later")
         server.break_workers("later")
         psutil.Process(ready).kill()
-        wait_for(partial(server.has_workers, "later", 0), 30)
+        wait_for(partial(server.has_workers, "later", 0))
         assert not is_ready(server)
     finally:
         requests.delete(f"{server.management}/models/later", timeout=60)
@@ -100,7 +104,7 @@ def test_model_that_failed_before_anybody_asked_is_missed(server: Bare):
 
 
 def test_model_whose_workers_were_stopped_on_purpose_is_not_missed_while_it_starts_again(server: Bare):
-    wait_for(partial(is_ready, server), 30)
+    wait_for(partial(is_ready, server))
     server.break_workers("one")
     server.scale("one", 0)
     query = {"min_worker": 1, "max_worker": 1}
@@ -114,12 +118,12 @@ def test_model_whose_workers_were_stopped_on_purpose_is_not_missed_while_it_star
 
 
 def test_server_is_not_ready_until_a_lost_worker_is_replaced(server: Bare):
-    wait_for(partial(is_ready, server), 30)
+    wait_for(partial(is_ready, server))
     server.break_workers("two")
     psutil.Process(server.workers("two")[0]).kill()
-    wait_for(lambda: not is_ready(server), 20)
+    wait_for(lambda: not is_ready(server))
     assert not is_ready(server, "models/two")
     assert is_ready(server, "models/one")
     (server.folder / "break-two").unlink()
-    wait_for(partial(is_ready, server), 30)
+    wait_for(partial(is_ready, server), 120)  # TorchServe waits longer after each start that fails
     assert is_ready(server, "models/two")
