@@ -59,7 +59,7 @@ class Receiver:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def of(self, trace: str, count: int = 1, seconds: float = 15) -> dict[str, list[Span]]:
+    def of(self, trace: str, count: int = 1, seconds: float = 60) -> dict[str, list[Span]]:
         """Wait until a trace has `count` spans; return them by name."""
         deadline = time.monotonic() + seconds
         while len([span for span in self.spans if span.trace == trace]) < count:

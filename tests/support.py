@@ -46,16 +46,39 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def batches(metrics: str, model: str) -> tuple[float, float]:
-    """How many batches a model has answered, and how many requests were in them.
+def repeated(send: Callable[[], requests.Response]) -> requests.Response:
+    """Send an explanation, and again if it is rejected because a busy machine exceeds the time of a batch."""
+    for _ in range(5):
+        answer = send()
+        if answer.status_code != 429:
+            break
+    return answer
+
+
+def batches(metrics: str, model: str, least: float = 0) -> tuple[float, float]:
+    """How many batches a model has answered, and how many requests were in them, once these numbers stay the same.
+
+    TorchServe reads what workers print in the background, so a request may be missing after its answer.
 
     Args:
         metrics: URL of the metrics API.
+        least: the number of requests to wait for.
     """
-    exposed = requests.get(f"{metrics}/metrics", timeout=30).text
-    samples = [sample for family in text_string_to_metric_families(exposed) for sample in family.samples]
 
-    def total(name: str) -> float:
-        return sum(one.value for one in samples if one.name == name and one.labels["ModelName"] == model)
+    def read() -> tuple[float, float]:
+        exposed = requests.get(f"{metrics}/metrics", timeout=30).text
+        samples = [sample for family in text_string_to_metric_families(exposed) for sample in family.samples]
 
-    return total("bundle_batch_size_count"), total("bundle_batch_size_sum")
+        def total(name: str) -> float:
+            return sum(one.value for one in samples if one.name == name and one.labels["ModelName"] == model)
+
+        return total("bundle_batch_size_count"), total("bundle_batch_size_sum")
+
+    found: list[tuple[float, float]] = []
+
+    def is_settled() -> bool:
+        found.append(read())
+        return found[-1][1] >= least and len(found) >= 3 and len(set(found[-3:])) == 1
+
+    wait_for(is_settled)
+    return found[-1]

@@ -78,17 +78,17 @@ class Visitor:
 
     def ask(self) -> str:
         """Press the button; return what the page says in the end. On a busy machine, an explanation is repeated."""
-        said = ""
         for _ in range(4):
+            self.part("status").locator("p").evaluate_all("earlier => earlier.forEach(p => p.dataset.earlier = 'yes')")
             self.part("ask").click()
-            said = self.said(before=said)
+            said = self.said()
             if "429" not in said:
                 break
         return said
 
-    def said(self, before: str = "", expected: str = r"Explained in|\d\d\d( \w+)?: ") -> str:
-        finished = self.part("status").locator("p").filter(has_text=re.compile(expected))
-        finished = finished.filter(has_not_text=before) if before else finished
+    def said(self, expected: str = r"Explained in|\d\d\d( \w+)?: ") -> str:
+        """Return what the page says once it is as expected. What it said before `ask` does not count."""
+        finished = self.part("status").locator("p:not([data-earlier])").filter(has_text=re.compile(expected))
         finished.wait_for()
         return finished.text_content()
 
@@ -100,7 +100,7 @@ class Visitor:
     def snippet(self, title: str) -> str:
         """Return the code under a tab."""
         self.tab.get_by_role("tab", name=title, exact=True).locator("visible=true").click()
-        self.part(title.lower()).locator(".cm-line").first.wait_for()
+        self.part(title.lower()).locator(".cm-line").filter(has_text=re.compile(r"\S")).first.wait_for()
         return "\n".join(self.part(title.lower()).locator(".cm-line").all_text_contents())
 
     def shoot(self, name: str) -> None:

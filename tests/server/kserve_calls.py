@@ -63,10 +63,14 @@ async def outcome(protocol: str, **given) -> object:
     if protocol == "grpc":
         return await grpc_outcome(**given)
     async with InferenceRESTClient(RESTConfig(protocol=protocol)) as client:
-        try:
-            return await call(client, protocol, **given)
-        except httpx.HTTPStatusError as error:
-            return {"status": error.response.status_code, "error": str(error)}
+        for _ in range(5):
+            try:
+                return await call(client, protocol, **given)
+            except httpx.HTTPStatusError as error:
+                failure = {"status": error.response.status_code, "error": str(error)}
+            if failure["status"] != 429:  # a busy machine exceeds the time of a batch of explanations
+                break
+    return failure
 
 
 async def outcomes(calls: dict[str, dict]) -> dict[str, object]:

@@ -74,7 +74,7 @@ def running(folder: Path) -> Iterator[Store]:
     command = [environment.python.with_name("moto_server"), "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "store.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
-            wait_for(lambda: is_open(port), 30)
+            wait_for(lambda: is_open(port), 120)
             yield Store(f"http://127.0.0.1:{port}")
         finally:
             process.terminate()

@@ -39,12 +39,12 @@ class Supervised:
     def ready(self) -> int | None:
         """Return the status of /ready; None if the supervisor does not answer."""
         try:
-            return requests.get(f"http://127.0.0.1:{self.port}/ready", timeout=5).status_code
+            return requests.get(f"http://127.0.0.1:{self.port}/ready", timeout=30).status_code
         except requests.RequestException:
             return None
 
     def metrics(self) -> str:
-        return requests.get(f"http://127.0.0.1:{self.port}/metrics", timeout=5).text
+        return requests.get(f"http://127.0.0.1:{self.port}/metrics", timeout=30).text
 
     def java(self) -> psutil.Process:
         return psutil.Process(self.place.record()["pid"])
@@ -56,7 +56,7 @@ class Supervised:
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, and return the exit status."""
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
     def kill(self) -> None:
         if self.process and self.process.poll() is None:

@@ -32,7 +32,7 @@ from tests.support import wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
-LOGGED = 20  # seconds, because TorchServe writes its logs in the background
+LOGGED = 60  # seconds, because TorchServe writes its logs in the background
 
 
 @pytest.fixture

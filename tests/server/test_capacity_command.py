@@ -14,6 +14,7 @@ from tests import programs
 pytestmark = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
 
 SHORT = {"ROUNDS": 1, "LEAST_SECONDS": 0.7, "CHECK_SECONDS": 1.0, "WARM_UPS": 1, "WARM_UP_SECONDS": 0.5}
+SHORT |= {"CHECKED": 0.2}  # at a higher rate, a pause of a busy machine fills the queue
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_capacity_is_measured_once_and_answers_several_questions(kept: Path, mon
     assert [point["clients"] for point in points] == [1, 3, 12, 48, 384]
     assert all(0 < point["p50"] <= point["p99"] for point in points)
     assert replica["capacity"] >= 0.97 * points[-1]["throughput"]
-    assert plan["figures"]["check"]["throughput"] == pytest.approx(0.7 * replica["capacity"])
+    assert plan["figures"]["check"]["throughput"] == pytest.approx(0.2 * replica["capacity"])
     assert plan["figures"]["memory"] > 50e6
     assert (kept / "mnist.json").exists()
     logs = kept.parent / "run" / "capacity" / "logs"  # of the measured server, which an error names

@@ -12,7 +12,7 @@ import requests
 from bundle.catalog import select
 from bundle.server import grpc_client
 from tests.server.place import Place, serving
-from tests.support import wait_for
+from tests.support import repeated, wait_for
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
@@ -93,7 +93,8 @@ def test_empty_body_is_rejected_and_not_described(served, method):
 
 @pytest.mark.parametrize("headers", [{}, {"Explain": "False"}, {"explain": "False", "Describe": "True"}], ids=str)
 def test_explanation_with_any_client_headers_stays_an_explanation(served, headers):
-    answer = requests.post(f"{served.client.inference}/explanations/mnist", data=DIGIT, headers=headers, timeout=30)
+    url = f"{served.client.inference}/explanations/mnist"
+    answer = repeated(lambda: requests.post(url, data=DIGIT, headers=headers, timeout=60))
     assert (answer.status_code, answer.json()["target"]["label"]) == (200, "3"), answer.text
 
 

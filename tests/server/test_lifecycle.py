@@ -124,4 +124,4 @@ def test_metrics_after_predictions_have_series_of_torchserve_and_of_the_bundle(s
             series in text for series in [*own, "ts_inference_requests_total{", "ts_queue_latency_microseconds{"]
         )
 
-    wait_for(complete, 20)
+    wait_for(complete)

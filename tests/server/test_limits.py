@@ -115,7 +115,7 @@ LIMITS = {
 def test_input_at_the_limit_is_served_and_past_it_is_rejected(served, limit: str):
     model, headers, at, past, status, error = LIMITS[limit]
     url = f"{served.client.inference}/predictions/{model}"
-    accepted, rejected = (requests.post(url, data=content, headers=headers, timeout=30) for content in (at, past))
+    accepted, rejected = (requests.post(url, data=content, headers=headers, timeout=60) for content in (at, past))
     assert accepted.status_code == 200, accepted.text
     assert (rejected.status_code, rejected.json()["type"]) == (status, error), rejected.text
 
@@ -127,7 +127,7 @@ def test_body_at_the_limit_is_served_and_past_it_is_rejected(served, chunked: bo
 
     def post(body: bytes) -> requests.Response:
         sent = iter([body[: BODY // 2], body[BODY // 2 :]]) if chunked else body
-        return requests.post(f"{served.client.inference}/predictions/image", data=sent, timeout=30)
+        return requests.post(f"{served.client.inference}/predictions/image", data=sent, timeout=60)
 
     assert post(content).status_code == 200
     rejected = post(content + b"\0")

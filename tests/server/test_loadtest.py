@@ -24,7 +24,7 @@ FILES = {
     "run_latency.png",
     "run_latency.svg",
 }
-LENIENT = {"defaults": {"p99_ms": 60_000, "failures": 0, "wrong": 0, "throughput": 1}}
+LENIENT = {"defaults": {"p99_ms": 60_000, "failures": 0, "wrong": 0, "throughput": 0.05}}
 
 
 def command(place: Place, results: Path, limits: dict, *arguments: str) -> list[str]:
@@ -91,7 +91,7 @@ def test_run_with_an_arrival_rate_keeps_it(served: Place, tmp_path: Path):
     """Each of 40 users sends one request per second. Without the rate, they would send many times more."""
     results = tmp_path / "run"
     limits = {"defaults": LENIENT["defaults"] | {"arrivals": 0.5}}
-    arguments = ("text=3", "mnist", "--shape", "rate", "--rate", "40", "--duration", "6s")
+    arguments = ("text=3", "mnist", "--shape", "rate", "--rate", "40", "--duration", "15s")
     run = loadtest(served, results, limits, *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     record = json.loads((results / "run_record.json").read_text())
@@ -117,7 +117,7 @@ def test_wrong_answers_fail_the_run_in_the_image_of_the_load_generator(served: P
     load = ("--headless", "--only-summary", "--users", "2", "--spawn-rate", "2", "--run-time", "3s")
     run = subprocess.run(
         [sys.executable, "-m", "locust", "--locustfile", "loadtest/locustfile.py", *host, *load],
-        cwd=tmp_path, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 1, run.stdout + run.stderr
     assert "x 3 instead of 7" in run.stdout
@@ -146,9 +146,9 @@ def test_sigterm_ends_the_run_and_its_workers(served: Place, tmp_path: Path):
         workers = psutil.Process(process.pid).children()
         assert len(workers) == 2
         process.send_signal(signal.SIGTERM)
-        shown, _ = process.communicate(timeout=30)
+        shown, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 143
     assert "The run was interrupted" in shown
-    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]

@@ -76,7 +76,7 @@ def test_reason_of_a_failed_start_is_the_authors_exception_with_its_file_and_lin
         f"{served.client.management}/models", params={"url": url, "synchronous": "true"}, timeout=120
     )
     assert answer.status_code == 500, answer.text
-    wait_for(lambda: cause in str(worker_failure(served.logs, name)), 20)
+    wait_for(lambda: cause in str(worker_failure(served.logs, name)))
     if name in served.client.models():  # TorchServe keeps it after a RuntimeError, without a worker
         served.client.unregister(name, version)
 
@@ -94,8 +94,8 @@ def test_metrics_of_a_handler_are_shown_and_an_invalid_one_harms_nothing(served:
     def exposed() -> str:
         return requests.get(f"{served.url('metrics_address')}/metrics", timeout=20).text
 
-    wait_for(lambda: 'my_calls{ModelName="counting",Level="Model"' in exposed(), 20)
-    wait_for(lambda: any(line.startswith("my_calls{") and line.endswith(" 3.0") for line in exposed().splitlines()), 20)
+    wait_for(lambda: 'my_calls{ModelName="counting",Level="Model"' in exposed())
+    wait_for(lambda: any(line.startswith("my_calls{") and line.endswith(" 3.0") for line in exposed().splitlines()))
     assert 'my_time{ModelName="counting"' in exposed()
     served.client.unregister("counting", "1.0")
 
@@ -115,8 +115,6 @@ def test_folder_in_place_of_an_archive_is_refused_with_what_to_do(served: Place,
     folder = mar.unpack(served.store / archive("folder", COUNTS), served.store / "no-archive")
     try:
         assert register(served, "no-archive", "unpacked").status_code == 500
-        wait_for(
-            lambda: "--archive-format no-archive, is not served" in str(worker_failure(served.logs, "unpacked")), 20
-        )
+        wait_for(lambda: "--archive-format no-archive, is not served" in str(worker_failure(served.logs, "unpacked")))
     finally:
         shutil.rmtree(folder)

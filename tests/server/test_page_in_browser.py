@@ -160,7 +160,7 @@ def test_phone_shows_the_page_without_scrolling_sideways(visit):
         visitor.choose(name)
         visitor.ask()
         visitor.shoot(f"phone-{name}")
-        assert visitor.tab.evaluate("document.documentElement.scrollWidth") <= PHONE
+        visitor.tab.wait_for_function(f"document.documentElement.scrollWidth <= {PHONE}")
 
 
 def test_keyboard_alone_is_enough(visit):

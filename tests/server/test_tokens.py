@@ -237,7 +237,7 @@ def test_supervisor_renews_expired_keys(place: Place, tmp_path: Path):
     try:
         run.start("--patience", "10")  # s; without a valid key, the supervisor would then end the server
         first = key_of(place, "management")
-        wait_for(lambda: key_of(place, "management") != first, 30)
+        wait_for(lambda: key_of(place, "management") != first)
         assert run.ready() == 200
         assert run.place.bundle("predict", "mnist").returncode == 0
         assert run.end() == 0

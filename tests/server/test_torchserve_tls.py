@@ -31,9 +31,10 @@ def test_server_with_a_private_certificate_is_served_and_loaded_with_the_file_of
     assert served.returncode == 0, served.stderr
     assert f"curl --cacert {authority.file} -T models/mnist/sample.png https://127.0.0.1:" in served.stdout
     url = place.environment["TS_INFERENCE_ADDRESS"]
-    load = [sys.executable, "-m", "loadtest", "run", "mnist", "--host", url, "--users", "1", "--duration", "2s"]
-    loaded = subprocess.run(
-        [*load, "--results", str(tmp_path / "results")], cwd=ROOT, env=os.environ | {"CA_FILE": str(authority.file)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    load = [sys.executable, "-m", "loadtest", "run", "mnist", "--host", url, "--users", "1", "--duration", "5s"]
+    limits = tmp_path / "thresholds.yaml"
+    limits.write_text("defaults: {failures: 0, wrong: 0}\n")
+    load += ["--thresholds", str(limits), "--results", str(tmp_path / "results")]
+    environment = os.environ | {"CA_FILE": str(authority.file)}
+    loaded = subprocess.run(load, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert loaded.returncode == 0, loaded.stdout + loaded.stderr

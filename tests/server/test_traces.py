@@ -27,7 +27,7 @@ SETTINGS = {
     "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
     "OTEL_TRACES_SAMPLER_ARG": "0.0",
     "OTEL_BSP_SCHEDULE_DELAY": "200",
-    "OTEL_EXPORTER_OTLP_TIMEOUT": "3",
+    "OTEL_EXPORTER_OTLP_TIMEOUT": "6",
     "OTEL_EXPORTER_OTLP_HEADERS": "x-tenant=digits",
     "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test",
 }
@@ -256,12 +256,12 @@ def test_fault_of_the_collector_harms_nothing(traced: Place, receiver: Receiver,
             start = time.monotonic()
             assert post(traced, DIGIT, begun()[2], path).status_code == 200
             seconds.append(time.monotonic() - start)
-        # an attempt takes 3 s if the collector hangs, and more than 0.8 s if it is gone
-        assert max(seconds) < 2.5
+        # an attempt takes 6 s if the collector hangs, and more than 0.8 s if it is gone
+        assert max(seconds) < 5
         assert statistics.median(seconds) < 0.5
-        wait_for(told, 30)
+        wait_for(told)
         post(traced, DIGIT, begun()[2], path)
-        time.sleep(4)  # another attempt fails meanwhile
+        time.sleep(7)  # another attempt fails meanwhile
         workers = [line.split("-stdout")[0].split()[-1] for line in told()]
         assert len(workers) == len(set(workers))
     finally:

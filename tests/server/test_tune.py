@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -37,10 +38,10 @@ def folder(tmp_path: Path) -> ModelFolder:
 
 @pytest.fixture
 def slow_folder(folder: ModelFolder) -> ModelFolder:
-    """MNIST with bad settings: batches of 300 requests, for which each request waits up to 1.5 s (patience: fixed)."""
+    """MNIST with bad settings: batches of 300 requests, for which each request waits up to 4 s (patience: fixed)."""
     file = folder.path / "model-config.yaml"
     text = re.sub(r"batchSize: \d+ ", "batchSize: 300", file.read_text())
-    file.write_text(re.sub(r"maxBatchDelay: \d+ ", "patience: fixed\nmaxBatchDelay: 1500", text))
+    file.write_text(re.sub(r"maxBatchDelay: \d+ ", "patience: fixed\nmaxBatchDelay: 4000", text))
     return ModelFolder(folder.path)
 
 
@@ -70,7 +71,7 @@ def test_tuning_with_bad_settings_finds_and_writes_better_ones(
     mar = archive(slow_folder, tmp_path / "store").path
     run_dir = tmp_path / "run"
 
-    tune_session(Session(slow_folder, mar, 1.4, 10, read_inputs(slow_folder, []), run_dir=run_dir))
+    tune_session(Session(slow_folder, mar, 3.8, 10, read_inputs(slow_folder, []), run_dir=run_dir))
 
     shown = capsys.readouterr().out
     assert "The current settings miss the target." in shown
@@ -90,7 +91,7 @@ def test_tuning_with_bad_settings_finds_and_writes_better_ones(
 
     # the current settings never met the target; the best ones met it in the final, with answers
     assert found["current"]["batch_size"] == 300
-    within = [m for m in found["measurements"] if m["p99_ms"] and m["p99_ms"] <= 1400 and not m["failed"]]
+    within = [m for m in found["measurements"] if m["p99_ms"] and m["p99_ms"] <= 3800 and not m["failed"]]
     assert not [m for m in within if m["settings"] == found["current"]]
     assert [m for m in within if m["settings"] == best and m["stage"] == "final" and m["answered"] > 10]
     assert found["machine"]["cores"] >= 1
@@ -117,7 +118,14 @@ def test_tuning_with_ctrl_c_ends_the_server_and_writes_nothing(folder: ModelFold
     archive(folder, tmp_path / "store")
     before = files(folder)
     variables = {"BUNDLE_MODELS": tmp_path, "TS_MODEL_STORE": tmp_path / "store", "RUN_DIR": tmp_path}
-    run_dir = tmp_path / "tune"
+    run_dir, family = tmp_path / "tune", []
+
+    def is_serving() -> bool:
+        nonlocal family
+        with suppress(psutil.Error):  # a candidate's server has ended
+            family = [each for server in servers(run_dir) for each in (server, *server.children(recursive=True))]
+        return len(family) > 1
+
     command = [sys.executable, "-m", "bundle", "tune", "mnist", "--p99", "1200ms", "--minutes", "5"]
     run = subprocess.Popen(
         ["env", "--default-signal=INT", *command],  # background jobs of a shell ignore SIGINT
@@ -130,8 +138,7 @@ def test_tuning_with_ctrl_c_ends_the_server_and_writes_nothing(folder: ModelFold
     try:
         wait_for(lambda: (run_dir / "server.json").is_file(), 120)
         time.sleep(8)  # so that a candidate starts, or is measured
-        [server] = servers(run_dir)
-        family = [server, *server.children(recursive=True)]
+        wait_for(is_serving)
         run.send_signal(signal.SIGINT)
         output, _ = run.communicate(timeout=300)
     finally:
