@@ -35,7 +35,7 @@ class Traffic:
         longest: the seconds that the slowest answer took.
     """
 
-    CLOSING_SECONDS = 0.5  # takes less than a millisecond, unless the machine is busy
+    CLOSING_SECONDS = 2.0  # takes less than a millisecond, unless the machine is busy
     ANSWER_SECONDS = 120
 
     def __init__(

@@ -171,8 +171,8 @@ class Pod:
         for container in self.spec["containers"]:
             self.run(container)
         for container in self.staying():
-            wait_for(lambda container=container: container.probe("readinessProbe"), 30)
-            assert container.probe("livenessProbe")
+            wait_for(lambda container=container: container.probe("readinessProbe"), 120)
+            container.wait_for_probe("livenessProbe")
 
     @property
     def address(self) -> str:

@@ -27,7 +27,7 @@ from bundle.server.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("NGINX_IMAGE", "nginx:1.28-alpine")  # the default of docker/compose.yaml
-UNLIMITED = {"PROXY_RATE": "100000r/s", "BURST": "100000", "CONNECTIONS": "9999"}
+UNLIMITED = {"PROXY_RATE": "100000r/s", "BURST": "100000", "CONNECTIONS": "9999", "UPSTREAM_TIMEOUT": "120"}
 PREDICT = "/predictions/mnist"
 
 http = requests.Session()
@@ -95,7 +95,7 @@ class Upstream:
                 status, answer, headers = upstream.status, upstream.body, dict(upstream.headers)
                 if upstream.first and len(upstream.received) == 1:
                     status = upstream.first
-                upstream.release.wait(30)
+                upstream.release.wait(120)
                 if status is None:
                     self.close_connection = True
                     return
@@ -138,9 +138,9 @@ class Proxy:
         return f"http://127.0.0.1:{self.port}"
 
     def post(self, path: str = PREDICT, data: object = b"input", **options) -> requests.Response:
-        return http.post(self.url + path, data=data, **{"timeout": 20, **options})
+        return http.post(self.url + path, data=data, **{"timeout": 120, **options})
 
-    def raw(self, request: str | bytes, seconds: float = 15) -> tuple[int, HTTPMessage, bytes]:
+    def raw(self, request: str | bytes, seconds: float = 60) -> tuple[int, HTTPMessage, bytes]:
         """Send bytes unchanged, which no HTTP client does, and read one answer."""
         with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
             connection.sendall(request.encode("latin-1") if isinstance(request, str) else request)
@@ -172,7 +172,7 @@ def used_servers(container: str) -> set[str]:
     return {line.split()[1].split(":")[0] for line in done.stdout.splitlines() if " down" not in line}
 
 
-def eventually(found: Callable[[], object], seconds: float = 10) -> object:
+def eventually(found: Callable[[], object], seconds: float = 60) -> object:
     """Call `found` until its result is true, and return the result."""
     deadline = time.monotonic() + seconds
     while not (result := found()):
@@ -186,7 +186,7 @@ def engine() -> None:
     if shutil.which("docker") is None:
         pytest.skip("the docker command is missing")
     try:
-        answered = docker("info", "--format", "{{.ServerVersion}}", seconds=20)
+        answered = docker("info", "--format", "{{.ServerVersion}}", seconds=60)
     except subprocess.TimeoutExpired:
         pytest.skip("the Docker engine does not answer")
     if answered.returncode:
@@ -226,7 +226,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, supervis
             started = docker("run", "--detach", "--name", proxy.container, *run_arguments(gate, settings, mounts or {}))
             stack.callback(docker, "rm", "--force", proxy.container)
             assert started.returncode == 0, started.stderr
-            eventually(lambda: answers(proxy), 20)
+            eventually(lambda: answers(proxy))
             return proxy
 
         yield start_proxy
@@ -237,7 +237,7 @@ def answers(proxy: Proxy) -> bool:
     assert running == "true", proxy.logs()
     try:
         # a connection is not enough, because nginx -t listens, too; the path is one that is not passed on
-        http.head(f"{proxy.url}/error", timeout=1, allow_redirects=False)
+        http.head(f"{proxy.url}/error", timeout=5, allow_redirects=False)
     except requests.RequestException:
         return False
     return True
@@ -264,7 +264,7 @@ def fresh(engine: None, upstream: Upstream, supervisor: Upstream) -> None:
 
 @pytest.fixture(scope="module")
 def proxy(start) -> Proxy:
-    return start(UPSTREAM_TIMEOUT="3", MAX_BODY="1m")
+    return start(MAX_BODY="1m")
 
 
 def check_error(answer: requests.Response, status: int, error: str, retry_after: str | None = None) -> None:

@@ -32,7 +32,7 @@ pytestmark = needs_helm
 [MNIST] = select_folders(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
 PREDICT = "/predictions/mnist"
-REMOVED_AFTER = 1.0  # s until no node sends new connections to a pod that ends; less than preStopSeconds
+REMOVED_AFTER = 0.5  # s until no node sends new connections to a pod that ends; less than preStopSeconds
 VALUES = """
 groups: {main: null, digits: {models: {mnist: {workers: 1}}}}
 lifecycle: {preStopSeconds: 4}
@@ -170,7 +170,7 @@ def test_pod_exposes_inference_and_metrics_only(pod: Pod):
     for path in ("/models", "/metrics", "/api-description"):
         assert session.get(url(pod) + path, timeout=30).status_code == 404
     # KEDA scales by the time in the queue, and by the number of waiting requests
-    assert "bundle_queue_seconds_bucket{" in metrics_after_a_request(pod)
+    wait_for(lambda: "bundle_queue_seconds_bucket{" in metrics_after_a_request(pod))
     supervisor = session.get(f"http://{pod.address}:8083/metrics", timeout=30).text
     assert "bundle_workers_ready" in supervisor
     assert 'bundle_queue_pending{model_name="mnist"' in supervisor
@@ -202,7 +202,7 @@ def test_helm_test_fails_if_a_model_answers_wrongly(pod: Pod, image: str, tmp_pa
 
 def run(*arguments: str) -> tuple[int, str]:
     """Run a container that ends by itself; return its status, and what it wrote."""
-    done = subprocess.run(["docker", "run", "--rm", *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["docker", "run", "--rm", *arguments], capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -233,11 +233,11 @@ def test_dead_server_is_unready_and_comes_back(pod: Pod):
     wait_for(lambda: not server.state()["Running"], 60)
     assert server.state()["ExitCode"] == 1
     assert not proxy.probe("readinessProbe")
-    assert proxy.probe("livenessProbe"), "the proxy would be restarted, too"
+    proxy.wait_for_probe("livenessProbe")  # otherwise, the proxy would be restarted, too
     refused = session.post(url(pod) + PREDICT, data=DIGIT, timeout=30)
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
     pod.restart("torchserve").wait_for_probe("startupProbe")
-    wait_for(lambda: proxy.probe("readinessProbe"), 20)
+    wait_for(lambda: proxy.probe("readinessProbe"))
     assert session.post(url(pod) + PREDICT, data=DIGIT, timeout=30).status_code == 200
 
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
@@ -67,14 +68,14 @@ def test_slow_client_occupies_no_worker_and_is_disconnected(proxy, upstream):
         assert slow.recv(100).startswith(b"HTTP/1.1 200")
     upstream.received.clear()
     with (
-        socket.create_connection(("127.0.0.1", proxy.port), 20) as headless,
-        socket.create_connection(("127.0.0.1", proxy.port), 20) as bodiless,
+        socket.create_connection(("127.0.0.1", proxy.port), 50) as headless,
+        socket.create_connection(("127.0.0.1", proxy.port), 50) as bodiless,
     ):
+        began = time.monotonic()
         headless.sendall(b"POST /predictions/mnist HTTP/1.1\r\nHost")
         bodiless.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\na".encode())
-        began = time.monotonic()
         assert headless.recv(1000) == bodiless.recv(1000) == b""
-        assert 8 < time.monotonic() - began < 15
+        assert 8 < time.monotonic() - began < 40  # by default, nginx waits for 60 s
     assert upstream.received == []
 
 
@@ -83,23 +84,22 @@ def test_slow_client_occupies_no_worker_and_is_disconnected(proxy, upstream):
 
 @pytest.fixture(scope="module")
 def strict(start) -> Proxy:
-    return start(PROXY_RATE="1r/s", BURST="4", CONNECTIONS="2")
+    return start(PROXY_RATE="1r/m", BURST="4", CONNECTIONS="2")
 
 
 def test_requests_over_the_rate_are_429(strict, upstream):
     answers = [strict.post() for _ in range(10)]
     statuses = [answer.status_code for answer in answers]
-    assert statuses[:5] == [200] * 5  # one and the burst of four
-    assert statuses.count(200) <= 7
-    assert len(upstream.received) == statuses.count(200)
-    refused = next(answer for answer in answers if answer.status_code != 200)
-    check_error(refused, 429, "TooManyRequests", "1")
-    assert "1r/s" in refused.json()["message"]
+    assert statuses == [200] * 5 + [429] * 5  # one and the burst of four
+    assert len(upstream.received) == 5
+    check_error(answers[5], 429, "TooManyRequests", "1")
+    assert "1r/m" in answers[5].json()["message"]
     assert http.get(f"{strict.url}/ping", timeout=10).status_code == 200  # its limit is separate
 
 
 def test_pings_over_their_rate_are_429(strict):
-    answers = [http.get(f"{strict.url}/ping", timeout=10) for _ in range(60)]
+    with ThreadPoolExecutor(10) as pool:
+        answers = [*pool.map(lambda _: http.get(f"{strict.url}/ping", timeout=30), range(300))]
     refused = [answer for answer in answers if answer.status_code != 200]
     check_error(refused[0], 429, "TooManyRequests", "1")
 
@@ -115,7 +115,7 @@ def test_connections_of_one_client_over_the_limit_are_429(start, upstream):
     upstream.release.set()
     for thread in waiting:
         thread.join()
-    assert proxy.post().status_code == 200
+    eventually(lambda: proxy.post().status_code == 200)
 
 
 MEGABYTE, MEDIUM = 1_000_000, 100_000  # bytes from which a body is large, and medium
@@ -248,7 +248,7 @@ def check_one_more(upstream, waiting: list, another, limited: bool) -> None:
     upstream.release.set()
     for thread in threads:
         thread.join()
-    assert another().status_code == 200
+    eventually(lambda: another().status_code == 200)
 
 
 def test_each_client_behind_a_trusted_load_balancer_has_its_own_limits(start, upstream):

@@ -101,7 +101,7 @@ def test_sizes_of_bodies_are_limited_as_for_predictions(paged, page):
     url = f"{paged.url}/page/gradio_api/upload"
     check_error(http.post(url, data=bytes(2**21 + 1), timeout=10), 413, "BodyTooLarge")
     page.release.clear()
-    first = threading.Thread(target=lambda: http.post(url, data=bytes(2**20), timeout=20))
+    first = threading.Thread(target=lambda: http.post(url, data=bytes(2**20), timeout=120))
     first.start()
     eventually(lambda: page.received)
     check_error(http.post(url, data=bytes(2**20), timeout=10), 429, "TooManyRequests", "1")
@@ -117,9 +117,9 @@ def open_page(start, **settings: str) -> Iterator[Proxy]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = {"PAGE_HOST": "127.0.0.1", "PAGE_PORT": str(server.getsockname()[1])}
         proxy = start(**address, **settings, LISTEN_INSIDE=free_address())
-        with socket.create_connection(("127.0.0.1", proxy.port), 10) as browser:
+        with socket.create_connection(("127.0.0.1", proxy.port), 60) as browser:
             browser.sendall(b"GET /page/gradio_api/queue/data HTTP/1.1\r\nHost: x\r\n\r\n")
-            server.settimeout(10)
+            server.settimeout(60)
             connection, _ = server.accept()
             with connection:
                 connection.recv(4096)
@@ -141,8 +141,8 @@ def test_open_page_does_not_hold_up_the_end_of_the_proxy(start):
     with open_page(start, UPSTREAM_TIMEOUT="1") as proxy:
         began = time.monotonic()
         docker("kill", "--signal=QUIT", proxy.container)
-        assert docker("wait", proxy.container, seconds=60).stdout.strip() == "0"
-        assert 10 < time.monotonic() - began < 30  # UPSTREAM_TIMEOUT + 10 s, and the engine's own time
+        assert docker("wait", proxy.container, seconds=120).stdout.strip() == "0"
+        assert 10 < time.monotonic() - began < 60  # UPSTREAM_TIMEOUT + 10 s, and the engine's own time
 
 
 def test_page_that_is_down_is_503(start):

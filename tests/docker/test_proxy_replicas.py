@@ -51,7 +51,7 @@ def hosts(folder: Path, *addresses: str) -> dict[Path, str]:
 @pytest.fixture(scope="module")
 def scaled(start, second: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Proxy:
     mounts = hosts(tmp_path_factory.mktemp("hosts"), FIRST, SECOND)
-    return start(mounts, TORCHSERVE_HOST="served", UPSTREAM_TIMEOUT="3")
+    return start(mounts, TORCHSERVE_HOST="served")
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +98,22 @@ def test_all_servers_are_found_where_getent_shows_one_address_of_a_host(five):
 def test_request_that_ends_every_server_is_sent_to_each_once(five, upstream, second, others):
     """nginx does not count what fails on a kept connection as one of three tries."""
     servers = [upstream, second, *others]
-    for _ in range(20):  # a connection to each is kept
-        assert five.post().status_code == 200
-    assert all(server.received for server in servers)
-    for server in servers:
-        server.reset()
-        server.status = None
-    check_error(five.post(), 503, "ServerUnavailable", "5")
-    assert [len(server.received) for server in servers] == [1] * 5
+    seen = []
+    for _ in range(5):
+        for server in servers:
+            server.reset()
+        for _ in range(20):  # a connection to each is kept
+            assert five.post().status_code == 200
+        assert all(server.received for server in servers)
+        for server in servers:
+            server.received.clear()
+            server.status = None
+        check_error(five.post(), 503, "ServerUnavailable", "5")
+        seen.append([len(server.received) for server in servers])
+        if seen[-1] == [1] * 5:
+            break  # otherwise, a pause of 2 s has closed the connections
+    assert seen[-1] == [1] * 5, seen
+    assert max(map(max, seen)) == 1, seen
 
 
 def test_503_of_one_server_is_answered_by_the_other_one(scaled, upstream, second):
@@ -123,12 +131,13 @@ def test_429_and_500_pass(scaled, upstream, second):
     assert len(upstream.received) + len(second.received) == 2
 
 
-def test_request_that_takes_too_long_is_not_sent_again(scaled, upstream, second):
+def test_request_that_takes_too_long_is_not_sent_again(start, upstream, second, tmp_path):
+    proxy = start(hosts(tmp_path, FIRST, SECOND), TORCHSERVE_HOST="served", UPSTREAM_TIMEOUT="3")
     upstream.release.clear()
     second.release.clear()
     began = time.monotonic()
-    check_error(scaled.post(), 504, "UpstreamTimeout")
-    assert 2.9 < time.monotonic() - began < 5
+    check_error(proxy.post(), 504, "UpstreamTimeout")
+    assert 2.9 < time.monotonic() - began < 20
     assert len(upstream.received) + len(second.received) == 1
 
 
@@ -150,7 +159,7 @@ def test_server_without_a_beat_is_left_out_if_another_one_has_them(scaled):
 
     long_ago = partial(os.utime, times=(time.time() - 60,) * 2)
     long_ago(alive[1])
-    eventually(lambda: used_servers(scaled.container) == {FIRST})
+    eventually(lambda: alive[0].touch() or used_servers(scaled.container) == {FIRST})
     alive[1].touch()
     eventually(lambda: used_servers(scaled.container) == {FIRST, SECOND})
 

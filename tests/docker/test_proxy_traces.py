@@ -13,7 +13,7 @@ from tests.docker.proxy import PREDICT, Proxy, Upstream
 pytestmark = pytest.mark.usefixtures("fresh")
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-TRACING = {"TRACE_ENDPOINT": "http://collector:4317", "UPSTREAM_TIMEOUT": "3"}
+TRACING = {"TRACE_ENDPOINT": "http://collector:4317"}
 
 
 @pytest.fixture(scope="module")

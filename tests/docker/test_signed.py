@@ -88,7 +88,7 @@ def test_registration_and_rollout_of_an_unsigned_archive_are_refused(
     registered = requests.post(f"{signed.url('MANAGEMENT_PORT')}/models", params=parameters, timeout=150)
     assert registered.status_code == 500
     # wait, because TorchServe writes its logs in the background
-    wait_for(lambda: "is refused: it is not signed" in signed.execute("cat", "/tmp/run/logs/model_log.log"), 20)
+    wait_for(lambda: "is refused: it is not signed" in signed.execute("cat", "/tmp/run/logs/model_log.log"))
     rolled = signed.roll_out("mnist", unsigned)
     assert rolled.returncode == 1
     assert "it is not signed" in rolled.stdout + rolled.stderr

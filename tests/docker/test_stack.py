@@ -27,7 +27,7 @@ from bundle.server.client import check_sample
 from tests import queries
 from tests.docker.stack import SERVICES, Stack, build_archive, docker
 from tests.shipped import SHIPPED
-from tests.support import altered, reversioned, wait_for
+from tests.support import altered, repeated, reversioned, wait_for
 from tests.traffic import Traffic
 from tests.trials.faults.archives import copy_from_image
 
@@ -96,7 +96,7 @@ def test_clients_of_kserve_and_sagemaker_get_answers(stack: Stack):
     answer = requests.post(f"{stack.url('PORT')}/v1/models/mnist:predict", json=instances, timeout=30)
     assert answer.status_code == 200, answer.text
     assert [first(each).label for each in answer.json()["predictions"]] == ["3", "3"]
-    answer = requests.post(f"{stack.url('PORT')}/v1/models/mnist:explain", json=instances, timeout=60)
+    answer = repeated(lambda: requests.post(f"{stack.url('PORT')}/v1/models/mnist:explain", json=instances, timeout=60))
     assert answer.status_code == 200, answer.text
     assert [each["target"]["label"] for each in answer.json()["predictions"]] == ["3", "3"]
     answer = requests.post(f"{stack.url('PORT')}/invocations?model_name=mnist", data=DIGIT, timeout=30)
@@ -116,7 +116,7 @@ def test_tritons_client_gets_answers(stack: Stack):
 
 def test_model_without_workers_is_503_with_the_reason(stack: Stack):
     stack.client.scale("mnist", stack.client.describe("mnist")["modelVersion"], 0, 0)
-    wait_for(lambda: stack.client.predict("mnist", DIGIT).status_code == 503, 30)
+    wait_for(lambda: stack.client.predict("mnist", DIGIT).status_code == 503)
     answer = stack.client.predict("mnist", DIGIT)
     assert (answer.json()["type"], answer.headers["Retry-After"]) == ("NoWorkers", "10")
 
@@ -298,7 +298,7 @@ def test_stop_answers_all_accepted_requests_and_start_restores_the_state(stack: 
     stack.wait_until_healthy()
     assert [(v["modelVersion"], v["minWorkers"]) for v in stack.client.versions("mnist")] == served
     assert stack.client.workers("text").ready == 3
-    wait_for(lambda: stack.client.predict("mnist", DIGIT).status_code == 200, 30)
+    wait_for(lambda: stack.client.predict("mnist", DIGIT).status_code == 200)
 
 
 def test_dead_torchserve_restarts_its_container(stack: Stack):
@@ -306,7 +306,7 @@ def test_dead_torchserve_restarts_its_container(stack: Stack):
     stack.execute(
         "sh", "-c", 'for p in /proc/[0-9]*; do [ "$(cat $p/comm)" = java ] && kill -9 ${p#/proc/}; done; true'
     )
-    wait_for(lambda: stack.inspect()["State"]["StartedAt"] != before, 60)
+    wait_for(lambda: stack.inspect()["State"]["StartedAt"] != before, 120)
     stack.wait_until_healthy()
     wait_for(lambda: stack.client.predict("mnist", DIGIT).status_code == 200, 120)
 
@@ -334,10 +334,10 @@ def test_locust_with_the_web_interface_and_workers_sends_requests(stack: Stack):
         except requests.RequestException:
             return {}
 
-    wait_for(lambda: len(figures().get("workers", ())) == 2)
+    wait_for(lambda: len(figures().get("workers", ())) == 2, 180)
     swarm = {"user_count": 4, "spawn_rate": 4, "host": "http://proxy:8080"}
-    assert requests.post(f"{url}/swarm", data=swarm, timeout=10).json()["success"]
-    wait_for(lambda: (now := figures().get("stats")) and now[-1]["num_requests"] > 50)
+    assert requests.post(f"{url}/swarm", data=swarm, timeout=60).json()["success"]
+    wait_for(lambda: (now := figures().get("stats")) and now[-1]["num_requests"] > 50, 180)
     total = figures()["stats"][-1]
     assert (total["name"], total["num_failures"]) == ("Aggregated", 0)
     stack.compose("--profile", "loadtest", "rm", "--stop", "--force", *services)

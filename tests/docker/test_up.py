@@ -64,7 +64,7 @@ class Containers:
             },
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     def healthy(self) -> dict[str, int]:
@@ -126,7 +126,7 @@ def test_interrupted_replacement_is_continued_with_the_container_that_it_has_mad
     docker("rm", "--force", first)
     create = [*containers.compose, "up", "--no-start", "--no-recreate", "--scale", "torchserve=3", "torchserve"]
     ports = {"REPLICAS": "3", "MANAGEMENT_PORT": f"{containers.port}-{containers.port + 2}"}
-    subprocess.run(create, env={**os.environ, **ports, "SETTING": "good"}, check=True, capture_output=True, timeout=60)
+    subprocess.run(create, env={**os.environ, **ports, "SETTING": "good"}, check=True, capture_output=True, timeout=120)
     [created] = set(containers.found()) - set(old)
     assert containers.found()[created] == ("none", 0)
 
@@ -147,7 +147,7 @@ def test_scaling_down_to_the_port_of_a_healthy_container_keeps_one_serving(conta
     old = containers.healthy()
     second = next(each for each, port in old.items() if port == containers.port + 1)
     docker("exec", second, "rm", "/tmp/ok")
-    wait_for(lambda: second not in containers.healthy(), 20)
+    wait_for(lambda: second not in containers.healthy())
 
     done = containers.up(replicas=1)
     assert done.returncode == 0, done.stderr
