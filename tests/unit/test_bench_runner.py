@@ -341,12 +341,16 @@ def test_usage_counts_the_whole_process_tree():
 
 
 def test_usage_of_other_processes_is_measured():
-    spin = "import time; end = time.monotonic() + 3\nwhile time.monotonic() < end: pass"
-    with subprocess.Popen([sys.executable, "-c", spin]) as other, subprocess.Popen(["sleep", "3"]) as server:
-        counted, ignored = usage.Meter((other.pid,)), usage.Meter((server.pid,))
-        time.sleep(1.5)
-        spent, _ = counted.read()
-        nothing, others = ignored.read()
-        assert spent > 0.3
-        assert nothing < 0.1
-        assert others > 0.7 * spent / (1.5 * psutil.cpu_count())
+    spin = "while True: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as other, subprocess.Popen(["sleep", "600"]) as server:
+        try:
+            counted, ignored = usage.Meter((other.pid,)), usage.Meter((server.pid,))
+            begin = time.monotonic()
+            wait_for(lambda: counted.read()[0] > 1)
+            spent, _ = counted.read()
+            nothing, others = ignored.read()
+            assert nothing < 0.1
+            assert others > 0.7 * spent / ((time.monotonic() - begin) * psutil.cpu_count())
+        finally:
+            other.kill()
+            server.kill()

@@ -31,7 +31,7 @@ import sys, time
 from bundle.cli.console import interrupt_on_signals
 from loadtest.bench.systems import processes
 
-processes.STOP_SECONDS = 1.5
+processes.STOP_SECONDS = 5
 interrupt_on_signals()
 server = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
 try:

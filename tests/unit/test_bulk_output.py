@@ -149,13 +149,16 @@ def test_output_that_another_command_writes_is_rejected(output: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_is_continued_without_loss(echo: Echo, tmp_path: Path, output: Path, number: int):
-    texts, count = tmp_path / "texts.txt", 999  # the run must last longer than this test needs to send the signal
+    texts, count = tmp_path / "texts.txt", 999
+    echo.free = 150  # the run lasts until the signal
+    echo.gate.clear()
     texts.write_text("".join(f"text {number}\n" for number in range(count)))
     arguments = (texts, "--lines", "--output", output, "--concurrency", 8)
     with echo.start(*arguments) as run:
         wait_for(lambda: len(echo.times) > 100)
         run.send_signal(number)
-        out, err = run.communicate(timeout=30)
+        out, err = run.communicate(timeout=120)
+    echo.gate.set()
     assert (run.returncode, out) == (128 + number, b"")
     assert b"Traceback" not in err
     assert b"To continue it, add --resume" in err
@@ -186,7 +189,7 @@ def test_ctrl_c_while_standard_input_is_silent_ends_at_once(echo: Echo):
         run.stdin.flush()
         assert run.stdout.readline()
         run.send_signal(signal.SIGINT)
-        assert run.wait(10) == 130
+        assert run.wait(60) == 130
         err = run.stderr.read()
     assert b"Traceback" not in err
     assert b"Fatal" not in err
@@ -205,7 +208,7 @@ def test_reader_that_ends_early_ends_the_run_without_a_traceback(echo: Echo, tmp
     with echo.start(texts, "--lines", "--concurrency", 2) as run:
         run.stdout.readline()
         run.stdout.close()
-        assert run.wait(30) == 1
+        assert run.wait(60) == 1
         err = run.stderr.read()
     assert b"error: Cannot write standard output: Broken pipe." in err
     assert b"Traceback" not in err

@@ -110,11 +110,11 @@ def interrupted(stack: Stack, held: str, *command: str) -> tuple[int, str]:
             cwd=ROOT, stderr=stderr, start_new_session=True,
         )  # fmt: skip
     try:
-        within(30, lambda: any(held in call for call in stack.calls()))
+        within(60, lambda: any(held in call for call in stack.calls()))
         os.killpg(process.pid, signal.SIGINT)
-        within(10, lambda: " has ended in a." in said.read_text())
+        within(60, lambda: " has ended in a." in said.read_text())
         hold.unlink()
-        return process.wait(20), said.read_text()
+        return process.wait(60), said.read_text()
     finally:
         hold.unlink(missing_ok=True)
         process.kill()

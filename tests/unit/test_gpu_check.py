@@ -64,10 +64,10 @@ def test_step_that_fails_does_not_stop_the_next_and_its_cause_is_reported(record
 def test_step_beyond_its_limit_is_interrupted_and_may_clean_up(record: Record, tmp_path: Path):
     code = "import time\ntry: time.sleep(60)\nfinally: " + counting(tmp_path / "cleaned")
     start = time.monotonic()
-    assert not run_steps([step("one", code, limit=3)], record, 60)
+    assert not run_steps([step("one", code, limit=8)], record, 60)
     assert time.monotonic() - start < 30
     assert (tmp_path / "cleaned").exists()
-    assert "timed out after 3 s" in (record.folder / "report.md").read_text()
+    assert "timed out after 8 s" in (record.folder / "report.md").read_text()
 
 
 def test_server_that_a_killed_step_left_is_ended(record: Record, tmp_path: Path):
@@ -77,7 +77,7 @@ def test_server_that_a_killed_step_left_is_ended(record: Record, tmp_path: Path)
         [step("one", server + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); os._exit(1)")], record, 60
     )
     pid = int((tmp_path / "pid").read_text())
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 10)
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_steps_after_the_time_is_up_are_not_run(record: Record, tmp_path: Path):
@@ -145,7 +145,7 @@ def test_interrupted_command_stops_its_step(tmp_path: Path):
         wait_for((tmp_path / "begun").exists)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) != 0
+        assert process.wait(60) != 0
         assert children
         assert not [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     finally:

@@ -149,7 +149,7 @@ def test_predictions_are_counted_by_class_and_confidence(tmp_path: Path, lines: 
         assert worker.predict([row(0)], [{"explain": "True"}])[0][0] == 400
         first = [body["top_k"][0] for status, body in answers[:4] if status == 200]
         first += [each["top_k"][0] for each in answers[5][1]["predictions"]]
-        wait_for(lambda: sum(lines.total("bundle_predictions_total").values()) >= 9, 10)
+        wait_for(lambda: sum(lines.total("bundle_predictions_total").values()) >= 9)
     classes = Counter(each["label"] for each in first)
     confidence = Counter(INTERVALS[interval(each["probability"])] for each in first)
     assert len(classes) > 1

@@ -25,7 +25,7 @@ from bundle.server.sockets import LONGEST, SOCKET
 from tests.unit.processes import RUNS, child, isolated, java_is
 
 FOLDERS = select(["mnist", "text"])
-DIES = "time.sleep(2); sys.exit('Invalid maximum heap size: -Xmx9')"
+DIES = "time.sleep(5); sys.exit('Invalid maximum heap size: -Xmx9')"
 IGNORES_SIGTERM = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); subprocess.Popen(['sleep', '600']); {RUNS}"
 LISTENS = f"listener = socket.create_server(('127.0.0.1', {{port}})); {RUNS}"
 
@@ -51,7 +51,7 @@ def leftovers(server: Server) -> list[str]:
     return [file.name for file in (server.record, server.key_file) if file.exists()] + temporary
 
 
-def wait_for(condition, seconds: float = 20) -> None:
+def wait_for(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -198,7 +198,7 @@ def test_process_of_another_user_is_named():
     with child() as mine:
         other = context.Process(target=end_as_nobody, args=(mine.pid,))
         other.start()
-        other.join(20)
+        other.join(60)
         assert mine.poll() is None
     assert not messages.empty()
     assert messages.get() == f"PID {mine.pid} belongs to another user. Stop it as that user."

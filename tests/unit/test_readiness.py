@@ -1,12 +1,11 @@
 """Reading the cause of a worker's failure from the logs."""
 
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from bundle.server.readiness import POLL_SECONDS, worker_failure
+from bundle.server import readiness
+from bundle.server.readiness import worker_failure
 
 PREFIX = "2026-11-28T10:00:00,000 [INFO ] W-9000-digits_1.0-stdout MODEL_LOG - "
 TRACE = """Backend worker process died.
@@ -18,22 +17,21 @@ Traceback (most recent call last):
 FileNotFoundError: no weights"""
 
 
-def test_worker_failure_read_while_its_traceback_is_logged_has_the_whole_traceback(tmp_path: Path):
+def test_worker_failure_read_while_its_traceback_is_logged_has_the_whole_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With each pause, another line is logged."""
     lines = [f"{PREFIX}{line}\n" for line in TRACE.splitlines()]
     log = tmp_path / "model_log.log"
     log.write_text("".join(lines[:4]))
+    rest = iter(lines[4:])
 
-    def log_the_rest() -> None:
+    def pause(_: float) -> None:
         with log.open("a") as file:
-            for line in lines[4:]:
-                time.sleep(POLL_SECONDS / 3)
-                file.write(line)
-                file.flush()
+            file.write(next(rest, ""))
 
-    writer = threading.Thread(target=log_the_rest)
-    writer.start()
+    monkeypatch.setattr(readiness.time, "sleep", pause)
     failure = worker_failure(tmp_path, "digits")
-    writer.join()
     assert str(failure) == "A worker of digits failed: FileNotFoundError: no weights"
     assert failure is not None
     assert failure.details == TRACE.split("\n", 1)[1]

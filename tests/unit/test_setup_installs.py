@@ -205,7 +205,7 @@ def test_interrupted_download_is_continued(place: Place):
     )
     wait_for(lambda: any(path.startswith("/files/torch-") for path in place.pypi.asked), 60)
     running.send_signal(signal.SIGTERM)
-    said = running.communicate(timeout=30)[1]
+    said = running.communicate(timeout=120)[1]
     assert running.returncode == 130, said
     assert said.endswith("Interrupted. The next `make` continues.\n")
     assert "torch" not in place.versions()

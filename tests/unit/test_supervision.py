@@ -367,7 +367,7 @@ def test_versions_that_are_not_restored_are_exported_and_leave_the_server_ready(
     server = exporter.serve("127.0.0.1", 0)
     try:
         url = f"http://127.0.0.1:{server.server_port}"
-        ready, metrics = requests.get(f"{url}/ready", timeout=5), requests.get(f"{url}/metrics", timeout=5)
+        ready, metrics = requests.get(f"{url}/ready", timeout=30), requests.get(f"{url}/metrics", timeout=30)
     finally:
         server.shutdown()
         server.server_close()
@@ -386,7 +386,7 @@ def test_server_that_is_not_ready_is_live(unready: str, ready: int):
     server = exporter.serve("127.0.0.1", 0)
     try:
         url = f"http://127.0.0.1:{server.server_port}"
-        answers = {path: requests.get(f"{url}/{path}", timeout=5).status_code for path in ("ready", "live", "other")}
+        answers = {path: requests.get(f"{url}/{path}", timeout=30).status_code for path in ("ready", "live", "other")}
     finally:
         server.shutdown()
         server.server_close()
