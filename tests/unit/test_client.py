@@ -257,7 +257,8 @@ def test_key_that_is_about_to_expire_is_renewed_after_its_end(tokens: TokenApi, 
     assert time.monotonic() - start > 0.3
 
 
-def test_key_file_that_is_being_written_is_awaited(tokens: TokenApi, keys: Keys):
+def test_key_file_that_is_being_written_is_awaited(tokens: TokenApi, keys: Keys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bundle.server.keys.READ_SECONDS", 30)
     complete = tokens.file.read_text()
     tokens.file.write_text(complete[:20])
     writer = threading.Timer(0.3, tokens.file.write_text, [complete])
