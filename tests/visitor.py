@@ -63,8 +63,9 @@ class Visitor:
         """Wait at the end of the block until the page's server has the file that the block gives to the page."""
         with self.tab.expect_response(
             lambda answer: "/gradio_api/upload" in answer.url and answer.request.method == "POST"
-        ):
+        ) as answered:
             yield
+        answered.value.finished()  # the page knows the file's name
 
     def choose_file(self, file: Path) -> None:
         with self.sending():
