@@ -44,6 +44,7 @@ class Receiver:
     Attributes:
         port: 0 until it was started once.
         answers: whether calls are answered; if not, they hang.
+        refusals: the number of next calls whose spans are taken, and which fail nevertheless.
         headers: the metadata of the last call.
         printed: whether spans are printed, and not kept.
     """
@@ -51,6 +52,7 @@ class Receiver:
     port: int = 0
     spans: list[Span] = field(default_factory=list)
     answers: threading.Event = field(default_factory=threading.Event)
+    refusals: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     server: grpc.Server | None = None
     printed: bool = False
@@ -79,6 +81,9 @@ class Receiver:
                 receiver.answers.wait(60)
                 receiver.headers = dict(context.invocation_metadata())
                 receiver.take(request)
+                if receiver.refusals:
+                    receiver.refusals -= 1
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
                 return trace_service_pb2.ExportTraceServiceResponse()
 
         self.answers.set()

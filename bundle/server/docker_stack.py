@@ -19,7 +19,7 @@ INSPECTED = '{{index .Config.Labels "com.docker.compose.project"}} {{.State.Stat
 INSPECTED += '{{with index .State "Health"}}{{.Status}}{{else}}none{{end}} {{.Id}} {{.Name}}'
 
 
-SECONDS = 60  # in which Docker must list containers
+LISTING_SECONDS = 60
 
 
 class Unavailable(BundleError):
@@ -189,12 +189,12 @@ def listed(command: list[str]) -> str:
         Unavailable: it fails, or takes too long.
     """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=LISTING_SECONDS).stdout
     except subprocess.CalledProcessError as exc:
         said = exc.stderr.strip().splitlines()[-1:] or [f"exit status {exc.returncode}"]
         raise Unavailable(f"Docker fails: {said[0]}") from exc
     except subprocess.TimeoutExpired as exc:
-        raise Unavailable(f"Docker does not answer within {SECONDS} s.") from exc
+        raise Unavailable(f"Docker does not answer within {LISTING_SECONDS} s") from exc
     except OSError as exc:
         raise Unavailable(f"Docker cannot be called: {exc}") from exc
 

@@ -212,9 +212,10 @@ class Spans:
         )
         computes = any(part.name == "inference" for part in parts)
         shown = {"decode", "inference", "encode"} if computes else {"decode"}
-        within = [part for part in parts if part.name in shown]
-        others = {"status": FAILED} if any(part.status for part in parts) else {}
-        self.end(common, batch, first.span, (self.started, ended), within, links=tuple(own.values()), others=others)
+        stages_shown = [part for part in parts if part.name in shown]
+        failed = {"status": FAILED} if any(part.status for part in parts) else None
+        times = self.started, ended
+        self.end(common, batch, first.span, times, stages_shown, links=tuple(own.values()), others=failed)
 
     def at(self, seconds: float) -> int:
         """Return a time of `time.perf_counter` in nanoseconds since the epoch."""
@@ -242,6 +243,7 @@ class Exporter(trace_exporter.OTLPSpanExporter):
         super().__init__()
         attributes = [attribute(key, value) for key, value in resource.attributes.items()]
         self.resource = resource_pb2.Resource(attributes=attributes)
+        self.request: ExportTraceServiceRequest | None = None
         self.named, self.down, self.quiet, self.reported = endpoint, False, False, -math.inf
         for each in SDK_LOGGERS:
             each.addFilter(self.report)
@@ -250,7 +252,9 @@ class Exporter(trace_exporter.OTLPSpanExporter):
         if self.quiet:
             self.quiet = False
             SDK_QUEUE.setLevel(logging.NOTSET)
+        self.request = self.translated(spans)
         result = super().export(spans)
+        self.request = None
         if result is SpanExportResult.SUCCESS and self.down:
             self.down = False
             logger.warning("Traces are sent to %s again.", self.named)
@@ -262,6 +266,11 @@ class Exporter(trace_exporter.OTLPSpanExporter):
             each.removeFilter(self.report)
 
     def _translate_data(self, data: Sequence[Any]) -> ExportTraceServiceRequest:
+        assert self.request is not None
+        return self.request  # the same in each attempt: new ids would make the spans twice
+
+    def translated(self, data: Sequence[Any]) -> ExportTraceServiceRequest:
+        """Return the message of these spans. A bug in one loses no other."""
         request = ExportTraceServiceRequest()
         spans = request.resource_spans.add(resource=self.resource).scope_spans.add(scope=SCOPE).spans
         for span in data:
@@ -289,8 +298,8 @@ class Exporter(trace_exporter.OTLPSpanExporter):
 
 
 def identity(traced: Traced, headers: Mapping) -> Identity:
-    """Return the identity of a request's span. A `tracestate` belongs to the trace of the client's `traceparent`."""
-    state = header(headers, "tracestate") if traced.parent else ""
+    """Return the identity of a request's span. A `tracestate` belongs to a valid `traceparent`."""
+    state = header(headers, "tracestate") if traced.joined else ""
     states = TraceState.from_header([state]).to_header() if 0 < len(state) <= MAX_STATE else ""
     return Identity(bytes.fromhex(traced.trace), bytes.fromhex(traced.span), states)
 

@@ -46,8 +46,8 @@ NUMBERS = {  # the patterns of valid ones, and what they are
     "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": (r"[1-9]\d{0,5}(\.\d+)?", "a number of seconds"),
     "OTEL_BSP_SCHEDULE_DELAY": (r"[1-9]\d{0,8}", "a whole number of milliseconds"),
     "OTEL_BSP_EXPORT_TIMEOUT": (r"[1-9]\d{0,8}", "a whole number of milliseconds"),
-    "OTEL_BSP_MAX_QUEUE_SIZE": (r"[1-9]\d{0,8}", "a whole number of spans"),
-    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": (r"[1-9]\d{0,8}", "a whole number of spans"),
+    "OTEL_BSP_MAX_QUEUE_SIZE": (r"[1-9]\d{0,8}", "a whole number of requests and batches"),
+    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": (r"[1-9]\d{0,8}", "a whole number of requests and batches"),
 }
 FILES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")  # OTEL_EXPORTER_OTLP_CERTIFICATE, for example
 RESOURCE = "OTEL_RESOURCE_ATTRIBUTES"
@@ -63,7 +63,9 @@ SPAN = re.compile(r"(?!0{16})[0-9a-f]{16}", re.ASCII)
 RESPONSE = "traceresponse"
 # not the system's own numbers, for which a batch would wait longer than for the rest; apart from `random`'s functions,
 # whose seed a handler may set, the same one in every worker
-draw = random.Random().randbytes
+random_ids = random.Random()
+os.register_at_fork(after_in_child=random_ids.seed)
+draw = random_ids.randbytes
 ID_BYTES = 16 + 8  # of a trace and of a span
 MAX_NAMED = 8  # trace ids in one line of the log
 
@@ -76,12 +78,14 @@ class Traced(NamedTuple):
         span: id of the request's span.
         parent: id of the client's span; "" if the trace begins here.
         sampled: whether the request's spans are exported.
+        joined: whether the request came with the id of the trace.
     """
 
     trace: str
     span: str
     parent: str
     sampled: bool
+    joined: bool = False
 
 
 class Off:
@@ -139,16 +143,16 @@ class Tracing(Off):
         self.drawn = draw(ID_BYTES * len(slots))
         for index, (slot, own) in enumerate(zip(slots, headers, strict=True)):
             sent = own_header(own, "traceparent") if self.trusted else header(own, "traceparent")
-            if sent or self.samples(self.drawn[ID_BYTES * index : ID_BYTES * index + 16]):
+            if sent or self.samples(self.trace_id(index)):
                 slot.trace = self.trace(sent, own, self.new(index))
                 if slot.trace.sampled:
-                    self.name(index)
+                    self.answer_with_trace(index)
 
-    def name(self, index: int) -> None:
-        """Name the trace in the answer to a request, unless the proxy does."""
+    def answer_with_trace(self, index: int) -> None:
+        """Add the header with the trace to the answer to a request, unless the proxy does."""
         if not self.trusted:
-            trace, span, _, sampled = self.traced(index)
-            sent = f"00-{trace}-{span}-{'01' if sampled else '00'}"
+            traced = self.traced(index)
+            sent = f"00-{traced.trace}-{traced.span}-{'01' if traced.sampled else '00'}"
             self.handler.context.set_response_header(index, RESPONSE, sent)
 
     def traced(self, index: int) -> Traced:
@@ -157,8 +161,12 @@ class Tracing(Off):
 
     def new(self, index: int) -> Traced:
         """Return the trace that a request of this batch begins, with the ids that were drawn for it."""
-        drawn = self.drawn[ID_BYTES * index :][:ID_BYTES]
-        return Traced(drawn[:16].hex(), drawn[16:].hex(), "", self.samples(drawn[:16]))
+        trace, span = self.trace_id(index), self.drawn[ID_BYTES * index + 16 : ID_BYTES * (index + 1)]
+        return Traced(trace.hex(), span.hex(), "", self.samples(trace))
+
+    def trace_id(self, index: int) -> bytes:
+        """Return the id that was drawn for the trace of a request of this batch."""
+        return self.drawn[ID_BYTES * index : ID_BYTES * index + 16]
 
     def trace(self, sent: str, headers: Mapping, new: Traced) -> Traced:
         """Return the trace of a request: the one that its client or the proxy began, or a new one.
@@ -182,7 +190,7 @@ class Tracing(Off):
             parent = ""
         if not self.follows_parent:
             sampled = self.samples(bytes.fromhex(trace))
-        return Traced(trace, span, parent, sampled)
+        return Traced(trace, span, parent, sampled, joined=True)
 
     def samples(self, trace: bytes) -> bool:
         """Return whether the sampler takes a trace, by its id."""
@@ -195,8 +203,8 @@ class Tracing(Off):
         for index, slot in enumerate(slots):
             if slot.trace and slot.trace.sampled:
                 sampled = True
-            elif slot.error:  # the log may name its trace
-                self.name(index)
+            elif slot.error:  # the log may name its trace; `begin` has answered the sampled ones
+                self.answer_with_trace(index)
         if sampled:
             try:
                 self.spans.record(self.handler, slots, data, headers, arrivals, stages)
