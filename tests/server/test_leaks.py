@@ -182,10 +182,9 @@ def test_logs_hold_no_inputs_and_no_secrets(leaky: Place):
     for method, path, sent in CASES.values():
         requests.request(method, leaky.client.inference + path, **sent, timeout=30)
     assert leaky.client.predict("text", MARKER.encode()).status_code == 200
-    # TorchServe writes its logs in the background: wait for the traceback of the bug, and for the last request
+    # TorchServe writes its logs in the background; the first one has the traceback of the bug
     wait_for(lambda: "KeyError" in (leaky.logs / "model_log.log").read_text())
     wait_for(lambda: '"POST /predictions/nonesuch HTTP/1.1" 404' in (leaky.logs / "access_log.log").read_text())
-    wait_for(lambda: '"POST /predictions/text HTTP/1.1" 200' in (leaky.logs / "access_log.log").read_text())
     texts = {file.name: file.read_text(errors="replace") for file in leaky.logs.rglob("*") if file.is_file()}
     assert {"ts_log.log", "model_log.log", "access_log.log"} <= texts.keys()
     for name, text in texts.items():
