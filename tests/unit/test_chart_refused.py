@@ -47,7 +47,10 @@ pytestmark = needs_helm
         ("archives: {source: s3}", "at '/archives/source': value must be one of 'image', 'claim', 'url'"),
         ("archives: {source: claim}", "at '/archives/claim': minLength"),
         ("archives: {claim: archives}", "at '/archives/claim': maxLength"),
-        ("archives: {source: url}", "groups.main.models.audio: archives.source=url needs its url and sha256"),
+        (
+            "archives: {source: url}",
+            "groups.main.models.audio: archives.source=url needs its sha256, and its url or archives.downloader.image",
+        ),
         (
             f"groups: {{main: {{models: {{mnist: {{url: 'https://a/b', sha256: {DIGEST}}}}}}}}}",
             "groups.main.models.mnist: url and sha256 need archives.source=url",
@@ -61,7 +64,7 @@ pytestmark = needs_helm
         ("archives: {netrcSecret: passwords}", "archives.netrcSecret: it needs archives.source=url"),
         (
             "archives: {source: url, downloader: {image: amazon/aws-cli}}",
-            "groups.main.models.audio: archives.source=url needs its url and sha256",
+            "groups.main.models.audio: archives.source=url needs its sha256, and its url or archives.downloader.image",
         ),
         (
             f"groups: {{main: null, a: {{models: {{mnist: {{url: 'https://a/b', sha256: {DIGEST}}}}}}}}}\n"

@@ -5,7 +5,7 @@ with those of the group, and for a canary with its own.
 {{- define "bundle.tracks" -}}
 {{- $tracks := list -}}
 {{- range $group, $own := .Values.groups -}}
-  {{- $values := mergeOverwrite (deepCopy $.Values.defaults) (deepCopy $own) -}}
+  {{- $values := mergeOverwrite (dict "settings" dict "env" dict) (deepCopy $.Values.defaults) (deepCopy $own) -}}
   {{- $image := $.Values.image -}}
   {{- range list $.Values.defaults.image $own.image -}}
     {{- $image = include "bundle.changed" (dict "image" $image "changes" .) | fromJson -}}
@@ -254,7 +254,7 @@ Checks values that may contain a secret. The schema only has their types: its re
   {{- end -}}
   {{- range $model, $set := .values.models -}}
     {{- if and (eq $.Values.archives.source "url") (not (and $set.sha256 (or $set.url $.Values.archives.downloader.image))) -}}
-      {{- fail (printf "groups.%s.models.%s: archives.source=url needs its url and sha256" $track.group $model) -}}
+      {{- fail (printf "groups.%s.models.%s: archives.source=url needs its sha256, and its url or archives.downloader.image" $track.group $model) -}}
     {{- end -}}
     {{- if and $set.url $.Values.archives.downloader.image -}}
       {{- fail (printf "groups.%s.models.%s: archives.downloader gets it, so it needs no url" $track.group $model) -}}
@@ -323,7 +323,7 @@ Checks values that may contain a secret. The schema only has their types: its re
 {{- if and .Values.configProperties (not (regexMatch "(?m)^enable_envvars_config=true\\s*$" .Values.configProperties)) -}}
   {{- fail "configProperties: without the line enable_envvars_config=true, TorchServe ignores what the chart sets" -}}
 {{- end -}}
-{{- if regexMatch "(?m)^disable_token_authorization=false\\s*$" .Values.configProperties -}}
+{{- if regexMatch "(?m)^disable_token_authorization=false\\s*$" (.Values.configProperties | default "") -}}
   {{- fail "configProperties: disable_token_authorization=false has no effect: TorchServe makes keys of its own in each pod, so clients of a Service cannot have one: check tokens in the ingress or the gateway" -}}
 {{- end -}}
 {{- if and .Values.gateway.enabled (not .Values.gateway.parents) -}}
