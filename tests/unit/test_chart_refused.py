@@ -132,6 +132,30 @@ def test_wrong_value_is_refused_with_the_reason(values: str, reason: str):
     assert refused.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("canary", "reason"),
+    [
+        ("models: {mnist: {url: a/b}}", ".models.mnist.url: it must begin with http://"),
+        (f"models: {{mnist: {{sha256: {DIGEST}}}}}", ".models.mnist: url and sha256 need archives.source=url"),
+        ("settings: {model_store: /tmp}", ".settings.model_store: the chart sets it"),
+        ("settings: {disable_token_authorization: false}", ": disable_token_authorization cannot be set"),
+        ("env: {BUNDLE_GATE: /tmp}", ".env.BUNDLE_GATE: the chart sets it"),
+        ("image: {repository: A}", ".image.repository: it must be like"),
+        ("image: {digest: latest}", ".image.digest: it must be sha256:"),
+    ],
+)
+def test_wrong_value_of_a_canary_is_refused_with_its_place(canary: str, reason: str):
+    refused = helm("template", "bundle", str(CHART), values=f"groups: {{main: {{canary: {{weight: 1, {canary}}}}}}}")
+    assert refused.returncode == 1
+    assert f"): groups.main.canary{reason}" in refused.stderr
+
+
+def test_name_that_only_the_canary_makes_too_long_is_refused_with_its_place():
+    group = f"groups: {{{'g' * 35}: {{models: {{mnist: {{}}}}, canary: {{weight: 1}}}}}}"
+    refused = helm("template", "bundle", str(CHART), values=group)
+    assert f"): groups.{'g' * 35}.canary: the name bundle-{'g' * 35}-canary is longer than 46" in refused.stderr
+
+
 @pytest.mark.parametrize("name", ["my.app", "2024"])
 def test_release_whose_services_would_have_invalid_names_is_refused(name: str):
     refused = helm("template", name, str(CHART))
@@ -286,7 +310,7 @@ def test_content_in_place_of_the_name_of_a_secret_is_refused_and_not_printed(tmp
         ),
         (
             f"groups: {{main: {{canary: {{weight: 1, models: {{mnist: {{url: 'me:{SECRET}@a/b'}}}}}}}}}}",
-            "groups.main.models.mnist.url",
+            "groups.main.canary.models.mnist.url",
         ),
         (f"archives: {{source: url, s3: {{endpoint: 'http://me:{SECRET}@minio:9000'}}}}", "archives.s3.endpoint"),
         (f"tracing: {{endpoint: 'http://me:{SECRET}@collector:4317'}}", "tracing.endpoint"),

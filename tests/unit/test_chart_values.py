@@ -117,6 +117,12 @@ def test_large_integers_are_written_in_full():
     assert (given["TS_MAX_RESPONSE_SIZE"], given["NO"], given["BURST"]) == ("33554432", "1000000", "1000000")
 
 
+def test_variable_with_the_name_of_a_setting_and_another_prefix_is_accepted():
+    """TorchServe reads only TS_JOB_QUEUE_SIZE as the setting."""
+    given = environment(only("defaults: {settings: {job_queue_size: 9}, env: {JOB_QUEUE_SIZE: 8}}")["torchserve"])
+    assert (given["TS_JOB_QUEUE_SIZE"], given["JOB_QUEUE_SIZE"]) == ("9", "8")
+
+
 def test_variables_of_the_proxy_are_read_by_it():
     script = (ROOT / "docker" / "nginx" / "start.sh").read_text()
     documented = set(re.findall(r"^#   ([A-Z_]+) ", script, re.MULTILINE))

@@ -1,6 +1,6 @@
 {{/*
-The tracks of all groups, as a JSON list: {name, group, track, weight, values}. `values` are the values of `defaults`,
-with those of the group, and for a canary with its own.
+The tracks of all groups, as a JSON list: {name, group, track, place, weight, values}. `values` are the values of
+`defaults`, with those of the group, and for a canary with its own. `place` is where the track has its own values.
 */}}
 {{- define "bundle.tracks" -}}
 {{- $tracks := list -}}
@@ -17,12 +17,16 @@ with those of the group, and for a canary with its own.
   {{- if $canary -}}
     {{- $weight = sub 100 (int $canary.weight) -}}
   {{- end -}}
-  {{- $tracks = append $tracks (dict "name" $name "group" $group "track" "stable" "weight" $weight "values" $values) -}}
+  {{- $place := print "groups." $group -}}
+  {{- $track := dict "name" $name "group" $group "track" "stable" "place" $place "weight" $weight -}}
+  {{- $tracks = append $tracks (set $track "values" $values) -}}
   {{- if $canary -}}
     {{- $changed := mergeOverwrite (deepCopy $values) (deepCopy (omit $canary "weight" "image")) -}}
     {{- $_ := set $changed "image" (include "bundle.changed" (dict "image" $image "changes" $canary.image) | fromJson) -}}
     {{- $_ := set $changed "autoscaling" (dict "enabled" false) -}}
-    {{- $track := dict "name" (print $name "-canary") "group" $group "track" "canary" "weight" (int $canary.weight) -}}
+    {{- $name = print $name "-canary" -}}
+    {{- $place = print $place ".canary" -}}
+    {{- $track := dict "name" $name "group" $group "track" "canary" "place" $place "weight" (int $canary.weight) -}}
     {{- $tracks = append $tracks (set $track "values" $changed) -}}
   {{- end -}}
 {{- end -}}
@@ -174,14 +178,14 @@ Checks values that may contain a secret. The schema only has their types: its re
   {{- fail "tracing.endpoint: it must be http:// or https:// with a host and a port, such as http://otel-collector.monitoring:4317. Keys belong to the Secret tracing.headersSecret" -}}
 {{- end -}}
 {{- range include "bundle.tracks" . | fromJsonArray -}}
-  {{- $group := .group -}}
+  {{- $place := .place -}}
   {{- range $model, $set := .values.models -}}
     {{- if not (regexMatch "^(https?://[^#\\s]+|s3://[a-z0-9][a-z0-9._-]+/[^#\\s]+)?$" ($set.url | default "")) -}}
-      {{- fail (printf "groups.%s.models.%s.url: it must begin with http:// or https://, or be s3://BUCKET/KEY, without # and spaces" $group $model) -}}
+      {{- fail (printf "%s.models.%s.url: it must begin with http:// or https://, or be s3://BUCKET/KEY, without # and spaces" $place $model) -}}
     {{- end -}}
   {{- end -}}
   {{- if not (regexMatch "^(https?://.*)?$" (.values.autoscaling.prometheus | default "")) -}}
-    {{- fail (printf "groups.%s.autoscaling.prometheus: it must begin with http:// or https://" $group) -}}
+    {{- fail (printf "%s.autoscaling.prometheus: it must begin with http:// or https://" $place) -}}
   {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -247,20 +251,20 @@ Checks values that may contain a secret. The schema only has their types: its re
   {{- /* Kubernetes appends up to 17 characters to a pod's name, and cuts what is longer than 63: the queries of KEDA
          would not match it */ -}}
   {{- if gt (len .name) 46 -}}
-    {{- fail (printf "groups.%s: the name %s is longer than 46 characters: shorten the release's or the group's name" .group .name) -}}
+    {{- fail (printf "%s: the name %s is longer than 46 characters: shorten the release's or the group's name" .place .name) -}}
   {{- end -}}
   {{- if not .values.models -}}
-    {{- fail (printf "groups.%s.models: name at least one model" .group) -}}
+    {{- fail (printf "%s.models: name at least one model" .place) -}}
   {{- end -}}
   {{- range $model, $set := .values.models -}}
     {{- if and (eq $.Values.archives.source "url") (not (and $set.sha256 (or $set.url $.Values.archives.downloader.image))) -}}
-      {{- fail (printf "groups.%s.models.%s: archives.source=url needs its sha256, and its url or archives.downloader.image" $track.group $model) -}}
+      {{- fail (printf "%s.models.%s: archives.source=url needs its sha256, and its url or archives.downloader.image" $track.place $model) -}}
     {{- end -}}
     {{- if and $set.url $.Values.archives.downloader.image -}}
-      {{- fail (printf "groups.%s.models.%s: archives.downloader gets it, so it needs no url" $track.group $model) -}}
+      {{- fail (printf "%s.models.%s: archives.downloader gets it, so it needs no url" $track.place $model) -}}
     {{- end -}}
     {{- if and (ne $.Values.archives.source "url") (or $set.url $set.sha256) -}}
-      {{- fail (printf "groups.%s.models.%s: url and sha256 need archives.source=url" $track.group $model) -}}
+      {{- fail (printf "%s.models.%s: url and sha256 need archives.source=url" $track.place $model) -}}
     {{- end -}}
     {{- if and (eq $track.track "stable") (hasKey $groups $model) (or $.Values.ingress.enabled $.Values.gateway.enabled) -}}
       {{- fail (printf "groups: %s is in %s and in %s, and a route leads to one of them" $model (get $groups $model) $track.group) -}}
@@ -271,30 +275,30 @@ Checks values that may contain a secret. The schema only has their types: its re
   {{- end -}}
   {{- range $key, $_ := .values.settings -}}
     {{- if has (printf "TS_%s" (upper $key)) $own -}}
-      {{- fail (printf "groups.%s.settings.%s: the chart sets it" $track.group $key) -}}
+      {{- fail (printf "%s.settings.%s: the chart sets it" $track.place $key) -}}
     {{- end -}}
   {{- end -}}
   {{- if or (hasKey .values.settings "disable_token_authorization") (hasKey .values.env "TS_DISABLE_TOKEN_AUTHORIZATION") -}}
-    {{- fail (printf "groups.%s: disable_token_authorization cannot be set: TorchServe makes keys of its own in each pod, so clients of a Service cannot have one: check tokens in the ingress or the gateway" .group) -}}
+    {{- fail (printf "%s: disable_token_authorization cannot be set: TorchServe makes keys of its own in each pod, so clients of a Service cannot have one: check tokens in the ingress or the gateway" .place) -}}
   {{- end -}}
   {{- range $name, $_ := .values.env -}}
-    {{- if or (has $name $own) (hasKey $track.values.settings (trimPrefix "TS_" $name | lower)) -}}
-      {{- fail (printf "groups.%s.env.%s: the chart sets it" $track.group $name) -}}
+    {{- if or (has $name $own) (and (hasPrefix "TS_" $name) (hasKey $track.values.settings (trimPrefix "TS_" $name | lower))) -}}
+      {{- fail (printf "%s.env.%s: the chart sets it" $track.place $name) -}}
     {{- end -}}
   {{- end -}}
   {{- if and $.Values.ingress.enabled (eq .track "canary") (not (contains "nginx" $.Values.ingress.className)) -}}
     {{- fail (printf "groups.%s.canary: the controllers of Ingresses other than ingress-nginx ignore its weight: use gateway" .group) -}}
   {{- end -}}
   {{- if and $.Values.gateway.enabled (gt (len $.Values.groups) 1) (gt (len .values.models) 21) -}}
-    {{- fail (printf "groups.%s.models: an HTTPRoute has no more than 128 paths, which is 21 models: use more groups" .group) -}}
+    {{- fail (printf "%s.models: an HTTPRoute has no more than 128 paths, which is 21 models: use more groups" .place) -}}
   {{- end -}}
   {{- $scaling := .values.autoscaling -}}
   {{- if $scaling.enabled -}}
     {{- if gt (int $scaling.min) (int $scaling.max) -}}
-      {{- fail (printf "groups.%s.autoscaling: min is %d, and max is %d" .group (int $scaling.min) (int $scaling.max)) -}}
+      {{- fail (printf "%s.autoscaling: min is %d, and max is %d" .place (int $scaling.min) (int $scaling.max)) -}}
     {{- end -}}
     {{- if and (eq (int $scaling.min) 0) (or (ne $scaling.by "queue") (not $scaling.activation)) -}}
-      {{- fail (printf "groups.%s.autoscaling: min=0 needs by=queue, and activation: while no pod runs, only something in front of the pods can count requests" .group) -}}
+      {{- fail (printf "%s.autoscaling: min=0 needs by=queue, and activation: while no pod runs, only something in front of the pods can count requests" .place) -}}
     {{- end -}}
   {{- end -}}
 {{- end -}}
