@@ -44,8 +44,12 @@ def image_to_test() -> str:
             "No image is named. Load it into the cluster's nodes (kubernetes/README.md), and name it: "
             "make test-cluster IMAGE=torchserve-bundle:latest"
         )
-    if ":" not in image.rpartition("/")[2] or "@" in image:
-        raise BundleError(f"IMAGE={image} has no tag, such as in IMAGE=torchserve-bundle:latest")
+    _, colon, tag = image.rpartition("/")[2].partition(":")
+    fault = "a digest" if "@" in image else "no tag" if not colon else "an empty tag" if not tag else ""
+    if fault:
+        raise BundleError(
+            f"IMAGE={image} has {fault}. Name it by a tag: make test-cluster IMAGE=torchserve-bundle:latest"
+        )
     if HELM is None:
         raise BundleError("Helm is missing: make helm")
     if KUBECTL is None:

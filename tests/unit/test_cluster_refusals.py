@@ -39,12 +39,29 @@ def test_missing_program_or_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    "image", ["torchserve-bundle", "registry:5000/torchserve-bundle", f"torchserve-bundle@sha256:{'a' * 64}"]
+    ("image", "fault"),
+    [
+        ("torchserve-bundle", "no tag"),
+        ("registry:5000/torchserve-bundle", "no tag"),
+        ("torchserve-bundle:", "an empty tag"),
+        ("registry:5000/torchserve-bundle:", "an empty tag"),
+        (f"torchserve-bundle@sha256:{'a' * 64}", "a digest"),
+        (f"torchserve-bundle:latest@sha256:{'a' * 64}", "a digest"),
+        ("torchserve-bundle@sha256:", "a digest"),
+    ],
 )
-def test_image_without_a_tag_is_refused(monkeypatch: pytest.MonkeyPatch, image: str):
+def test_image_without_a_tag_or_with_a_digest_is_refused(monkeypatch: pytest.MonkeyPatch, image: str, fault: str):
+    """The chart would take its appVersion in place of an empty tag, so another image would be tested."""
     monkeypatch.setenv("IMAGE", image)
-    with pytest.raises(BundleError, match="has no tag"):
+    with pytest.raises(BundleError) as refused:
         release.image_to_test()
+    assert str(refused.value).startswith(f"IMAGE={image} has {fault}. Name it by a tag: make test-cluster IMAGE=")
+
+
+@pytest.mark.parametrize("image", ["registry:5000/torchserve-bundle:0.2.0", "team/torchserve-bundle:a"])
+def test_image_of_a_registry_is_returned(monkeypatch: pytest.MonkeyPatch, image: str):
+    monkeypatch.setenv("IMAGE", image)
+    assert release.image_to_test() == image
 
 
 @pytest.mark.slow
