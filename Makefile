@@ -174,7 +174,7 @@ ifdef TESTS
 	@$(MAKE) --no-print-directory lint
 	$(PYTEST) $(TESTS)
 else
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units slow-units-a-d slow-units-e-o slow-units-p-z
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint slow-units-a-d slow-units-p-z fast-units slow-units-e-o
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 servers-s-z servers-g-o servers-p-r servers-a-f
 endif
 
@@ -214,7 +214,7 @@ check:  ## lint, check types, and run the fast unit tests
 fast-units: dev .venv/loadtest.done
 	$(PYTEST) tests/unit -m "not slow and not docker"
 
-# in parts, for two cores; with pytest-xdist instead, a worker died, and the run did not end
+# in parts for two cores, the longest first; with pytest-xdist instead, a worker died, and the run did not end
 slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.done
 	$(PYTEST) tests/unit/test_[$*]*.py -m slow
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bundle.catalog import select
 from bundle.load.generator import LoadResult
-from models.molecule.model import build
+from models.mnist.model import build
 from tests.support import wait_for
 from tests.trials import memory, soak
 from tests.trials.faults.load import recovery_time
@@ -200,7 +200,7 @@ def test_memory_slope_is_in_megabytes_per_hour():
 
 @pytest.mark.slow
 def test_memory_of_a_worker_is_measured_beside_its_weights():
-    [folder] = select(["molecule"])
+    [folder] = select(["mnist"])
     weights, size, found = memory.measured(folder)
     model = build()
     assert weights == sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
