@@ -14,6 +14,8 @@ from tests.shipped import SHIPPED
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECONDS = 60
+# of Gradio 6.31, whose tabs in `@gradio.render` load in any order: seen once, on a busy machine, where all tabs worked
+GRADIO_FAULT = "Cannot destructure property 'register_tab'"
 # a camera and a microphone that show and play a test signal
 FAKE_DEVICES = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
@@ -45,9 +47,13 @@ class Visitor:
         self.context.set_default_timeout(SECONDS * 1000)
         self.context.on("request", lambda request: self.asked_for.append(request.url))
         self.tab = self.context.new_page()
-        self.tab.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.tab.on("pageerror", self.note)
         self.tab.goto(url)
         self.model = SHIPPED[0]
+
+    def note(self, error: "playwright.Error") -> None:
+        if not str(error).startswith(GRADIO_FAULT):
+            self.problems.append(str(error))
 
     def choose(self, model: str) -> None:
         self.tab.get_by_role("tab", name=model, exact=True).click()

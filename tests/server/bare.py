@@ -142,12 +142,19 @@ class Bare:
         return described["jobQueueStatus"]["pendingRequests"] + len(inside)
 
     def posted(self, pool: ThreadPoolExecutor, model: str, *bodies: bytes, **options: float) -> list[Future]:
-        """Send requests one after the other while workers are held; return when all are accepted, in this order."""
+        """Send requests one after the other; return when all are in the queue or held in a worker, in this order.
+
+        Args:
+            bodies: b"hold" for each of the workers, before the others.
+        """
         sent = []
         for body in bodies:
-            count = self.accepted(model)
+            held, count = self.held(model), self.accepted(model)
             sent.append(pool.submit(self.post, model, body, **options))
-            wait_for(lambda count=count: self.accepted(model) == count + 1)
+            if body == b"hold":  # on its way from the queue to the worker, it is counted in neither
+                wait_for(lambda held=held: self.held(model) != held)
+            else:
+                wait_for(lambda count=count: self.accepted(model) == count + 1)
         return sent
 
     def exits(self) -> set[int]:
