@@ -69,7 +69,10 @@ class PoissonTraffic:
 
     async def _send(self) -> None:
         timeout = aiohttp.ClientTimeout(total=LOST_SECONDS)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        # each on a new connection: one that the proxy closes while it is idle may get a request at the same moment,
+        # which nobody has accepted, and clients send again
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             due, in_flight = time.monotonic(), set()
             while not self._stop.is_set():
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
