@@ -1,6 +1,8 @@
 """Which requests are traced, with which ids and spans. test_tracing_settings.py has the settings."""
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,6 +14,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from bundle.build.dryrun import DryRun
+from bundle.paths import ROOT
 from bundle.server.ports import free_ports
 from handlers.core import tracing
 from handlers.core.slots import Sample, Slot
@@ -289,3 +292,22 @@ def test_log_names_some_traces_of_a_large_batch(worker: DryRun, exported):
     assert worker.handler.tracing.named(slots).endswith(f"{7:032x} and 22 more)")
     assert worker.handler.tracing.named_of([sample]) == f" (trace {3:032x})"
     assert tracing.Off().named(slots) == tracing.Off().named_of([sample]) == ""
+
+
+def test_neither_a_seed_nor_a_fork_repeats_ids():
+    code = """
+import os, random
+from handlers.core.tracing import draw
+
+drawn = []
+for _ in range(2):
+    random.seed(1)
+    drawn.append(draw(8))
+here, there = os.pipe()
+if os.fork() == 0:
+    os.write(there, draw(8))
+    os._exit(0)
+drawn += [draw(8), os.read(here, 8)]
+assert len(set(drawn)) == 4, drawn
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
