@@ -18,7 +18,7 @@ from page.served import Connection, KeyRequired, Served
 
 EXPLANATION = "explanation.png"
 CLEANING = 10 * 60  # s between two searches for files that are too old
-NOTHING = "There is nothing to send. Fill in the input; if it is there, it is still on its way: press Ask again."
+NOTHING = "There is nothing to send. Fill in the input. If you see it, it was still being uploaded: press Ask again."
 HIDDEN = gradio.update(value=None, visible=False)
 CSS = """
 .failed {color: var(--error-text-color); font-weight: 600}
