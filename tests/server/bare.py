@@ -28,7 +28,6 @@ import os, time
 from ts.handler_utils.utils import send_intermediate_predict_response
 
 
-
 def wait(action):
     """While there is a file with the name of the action, leave one that says that this process waits for its end."""
     held = os.path.join(os.environ["TEMP"], f"{action}-NAME")
