@@ -47,9 +47,8 @@ def header(headers: Mapping, name: str) -> str:
         headers: the headers of the request.
         name: in lower case.
     """
-    length = len(name)
     for key, value in headers.items():
-        if len(key) == length and key.lower() == name and isinstance(value, str):
+        if key.lower() == name and isinstance(value, str):
             return value
     return ""
 
