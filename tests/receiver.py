@@ -1,6 +1,6 @@
 """A receiver of traces, as a collector is: OTLP over gRPC, with the messages of opentelemetry-proto.
 
-python receiver.py PORT     prints each span as a line of JSON; it needs nothing else of the tests
+python receiver.py PORT     prints READY, and then each span as a line of JSON; it needs nothing else of the tests
 
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
+
+READY = "READY"
 
 
 @dataclass(frozen=True)
@@ -145,4 +147,5 @@ def receiving(host: str = "127.0.0.1") -> Iterator[Receiver]:
 
 if __name__ == "__main__":
     Receiver(int(sys.argv[1]), printed=True).start("0.0.0.0")
+    print(READY, flush=True)
     threading.Event().wait()

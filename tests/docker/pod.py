@@ -40,6 +40,7 @@ GRACEFUL = "SIGQUIT"  # the stop signal of nginx's own image; a local stand-in f
 
 http = requests.Session()
 http.trust_env = False  # a proxy in the environment cannot reach the pod
+http.headers["Connection"] = "close"  # a proxy that ends closes kept connections, perhaps as a request comes
 
 
 def known(fields: dict, names: set[str]) -> dict:

@@ -32,6 +32,7 @@ PREDICT = "/predictions/mnist"
 
 http = requests.Session()
 http.trust_env = False  # a proxy in the environment cannot reach loopback
+http.headers["Connection"] = "close"  # a reload of the proxy closes kept connections, perhaps as a request comes
 
 
 @dataclass

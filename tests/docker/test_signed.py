@@ -15,6 +15,7 @@ from bundle.paths import ROOT
 from bundle.server.client import check_sample
 from bundle.signing import make_keys
 from tests.docker.stack import Stack, build_archive, docker, running
+from tests.receiver import READY
 from tests.support import reversioned, wait_for
 from tests.trials.faults.archives import put
 
@@ -46,6 +47,7 @@ def collector(signed: Stack) -> Iterator[str]:
     arguments = ["--name", name, f"--network={signed.project}_back", "--network-alias=collector"]
     arguments += [f"--volume={ROOT / 'tests' / 'receiver.py'}:/receiver.py:ro"]
     docker("run", "--detach", *arguments, "--entrypoint=/opt/bundle/.venv/bin/python", image, "/receiver.py", "4317")
+    wait_for(lambda: READY in docker("logs", name))  # a worker tries to send its spans for 10 s
     yield name
     docker("rm", "--force", name)
 
@@ -58,7 +60,7 @@ def test_trace_of_a_request_goes_through_proxy_and_batch(signed: Stack, collecto
     found: dict[str, dict] = {}
 
     def complete() -> bool:
-        received = map(json.loads, docker("logs", collector).splitlines())
+        received = map(json.loads, docker("logs", collector).splitlines()[1:])
         found.update({each["name"]: each for each in received if each["trace"] == trace})
         return len(found) == 6
 

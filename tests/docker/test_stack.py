@@ -38,8 +38,11 @@ DIGIT = MNIST.sample_file.read_bytes()
 
 @pytest.fixture(autouse=True)
 def restored(stack: Stack) -> Iterator[None]:
-    """After each test, restore the numbers of workers."""
+    """After each test, start TorchServe if it was stopped, and restore the numbers of workers."""
     yield
+    if stack.inspect()["State"]["Status"] == "exited":
+        docker("start", stack.container())
+        stack.wait_until_healthy()
     for folder in FOLDERS:
         numbers = {key: folder.config[key] for key in ("minWorkers", "maxWorkers")}
         described = stack.client.describe(folder.name)
@@ -266,7 +269,11 @@ def check_rollout(stack: Stack, rolled: subprocess.CompletedProcess, load: Traff
 
 
 def test_stop_answers_all_accepted_requests_and_start_restores_the_state(stack: Stack):
-    """Only requests that come after the signal are rejected, with a Retry-After header."""
+    """Only requests that come after the signal are rejected, with a Retry-After header.
+
+    The proxy reloads when TorchServe drains, and closes idle connections. A client whose request meets that sends it
+    again, on a new connection.
+    """
     container = stack.container()
     served = [(v["modelVersion"], v["minWorkers"]) for v in stack.client.versions("mnist")]
     scale(stack, "text", 3, 3)
@@ -280,7 +287,7 @@ def test_stop_answers_all_accepted_requests_and_start_restores_the_state(stack: 
 
     stopped = threading.Event()
     collector = threading.Thread(target=collect_rejections)
-    with traffic(stack) as load:
+    with traffic(stack, resends=True) as load:
         load.wait_for(50)
         collector.start()
         docker("stop", "--time", "120", container)
