@@ -25,7 +25,7 @@ import java.util.List;
  * Find and change instructions.
  *
  * <p>The library is ASM, which is inside TorchServe's own jar (a part of Groovy), so that it need not be delivered
- * here. Every change replaces a call, or adds one. Neither changes the types on the stack, so the verification data
+ * here. Every change replaces a call or the read of a field, or adds a call. None changes the types on the stack, so the verification data
  * of the JVM stay valid.
  */
 final class Code {
@@ -141,6 +141,25 @@ final class Code {
         MethodInsnNode ours = new MethodInsnNode(Opcodes.INVOKESTATIC, owner, name, descriptor(owner, name));
         in.instructions.set(call, ours);
         return ours;
+    }
+
+    /** Make the only read of an object's field inside a method go to a static method of ours, which gets the object. */
+    static void redirectRead(MethodNode in, String owner, String field, Class<?> to, String name) throws Refusal {
+        List<FieldInsnNode> found = new ArrayList<>();
+        for (AbstractInsnNode instruction : in.instructions) {
+            if (instruction.getOpcode() == Opcodes.GETFIELD) {
+                FieldInsnNode read = (FieldInsnNode) instruction;
+                if (read.owner.equals(owner) && read.name.equals(field)) {
+                    found.add(read);
+                }
+            }
+        }
+        if (found.size() != 1) {
+            throw new Refusal(in.name + " reads " + field + " " + found.size() + " times, not once");
+        }
+        String ours = Type.getInternalName(to);
+        in.instructions.set(
+                found.get(0), new MethodInsnNode(Opcodes.INVOKESTATIC, ours, name, descriptor(ours, name)));
     }
 
     /** Create an object of a subclass of ours, with the same arguments. */

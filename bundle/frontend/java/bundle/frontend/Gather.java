@@ -18,8 +18,8 @@ import org.pytorch.serve.wlm.Model;
  * A free worker takes the requests that wait, at once.
  *
  * <p>TorchServe takes the first request, then waits up to maxBatchDelay for each further one, although the worker is
- * idle. With this patch, it takes what is in the queue. Batches form while all workers are busy: the more load, the
- * larger they are. A model whose model-config.yaml has `patience: fixed` waits for maxBatchDelay as before.
+ * idle. With this patch, it takes what is in the queue, up to batchSize. Batches form while all workers are busy: the
+ * more load, the larger they are. A model whose model-config.yaml has `patience: fixed` waits for maxBatchDelay as before.
  */
 public final class Gather implements Patch {
     static final String QUEUE = "java/util/concurrent/LinkedBlockingDeque";
@@ -45,13 +45,30 @@ public final class Gather implements Patch {
         // this one is for workers with asyncCommunication
         MethodNode async = Code.method(code, "pollInferJob", "(Ljava/util/Map;IL" + QUEUE + ";)V");
         Code.redirect(async, Code.calls(async, QUEUE, "poll", POLL, 2).get(1), Gather.class, "next", true);
+        for (MethodNode method : List.of(batch, async)) {
+            Code.redirectRead(method, code.name, "maxBatchDelay", Gather.class, "delay");
+        }
     }
 
     /** Take the next request of a batch. Called in place of `queue.poll(delay, unit)`. */
     public static Object next(LinkedBlockingDeque<Job> queue, long delay, TimeUnit unit, Model model)
             throws InterruptedException {
         Job waiting = queue.poll();
-        return waiting != null || !FIXED.computeIfAbsent(model, Gather::isFixed) ? waiting : queue.poll(delay, unit);
+        return waiting != null || !fixed(model) ? waiting : queue.poll(delay, unit);
+    }
+
+    /**
+     * Return for how many milliseconds a batch is collected.
+     *
+     * <p>TorchServe looks at the clock after each request. So a batch ended early, although requests waited, if a
+     * maxBatchDelay of 1 ms began just before the next millisecond; one of 0 allowed two requests.
+     */
+    public static int delay(Model model) {
+        return fixed(model) ? model.getMaxBatchDelay() : Integer.MAX_VALUE;
+    }
+
+    private static boolean fixed(Model model) {
+        return FIXED.computeIfAbsent(model, Gather::isFixed);
     }
 
     /** Return whether a model's configuration file has `patience: fixed`. */
