@@ -18,7 +18,7 @@ from bundle.build.dryrun import DryRun
 from bundle.build.torchvision_source import ListedImages
 from handlers.core import boxes, boxes_drawn
 from handlers.detection import DetectionHandler
-from tests.unit.serialized import serving_with
+from tests.unit.serialized import compressible, serving_with
 
 LABELS = ["cat", "dog"]
 # x and y of the centre, width, height, probabilities of a cat and a dog, in a 640 x 640 input
@@ -314,7 +314,7 @@ def random_detector(name: str) -> nn.Module:
         options["score_thresh"] = 0.0
     else:  # few proposals and detections, because the heads of the R-CNN family take a second for hundreds
         options |= {"box_score_thresh": 0.0, "box_detections_per_img": 20, "rpn_post_nms_top_n_test": 100}
-    return models.get_model(name, weights=None, weights_backbone=None, **options).eval()
+    return compressible(models.get_model(name, weights=None, weights_backbone=None, **options)).eval()
 
 
 def noise(width: int, height: int) -> Image.Image:

@@ -19,7 +19,7 @@ from bundle.build.dryrun import DryRun
 from bundle.build.export import PreprocessedImages
 from bundle.build.torchvision_source import drop_auxiliary
 from handlers.core import masks
-from tests.unit.serialized import serving_with
+from tests.unit.serialized import compressible, serving_with
 
 LABELS = ["background", "grey", "white"]
 SPOILT = 7  # a brightness for which the module below returns NaN
@@ -272,7 +272,7 @@ def test_colours_are_those_of_pascal_voc():
 )
 def test_torchvision_architecture_serves_as_it_computes(tmp_path, name):
     torch.manual_seed(0)
-    network = models.get_model(name, weights=None, weights_backbone=None, num_classes=3)
+    network = compressible(models.get_model(name, weights=None, weights_backbone=None, num_classes=3))
     drop_auxiliary(network)
     module = PreprocessedImages(network, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).eval()
     image = speckled(96, 96)

@@ -112,10 +112,13 @@ def test_stopped_run_that_is_continued_ends_with_the_weights_of_an_uninterrupted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
-    ("stopped", "hint"),
-    [("0.-1", "No epoch was complete"), ("0.0", "--resume {last}\n"), ("1.-1", "--resume {last}\n")],
+    ("number", "status", "stopped", "hint"),
+    [
+        (signal.SIGINT, 130, "0.-1", "No epoch was complete"),
+        (signal.SIGTERM, 143, "0.0", "--resume {last}\n"),
+        (signal.SIGINT, 130, "1.-1", "--resume {last}\n"),
+    ],
 )
 def test_signal_ends_a_run_with_its_status_and_says_how_to_continue(
     tmp_path: Path, number: int, status: int, stopped: str, hint: str
