@@ -175,7 +175,7 @@ ifdef TESTS
 	$(PYTEST) $(TESTS)
 else
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint slow-units-a-d slow-units-p-z fast-units slow-units-e-o
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 servers-s-z servers-g-o servers-p-r servers-a-f
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 servers-a-r servers-s-z
 endif
 
 fuzz: dev  ## send mutated requests to the handlers and to a server (CASES=5000 SEED=0 MODEL=audio REPORT=1)
@@ -206,7 +206,7 @@ lint: dev .venv/loadtest.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: check fast-units slow-units-a-d slow-units-e-o slow-units-p-z servers-a-f servers-g-o servers-p-r servers-s-z \
+.PHONY: check fast-units slow-units-a-d slow-units-e-o slow-units-p-z servers-a-r servers-s-z \
   docker-stack docker-others
 check:  ## lint, check types, and run the fast unit tests
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 lint fast-units
@@ -218,8 +218,8 @@ fast-units: dev .venv/loadtest.done
 slow-units-a-d slow-units-e-o slow-units-p-z: slow-units-%: dev .venv/loadtest.done
 	$(PYTEST) tests/unit/test_[$*]*.py -m slow
 
-# in parts, two at a time, the longest first: the servers of three need more than 24 GB
-servers-a-f servers-g-o servers-p-r servers-s-z: servers-%: dev .venv/loadtest.done
+# in two parts for two cores: each starts servers that its tests share, and those of three parts need more than 24 GB
+servers-a-r servers-s-z: servers-%: dev .venv/loadtest.done
 	$(PYTEST) tests/server/test_[$*]*.py
 
 # in two parts, because most tests wait for containers. docker-others begins with the tests of the proxy, which need no

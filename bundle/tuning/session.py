@@ -44,8 +44,7 @@ class Found:
                 yield f"{name} {candidate}: {report.describe(score)}"
                 if candidate in self.tuning.steady:
                     yield f"      {report.describe_steady(self.tuning.steady[candidate].load)}"
-        for candidate, why in self.tuning.broken.items():
-            yield f"could not be served: {candidate}: {why}"
+        yield from self.tuning.left_out()
         yield self.verdict.reason
 
 

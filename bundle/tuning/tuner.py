@@ -180,8 +180,13 @@ class Tuning:
         self.finals(search.halve(field, self.judge, lambda leader: neighbours(self.candidates, leader)))
         verdict = search.decide(self.final, self.steady, self.current, self.target)
         if not verdict.scores[verdict.best].throughput:
-            raise BundleError(f"No tested settings meet the p99 target of {1000 * self.target:g} ms. {self.nearest()}")
+            message = f"No tested settings meet the p99 target of {1000 * self.target:g} ms. {self.nearest()}"
+            raise BundleError(message, "\n".join(self.left_out()))
         return verdict
+
+    def left_out(self) -> list[str]:
+        """Return a line about each candidate that could not be served."""
+        return [f"could not be served: {candidate}: {why}" for candidate, why in self.broken.items()]
 
     def nearest(self) -> str:
         """Describe the measurement that came closest to the target."""
@@ -192,7 +197,7 @@ class Tuning:
         load = point.load
         early = " It met the target early on but not in the final; the machine may have been busy."
         return (
-            f"Closest: {1000 * load.p99:.3g} ms at {load.throughput:.3g} answers/s "
+            f"Closest: {1000 * load.p99:.1f} ms at {load.throughput:.1f} answers/s "
             f"and {point.concurrency} clients, with {point.candidate}." + (early if load.p99 <= self.target else "")
         )
 

@@ -1,25 +1,32 @@
 """Rollouts under load: a good version replaces the old one without a failed request, a bad version changes nothing."""
 
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bundle.catalog import select
 from bundle.paths import ROOT
-from tests.server.place import Place
+from tests.server.place import Place, new_place, serving
 from tests.support import models_expecting_four, reversioned
 from tests.traffic import Traffic
 
 [MNIST] = select(["mnist"])
 
 
-@pytest.fixture
-def rolling(place: Place) -> Place:
-    """A server of MNIST 1.0."""
-    started = place.bundle("serve", "mnist")
-    assert started.returncode == 0, started.stderr
-    return place
+@pytest.fixture(scope="module")
+def rolling(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A server of MNIST 1.0, for the tests of rollouts that change nothing."""
+    folder = tmp_path_factory.mktemp("rolling")
+    store = folder / "store"
+    store.mkdir()
+    for file in archives.glob("mnist.*"):
+        shutil.copy(file, store)
+    place = new_place(folder / "run", store)
+    with serving(place, "mnist"):
+        yield place
 
 
 def versions(place: Place) -> list[str]:
@@ -31,23 +38,24 @@ def traffic(place: Place) -> Traffic:
     return Traffic(url, MNIST.sample_file.read_bytes(), '"top_3_classes": [3')
 
 
-def test_rollout_under_load_replaces_the_version_and_no_request_fails(rolling: Place, tmp_path: Path):
-    served = rolling.store / "mnist.mar"
+def test_rollout_under_load_replaces_the_version_and_no_request_fails(place: Place, tmp_path: Path):
+    assert place.bundle("serve", "mnist").returncode == 0
+    served = place.store / "mnist.mar"
     new = reversioned(served, "1.1", tmp_path / "new.mar")
-    rolling.client.scale("mnist", "1.0", 3, 4)
-    with traffic(rolling) as load:
+    place.client.scale("mnist", "1.0", 3, 4)
+    with traffic(place) as load:
         load.wait_for(50)
-        rolled = rolling.bundle("rollout", "mnist", "--archive", str(new))
+        rolled = place.bundle("rollout", "mnist", "--archive", str(new))
         load.wait_for(50)
     assert rolled.returncode == 0, rolled.stdout + rolled.stderr
-    assert f"Changed: the server of {rolling.environment['RUN_DIR']} (PID " in rolled.stderr
+    assert f"Changed: the server of {place.environment['RUN_DIR']} (PID " in rolled.stderr
     assert set(load.counts) == {200}, load.counts
-    assert versions(rolling) == ["1.1"]
-    described = rolling.client.describe("mnist")
+    assert versions(place) == ["1.1"]
+    described = place.client.describe("mnist")
     assert (described["minWorkers"], described["maxWorkers"]) == (3, 4)
     # a restart serves the new version, and no other copy of it is left
     assert served.read_bytes() == new.read_bytes()
-    assert not list(rolling.store.glob("*1.1*"))
+    assert not list(place.store.glob("*1.1*"))
 
 
 def test_make_rollout_builds_the_folder_and_the_next_serve_changes_nothing(place: Place, tmp_path: Path):

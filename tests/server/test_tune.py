@@ -71,7 +71,13 @@ def test_tuning_with_bad_settings_finds_and_writes_better_ones(
     mar = archive(slow_folder, tmp_path / "store").path
     run_dir = tmp_path / "run"
 
-    tune_session(Session(slow_folder, mar, 3.8, 10, read_inputs(slow_folder, []), run_dir=run_dir))
+    session = Session(slow_folder, mar, 3.8, 10, read_inputs(slow_folder, []), run_dir=run_dir)
+    try:
+        tune_session(session)
+    except BundleError as exc:
+        if "the machine may have been busy" not in str(exc):
+            raise
+        tune_session(session)
 
     shown = capsys.readouterr().out
     assert "The current settings miss the target." in shown

@@ -238,6 +238,27 @@ def test_report_is_json_with_every_measurement():
     assert found["not_servable"][0]["error"] == "died"
 
 
+class WithoutResult(tune.Tuning):
+    """A search in which the current settings miss the target, and the others cannot be served."""
+
+    def field(self):
+        return []
+
+    def judge(self, *_):
+        return {}
+
+    def finals(self, _):
+        self.final = {NOW: [{1: load(5, 9.0)}]}
+        self.points = [Point(NOW, search.FINAL, 1, load(5, 9.0))]
+        self.broken = {replace(NOW, batch_size=32): "died"}
+
+
+def test_search_without_a_result_names_what_could_not_be_served():
+    with pytest.raises(BundleError, match=r"p99 target of 100 ms\. Closest: 9000\.0 ms at 5\.0 answers/s") as raised:
+        WithoutResult(None, NOW, ["auto"], True, TARGET, 60, print).run()
+    assert raised.value.details == f"could not be served: {replace(NOW, batch_size=32)}: died"
+
+
 def test_chart_is_small_and_reproducible():
     chart = pytest.importorskip("bundle.tuning.chart")
     other = replace(NOW, batch_size=32)
