@@ -57,11 +57,29 @@ public class Buckets {
 }
 """
 DEFAULT_BUCKETS = "0.005 0.01 0.025 0.05 0.075 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 +Inf"
-# a Model of another TorchServe: it has the method, and no queue in it
-OTHER_MODEL = """
+# Models of another TorchServe, and why `gather` refuses them: one without a queue, one with a delay of another type
+OTHER_MODELS = {
+    """
 package org.pytorch.serve.wlm;
 public class Model { public void pollBatch(String thread, long wait, java.util.Map<String, Object> jobs) {} }
-"""
+""": "pollBatch has 0 calls of java/util/concurrent/LinkedBlockingDeque.poll, not 3",
+    """
+package org.pytorch.serve.wlm;
+import java.util.Map;
+import java.util.concurrent.*;
+public class Model {
+    long maxBatchDelay;
+    LinkedBlockingDeque<Object> jobs;
+    public void pollBatch(String thread, long wait, Map<String, Object> repository) throws InterruptedException {
+        jobs.poll(1, TimeUnit.DAYS); jobs.poll(1, TimeUnit.DAYS); jobs.poll(maxBatchDelay, TimeUnit.DAYS);
+    }
+    public void pollInferJob(Map<String, Object> repository, int size, LinkedBlockingDeque<Object> jobs)
+            throws InterruptedException {
+        jobs.poll(1, TimeUnit.DAYS); jobs.poll(maxBatchDelay, TimeUnit.DAYS);
+    }
+}
+""": "pollBatch reads maxBatchDelay of type I 0 times, not once",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -117,14 +135,14 @@ def test_unknown_patch_that_is_turned_off_is_reported(tmp_path: Path):
 
 
 @pytest.mark.skipif(NO_COMPILER, reason="no JDK")
-def test_class_of_another_version_is_left_alone_and_java_starts(tmp_path: Path):
-    compile_java(tmp_path, OTHER_MODEL)
+@pytest.mark.parametrize(("other", "reason"), OTHER_MODELS.items(), ids=["queue", "delay"])
+def test_class_of_another_version_is_left_alone_and_java_starts(tmp_path: Path, other: str, reason: str):
+    compile_java(tmp_path, other)
     compile_java(tmp_path, HELLO)
     class_path = f"{tmp_path}:{building.torchserve_jar()}"
     console = tmp_path / "console.log"
     console.write_text(run_java(f"-javaagent:{JAR}", "-cp", class_path, "Hello"))
     assert "started" in console.read_text()
-    reason = "pollBatch has 0 calls of java/util/concurrent/LinkedBlockingDeque.poll, not 3"
     assert frontend.states(console)["gather"] == f"refused: org.pytorch.serve.wlm.Model: {reason}"
 
 

@@ -25,8 +25,8 @@ import java.util.List;
  * Find and change instructions.
  *
  * <p>The library is ASM, which is inside TorchServe's own jar (a part of Groovy), so that it need not be delivered
- * here. Every change replaces a call or the read of a field, or adds a call. None changes the types on the stack, so the verification data
- * of the JVM stay valid.
+ * here. Every change replaces a call or the read of a field, or adds a call. None changes the types on the stack, so
+ * the verification data of the JVM stay valid.
  */
 final class Code {
     static final String HTTP_HANDLER = "org/pytorch/serve/http/HttpRequestHandler";
@@ -143,19 +143,25 @@ final class Code {
         return ours;
     }
 
-    /** Make the only read of an object's field inside a method go to a static method of ours, which gets the object. */
-    static void redirectRead(MethodNode in, String owner, String field, Class<?> to, String name) throws Refusal {
+    /**
+     * Make the only read of an object's field inside a method go to a static method of ours, which gets the object.
+     *
+     * @param type the field's, such as "I" for int; our method returns the same
+     */
+    static void redirectRead(MethodNode in, String owner, String field, String type, Class<?> to, String name)
+            throws Refusal {
         List<FieldInsnNode> found = new ArrayList<>();
         for (AbstractInsnNode instruction : in.instructions) {
             if (instruction.getOpcode() == Opcodes.GETFIELD) {
                 FieldInsnNode read = (FieldInsnNode) instruction;
-                if (read.owner.equals(owner) && read.name.equals(field)) {
+                if (read.owner.equals(owner) && read.name.equals(field) && read.desc.equals(type)) {
                     found.add(read);
                 }
             }
         }
         if (found.size() != 1) {
-            throw new Refusal(in.name + " reads " + field + " " + found.size() + " times, not once");
+            throw new Refusal(
+                    in.name + " reads " + field + " of type " + type + " " + found.size() + " times, not once");
         }
         String ours = Type.getInternalName(to);
         in.instructions.set(

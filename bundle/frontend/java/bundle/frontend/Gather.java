@@ -19,7 +19,8 @@ import org.pytorch.serve.wlm.Model;
  *
  * <p>TorchServe takes the first request, then waits up to maxBatchDelay for each further one, although the worker is
  * idle. With this patch, it takes what is in the queue, up to batchSize. Batches form while all workers are busy: the
- * more load, the larger they are. A model whose model-config.yaml has `patience: fixed` waits for maxBatchDelay as before.
+ * more load, the larger they are. A model whose model-config.yaml has `patience: fixed` waits for maxBatchDelay as
+ * before.
  */
 public final class Gather implements Patch {
     static final String QUEUE = "java/util/concurrent/LinkedBlockingDeque";
@@ -46,7 +47,7 @@ public final class Gather implements Patch {
         MethodNode async = Code.method(code, "pollInferJob", "(Ljava/util/Map;IL" + QUEUE + ";)V");
         Code.redirect(async, Code.calls(async, QUEUE, "poll", POLL, 2).get(1), Gather.class, "next", true);
         for (MethodNode method : List.of(batch, async)) {
-            Code.redirectRead(method, code.name, "maxBatchDelay", Gather.class, "delay");
+            Code.redirectRead(method, code.name, "maxBatchDelay", "I", Gather.class, "delay");
         }
     }
 
