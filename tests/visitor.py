@@ -38,11 +38,13 @@ class Visitor:
     Attributes:
         asked_for: the URLs that the browser has requested.
         problems: errors of the page's scripts.
+        asked_again: whether an answer was not shown, which may happen once.
     """
 
     def __init__(self, browser: "playwright.Browser", url: str, width: int = 1280, **options):
         self.asked_for: list[str] = []
         self.problems: list[str] = []
+        self.asked_again = False
         self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
         self.context.set_default_timeout(SECONDS * 1000)
         self.context.on("request", lambda request: self.asked_for.append(request.url))
@@ -100,8 +102,16 @@ class Visitor:
         return finished.text_content()
 
     def bars(self) -> list[str]:
+        """Return the texts of the bars. A person asks again if Gradio shows none, as once on a busy machine."""
         bars = self.part("bars").locator(".output-class, .text")
-        bars.first.wait_for()  # the browser loads what draws them when there is an answer
+        try:
+            bars.first.wait_for(timeout=20_000)
+        except playwright.TimeoutError:
+            if self.asked_again:
+                raise
+            self.asked_again = True
+            self.ask()
+            bars.first.wait_for()
         return bars.all_text_contents()
 
     def snippet(self, title: str) -> str:
