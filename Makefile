@@ -225,10 +225,10 @@ servers-a-r servers-s-z: servers-%: dev .venv/loadtest.done
 # in two parts, because most tests wait for containers. docker-others begins with the tests of the proxy, which need no
 # image: docker-stack builds it meanwhile.
 docker-stack: dev
-	$(PYTEST) -m docker tests/docker/test_s*.py
+	$(PYTEST) -m docker tests/docker/test_[su]*.py
 
 docker-others: dev
-	$(PYTEST) -m docker tests/docker/test_proxy*.py tests/docker/test_[!s]*.py
+	$(PYTEST) -m docker tests/docker/test_proxy*.py tests/docker/test_[!su]*.py
 
 lock: dev  ## update requirements/*.txt to the newest versions
 	cd requirements && set -e && for set in serve dev loadtest kserve s3 page; do ../$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate \
