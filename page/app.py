@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gradio
 import requests
@@ -19,10 +19,7 @@ from page.served import Connection, KeyRequired, Served
 EXPLANATION = "explanation.png"
 CLEANING = 10 * 60  # s between two searches for files that are too old
 NOTHING = "There is nothing to send. Fill in the input. If you see it, it was still being uploaded: press Ask again."
-# Not False: the browser would load what draws a part when there is an answer. On a busy machine, Gradio 6.31 may lose
-# the answer then.
-UNSEEN: Literal["hidden"] = "hidden"
-HIDDEN = gradio.update(value=None, visible=UNSEEN)
+HIDDEN = gradio.update(value=None, visible=False)
 CSS = """
 .failed {color: var(--error-text-color); font-weight: 600}
 .drawn img {padding-top: 2rem} /* the label lies there */
@@ -112,10 +109,10 @@ class Form:
 
     def add_outputs(self) -> None:
         self.status = gradio.HTML(elem_id=self.id("status"), padding=False)
-        self.bars = gradio.Label(label="Answer", num_top_classes=10, visible=UNSEEN, elem_id=self.id("bars"))
+        self.bars = gradio.Label(label="Answer", num_top_classes=10, visible=False, elem_id=self.id("bars"))
         drawn = {
             "format": "png",
-            "visible": UNSEEN,
+            "visible": False,
             "interactive": False,
             "buttons": ["fullscreen"],
             "elem_classes": "drawn",

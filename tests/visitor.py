@@ -105,7 +105,7 @@ class Visitor:
         """Return the texts of the bars. A person asks again if Gradio shows none, as once on a busy machine."""
         bars = self.part("bars").locator(".output-class, .text")
         try:
-            bars.first.wait_for(timeout=20_000)
+            bars.first.wait_for(timeout=20_000)  # the browser loads what draws them when there is an answer
         except playwright.TimeoutError:
             if self.asked_again:
                 raise
