@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.shipped import SHIPPED
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECONDS = 60
-# of Gradio 6.31, whose tabs in `@gradio.render` load in any order: seen once, on a busy machine, where all tabs worked
+# of Gradio 6.31, whose tabs in `@gradio.render` load in any order; it may leave out a part of a tab
 GRADIO_FAULT = "Cannot destructure property 'register_tab'"
 # a camera and a microphone that show and play a test signal
 FAKE_DEVICES = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -38,13 +38,13 @@ class Visitor:
     Attributes:
         asked_for: the URLs that the browser has requested.
         problems: errors of the page's scripts.
-        asked_again: whether an answer was not shown, which may happen once.
+        reloaded: whether Gradio did not show a part of the page, which may happen once.
     """
 
     def __init__(self, browser: "playwright.Browser", url: str, width: int = 1280, **options):
         self.asked_for: list[str] = []
         self.problems: list[str] = []
-        self.asked_again = False
+        self.reloaded = False
         self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
         self.context.set_default_timeout(SECONDS * 1000)
         self.context.on("request", lambda request: self.asked_for.append(request.url))
@@ -58,9 +58,34 @@ class Visitor:
             self.problems.append(str(error))
 
     def choose(self, model: str) -> None:
-        self.tab.get_by_role("tab", name=model, exact=True).click()
         self.model = model
+        self.open_form()
+        self.wait_for(self.part("ask"), self.open_form)
+
+    def open_form(self) -> None:
+        self.tab.get_by_role("tab", name=self.model, exact=True).click()
+
+    def wait_for(self, part: "playwright.Locator", show: Callable[[], None]) -> None:
+        """Wait until a part is visible. A person to whom Gradio does not show it reloads the page.
+
+        Args:
+            show: what the person does next.
+        """
+        try:
+            part.wait_for(timeout=20_000)
+        except playwright.TimeoutError:
+            if self.reloaded:
+                raise
+            self.reloaded = True
+            self.tab.reload()
+            show()
+            part.wait_for()
+
+    def ask_anew(self) -> None:
+        """Ask on a page that was reloaded."""
+        self.open_form()
         self.part("ask").wait_for()
+        self.ask()
 
     def part(self, name: str) -> "playwright.Locator":
         """Return a part of the model's form."""
@@ -102,23 +127,24 @@ class Visitor:
         return finished.text_content()
 
     def bars(self) -> list[str]:
-        """Return the texts of the bars. A person asks again if Gradio shows none, as once on a busy machine."""
         bars = self.part("bars").locator(".output-class, .text")
-        try:
-            bars.first.wait_for(timeout=20_000)  # the browser loads what draws them when there is an answer
-        except playwright.TimeoutError:
-            if self.asked_again:
-                raise
-            self.asked_again = True
-            self.ask()
-            bars.first.wait_for()
+        self.wait_for(bars.first, self.ask_anew)  # the browser loads what draws them when there is an answer
         return bars.all_text_contents()
 
     def snippet(self, title: str) -> str:
         """Return the code under a tab."""
-        self.tab.get_by_role("tab", name=title, exact=True).locator("visible=true").click()
-        self.part(title.lower()).locator(".cm-line").filter(has_text=re.compile(r"\S")).first.wait_for()
-        return "\n".join(self.part(title.lower()).locator(".cm-line").all_text_contents())
+        lines = self.part(title.lower()).locator(".cm-line")
+
+        def show() -> None:
+            self.tab.get_by_role("tab", name=title, exact=True).locator("visible=true").click()
+
+        def show_anew() -> None:
+            self.ask_anew()
+            show()
+
+        show()
+        self.wait_for(lines.filter(has_text=re.compile(r"\S")).first, show_anew)
+        return "\n".join(lines.all_text_contents())
 
     def shoot(self, name: str) -> None:
         """Keep a picture of the page, if PAGE_PICTURES names a folder for them."""
