@@ -57,13 +57,12 @@ public class Buckets {
 }
 """
 DEFAULT_BUCKETS = "0.005 0.01 0.025 0.05 0.075 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 +Inf"
-# Models of another TorchServe, and why `gather` refuses them: one without a queue, one with a delay of another type
-OTHER_MODELS = {
-    """
+# Models of another TorchServe
+WITHOUT_QUEUE = """
 package org.pytorch.serve.wlm;
 public class Model { public void pollBatch(String thread, long wait, java.util.Map<String, Object> jobs) {} }
-""": "pollBatch has 0 calls of java/util/concurrent/LinkedBlockingDeque.poll, not 3",
-    """
+"""
+WITH_LONG_DELAY = """
 package org.pytorch.serve.wlm;
 import java.util.Map;
 import java.util.concurrent.*;
@@ -78,8 +77,7 @@ public class Model {
         jobs.poll(1, TimeUnit.DAYS); jobs.poll(maxBatchDelay, TimeUnit.DAYS);
     }
 }
-""": "pollBatch reads maxBatchDelay of type I 0 times, not once",
-}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +133,14 @@ def test_unknown_patch_that_is_turned_off_is_reported(tmp_path: Path):
 
 
 @pytest.mark.skipif(NO_COMPILER, reason="no JDK")
-@pytest.mark.parametrize(("other", "reason"), OTHER_MODELS.items(), ids=["queue", "delay"])
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (WITHOUT_QUEUE, "pollBatch has 0 calls of java/util/concurrent/LinkedBlockingDeque.poll, not 3"),
+        (WITH_LONG_DELAY, "pollBatch reads maxBatchDelay of type I 0 times, not once"),
+    ],
+    ids=["queue", "delay"],
+)
 def test_class_of_another_version_is_left_alone_and_java_starts(tmp_path: Path, other: str, reason: str):
     compile_java(tmp_path, other)
     compile_java(tmp_path, HELLO)

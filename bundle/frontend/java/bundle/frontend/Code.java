@@ -127,19 +127,19 @@ final class Code {
     }
 
     /**
-     * Make a call go to a static method of ours.
+     * Make a call, or the read of a field, go to a static method of ours.
      *
      * <p>Ours gets the object that the method was called on, then the arguments. With `self`, it also gets the object
      * whose code this is, as its last parameter.
      */
-    static MethodInsnNode redirect(MethodNode in, MethodInsnNode call, Class<?> to, String name, boolean self)
+    static MethodInsnNode redirect(MethodNode in, AbstractInsnNode from, Class<?> to, String name, boolean self)
             throws Refusal {
         if (self) {
-            in.instructions.insertBefore(call, new VarInsnNode(Opcodes.ALOAD, 0));
+            in.instructions.insertBefore(from, new VarInsnNode(Opcodes.ALOAD, 0));
         }
         String owner = Type.getInternalName(to);
         MethodInsnNode ours = new MethodInsnNode(Opcodes.INVOKESTATIC, owner, name, descriptor(owner, name));
-        in.instructions.set(call, ours);
+        in.instructions.set(from, ours);
         return ours;
     }
 
@@ -163,9 +163,7 @@ final class Code {
             throw new Refusal(
                     in.name + " reads " + field + " of type " + type + " " + found.size() + " times, not once");
         }
-        String ours = Type.getInternalName(to);
-        in.instructions.set(
-                found.get(0), new MethodInsnNode(Opcodes.INVOKESTATIC, ours, name, descriptor(ours, name)));
+        redirect(in, found.get(0), to, name, false);
     }
 
     /** Create an object of a subclass of ours, with the same arguments. */
