@@ -11,7 +11,7 @@ from bundle.samples import first
 from bundle.signing import make_keys
 from tests.server.bare import MODELS as BARE_MODELS
 from tests.server.bare import ONE_THREAD, Bare, bare
-from tests.server.place import Place, new_place, serving
+from tests.server.place import Place, mnist_place, new_place, serving
 from tests.shipped import ON_REQUEST, SHIPPED
 
 
@@ -54,11 +54,7 @@ def served_on_request(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plac
 @pytest.fixture
 def place(archives: Path, tmp_path: Path) -> Iterator[Place]:
     """A place for a server that the test starts. Its store has the archive of MNIST."""
-    store = tmp_path / "store"
-    store.mkdir()
-    for file in archives.glob("mnist.*"):
-        shutil.copy(file, store)
-    place = new_place(tmp_path / "run", store)
+    place = mnist_place(tmp_path, archives)
     try:
         yield place
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,15 @@ def new_place(run_dir: Path, store: Path = MODEL_STORE) -> Place:
     settings = Settings.isolated(store)
     ports = {key: port for key, (_, port) in settings.listeners().items()}
     return Place({**os.environ, **settings.overrides, "RUN_DIR": str(run_dir), "COLUMNS": "160"}, ports)
+
+
+def mnist_place(folder: Path, archives: Path) -> Place:
+    """Make a place in the folder, whose store has the archive of MNIST."""
+    store = folder / "store"
+    store.mkdir()
+    for file in archives.glob("mnist.*"):
+        shutil.copy(file, store)
+    return new_place(folder / "run", store)
 
 
 @contextmanager

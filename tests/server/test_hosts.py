@@ -1,7 +1,6 @@
 """A machine with an unusual set-up: no UTF-8 locale, letters that are not ASCII in the paths, IPv6."""
 
 import json
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.server.place import Place, new_place, serving
+from tests.server.place import Place, mnist_place, serving
 
 
 def has_ipv6() -> bool:
@@ -24,11 +23,7 @@ def has_ipv6() -> bool:
 @pytest.fixture(scope="module")
 def unusual(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A server of MNIST whose paths have an umlaut, with the locale C, and gRPC on IPv6 where there is IPv6."""
-    folder = tmp_path_factory.mktemp("für")
-    (folder / "store").mkdir()
-    for file in archives.glob("mnist.*"):
-        shutil.copy(file, folder / "store")
-    place = new_place(folder / "run", folder / "store")
+    place = mnist_place(tmp_path_factory.mktemp("für"), archives)
     place.environment["LC_ALL"] = "C"
     if has_ipv6():
         place.environment.update(TS_GRPC_INFERENCE_ADDRESS="::1", TS_GRPC_MANAGEMENT_ADDRESS="::1")

@@ -1,6 +1,5 @@
 """Rollouts under load: a good version replaces the old one without a failed request, a bad version changes nothing."""
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from bundle.catalog import select
 from bundle.paths import ROOT
-from tests.server.place import Place, new_place, serving
+from tests.server.place import Place, mnist_place, serving
 from tests.support import models_expecting_four, reversioned
 from tests.traffic import Traffic
 
@@ -19,12 +18,7 @@ from tests.traffic import Traffic
 @pytest.fixture(scope="module")
 def rolling(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A server of MNIST 1.0, for the tests of rollouts that change nothing."""
-    folder = tmp_path_factory.mktemp("rolling")
-    store = folder / "store"
-    store.mkdir()
-    for file in archives.glob("mnist.*"):
-        shutil.copy(file, store)
-    place = new_place(folder / "run", store)
+    place = mnist_place(tmp_path_factory.mktemp("rolling"), archives)
     with serving(place, "mnist"):
         yield place
 

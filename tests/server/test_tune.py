@@ -77,7 +77,7 @@ def test_tuning_with_bad_settings_finds_and_writes_better_ones(
     except BundleError as exc:
         if "the machine may have been busy" not in str(exc):
             raise
-        tune_session(session)
+        tune_session(session)  # another part of the tests uses the cores, too
 
     shown = capsys.readouterr().out
     assert "The current settings miss the target." in shown
