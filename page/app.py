@@ -19,7 +19,6 @@ from page.served import Connection, KeyRequired, Served
 EXPLANATION = "explanation.png"
 CLEANING = 10 * 60  # s between two searches for files that are too old
 NOTHING = "There is nothing to send. Fill in the input. If you see it, it was still being uploaded: press Ask again."
-HIDDEN = gradio.update(value=None, visible=False)
 CSS = """
 .failed {color: var(--error-text-color); font-weight: 600}
 .drawn img {padding-top: 2rem} /* the label lies there */
@@ -39,20 +38,24 @@ def page(served: Served, examples: Path) -> gradio.Blocks:
 
         @gradio.render(inputs=key)
         def show(typed: str) -> None:
-            try:
-                models = served.models(typed)
-                problem = "" if models else "The server has no models that describe themselves."
-            except (BundleError, OSError) as error:
-                models, problem = {}, said(error, served)
-                if isinstance(error, KeyRequired):
-                    ask_for_key(key)
-            if problem:
-                gradio.HTML(views.message(problem, failed=True), elem_id="problem")
-                return
-            with gradio.Tabs(elem_id="models"):
-                for name, model in models.items():
-                    with gradio.Tab(name):
-                        Form(served, model, examples / name, key).show()
+            models: dict[str, Model] = {}
+            with (
+                gradio.Column()
+            ):  # always the first part: Gradio 6.31 may leave out tabs that replace another component
+                try:
+                    models = served.models(typed)
+                    problem = "" if models else "The server has no models that describe themselves."
+                except (BundleError, OSError) as error:
+                    problem = said(error, served)
+                    if isinstance(error, KeyRequired):
+                        ask_for_key(key)
+                if problem:
+                    gradio.HTML(views.message(problem, failed=True), elem_id="problem")
+            if models:
+                with gradio.Tabs(elem_id="models"):
+                    for name, model in models.items():
+                        with gradio.Tab(name):
+                            Form(served, model, examples / name, key).show()
 
     return blocks
 
@@ -109,20 +112,18 @@ class Form:
 
     def add_outputs(self) -> None:
         self.status = gradio.HTML(elem_id=self.id("status"), padding=False)
-        self.bars = gradio.Label(label="Answer", num_top_classes=10, visible=False, elem_id=self.id("bars"))
-        drawn = {
-            "format": "png",
-            "visible": False,
-            "interactive": False,
-            "buttons": ["fullscreen"],
-            "elem_classes": "drawn",
-        }
-        self.picture = gradio.Image(
-            label="In the picture", alt_text="What the model found", elem_id=self.id("picture"), **drawn
-        )
-        self.explanation = gradio.Image(
-            label="Explanation", alt_text="What speaks for the answer", elem_id=self.id("explanation"), **drawn
-        )
+        # all are there from the start: under load, Gradio 6.31 sometimes does not show what becomes visible later
+        self.bars = gradio.Label(label="Answer", num_top_classes=10, elem_id=self.id("bars"))
+        drawn = {"format": "png", "interactive": False, "buttons": ["fullscreen"], "elem_classes": "drawn"}
+        self.picture = self.explanation = None
+        if self.model.predict.picture:
+            self.picture = gradio.Image(
+                label="In the picture", alt_text="What the model found", elem_id=self.id("picture"), **drawn
+            )
+        if self.model.explain and self.model.explain.picture:
+            self.explanation = gradio.Image(
+                label="Explanation", alt_text="What speaks for the answer", elem_id=self.id("explanation"), **drawn
+            )
         with gradio.Tabs():
             with gradio.Tab("JSON"):
                 self.json = gradio.Code(
@@ -130,9 +131,8 @@ class Form:
                 )
             self.curl = self.program("curl", "shell")
             self.python = self.program("Python", "python")
-        self.outputs = [
-            self.status, self.bars, self.picture, self.explanation, self.json, self.curl, self.python
-        ]  # fmt: skip
+        self.pictures = [picture for picture in (self.picture, self.explanation) if picture]
+        self.outputs = [self.status, self.bars, *self.pictures, self.json, self.curl, self.python]
 
     def program(self, title: str, language: str) -> gradio.Code:
         """Add a tab with the request as a program."""
@@ -146,7 +146,7 @@ class Form:
 
     def answer(self, request: gradio.Request, key: str, explain: bool, *values: Any) -> Iterator[dict]:
         """Ask the model; yield what changes on the page: first the answer, then the pictures."""
-        cleared = {self.bars: HIDDEN, self.picture: HIDDEN, self.explanation: HIDDEN, self.json: ""}
+        cleared = {self.bars: None, self.json: ""} | dict.fromkeys(self.pictures)
         yield cleared | {self.status: views.message("Asking ...")}
         try:
             yield from self.ask(request, key, explain, values, cleared)
@@ -167,12 +167,10 @@ class Form:
             yield changes | {self.status: views.message(reply.error(), failed=True)}
             return
         time = f"Answered in {views.milliseconds(reply.seconds)}."
-        ranked = views.bars(answer)
-        bars = gradio.update(value=ranked, visible=True) if ranked else HIDDEN
-        yield changes | {self.status: views.message(time), self.bars: bars}
+        yield changes | {self.status: views.message(time), self.bars: views.bars(answer) or None}
         if self.model.predict.picture:
             drawn = call.but(options=call.options | self.model.predict.picture).send(connection.auth)
-            yield {self.picture: shown(drawn)}
+            yield {self.picture: picture(drawn)}
         if explaining:
             explained = explaining.send(connection.auth)
             failed = explained.status != 200
@@ -180,9 +178,8 @@ class Form:
             outcome = f"Not explained: {explained.error()}" if failed else took
             yield {
                 self.status: views.message(f"{time} {outcome}", failed),
-                self.explanation: shown(explained),
                 self.json: views.as_json(with_explanation(answer, explained)),
-            }
+            } | ({self.explanation: picture(explained)} if self.explanation else {})
 
     def snippets(self, call: Call, explaining: Call | None, origin: str) -> dict:
         """Return what is sent, as curl commands and as Python programs.
@@ -227,11 +224,9 @@ class Form:
         return call.but(url=connection.url + operation.path, options=options | (operation.picture or {}))
 
 
-def shown(reply: Reply) -> Any:
-    """Return a picture of an answer for the page; hide its place if the answer is not a picture."""
-    if not reply.is_picture:
-        return HIDDEN
-    return gradio.update(value=Image.open(io.BytesIO(reply.content)), visible=True)
+def picture(reply: Reply) -> Image.Image | None:
+    """Return the picture that an answer is; None if it is none."""
+    return Image.open(io.BytesIO(reply.content)) if reply.is_picture else None
 
 
 def with_explanation(answer: Any, explained: Reply) -> Any:

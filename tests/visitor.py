@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from tests.shipped import SHIPPED
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECONDS = 60
-# of Gradio 6.31, whose tabs in `@gradio.render` load in any order; it may leave out a part of a tab
-GRADIO_FAULT = "Cannot destructure property 'register_tab'"
 # a camera and a microphone that show and play a test signal
 FAKE_DEVICES = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
@@ -38,54 +36,30 @@ class Visitor:
     Attributes:
         asked_for: the URLs that the browser has requested.
         problems: errors of the page's scripts.
-        reloaded: whether Gradio did not show a part of the page, which may happen once.
     """
 
     def __init__(self, browser: "playwright.Browser", url: str, width: int = 1280, **options):
         self.asked_for: list[str] = []
         self.problems: list[str] = []
-        self.reloaded = False
         self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
         self.context.set_default_timeout(SECONDS * 1000)
         self.context.on("request", lambda request: self.asked_for.append(request.url))
         self.tab = self.context.new_page()
-        self.tab.on("pageerror", self.note)
+        self.tab.on("pageerror", lambda error: self.problems.append(str(error)))
         self.tab.goto(url)
         self.model = SHIPPED[0]
-
-    def note(self, error: "playwright.Error") -> None:
-        if not str(error).startswith(GRADIO_FAULT):
-            self.problems.append(str(error))
 
     def choose(self, model: str) -> None:
         self.model = model
         self.open_form()
-        self.wait_for(self.part("ask"), self.open_form)
+        self.part("ask").wait_for()
 
     def open_form(self) -> None:
-        self.tab.get_by_role("tab", name=self.model, exact=True).click()
-
-    def wait_for(self, part: "playwright.Locator", show: Callable[[], None]) -> None:
-        """Wait until a part is visible. A person to whom Gradio does not show it reloads the page.
-
-        Args:
-            show: what the person does next.
-        """
-        try:
-            part.wait_for(timeout=20_000)
-        except playwright.TimeoutError:
-            if self.reloaded:
-                raise
-            self.reloaded = True
-            self.tab.reload()
-            show()
-            part.wait_for()
-
-    def ask_anew(self) -> None:
-        """Ask on a page that was reloaded."""
-        self.open_form()
-        self.part("ask").wait_for()
-        self.ask()
+        tab = self.tab.get_by_role("tab", name=self.model, exact=True)
+        problem = self.tab.locator("#problem")
+        tab.or_(problem).first.wait_for()
+        assert problem.count() == 0, problem.text_content()
+        tab.click()
 
     def part(self, name: str) -> "playwright.Locator":
         """Return a part of the model's form."""
@@ -128,22 +102,14 @@ class Visitor:
 
     def bars(self) -> list[str]:
         bars = self.part("bars").locator(".output-class, .text")
-        self.wait_for(bars.first, self.ask_anew)  # the browser loads what draws them when there is an answer
+        bars.first.wait_for()
         return bars.all_text_contents()
 
     def snippet(self, title: str) -> str:
         """Return the code under a tab."""
+        self.tab.get_by_role("tab", name=title, exact=True).locator("visible=true").click()
         lines = self.part(title.lower()).locator(".cm-line")
-
-        def show() -> None:
-            self.tab.get_by_role("tab", name=title, exact=True).locator("visible=true").click()
-
-        def show_anew() -> None:
-            self.ask_anew()
-            show()
-
-        show()
-        self.wait_for(lines.filter(has_text=re.compile(r"\S")).first, show_anew)
+        lines.filter(has_text=re.compile(r"\S")).first.wait_for()
         return "\n".join(lines.all_text_contents())
 
     def shoot(self, name: str) -> None:

@@ -61,6 +61,7 @@ def test_person_types_in_the_key_that_the_server_requires(guarded: Place, url: s
             problem.get_by_text(said).wait_for()
         field.fill(f" {key} ")
         field.press("Enter")
+        problem.wait_for(state="detached")
         visitor.choose("text")
         assert "Explained in" in visitor.ask()
         visitor.shoot("keyed")
