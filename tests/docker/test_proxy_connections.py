@@ -3,7 +3,6 @@
 import socket
 import threading
 import time
-from functools import partial
 
 import pytest
 import requests
@@ -76,7 +75,7 @@ def test_connections_are_reused_and_closed_when_idle(start, upstream):
 
 def answer_in_time(proxy: Proxy) -> bytes | None:
     try:
-        return proxy.post(timeout=2, headers={"Connection": "close"}).content
+        return proxy.post(timeout=2).content
     except requests.Timeout:
         return None
 
@@ -86,8 +85,7 @@ def test_new_address_of_the_server_is_used_without_a_restart(start, upstream, tm
     hosts.write_text("127.0.0.1 localhost\n")
     hosts.chmod(0o644)
     proxy = start({hosts: "/etc/hosts"}, TORCHSERVE_HOST="served")
-    # new connections only, because nginx closes idle ones when it reloads
-    post = partial(proxy.post, headers={"Connection": "close"})
+    post = proxy.post
     check_error(post(), 503, "ServerUnavailable", "5")  # the server has no address yet
 
     hosts.write_text("127.0.0.1 served\n")
@@ -115,7 +113,7 @@ def test_new_address_of_the_server_is_used_without_a_restart(start, upstream, tm
 
 def is_refused(proxy: Proxy) -> bool:
     try:
-        proxy.post(timeout=2, headers={"Connection": "close"})
+        proxy.post(timeout=2)
     except requests.Timeout:
         pass
     except requests.ConnectionError:

@@ -47,9 +47,11 @@ def collector(signed: Stack) -> Iterator[str]:
     arguments = ["--name", name, f"--network={signed.project}_back", "--network-alias=collector"]
     arguments += [f"--volume={ROOT / 'tests' / 'receiver.py'}:/receiver.py:ro"]
     docker("run", "--detach", *arguments, "--entrypoint=/opt/bundle/.venv/bin/python", image, "/receiver.py", "4317")
-    wait_for(lambda: READY in docker("logs", name))  # a worker tries to send its spans for 10 s
-    yield name
-    docker("rm", "--force", name)
+    try:
+        wait_for(lambda: READY in docker("logs", name))  # a worker tries to send its spans for 10 s
+        yield name
+    finally:
+        docker("rm", "--force", name)
 
 
 def test_trace_of_a_request_goes_through_proxy_and_batch(signed: Stack, collector: str):
@@ -60,7 +62,7 @@ def test_trace_of_a_request_goes_through_proxy_and_batch(signed: Stack, collecto
     found: dict[str, dict] = {}
 
     def complete() -> bool:
-        received = map(json.loads, docker("logs", collector).splitlines()[1:])
+        received = [json.loads(line) for line in docker("logs", collector).splitlines() if line != READY]
         found.update({each["name"]: each for each in received if each["trace"] == trace})
         return len(found) == 6
 

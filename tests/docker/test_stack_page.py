@@ -67,23 +67,30 @@ def visit(url: str, steps: Callable[[Visitor], None]) -> None:
     """
     with launched() as browser:
         for _ in range(10):
-            visitor = Visitor(browser, "about:blank", ignore_https_errors=True)
-            dropped: list[str] = []
-
-            def note(request: "playwright.Request", visitor: Visitor = visitor, dropped: list[str] = dropped) -> None:
-                if request.failure == "net::ERR_NETWORK_CHANGED":
-                    dropped.append(request.url)
-                    visitor.context.close()  # ends the step that waits
-
-            visitor.tab.on("requestfailed", note)
-            try:
-                visitor.tab.goto(url)
-                steps(visitor)
+            dropped = attempt(browser, url, steps)
+            if not dropped:
                 return
-            except playwright.Error:
-                if not dropped:
-                    raise
     raise AssertionError(f"The network changed at each of ten visits, the last time at {dropped}")
+
+
+def attempt(browser: "playwright.Browser", url: str, steps: Callable[[Visitor], None]) -> list[str]:
+    """Visit the page once; return the URLs of the requests that ended because the network changed."""
+    visitor = Visitor(browser, "about:blank", ignore_https_errors=True)
+    dropped: list[str] = []
+
+    def note(request: "playwright.Request") -> None:
+        if request.failure == "net::ERR_NETWORK_CHANGED":
+            dropped.append(request.url)
+            visitor.context.close()  # ends the step that waits
+
+    visitor.tab.on("requestfailed", note)
+    try:
+        visitor.tab.goto(url)
+        steps(visitor)
+    except playwright.Error:
+        if not dropped:
+            raise
+    return dropped
 
 
 def ask(visitor: Visitor, model: str) -> None:
