@@ -195,11 +195,13 @@ class Tuning:
             return "None of them answered without failures."
         point = min(whole, key=lambda point: point.load.p99)
         load = point.load
-        early = " It met the target early on but not in the final; the machine may have been busy."
-        return (
+        closest = (
             f"Closest: {1000 * load.p99:.1f} ms at {load.throughput:.1f} answers/s "
-            f"and {point.concurrency} clients, with {point.candidate}." + (early if load.p99 <= self.target else "")
+            f"and {point.concurrency} clients, with {point.candidate}."
         )
+        if load.p99 > self.target or point.stage == FINAL or point.candidate not in self.final:
+            return closest
+        return f"{closest} It met the target early on but not in the final; the machine may have been busy."
 
     def field(self) -> list[Candidate]:
         """Measure the current settings, and return the candidates of the first round.

@@ -75,8 +75,9 @@ def test_tuning_with_bad_settings_finds_and_writes_better_ones(
     try:
         tune_session(session)
     except BundleError as exc:
-        if "the machine may have been busy" not in str(exc):
+        if "the machine may have been busy" not in str(exc) or exc.details:
             raise
+        print(exc)
         tune_session(session)  # another part of the tests uses the cores, too
 
     shown = capsys.readouterr().out
