@@ -224,6 +224,37 @@ def test_change_of_one_of_several_replicas_from_outside_is_409(small: Bare, patc
         assert passed == alone == (202 if method == "PUT" else 404)
 
 
+WRONG = {
+    ("PUT", "/models/one?min_workers=3"): "There is no parameter min_workers. This call has: max_worker, ",
+    ("PUT", "/models/one/1.0?max_worker=3&min_worker=abc"): "min_worker must be an integer of at least 0, and is abc.",
+    ("PUT", "/models/one?min_worker=-1"): "min_worker must be an integer of at least 0, and is -1.",
+    (
+        "POST",
+        "/models?url=one.mar&workers=2",
+    ): "There is no parameter workers. This call has: ",
+    (
+        "POST",
+        "/models?url=one.mar&batch_size=0",
+    ): "batch_size must be an integer of at least 1, and is 0.",
+}
+
+
+@pytest.mark.parametrize(("method", "path"), WRONG)
+def test_wrong_parameter_of_a_management_call_is_400_and_changes_nothing(patched: Bare, method: str, path: str):
+    client = patched.client()
+    before = client.models(), client.workers("one")
+    with requests.Session() as session:
+        refused = session.request(method, patched.management + path, timeout=60)
+        assert (refused.status_code, refused.json()["type"]) == (400, "InvalidParameter"), refused.text
+        assert refused.json()["message"].startswith(WRONG[method, path])
+        assert session.get(f"{patched.management}/models", timeout=30).status_code == 200  # on the same connection
+    assert (client.models(), client.workers("one")) == before
+
+
+def test_wrong_parameter_of_a_management_call_is_accepted_without_the_patch(unpatched: Bare):
+    assert requests.put(f"{unpatched.management}/models/one?min_workers=3", timeout=60).status_code == 202
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("route", ["predictions/one", "wfpredict/one"])
 def test_form_of_millions_of_fields_leaves_memory_free(small: Bare, route: str, form: str):

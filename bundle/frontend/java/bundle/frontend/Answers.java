@@ -3,11 +3,13 @@ package bundle.frontend;
 import io.netty.buffer.Unpooled;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.handler.codec.http.DefaultFullHttpResponse;
+import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.FullHttpResponse;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpResponseStatus;
 import io.netty.handler.codec.http.HttpVersion;
+import io.netty.util.ReferenceCountUtil;
 import java.lang.reflect.Field;
 import java.nio.charset.StandardCharsets;
 import org.pytorch.serve.http.ErrorResponse;
@@ -82,6 +84,16 @@ final class Answers {
             answer.headers().set(HttpHeaderNames.RETRY_AFTER, retryAfter);
         }
         NettyUtils.sendHttpResponse(client, answer, true);
+    }
+
+    /** Answer a request with an error before TorchServe has seen it. */
+    static void refuse(ChannelHandlerContext client, FullHttpRequest request, int status, String type, String message) {
+        try {
+            NettyUtils.requestReceived(client.channel(), request);
+            error(client, status, type, message, 0);
+        } finally {
+            ReferenceCountUtil.release(request);
+        }
     }
 
     static FullHttpResponse response(int status, String type, String message) {

@@ -19,7 +19,7 @@ import org.pytorch.serve.util.ConnectorType;
  *
  * <p>TorchServe has a few threads that read and write all connections. A registration or scaling with
  * `synchronous=true` keeps one of them until the workers run, and predictions whose connections share that thread wait.
- * With this patch, calls on the management port run in threads of their own. Replicas also refuses some of them.
+ * With this patch, calls on the management port run in threads of their own. Replicas and Parameters refuse some.
  */
 public final class Management implements Patch {
     private static final String TYPE = "Lorg/pytorch/serve/util/ConnectorType;";
@@ -49,7 +49,7 @@ public final class Management implements Patch {
     public static ChannelPipeline addLast(
             ChannelPipeline pipeline, String name, ChannelHandler handler, ConnectorType port) {
         return port == ConnectorType.MANAGEMENT_CONNECTOR
-                ? Replicas.guard(pipeline).addLast(Threads.GROUP, name, handler)
+                ? Parameters.guard(Replicas.guard(pipeline)).addLast(Threads.GROUP, name, handler)
                 : pipeline.addLast(name, handler);
     }
 

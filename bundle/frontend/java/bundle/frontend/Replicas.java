@@ -5,11 +5,9 @@ import io.netty.channel.ChannelInboundHandlerAdapter;
 import io.netty.channel.ChannelPipeline;
 import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.HttpMethod;
-import io.netty.util.ReferenceCountUtil;
 import java.net.InetSocketAddress;
 import java.net.SocketAddress;
 import java.util.Set;
-import org.pytorch.serve.util.NettyUtils;
 
 /**
  * A management call from outside does not change one of several replicas.
@@ -38,15 +36,10 @@ final class Replicas extends ChannelInboundHandlerAdapter {
             return;
         }
         FullHttpRequest request = (FullHttpRequest) message;
-        try {
-            NettyUtils.requestReceived(client.channel(), request);
-            String call = request.method() + " " + request.uri();
-            Answers.error(client, 409, "OneOfSeveralReplicas", "This server is one of " + COUNT + " replicas that must "
-                    + "serve the same. To change all of them, run: make manage CALL=\"" + call + "\", or to replace a "
-                    + "model's version: make rollout MODEL=...", 0);
-        } finally {
-            ReferenceCountUtil.release(request);
-        }
+        String call = request.method() + " " + request.uri();
+        String problem = "This server is one of " + COUNT + " replicas that must serve the same. To change all of them, "
+                + "run: make manage CALL=\"" + call + "\", or to replace a model's version: make rollout MODEL=...";
+        Answers.refuse(client, request, 409, "OneOfSeveralReplicas", problem);
     }
 
     private static boolean isLocal(SocketAddress client) {
