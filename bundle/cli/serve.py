@@ -173,6 +173,8 @@ def status(
         console.print(seen.table())
         console.print(seen.process())
         console.print(seen.frontend(), soft_wrap=True, markup=False)
+        if missing := seen.missing():
+            raise BundleError(f"{missing} They may be starting. See the log: make logs")
     raise typer.Exit(0 if seen.healthy else 1)
 
 

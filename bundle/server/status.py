@@ -71,6 +71,13 @@ class Status:
         """Whether no model lacks a worker."""
         return all(model.healthy for model in self.models)
 
+    def missing(self) -> str:
+        """Return a sentence about the models that lack a worker; "" if none does."""
+        lacking = [
+            f"{each.name} has {each.workers.ready} of {each.workers.min}" for each in self.models if not each.healthy
+        ]
+        return f"Workers are missing: {', '.join(lacking)}." if lacking else ""
+
     def as_dict(self) -> dict:
         """Return what `bundle status --json` prints."""
         return {"running": True, "healthy": self.healthy, **asdict(self)}
