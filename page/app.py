@@ -19,6 +19,7 @@ from page.served import Connection, KeyRequired, Served
 EXPLANATION = "explanation.png"
 CLEANING = 10 * 60  # s between two searches for files that are too old
 NOTHING = "There is nothing to send. Fill in the input. If you see it, it was still being uploaded: press Ask again."
+NO_CLASSES = "none"
 CSS = """
 .failed {color: var(--error-text-color); font-weight: 600}
 .drawn img {padding-top: 2rem} /* the label lies there */
@@ -39,9 +40,8 @@ def page(served: Served, examples: Path) -> gradio.Blocks:
         @gradio.render(inputs=key)
         def show(typed: str) -> None:
             models: dict[str, Model] = {}
-            with (
-                gradio.Column()
-            ):  # always the first part: Gradio 6.31 may leave out tabs that replace another component
+            # always the first part: Gradio 6.31 may leave out tabs that replace another part
+            with gradio.Column():
                 try:
                     models = served.models(typed)
                     problem = "" if models else "The server has no models that describe themselves."
@@ -113,7 +113,7 @@ class Form:
     def add_outputs(self) -> None:
         self.status = gradio.HTML(elem_id=self.id("status"), padding=False)
         # all are there from the start: under load, Gradio 6.31 sometimes does not show what becomes visible later
-        self.bars = gradio.Label(label="Answer", num_top_classes=10, elem_id=self.id("bars"))
+        self.bars = gradio.Label(label="Classes", num_top_classes=10, elem_id=self.id("bars"))
         drawn = {"format": "png", "interactive": False, "buttons": ["fullscreen"], "elem_classes": "drawn"}
         self.picture = self.explanation = None
         if self.model.predict.picture:
@@ -167,7 +167,7 @@ class Form:
             yield changes | {self.status: views.message(reply.error(), failed=True)}
             return
         time = f"Answered in {views.milliseconds(reply.seconds)}."
-        yield changes | {self.status: views.message(time), self.bars: views.bars(answer) or None}
+        yield changes | {self.status: views.message(time), self.bars: views.bars(answer) or NO_CLASSES}
         if self.model.predict.picture:
             drawn = call.but(options=call.options | self.model.predict.picture).send(connection.auth)
             yield {self.picture: picture(drawn)}

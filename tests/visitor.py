@@ -51,15 +51,12 @@ class Visitor:
 
     def choose(self, model: str) -> None:
         self.model = model
-        self.open_form()
-        self.part("ask").wait_for()
-
-    def open_form(self) -> None:
-        tab = self.tab.get_by_role("tab", name=self.model, exact=True)
-        problem = self.tab.locator("#problem")
+        tab = self.tab.get_by_role("tab", name=model, exact=True)
+        problem = self.tab.locator("#problem")  # which the page shows instead of tabs
         tab.or_(problem).first.wait_for()
         assert problem.count() == 0, problem.text_content()
         tab.click()
+        self.part("ask").wait_for()
 
     def part(self, name: str) -> "playwright.Locator":
         """Return a part of the model's form."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from PIL import Image
 
 from bundle.catalog import select
 from bundle.paths import ROOT
@@ -189,7 +190,7 @@ def test_keyboard_alone_is_enough(visit):
     assert visitor.bars()[0] == "lost_luggage"
 
 
-def test_page_of_models_with_other_inputs_and_answers(served_on_request: Place, browser):
+def test_page_of_models_with_other_inputs_and_answers(served_on_request: Place, browser, tmp_path: Path):
     with page_of(served_on_request) as other:
         visitor = Visitor(browser, other)
         try:
@@ -211,6 +212,13 @@ def test_page_of_models_with_other_inputs_and_answers(served_on_request: Place, 
                 visitor.tab.wait_for_function(f"document.documentElement.scrollWidth <= {PHONE}")
                 visitor.shoot(f"phone-{name}")
                 visitor.tab.set_viewport_size({"width": 1280, "height": 900})
+            visitor.choose("cells")
+            empty = tmp_path / "empty.png"
+            Image.new("RGB", (320, 240), "white").save(empty)
+            visitor.part("data").get_by_label("Remove Image").click()
+            visitor.choose_file(empty)
+            visitor.part("ask").click()
+            visitor.part("bars").get_by_text("none").wait_for()
             assert visitor.problems == []
         finally:
             visitor.context.close()
