@@ -33,7 +33,8 @@ def traffic(place: Place) -> Traffic:
 
 
 def test_rollout_under_load_replaces_the_version_and_no_request_fails(place: Place, tmp_path: Path):
-    assert place.bundle("serve", "mnist").returncode == 0
+    started = place.bundle("serve", "mnist")
+    assert started.returncode == 0, started.stderr
     served = place.store / "mnist.mar"
     new = reversioned(served, "1.1", tmp_path / "new.mar")
     place.client.scale("mnist", "1.0", 3, 4)

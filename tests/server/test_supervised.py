@@ -1,6 +1,7 @@
 """`bundle run`: TorchServe under a supervisor, as in a container."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -21,11 +22,15 @@ from tests.traffic import Traffic
 
 [MNIST] = select(["mnist"])
 DIGIT = MNIST.sample_file.read_bytes()
-WORKERS = MNIST.config["minWorkers"]
+WORKERS = 1
 
 
 @pytest.fixture
 def supervised(place: Place, tmp_path: Path) -> Iterator[Supervised]:
+    """A run of MNIST with one worker, because the tests start it often."""
+    config = re.sub(r"(minWorkers|maxWorkers): \d+", rf"\1: {WORKERS}", (MNIST.path / CONFIG_NAME).read_text())
+    mar = place.store / "mnist.mar"
+    altered(mar, tmp_path / "one.mar", {CONFIG_NAME: config.encode()}).replace(mar)
     run = Supervised(place, tmp_path)
     try:
         yield run
