@@ -229,7 +229,8 @@ def test_every_error_of_the_frontends_patches_is_in_the_response_of_its_status()
     sources = "".join(file.read_text() for file in FRONTEND.rglob("*.java"))
     found = set(re.findall(r'\b([45]\d\d), (?:[A-Z_]+, )?"([A-Z]\w+)"', sources))
     assert {("429", "QueueFull"), ("503", "NoWorkers"), ("504", "WorkerTimeout"), ("400", "InvalidForm")} <= found
-    of_management = {("409", "OneOfSeveralReplicas")}  # the document is that of inference
+    # the document is that of inference
+    of_management = {("409", "OneOfSeveralReplicas"), ("400", "InvalidParameter")}
     assert of_management <= found
     assert all(name in openapi.SERVER_ERRORS[int(status)] for status, name in found - of_management)
 
