@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("NGINX_IMAGE", "nginx:1.28-alpine")  # the default of docker/compose.yaml
 UNLIMITED = {"PROXY_RATE": "100000r/s", "BURST": "100000", "CONNECTIONS": "9999", "UPSTREAM_TIMEOUT": "120"}
 PREDICT = "/predictions/mnist"
+PROCESSES = 2  # of nginx: docker/nginx/nginx.conf
 
 http = requests.Session()
 http.trust_env = False  # a proxy in the environment cannot reach loopback
@@ -180,6 +181,16 @@ def eventually(found: Callable[[], object], seconds: float = 60) -> object:
         assert time.monotonic() < deadline, f"still nothing after {seconds:g} s"
         time.sleep(0.05)
     return result
+
+
+def settled(proxy: "Proxy", found: Callable[[], object]) -> None:
+    """Wait until `found` is true, and only nginx's newest processes accept connections.
+
+    After a reload, the old ones accept them, too, for 0.1 s; then they are "shutting down".
+    """
+    eventually(found)
+    shown = ("top", proxy.container, "-eo", "pid,args")
+    eventually(lambda: docker(*shown).stdout.count("nginx: worker process\n") == PROCESSES)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import time
 import pytest
 import requests
 
-from tests.docker.proxy import PREDICT, Proxy, Upstream, check_error, docker, eventually, http
+from tests.docker.proxy import PREDICT, Proxy, Upstream, check_error, docker, eventually, http, settled
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -28,7 +28,7 @@ def test_closed_gate_rejects_new_requests_and_finishes_those_in_flight(proxy, up
     eventually(lambda: upstream.received)
     try:
         closed.touch()
-        eventually(lambda: ping(proxy).status_code == 503)
+        settled(proxy, lambda: ping(proxy).status_code == 503)
         supervisor.received.clear()
         check_error(proxy.post(), 503, "ServerUnavailable", "5")
         check_error(ping(proxy), 503, "ServerUnavailable", "5")
@@ -39,7 +39,7 @@ def test_closed_gate_rejects_new_requests_and_finishes_those_in_flight(proxy, up
         assert finished[0].status_code == 200
     finally:
         closed.unlink()
-    eventually(lambda: proxy.post().status_code == 200)
+    settled(proxy, lambda: proxy.post().status_code == 200)
 
 
 def test_request_whose_body_arrives_while_the_gate_is_closed_is_answered(proxy, upstream):
@@ -52,12 +52,12 @@ def test_request_whose_body_arrives_while_the_gate_is_closed_is_answered(proxy, 
             assert slow.recv(100).startswith(b"HTTP/1.1 100")  # it has passed the gate
             slow.sendall(b"a")
             closed.touch()
-            eventually(lambda: ping(proxy).status_code == 503)
+            settled(proxy, lambda: ping(proxy).status_code == 503)
             slow.sendall(b"b")
             assert slow.recv(100).startswith(b"HTTP/1.1 200")
     finally:
         closed.unlink()
-    eventually(lambda: ping(proxy).status_code == 200)
+    settled(proxy, lambda: ping(proxy).status_code == 200)
 
 
 # -- connections to the server ----------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_new_address_of_the_server_is_used_without_a_restart(start, upstream, tm
     check_error(post(), 503, "ServerUnavailable", "5")  # the server has no address yet
 
     hosts.write_text("127.0.0.1 served\n")
-    eventually(lambda: post().status_code == 200)
+    settled(proxy, lambda: post().status_code == 200)
 
     upstream.release.clear()
     finished = []
