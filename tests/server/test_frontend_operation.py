@@ -225,17 +225,11 @@ def test_change_of_one_of_several_replicas_from_outside_is_409(small: Bare, patc
 
 
 WRONG = {
-    ("PUT", "/models/one?min_workers=3"): "There is no parameter min_workers. This call has: max_worker, ",
+    ("PUT", "/models/one?min_workers=3"): "There is no parameter min_workers. This call has: min_worker, max_worker, ",
     ("PUT", "/models/one/1.0?max_worker=3&min_worker=abc"): "min_worker must be an integer of at least 0, and is abc.",
     ("PUT", "/models/one?min_worker=-1"): "min_worker must be an integer of at least 0, and is -1.",
-    (
-        "POST",
-        "/models?url=one.mar&workers=2",
-    ): "There is no parameter workers. This call has: ",
-    (
-        "POST",
-        "/models?url=one.mar&batch_size=0",
-    ): "batch_size must be an integer of at least 1, and is 0.",
+    ("POST", "/models?url=one.mar&workers=2"): "There is no parameter workers. This call has: url, model_name, ",
+    ("POST", "/models?url=one.mar&batch_size=0"): "batch_size must be an integer of at least 1, and is 0.",
 }
 
 

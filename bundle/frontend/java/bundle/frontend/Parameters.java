@@ -9,11 +9,9 @@ import io.netty.handler.codec.http.HttpMethod;
 import io.netty.handler.codec.http.QueryStringDecoder;
 import java.util.List;
 import java.util.Map;
-import java.util.TreeMap;
-import java.util.TreeSet;
 
 /**
- * A registration or scaling with an unknown parameter, or with a number that is none, changes nothing.
+ * A registration or scaling changes nothing if a parameter is unknown or has an invalid value.
  *
  * <p>TorchServe takes the default instead: with `min_workers=3`, it scales a model to one worker. With `min_worker=-1`,
  * it ends all workers and answers 500.
@@ -21,7 +19,7 @@ import java.util.TreeSet;
 @ChannelHandler.Sharable
 final class Parameters extends ChannelInboundHandlerAdapter {
     private static final Parameters GUARD = new Parameters();
-    // the smallest numbers
+    // the smallest valid values
     private static final Map<String, Integer> NUMBERS = Map.of(
             "min_worker", 0,
             "max_worker", 0,
@@ -70,16 +68,15 @@ final class Parameters extends ChannelInboundHandlerAdapter {
         if (known == null) {
             return null;
         }
-        Map<String, List<String>> sent = new TreeMap<>(query.parameters());
-        for (Map.Entry<String, List<String>> parameter : sent.entrySet()) {
+        for (Map.Entry<String, List<String>> parameter : query.parameters().entrySet()) {
             String name = parameter.getKey();
+            String value = parameter.getValue().get(0); // TorchServe, too, takes the first one
             if (!known.contains(name)) {
-                return "There is no parameter " + name + ". This call has: " + String.join(", ", new TreeSet<>(known));
+                return "There is no parameter " + name + ". This call has: " + String.join(", ", known) + ".";
             }
             Integer least = NUMBERS.get(name);
-            if (least != null && !isAtLeast(least, parameter.getValue().get(0))) {
-                return name + " must be an integer of at least " + least + ", and is "
-                        + parameter.getValue().get(0) + ".";
+            if (least != null && !isAtLeast(least, value)) {
+                return name + " must be an integer of at least " + least + ", and is " + value + ".";
             }
         }
         return null;
