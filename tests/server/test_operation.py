@@ -106,7 +106,8 @@ def test_status_with_a_worker_missing_exits_1(served):
         """On a busy machine, a worker may become READY before it is killed."""
         ended[:] = served.bundle("status"), served.bundle("status", "--json")
         counts = {model["name"]: model["workers"]["ready"] for model in json.loads(ended[1].stdout)["models"]}
-        return "mnist has 0 of " in ended[0].stderr and counts["mnist"] == 0
+        table, named = re.search(r"mnist\W+1\.0\W+0\W", ended[0].stdout), "mnist has 0 of " in ended[0].stderr
+        return bool(table) and named and counts["mnist"] == 0
 
     killer = threading.Thread(target=kill_workers)
     killer.start()
