@@ -259,6 +259,24 @@ def test_search_without_a_result_names_what_could_not_be_served():
     assert raised.value.details == f"could not be served: {replace(NOW, batch_size=32)}: died"
 
 
+@pytest.mark.parametrize(
+    ("stage", "seconds", "is_finalist", "busy"),
+    [
+        ("round 1", 0.05, True, True),
+        ("round 1", 0.05, False, False),  # its server died in the final
+        ("round 1", 9.0, True, False),
+        (search.FINAL, 0.05, True, False),  # in one of its turns
+    ],
+)
+def test_machine_may_have_been_busy_only_if_a_finalist_met_the_target_before(
+    stage: str, seconds: float, is_finalist: bool, busy: bool
+):
+    searched = WithoutResult(None, NOW, ["auto"], True, TARGET, 60, print)
+    searched.points = [Point(NOW, stage, 1, load(5, seconds))]
+    searched.final = {NOW: []} if is_finalist else {}
+    assert ("the machine may have been busy" in searched.nearest()) == busy
+
+
 def test_chart_is_small_and_reproducible():
     chart = pytest.importorskip("bundle.tuning.chart")
     other = replace(NOW, batch_size=32)
