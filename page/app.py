@@ -131,7 +131,7 @@ class Form:
                 )
             self.curl = self.program("curl", "shell")
             self.python = self.program("Python", "python")
-        self.pictures = [picture for picture in (self.picture, self.explanation) if picture]
+        self.pictures = [each for each in (self.picture, self.explanation) if each]
         self.outputs = [self.status, self.bars, *self.pictures, self.json, self.curl, self.python]
 
     def program(self, title: str, language: str) -> gradio.Code:
@@ -225,7 +225,7 @@ class Form:
 
 
 def picture(reply: Reply) -> Image.Image | None:
-    """Return the picture that an answer is; None if it is none."""
+    """Return the picture of an answer; None if the answer is not a picture."""
     return Image.open(io.BytesIO(reply.content)) if reply.is_picture else None
 
 
